@@ -1,0 +1,31 @@
+"""Autocast at the boundary of an op: which dtype it asks for, and switching it off inside."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+Result = TypeVar("Result")
+
+
+def autocast_dtype(x: Tensor) -> torch.dtype | None:
+    """The dtype that autocast wants matrix products of `x` in; None: autocast is off for it."""
+    device_type = x.device.type
+    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+        return None
+    return torch.get_autocast_dtype(device_type)
+
+
+def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
+    """Run `function`, whose first argument is a tensor, with autocast off for that device."""
+
+    @functools.wraps(function)
+    def wrapped(x: Tensor, *arguments: Any) -> Result:
+        with torch.autocast(x.device.type, enabled=False):
+            return function(x, *arguments)
+
+    return wrapped

@@ -1,0 +1,110 @@
+"""Which backend computes an op: what is usable, what the user asked for, what covers the call."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+
+BACKENDS = ("reference", "torch")
+ENVIRONMENT_VARIABLE = "MOAT_KERNELS_BACKEND"
+
+# Tried in this order, by the type of the tensor's device, when no backend was asked for.
+_PREFERENCE: dict[str, tuple[str, ...]] = {}
+_DEFAULT_PREFERENCE = ("torch", "reference")
+
+_requested: ContextVar[str | None] = ContextVar("moat_kernels_backend", default=None)
+_warned: set[str] = set()
+
+Implementation = TypeVar("Implementation")
+
+
+class FallbackWarning(UserWarning):
+    """A call was computed by a slower backend than the one asked for; the text names the reason."""
+
+
+@dataclass(frozen=True)
+class BackendStatus:
+    """Whether a backend can run in this process, and if not, why not."""
+
+    usable: bool
+    reason: str = ""
+
+
+def backend_status() -> dict[str, BackendStatus]:
+    """The state of every backend of this version, by name."""
+    return {name: BackendStatus(True) for name in BACKENDS}
+
+
+def _check_name(name: str, source: str) -> None:
+    if name not in BACKENDS:
+        supported = ", ".join(BACKENDS)
+        raise ValueError(f"{source} names the backend {name!r}; this version has: {supported}")
+    status = backend_status()[name]
+    if not status.usable:
+        raise RuntimeError(f"{source} names the backend {name!r}, not usable here: {status.reason}")
+
+
+@contextlib.contextmanager
+def use_backend(name: str) -> Iterator[None]:
+    """Compute every op inside the `with` block by backend `name`, in this thread or task.
+
+    Raises ValueError for an unknown name and RuntimeError if the backend is not usable here.
+    A call that the backend does not cover falls back to "reference" with a FallbackWarning.
+    """
+    _check_name(name, "use_backend")
+    token = _requested.set(name)
+    try:
+        yield
+    finally:
+        _requested.reset(token)
+
+
+def requested_backend() -> str | None:
+    """The backend asked for by `use_backend` or else MOAT_KERNELS_BACKEND; None: choose."""
+    name = _requested.get()
+    if name is None:
+        name = os.environ.get(ENVIRONMENT_VARIABLE) or None
+        if name is not None:
+            _check_name(name, ENVIRONMENT_VARIABLE)
+    return name
+
+
+def warn_once(message: str) -> None:
+    """Emit a FallbackWarning the first time that `message` occurs in this process."""
+    if message not in _warned:
+        _warned.add(message)
+        warnings.warn(message, FallbackWarning, stacklevel=4)
+
+
+def choose_backend(
+    op: str,
+    device: torch.device,
+    implementations: Mapping[str, Implementation],
+    unsupported: Callable[[Implementation], str],
+) -> str:
+    """The backend that computes this call of `op`: a key of `implementations`, or "reference".
+
+    unsupported: tells why an implementation does not cover the call; empty if it does.
+    """
+    requested = requested_backend()
+    if requested is not None:
+        candidates: tuple[str, ...] = (requested, "reference")
+    else:
+        candidates = _PREFERENCE.get(device.type, _DEFAULT_PREFERENCE)
+    for name in candidates:
+        if name == "reference":
+            return name
+        if name not in implementations:
+            continue
+        reason = unsupported(implementations[name])
+        if not reason:
+            return name
+        warn_once(f"{op}: backend {name!r} does not cover {reason}; falling back")
+    return "reference"

@@ -1,0 +1,206 @@
+"""What an inverted bottleneck computes, as one validated description, and its tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from dataclasses import dataclass
+from functools import cache
+from typing import Literal, NamedTuple
+
+from torch import Tensor
+
+from moat_kernels.ops.spatial import Padding
+
+ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "identity")
+NORMS = ("pre_norm", "expand_norm", "depthwise_norm", "project_norm")
+
+
+def _check_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:
+    if value not in choices:
+        supported = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{argument} must be one of {supported}, got {value!r}")
+
+
+def _check_positive(argument: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{argument} must be a positive integer, got {value!r}")
+
+
+def _check_padding(argument: str, padding: object) -> None:
+    if padding == "tf_same":
+        return
+    if (
+        not isinstance(padding, tuple)
+        or len(padding) != 4
+        or not all(isinstance(side, int) and side >= 0 for side in padding)
+    ):
+        raise ValueError(
+            f"{argument} must be 'tf_same' or four integers >= 0 (top, bottom, left, right), "
+            f"got {padding!r}"
+        )
+
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm over the channels of [B, C, H, W].
+
+    eps: added to the variance (official MOAT: 1e-3; PyTorch: 1e-5).
+    momentum: share of the new batch in the running statistics; None averages all batches.
+    unbiased: whether the running variance takes N/(N-1) times the batch variance, as PyTorch
+        does. Official MOAT (Keras SyncBatchNormalization) stores the biased one.
+    frozen: normalise with the running statistics even in training.
+    """
+
+    eps: float = 1e-3
+    momentum: float | None = 0.01
+    unbiased: bool = False
+    frozen: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.eps > 0:
+            raise ValueError(f"eps must be > 0, got {self.eps!r}")
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            raise ValueError(f"momentum must be None or within [0, 1], got {self.momentum!r}")
+
+
+@dataclass(frozen=True)
+class SqueezeExcite:
+    """Channel gate: mean over the map, 1x1, `activation`, 1x1, sigmoid, multiply.
+
+    position: on the output of the block's second convolution, "before_norm" or
+        "after_activation" (official).
+    """
+
+    position: Literal["before_norm", "after_activation"] = "after_activation"
+    activation: str = "silu"
+
+    def __post_init__(self) -> None:
+        _check_choice("position", self.position, ("before_norm", "after_activation"))
+        _check_choice("activation", self.activation, ACTIVATIONS)
+
+
+@dataclass(frozen=True)
+class Pool:
+    """Pool of the shortcut. count_include_pad: whether the mean counts padding as zeros."""
+
+    kind: Literal["average", "max"] = "average"
+    kernel_size: int = 2
+    stride: int = 2
+    padding: Padding = "tf_same"
+    count_include_pad: bool = False
+
+    def __post_init__(self) -> None:
+        _check_choice("kind", self.kind, ("average", "max"))
+        _check_positive("kernel_size", self.kernel_size)
+        _check_positive("stride", self.stride)
+        _check_padding("padding", self.padding)
+        if self.padding != "tf_same" and max(self.padding) >= self.kernel_size:
+            raise ValueError(
+                f"padding of a pool must be smaller than its kernel_size {self.kernel_size}, "
+                f"got {self.padding!r}: a window would hold no pixel"
+            )
+
+
+@dataclass(frozen=True)
+class MBConvDescription:
+    """The inverted bottleneck of MBConv and MOAT blocks (MOAT paper, section 3).
+
+    order "expand_first":
+        pre_norm, pre_activation, 1x1 expand, expand_norm, expand_activation,
+        depthwise (stride, padding), depthwise_norm, depthwise_activation, 1x1 project, project_norm
+    order "depthwise_first": the depthwise and the expand stage change places.
+
+    Any norm may be None. `squeeze_excite` sits at the second of the two stages. Which convolutions
+    have biases, and whether the shortcut has a 1x1 convolution, is told by the tensors given.
+    With `residual` the result is shortcut + drop_path(bottleneck); the shortcut is the raw input,
+    pooled by `pool` if there is one, then through its 1x1 convolution if there is one.
+    """
+
+    stride: int = 1
+    padding: Padding = "tf_same"
+    pre_norm: Norm | None = Norm()
+    pre_activation: str = "identity"
+    expand_norm: Norm | None = Norm()
+    expand_activation: str = "gelu"
+    depthwise_norm: Norm | None = Norm()
+    depthwise_activation: str = "gelu"
+    project_norm: Norm | None = None
+    squeeze_excite: SqueezeExcite | None = None
+    residual: bool = True
+    pool: Pool | None = None
+    order: Literal["expand_first", "depthwise_first"] = "expand_first"
+
+    def __post_init__(self) -> None:
+        _check_positive("stride", self.stride)
+        _check_padding("padding", self.padding)
+        for name in ("pre_activation", "expand_activation", "depthwise_activation"):
+            _check_choice(name, getattr(self, name), ACTIVATIONS)
+        _check_choice("order", self.order, ("expand_first", "depthwise_first"))
+        if self.pool is not None and not self.residual:
+            raise ValueError("pool is set but residual is False: there is no shortcut to pool")
+
+    def encode(self) -> str:
+        """The description as text, for operator schemas; `decode` is its inverse."""
+        return _encode(self)
+
+    @staticmethod
+    def decode(text: str) -> MBConvDescription:
+        return _decode(text)
+
+
+@cache
+def _encode(description: MBConvDescription) -> str:
+    return json.dumps(dataclasses.asdict(description), sort_keys=True)
+
+
+@cache
+def _decode(text: str) -> MBConvDescription:
+    fields = json.loads(text)
+    for name in NORMS:
+        fields[name] = fields[name] and Norm(**fields[name])
+    if fields["squeeze_excite"]:
+        fields["squeeze_excite"] = SqueezeExcite(**fields["squeeze_excite"])
+    if fields["pool"]:
+        fields["pool"] = Pool(**_with_padding_tuple(fields["pool"]))
+    return MBConvDescription(**_with_padding_tuple(fields))
+
+
+def _with_padding_tuple(fields: dict) -> dict:
+    padding = fields["padding"]
+    return {**fields, "padding": padding if padding == "tf_same" else tuple(padding)}
+
+
+class NormParameters(NamedTuple):
+    """Tensors of one batch norm over C channels; any may be None, as in torch.nn.BatchNorm2d."""
+
+    weight: Tensor | None = None  # [C]
+    bias: Tensor | None = None  # [C]
+    running_mean: Tensor | None = None  # [C]
+    running_var: Tensor | None = None  # [C]
+    num_batches_tracked: Tensor | None = None  # [], int64
+
+
+class MBConvParameters(NamedTuple):
+    """Tensors of an inverted bottleneck: C_in -> E -> C_out channels, kernel K.
+
+    The 1x1 convolutions take [out, in] or [out, in, 1, 1]. With order "depthwise_first" the
+    depthwise convolution works on C_in channels, otherwise on E.
+    """
+
+    expand_weight: Tensor  # [E, C_in]
+    depthwise_weight: Tensor  # [E or C_in, 1, K, K]
+    project_weight: Tensor  # [C_out, E]
+    expand_bias: Tensor | None = None  # [E]
+    depthwise_bias: Tensor | None = None  # [E or C_in]
+    project_bias: Tensor | None = None  # [C_out]
+    pre_norm: NormParameters = NormParameters()
+    expand_norm: NormParameters = NormParameters()
+    depthwise_norm: NormParameters = NormParameters()
+    project_norm: NormParameters = NormParameters()
+    se_reduce_weight: Tensor | None = None  # [R, E]
+    se_reduce_bias: Tensor | None = None  # [R]
+    se_expand_weight: Tensor | None = None  # [E, R]
+    se_expand_bias: Tensor | None = None  # [E]
+    shortcut_weight: Tensor | None = None  # [C_out, C_in]
+    shortcut_bias: Tensor | None = None  # [C_out]

@@ -1,0 +1,279 @@
+"""`mbconv`: argument checks, choice of the backend, operator schema and autograd."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+from torch import Tensor
+
+from moat_kernels.ops.autocast import autocast_dtype, without_autocast
+from moat_kernels.ops.backends import choose_backend
+from moat_kernels.ops.mbconv import reference, torch_backend
+from moat_kernels.ops.mbconv.checks import check_mbconv
+from moat_kernels.ops.mbconv.description import (
+    NORMS,
+    MBConvDescription,
+    MBConvParameters,
+    NormParameters,
+)
+from moat_kernels.ops.mbconv.running import update_running_statistics
+from moat_kernels.ops.registration import define_op
+
+IMPLEMENTATIONS = {"torch": torch_backend}
+
+_WEIGHTS = (
+    "expand_weight",
+    "depthwise_weight",
+    "project_weight",
+    "expand_bias",
+    "depthwise_bias",
+    "project_bias",
+    "se_reduce_weight",
+    "se_reduce_bias",
+    "se_expand_weight",
+    "se_expand_bias",
+    "shortcut_weight",
+    "shortcut_bias",
+)
+# Names of the differentiable tensors, in the order of the operator's `parameters`.
+PARAMETER_NAMES = _WEIGHTS + tuple(
+    f"{norm}_{part}" for norm in NORMS for part in ("weight", "bias")
+)
+
+
+def mbconv(
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    *,
+    training: bool = False,
+    recompute: str = "auto",
+    drop_path_scale: Tensor | None = None,
+) -> Tensor:
+    """The inverted bottleneck of MBConv and MOAT blocks (MOAT paper, section 3), fused.
+
+    x: [B, C_in, H, W], float64/32/16 or bfloat16, any memory format (channels_last is fastest).
+    parameters: the tensors; their shapes stand in MBConvParameters. Running statistics are
+        updated in place where a norm measures the batch.
+    description: what is computed; see MBConvDescription.
+    training: norms normalise with the batch's statistics (unless frozen), else the running ones.
+    recompute: what the backward pass recomputes instead of saving: "none" (keeps both wide
+        convolution outputs), "expand" (keeps one), "block" (keeps only x), "auto" (the fastest).
+    drop_path_scale: [B], multiplies each sample's residual: 0, or 1/p where it survives.
+
+    Returns [B, C_out, H_out, W_out] in x's memory format. Under autocast the convolutions run in
+    autocast's dtype, the norms' statistics in float32. Raises ValueError or TypeError naming the
+    argument. Not differentiable twice, nor with respect to `drop_path_scale`.
+    """
+    check_mbconv(x, parameters, description, training, recompute, drop_path_scale)
+    description = resolve_frozen(description, parameters, training)
+    backend = choose_backend(
+        "mbconv",
+        x.device,
+        IMPLEMENTATIONS,
+        lambda implementation: implementation.unsupported(x, parameters, description),
+    )
+    if backend == "reference":
+        output, moments = reference.mbconv(x, parameters, description, drop_path_scale)
+    else:
+        output, moments = _fused(x, parameters, description, recompute, backend, drop_path_scale)
+    update_running_statistics(x, output, parameters, description, moments)
+    return output
+
+
+def resolve_frozen(
+    description: MBConvDescription, parameters: MBConvParameters, training: bool
+) -> MBConvDescription:
+    """The description with `frozen` set on exactly the norms that use running statistics."""
+    norms = {}
+    for name in NORMS:
+        norm = getattr(description, name)
+        if norm is not None:
+            tracked = getattr(parameters, name).running_mean is not None
+            frozen = tracked and (norm.frozen or not training)
+            if frozen != norm.frozen:
+                norms[name] = dataclasses.replace(norm, frozen=frozen)
+    return dataclasses.replace(description, **norms) if norms else description
+
+
+def flatten(parameters: MBConvParameters) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """(differentiable tensors in the order of PARAMETER_NAMES, running mean and var per norm)."""
+    tensors = [getattr(parameters, name) for name in _WEIGHTS]
+    running = []
+    for name in NORMS:
+        norm = getattr(parameters, name)
+        tensors += [norm.weight, norm.bias]
+        running += [norm.running_mean, norm.running_var]
+    return tensors, running
+
+
+def unflatten(tensors: list[Tensor | None], running: list[Tensor | None]) -> MBConvParameters:
+    """The inverse of `flatten`."""
+    fields = dict(zip(_WEIGHTS, tensors, strict=False))
+    for index, name in enumerate(NORMS):
+        affine = tensors[len(_WEIGHTS) + 2 * index : len(_WEIGHTS) + 2 * index + 2]
+        fields[name] = NormParameters(*affine, *running[2 * index : 2 * index + 2])
+    return MBConvParameters(**fields)
+
+
+def _fused(
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    recompute: str,
+    backend: str,
+    drop_path_scale: Tensor | None,
+) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+    tensors, running = flatten(parameters)
+    dtype = autocast_dtype(x)
+    if dtype is not None:
+        tensors = [
+            tensor if tensor is None or index >= len(_WEIGHTS) else tensor.to(dtype)
+            for index, tensor in enumerate(tensors)
+        ]
+    # Running statistics that are about to be updated must not be saved for backward.
+    running = [
+        tensor if _is_frozen(description, index // 2) else None
+        for index, tensor in enumerate(running)
+    ]
+    results = _MBConv.apply(
+        x, drop_path_scale, description.encode(), recompute, backend, *tensors, *running
+    )
+    output, measured = results[0], results[1:]
+    names = [name for name in NORMS if _measures(description, name)]
+    moments = {
+        name: (measured[2 * index], measured[2 * index + 1]) for index, name in enumerate(names)
+    }
+    return output, moments
+
+
+def _is_frozen(description: MBConvDescription, index: int) -> bool:
+    norm = getattr(description, NORMS[index])
+    return norm is not None and norm.frozen
+
+
+def _measures(description: MBConvDescription, name: str) -> bool:
+    norm = getattr(description, name)
+    return norm is not None and not norm.frozen
+
+
+class _MBConv(torch.autograd.Function):
+    """Saves x, the parameters and what the backend asks for; one operator each way."""
+
+    @staticmethod
+    def forward(ctx, x, drop_path_scale, description, recompute, backend, *tensors):
+        parameters, running = tensors[: len(PARAMETER_NAMES)], tensors[len(PARAMETER_NAMES) :]
+        differentiable = any(ctx.needs_input_grad)
+        norms = MBConvDescription.decode(description)
+        results = 1 + 2 * sum(_measures(norms, name) for name in NORMS)
+        outputs = torch.ops.moat_kernels.mbconv_forward(
+            x,
+            parameters,
+            running,
+            drop_path_scale,
+            description,
+            recompute,
+            backend,
+            differentiable,
+        )
+        if differentiable:
+            ctx.save_for_backward(x, drop_path_scale, *tensors, *outputs[results:])
+        ctx.choices = (description, recompute, backend)
+        ctx.mark_non_differentiable(*outputs[1:results])
+        ctx.set_materialize_grads(False)
+        return tuple(outputs[:results])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad, *_):
+        count = len(PARAMETER_NAMES)
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5 : 5 + count]]
+        if grad is None:
+            return (None,) * len(ctx.needs_input_grad)
+        x, drop_path_scale, *rest = ctx.saved_tensors
+        running_end = count + 2 * len(NORMS)
+        gradients = iter(
+            torch.ops.moat_kernels.mbconv_backward(
+                grad,
+                x,
+                rest[:count],
+                rest[count:running_end],
+                drop_path_scale,
+                rest[running_end:],
+                *ctx.choices,
+                needs,
+            )
+        )
+        grad_x, *grad_parameters = [next(gradients) if needed else None for needed in needs]
+        return (grad_x, None, None, None, None, *grad_parameters, *(None,) * (2 * len(NORMS)))
+
+
+@without_autocast
+def _forward_op(
+    x, parameters, running, drop_path_scale, description, recompute, backend, differentiable
+):
+    implementation = IMPLEMENTATIONS[backend]
+    decoded, tensors = MBConvDescription.decode(description), unflatten(parameters, running)
+    level = (
+        implementation.recompute_level(recompute, x, tensors, decoded)
+        if differentiable
+        else "block"
+    )
+    result = implementation.forward(x, tensors, decoded, level, drop_path_scale)
+    moments = [tensor.clone() for name in NORMS for tensor in result.moments.get(name, ())]
+    saved = result.saved if differentiable else []
+    return [_in_format_of(result.output, x), *moments, *saved]
+
+
+@without_autocast
+def _backward_op(
+    grad, x, parameters, running, drop_path_scale, saved, description, recompute, backend, needs
+):
+    implementation = IMPLEMENTATIONS[backend]
+    decoded, tensors = MBConvDescription.decode(description), unflatten(parameters, running)
+    names = ("x", *PARAMETER_NAMES)
+    needed = frozenset(name for name, wanted in zip(names, needs, strict=True) if wanted)
+    gradients = implementation.backward(
+        grad,
+        x,
+        tensors,
+        decoded,
+        implementation.recompute_level(recompute, x, tensors, decoded),
+        drop_path_scale,
+        saved,
+        needed,
+    )
+    sources = dict(zip(names, (x, *parameters), strict=True))
+    results = []
+    for name in names:
+        if name in needed:
+            gradient, source = gradients[name], sources[name]
+            gradient = gradient.reshape(source.shape).to(source.dtype)
+            results.append(_in_format_of(gradient, x) if name == "x" else gradient.contiguous())
+    return results
+
+
+def _in_format_of(output: Tensor, x: Tensor) -> Tensor:
+    """`output` in channels_last if x is, else contiguous."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return output.contiguous(memory_format=memory_format)
+
+
+_ARGUMENTS = "Tensor?[] parameters, Tensor?[] running, Tensor? drop_path_scale"
+_CHOICES = "str description, str recompute, str backend"
+
+# -> [output, batch mean and variance of each norm that measures, what backward needs ...]
+define_op(
+    f"mbconv_forward(Tensor x, {_ARGUMENTS}, {_CHOICES}, bool differentiable) -> Tensor[]",
+    _forward_op,
+    _forward_op,
+)
+# -> the gradients that `needs` (x, then the parameters) asks for
+define_op(
+    f"mbconv_backward(Tensor grad, Tensor x, {_ARGUMENTS}, Tensor[] saved, {_CHOICES}, "
+    "bool[] needs) -> Tensor[]",
+    _backward_op,
+    _backward_op,
+)

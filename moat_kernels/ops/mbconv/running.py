@@ -1,0 +1,57 @@
+"""In-place update of the running statistics of an inverted bottleneck's norms."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moat_kernels.ops.mbconv.description import (
+    MBConvDescription,
+    MBConvParameters,
+    Norm,
+    NormParameters,
+)
+
+
+@torch.no_grad()
+def update_norm(
+    norm: Norm, parameters: NormParameters, mean: Tensor, variance: Tensor, count: int
+) -> None:
+    """Blend the batch's mean and biased variance [C] over `count` values into the running ones.
+
+    Does nothing for a norm that tracks no statistics, or for an empty batch.
+    """
+    running_mean, running_var = parameters.running_mean, parameters.running_var
+    if running_mean is None or running_var is None or count == 0:
+        return
+    momentum: float | Tensor
+    if parameters.num_batches_tracked is not None:
+        parameters.num_batches_tracked.add_(1)
+    if norm.momentum is not None:
+        momentum = norm.momentum
+    elif parameters.num_batches_tracked is not None:
+        momentum = 1.0 / parameters.num_batches_tracked.to(mean.dtype)
+    else:
+        raise ValueError("momentum is None (a cumulative average) without num_batches_tracked")
+    if norm.unbiased:
+        variance = variance * (count / (count - 1))
+    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
+    running_var.lerp_(variance.to(running_var.dtype), momentum)
+
+
+def update_running_statistics(
+    x: Tensor,
+    output: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    moments: dict[str, tuple[Tensor, Tensor]],
+) -> None:
+    """Update every norm in `moments` (name -> batch mean, biased variance)."""
+    rows_in = x.shape[0] * x.shape[2] * x.shape[3]
+    rows_out = output.shape[0] * output.shape[2] * output.shape[3]
+    before_stride = {"pre_norm"}
+    if description.order == "expand_first":
+        before_stride.add("expand_norm")
+    for name, (mean, variance) in moments.items():
+        count = rows_in if name in before_stride else rows_out
+        update_norm(getattr(description, name), getattr(parameters, name), mean, variance, count)

@@ -1,0 +1,270 @@
+"""The inverted bottleneck in stock PyTorch operations, on any device, saving little for backward.
+
+The block is a chain of stages (stages.py, folding.py) plus a shortcut. Between stages only the
+outputs that `recompute` asks for are saved; the backward pass recomputes the rest, segment by
+segment. In units of C channels times the map (stride 1, E = 4 C), beside small statistics:
+
+    recompute="none"    x, the expand output, the depthwise output      9 C
+    recompute="expand"  x and the depthwise output                      5 C
+    recompute="block"   x                                               1 C
+    (stock autograd: x and every intermediate                          26 C)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moat_kernels.ops.mbconv.description import (
+    MBConvDescription,
+    MBConvParameters,
+    Norm,
+)
+from moat_kernels.ops.mbconv.folding import FoldedExpand
+from moat_kernels.ops.mbconv.stages import (
+    Activation,
+    BatchNorm,
+    Depthwise,
+    Linear,
+    PoolStage,
+    SqueezeExcite,
+    Stage,
+)
+
+# Batch statistics come from the covariance of x if there are this many rows per channel. With
+# fewer, the C x C work (about 2 C / N of the expand GEMM in float64) outweighs the E-wide passes
+# that it saves, and the covariance is no longer small beside x.
+FOLDING_ROWS_PER_CHANNEL = 16
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The output, each measured norm's (mean, biased variance), what backward needs beside x."""
+
+    output: Tensor
+    moments: dict[str, tuple[Tensor, Tensor]]
+    saved: list[Tensor]
+
+
+class Chain:
+    """Stages run one after the other; `checkpoints[i]` is where saved tensor i enters again."""
+
+    def __init__(self, stages: list[Stage], checkpoints: list[int]) -> None:
+        self.stages = stages
+        self.checkpoints = checkpoints
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """(output, the inputs of the stages at `checkpoints`)."""
+        saved = []
+        for index, stage in enumerate(self.stages):
+            if index in self.checkpoints:
+                saved.append(x)
+            x = stage.forward(x)
+        return x, saved
+
+    def backward(
+        self, grad: Tensor, x: Tensor, saved: list[Tensor], needs_input: bool
+    ) -> Tensor | None:
+        """Gradient of x; those of the parameters are left in the stages."""
+        bounds = [0, *self.checkpoints, len(self.stages)]
+        starts = [x, *saved]
+        result: Tensor | None = grad
+        while starts:
+            end, begin = bounds.pop(), bounds[-1]
+            inputs = [starts.pop()]
+            for stage in self.stages[begin : end - 1]:
+                inputs.append(stage.forward(inputs[-1]))
+            for index in range(end - 1, begin - 1, -1):
+                assert result is not None
+                result = self.stages[index].backward(result, inputs.pop(), needs_input or index > 0)
+        return result
+
+    @property
+    def statistics(self) -> list[Tensor]:
+        return [tensor for stage in self.stages for tensor in stage.statistics]
+
+    def restore_statistics(self, tensors: list[Tensor]) -> list[Tensor]:
+        """Hand an earlier forward's statistics to the stages; return the tensors after them."""
+        for stage in self.stages:
+            count = stage.statistics_count
+            stage.statistics, tensors = tuple(tensors[:count]), tensors[count:]
+        return tensors
+
+
+def _activation(kind: str) -> list[Stage]:
+    return [] if kind == "identity" else [Activation(kind)]
+
+
+def _norm(name: str, norm: Norm | None, parameters: MBConvParameters) -> list[Stage]:
+    return [] if norm is None else [BatchNorm(name, norm, getattr(parameters, name))]
+
+
+def _squeeze_excite(
+    position: str, parameters: MBConvParameters, description: MBConvDescription
+) -> list[Stage]:
+    gate = description.squeeze_excite
+    if gate is None or gate.position != position:
+        return []
+    return [SqueezeExcite(parameters, gate.activation)]
+
+
+def _expand_stages(
+    parameters: MBConvParameters, description: MBConvDescription, rows: int, gated: bool
+) -> tuple[list[Stage], int]:
+    """Pre-norm (if it precedes), expand and expand_norm; and after how many the GEMM is done."""
+    channels = parameters.expand_weight.shape[1]
+    first = description.order == "expand_first"
+    pre = _norm("pre_norm", description.pre_norm, parameters) if first else []
+    pre_activation = _activation(description.pre_activation) if first else []
+    gate = _squeeze_excite("before_norm", parameters, description) if gated else []
+    if rows >= FOLDING_ROWS_PER_CHANNEL * channels and not gate:
+        fold_pre = description.pre_norm if first and not pre_activation else None
+        lead = pre + pre_activation if pre_activation else []
+        expand = FoldedExpand(parameters, fold_pre, description.expand_norm)
+        return [*lead, expand], len(lead) + 1
+    lead = pre + pre_activation
+    linear = Linear("expand", parameters.expand_weight, parameters.expand_bias)
+    norm = _norm("expand_norm", description.expand_norm, parameters)
+    return [*lead, linear, *gate, *norm], len(lead) + 1
+
+
+def _depthwise_stages(
+    parameters: MBConvParameters, description: MBConvDescription, gated: bool
+) -> list[Stage]:
+    """The depthwise convolution, a gate before the norm if there is one, and depthwise_norm."""
+    weight, bias = parameters.depthwise_weight, parameters.depthwise_bias
+    stride, padding, norm = description.stride, description.padding, description.depthwise_norm
+    gate = _squeeze_excite("before_norm", parameters, description) if gated else []
+    if norm is not None and norm.frozen and not gate:
+        return [Depthwise(weight, bias, stride, padding, norm, parameters.depthwise_norm)]
+    return [
+        Depthwise(weight, bias, stride, padding),
+        *gate,
+        *_norm("depthwise_norm", norm, parameters),
+    ]
+
+
+def build_bottleneck(
+    parameters: MBConvParameters, description: MBConvDescription, rows: int, recompute: str
+) -> Chain:
+    """The stages between x and the residual, for `rows` = B*H*W at the expand convolution."""
+    expand_first = description.order == "expand_first"
+    expand, expand_done = _expand_stages(parameters, description, rows, gated=not expand_first)
+    expand_activation = _activation(description.expand_activation)
+    depthwise = _depthwise_stages(parameters, description, gated=expand_first)
+    depthwise_activation = _activation(description.depthwise_activation)
+    if expand_first:
+        front = expand + expand_activation
+        stages = front + depthwise + depthwise_activation
+        expand_at, depthwise_at = expand_done, len(front) + 1
+    else:
+        front = _norm("pre_norm", description.pre_norm, parameters)
+        front += _activation(description.pre_activation)
+        depthwise_at = len(front) + 1
+        front += depthwise + depthwise_activation
+        expand_at = len(front) + expand_done
+        stages = front + expand + expand_activation
+    stages += _squeeze_excite("after_activation", parameters, description)
+    stages.append(Linear("project", parameters.project_weight, parameters.project_bias))
+    stages += _norm("project_norm", description.project_norm, parameters)
+    checkpoints = {
+        "none": sorted((expand_at, depthwise_at)),
+        "expand": [depthwise_at],
+        "block": [],
+    }
+    return Chain(stages, checkpoints[recompute])
+
+
+def build_shortcut(parameters: MBConvParameters, description: MBConvDescription) -> Chain:
+    """The stages of the shortcut; none for the identity."""
+    stages: list[Stage] = []
+    if description.pool is not None:
+        stages.append(PoolStage(description.pool))
+    if parameters.shortcut_weight is not None:
+        stages.append(Linear("shortcut", parameters.shortcut_weight, parameters.shortcut_bias))
+    return Chain(stages, [])
+
+
+def expand_rows(x: Tensor, parameters: MBConvParameters, description: MBConvDescription) -> int:
+    """B*H*W at the expand convolution."""
+    if description.order == "expand_first":
+        return x.shape[0] * x.shape[2] * x.shape[3]
+    return x.shape[0] * -(-x.shape[2] // description.stride) * -(-x.shape[3] // description.stride)
+
+
+def unsupported(x: Tensor, parameters: MBConvParameters, description: MBConvDescription) -> str:
+    """Why this backend does not cover a call; empty: it does."""
+    return ""
+
+
+def recompute_level(
+    recompute: str, x: Tensor, parameters: MBConvParameters, description: MBConvDescription
+) -> str:
+    """The level that "auto" stands for: saving both wide tensors is fastest in stock operations."""
+    return "none" if recompute == "auto" else recompute
+
+
+def forward(
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    recompute: str,
+    drop_path_scale: Tensor | None,
+) -> Forward:
+    """Compute the block; norms that do not measure the batch are `frozen` in `description`."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    rows = expand_rows(x, parameters, description)
+    bottleneck = build_bottleneck(parameters, description, rows, recompute)
+    output, saved = bottleneck.forward(x)
+    if description.residual:
+        shortcut, _ = build_shortcut(parameters, description).forward(x)
+        if drop_path_scale is not None:
+            output = output * drop_path_scale.to(output.dtype)[:, None, None, None]
+        output = output + shortcut
+    moments: dict[str, tuple[Tensor, Tensor]] = {}
+    for stage in bottleneck.stages:
+        moments.update(stage.batch_moments())
+    return Forward(output, moments, [*bottleneck.statistics, *saved])
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    recompute: str,
+    drop_path_scale: Tensor | None,
+    saved: list[Tensor],
+    needed: frozenset[str],
+) -> dict[str, Tensor]:
+    """Gradients by name, of "x" and of the parameters in `needed`."""
+    x = x.contiguous(memory_format=torch.channels_last)
+    grad = grad.contiguous(memory_format=torch.channels_last)
+    rows = expand_rows(x, parameters, description)
+    bottleneck = build_bottleneck(parameters, description, rows, recompute)
+    checkpoints = bottleneck.restore_statistics(saved)
+    shortcut = build_shortcut(parameters, description)
+    for stage in (*bottleneck.stages, *shortcut.stages):
+        stage.needed = needed
+    needs_input = "x" in needed
+
+    residual_grad = grad
+    if description.residual and drop_path_scale is not None:
+        residual_grad = grad * drop_path_scale.to(grad.dtype)[:, None, None, None]
+    residual_grad = residual_grad.to(parameters.project_weight.dtype)
+    grad_x = bottleneck.backward(residual_grad, x, checkpoints, needs_input)
+    if description.residual:
+        if parameters.shortcut_weight is not None:
+            grad = grad.to(parameters.shortcut_weight.dtype)
+        shortcut_grad = shortcut.backward(grad, x, [], needs_input)
+        if grad_x is not None and shortcut_grad is not None:
+            grad_x = grad_x + shortcut_grad
+
+    gradients: dict[str, Tensor] = {}
+    for stage in (*bottleneck.stages, *shortcut.stages):
+        gradients.update(stage.gradients)
+    if needs_input and grad_x is not None:
+        gradients["x"] = grad_x
+    return gradients

@@ -1,0 +1,16 @@
+"""The operator library of this package, shared by all ops: `torch.ops.moat_kernels.*`."""
+
+from __future__ import annotations
+
+import torch
+
+# A fragment: the native extension, where it is built, defines the library itself.
+LIBRARY = torch.library.Library("moat_kernels", "FRAGMENT")
+
+
+def define_op(schema: str, implementation, fake) -> None:
+    """Register an op with one implementation for every device and one for fake tensors."""
+    name = schema.partition("(")[0]
+    LIBRARY.define(schema)
+    LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"moat_kernels::{name}", fake, lib=LIBRARY)

@@ -1,0 +1,83 @@
+"""Padding of stencils and pools: TensorFlow's SAME rule and explicit four-sided padding."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+# (top, bottom, left, right) in pixels, or TensorFlow's rule, which depends on the map's size.
+Padding = Literal["tf_same"] | tuple[int, int, int, int]
+
+
+def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
+    """TensorFlow's SAME padding of one axis: (before, after); the odd pixel goes after.
+
+    Decided per axis: at stride 2 and kernel 3 an even size gives (0, 1), an odd size (1, 1).
+    """
+    total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
+    return total // 2, total - total // 2
+
+
+def resolve_padding(
+    padding: Padding, height: int, width: int, kernel_size: tuple[int, int], stride: int
+) -> tuple[int, int, int, int]:
+    """The (top, bottom, left, right) padding of a map of `height` x `width`."""
+    if padding == "tf_same":
+        return (
+            *same_padding(height, kernel_size[0], stride),
+            *same_padding(width, kernel_size[1], stride),
+        )
+    return padding
+
+
+def pad_map(x: Tensor, padding: tuple[int, int, int, int], value: float = 0.0) -> Tensor:
+    """Pad [B, C, H, W] by (top, bottom, left, right); the memory format is kept."""
+    top, bottom, left, right = padding
+    if not any(padding):
+        return x
+    return F.pad(x, (left, right, top, bottom), value=value)
+
+
+def crop_map(x: Tensor, padding: tuple[int, int, int, int]) -> Tensor:
+    """Undo `pad_map`: the view of [B, C, H, W] without its border."""
+    top, bottom, left, right = padding
+    return x[:, :, top : x.shape[2] - bottom, left : x.shape[3] - right]
+
+
+def split_padding(
+    padding: tuple[int, int, int, int],
+) -> tuple[tuple[int, int, int, int], tuple[int, int]]:
+    """Split into what must be padded beforehand and what a convolution can do by itself.
+
+    Convolutions take the same padding on both sides of an axis; an uneven axis is padded first.
+    """
+    top, bottom, left, right = padding
+    vertical, horizontal = min(top, bottom), min(left, right)
+    if (top, left) == (bottom, right):
+        return (0, 0, 0, 0), (top, left)
+    if top == bottom:
+        return (0, 0, left, right), (vertical, 0)
+    if left == right:
+        return (top, bottom, 0, 0), (0, horizontal)
+    return padding, (0, 0)
+
+
+def output_size(size: int, before: int, after: int, kernel_size: int, stride: int) -> int:
+    """Length of one axis after a stencil of `kernel_size` at `stride`."""
+    return (size + before + after - kernel_size) // stride + 1
+
+
+def valid_counts(
+    height: int,
+    width: int,
+    kernel_size: int,
+    stride: int,
+    padding: tuple[int, int, int, int],
+    like: Tensor,
+) -> Tensor:
+    """How many real (not padding) pixels each pooling window holds: [1, 1, H_out, W_out]."""
+    ones = torch.ones(1, 1, height, width, dtype=like.dtype, device=like.device)
+    return F.avg_pool2d(pad_map(ones, padding), kernel_size, stride, divisor_override=1)
