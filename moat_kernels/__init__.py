@@ -1,0 +1,24 @@
+"""Fast MOAT (arXiv 2210.01820) for PyTorch: the same numbers, less time, less memory.
+
+Importing needs no compiler, GPU or extension; `python -m moat_kernels.info` tells what is usable.
+"""
+
+__version__ = "0.1.0"
+
+from moat_kernels import functional, reference
+from moat_kernels.models import MOAT, create_model, get_preprocessing, list_models
+from moat_kernels.modules import FusedMBConv, FusedMOATBlock
+from moat_kernels.ops.backends import FallbackWarning, use_backend
+
+__all__ = [
+    "MOAT",
+    "FallbackWarning",
+    "FusedMBConv",
+    "FusedMOATBlock",
+    "create_model",
+    "functional",
+    "get_preprocessing",
+    "list_models",
+    "reference",
+    "use_backend",
+]

@@ -1,0 +1,122 @@
+"""Fused MOAT blocks: the reference's parameters, state_dict and numbers; less time and memory."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from moat_kernels import reference
+from moat_kernels.drop_path import DropPath
+from moat_kernels.normalization import BatchNorm2d
+from moat_kernels.ops.backends import warn_once
+from moat_kernels.ops.mbconv import mbconv
+from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
+from moat_kernels.ops.window_attention import window_attention
+
+_STOCK_CLASSES = (
+    nn.Conv2d,
+    nn.Linear,
+    nn.LayerNorm,
+    BatchNorm2d,
+    DropPath,
+    reference.SameConv2d,
+    reference.SqueezeExcitation,
+)
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
+def obstacle(owner: nn.Module, names: tuple[str, ...]) -> str:
+    """Why the submodules `names` cannot be read as plain tensors; empty if they can.
+
+    A fused op does not call the submodules, so one that a user hooked or replaced (an adapter,
+    SyncBatchNorm, quantisation) must run as itself.
+    """
+    for name in names:
+        child = getattr(owner, name)
+        if child is None:
+            continue
+        for path, module in child.named_modules(prefix=name):
+            if type(module) not in _STOCK_CLASSES and not _is_parametrized(module):
+                return f"{path} was replaced by {type(module).__name__}"
+            if any(getattr(module, hooks) for hooks in _HOOKS):
+                return f"{path} has hooks"
+    return ""
+
+
+def _is_parametrized(module: nn.Module) -> bool:
+    """Parametrizations subclass the module; its tensors read as attributes all the same."""
+    return hasattr(module, "parametrizations") and type(module).__bases__[0] in _STOCK_CLASSES
+
+
+class FusedInvertedBottleneck(reference.MBConvBlock):
+    """What both fused blocks share: the convolutional half through `functional.mbconv`."""
+
+    _fused_children = (
+        "pre_norm",
+        "expand_conv",
+        "expand_norm",
+        "depthwise_conv",
+        "depthwise_norm",
+        "se",
+        "shrink_conv",
+        "shortcut_conv",
+        "drop_path",
+    )
+
+    def __init__(
+        self, in_channels: int, out_channels: int, *, recompute: str = "auto", **options: Any
+    ) -> None:
+        super().__init__(in_channels, out_channels, **options)
+        if recompute not in RECOMPUTE_LEVELS:
+            raise ValueError(f"recompute must be one of {RECOMPUTE_LEVELS}, got {recompute!r}")
+        self.recompute = recompute
+
+    def inverted_bottleneck(self, x: Tensor) -> Tensor:
+        reason = obstacle(self, self._fused_children)
+        if reason:
+            warn_once(f"{type(self).__name__}: {reason}; running unfused")
+            return super().inverted_bottleneck(x)
+        return mbconv(
+            x,
+            self.tensors(),
+            self.description(),
+            training=True,  # which norms measure the batch is told by their own training flags
+            recompute=self.recompute,
+            drop_path_scale=self.drop_path.scale(x),
+        )
+
+    def extra_repr(self) -> str:
+        return f"recompute={self.recompute!r}"
+
+
+class FusedMBConv(FusedInvertedBottleneck):
+    """`reference.MBConvBlock` computed by fused kernels; the same arguments, names and numbers.
+
+    recompute: what the backward pass recomputes instead of keeping, in units of C_out channels of
+        the map at stride 1: "none" keeps 9 C (x and two wide tensors), "expand" 5 C, "block" 1 C;
+        "auto" is the fastest. Stock autograd keeps 26 C.
+    """
+
+
+class FusedAttention(reference.Attention):
+    """`reference.Attention` through `functional.window_attention`."""
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        table = self.bias_table(qkv.shape[1], qkv.shape[2])
+        return window_attention(qkv, table, self.description)
+
+
+class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
+    """`reference.MOATBlock` computed by fused kernels; the same arguments, names and numbers.
+
+    recompute: as in FusedMBConv; with "block" the attention half also keeps only its input.
+    """
+
+    attention_class = FusedAttention
+
+    def self_attention(self, y: Tensor) -> Tensor:
+        if self.recompute == "block" and y.requires_grad:
+            return checkpoint(super().self_attention, y, use_reentrant=False)
+        return super().self_attention(y)
