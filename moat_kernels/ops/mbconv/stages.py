@@ -106,7 +106,7 @@ class Linear(Stage):
 
 
 class BatchNorm(Stage):
-    """y = (x - mean) / sqrt(var + eps) * weight + bias; the batch's moments, or the running ones."""
+    """y = (x - mean) / sqrt(var + eps) * weight + bias, moments of the batch or running ones."""
 
     statistics_count = 2
 

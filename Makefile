@@ -1,0 +1,64 @@
+# Each of demo, test, bench and lint first sets up all that it needs: Python 3.10 or newer is
+# enough, and a C++ compiler adds the native CPU kernels. ARGS is passed on to the program run:
+#   make test ARGS="-k mbconv"
+PYTHON ?= python3
+VENV := .venv
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+REQUIREMENTS := $(VENV)/.requirements-installed
+PACKAGE := $(VENV)/.package-installed
+EXTENSION := moat_kernels/_C.abi3.so
+BUILD_LOG := build/extension.log
+
+# pip and the kernels' build find ninja there.
+export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
+
+.PHONY: help demo test bench lint clean
+
+help:
+	@echo "make demo | test | bench | lint | clean   (ARGS=... is passed on)"
+
+demo: $(EXTENSION)
+	$(VENV)/bin/python examples/train_classifier.py --blocks both $(ARGS)
+
+test: $(EXTENSION)
+	$(VENV)/bin/python -m pytest $(ARGS)
+
+bench: $(EXTENSION)
+	$(VENV)/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
+
+lint: $(REQUIREMENTS)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(VENV)/bin/mypy
+
+# Where the kernels cannot be built this makes no file, so the next run tries, and tells, again.
+$(EXTENSION): $(PACKAGE) $(CSRC) setup.py
+	@echo "Building the native CPU kernels (seconds to a minute; log: $(BUILD_LOG))"
+	@mkdir -p $(dir $(BUILD_LOG))
+	@$(VENV)/bin/python setup.py build_ext --inplace > $(BUILD_LOG) || { cat $(BUILD_LOG); exit 1; }
+	@if [ -f $@ ]; then touch $@; fi
+
+$(PACKAGE): $(REQUIREMENTS) pyproject.toml setup.py
+	@echo "Installing moat_kernels into $(VENV) in editable mode (seconds)"
+	@MOAT_KERNELS_SKIP_EXT=1 $(VENV)/bin/pip install -q --no-build-isolation --no-deps -e .
+	@touch $@
+
+$(REQUIREMENTS): requirements-dev.txt | $(VENV)/bin/python
+	@echo "Installing the packages of requirements-dev.txt into $(VENV) (a minute or two)"
+	@$(VENV)/bin/pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(VENV)/bin/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || { \
+	  echo "moat_kernels needs Python 3.10 or newer, as 'python3' or by 'make PYTHON=...'," \
+	       "but $(PYTHON) is: $$($(PYTHON) --version 2>&1)"; exit 1; }
+	@echo "Creating the virtual environment $(VENV) with $(PYTHON)"
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "$(PYTHON) cannot create virtual environments (on Debian and Ubuntu: package" \
+	       "python3-venv)"; exit 1; }
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info $(EXTENSION) moat_kernels/_build_record.json
+	rm -rf .benchmarks .hypothesis .mypy_cache .pytest_cache .ruff_cache
+	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,183 @@
+"""Builds the native CPU kernels in csrc/; everything else about the package is in pyproject.toml.
+
+Every csrc/cpu/kernels/*.cpp is compiled once per instruction set, into objects whose symbols lie in
+a namespace of that instruction set; csrc/cpu/isa.cpp chooses between them at run time.
+
+The kernels are optional: where they cannot be built, one line says why and the package installs
+without them. MOAT_KERNELS_SKIP_EXT=1 leaves them out on purpose; CXX and MAX_JOBS work as usual.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from glob import glob
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_ext import build_ext
+from setuptools.command.build_py import build_py
+
+# The oldest torch whose stable ABI has what csrc/ uses; the built library runs on it and on newer.
+MINIMUM_TORCH = (2, 11)
+TORCH_TARGET_VERSION = (MINIMUM_TORCH[0] << 56) | (MINIMUM_TORCH[1] << 48)
+
+SOURCES = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
+KERNEL_SOURCES = sorted(glob("csrc/cpu/kernels/*.cpp"))
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+
+COMPILE_FLAGS = [
+    "-std=c++17",
+    "-O3",
+    "-g0",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-Wall",
+    "-Wextra",
+]
+# Keep in step with the checks in csrc/cpu/isa.cpp.
+ISA_FLAGS = {"baseline": []}
+if platform.machine().lower() in ("x86_64", "amd64"):
+    ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]
+    ISA_FLAGS["avx512"] = [
+        *ISA_FLAGS["avx2"],
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    ]
+
+
+def compiler() -> str | None:
+    """The C++ compiler's command: $CXX, or the first usual name on PATH."""
+    commands = [os.environ["CXX"]] if os.environ.get("CXX") else ["c++", "g++", "clang++"]
+    return next((command for command in commands if shutil.which(shlex.split(command)[0])), None)
+
+
+def reason_torch_is_unsuitable() -> str:
+    if importlib.util.find_spec("torch") is None:
+        return (
+            "torch is not installed in the build environment "
+            "(use `pip install --no-build-isolation` where torch is installed)"
+        )
+    version = importlib.metadata.version("torch")
+    if tuple(int(part) for part in version.split(".")[:2]) < MINIMUM_TORCH:
+        return f"torch {version} is older than {'.'.join(map(str, MINIMUM_TORCH))}"
+    return ""
+
+
+@functools.cache
+def reason_not_built() -> str:
+    """Why this build leaves the native kernels out; empty if it does not."""
+    if os.environ.get("MOAT_KERNELS_SKIP_EXT", "0") not in ("", "0"):
+        return "MOAT_KERNELS_SKIP_EXT is set"
+    if sys.platform == "win32":
+        return "they need GCC or Clang, and Windows is not supported"
+    if reason := reason_torch_is_unsuitable():
+        return reason
+    if compiler() is None:
+        return f"no C++ compiler found (looked for {os.environ.get('CXX') or 'c++, g++, clang++'})"
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        return "Python.h not found (on Debian and Ubuntu: package python3-dev)"
+    return ""
+
+
+def record_build(root: Path) -> None:
+    """Write what was built, or why not, where moat_kernels.extension looks; say so if not."""
+    record = {"reason_not_built": reason_not_built()}
+    if record["reason_not_built"]:
+        print(
+            f"moat_kernels: native CPU kernels not built: {record['reason_not_built']}. "
+            "Everything else works, with stock PyTorch operations on the CPU.",
+            file=sys.stderr,
+        )
+    else:
+        version = subprocess.check_output([*shlex.split(compiler()), "--version"], text=True)
+        record["compiler"] = version.splitlines()[0]
+        record["torch"] = importlib.metadata.version("torch")
+        record["instruction_sets"] = list(ISA_FLAGS)
+    (root / "moat_kernels" / "_build_record.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def build_ext_command() -> type[build_ext]:
+    if reason_not_built():
+        base = build_ext
+    else:
+        from torch.utils.cpp_extension import BuildExtension as base
+
+    class BuildKernels(base):
+        def build_extension(self, extension):
+            try:
+                for isa, flags in ISA_FLAGS.items():
+                    extension.extra_objects += self.compiler.compile(
+                        KERNEL_SOURCES,
+                        output_dir=os.path.join(self.build_temp, isa),
+                        include_dirs=[os.path.abspath("csrc")],
+                        extra_postargs=[*COMPILE_FLAGS, f"-DMOAT_KERNELS_ISA={isa}", *flags],
+                    )
+                super().build_extension(extension)
+            except Exception as error:
+                raise RuntimeError(
+                    "compiling the native CPU kernels failed (the compiler's messages are in the "
+                    "output); MOAT_KERNELS_SKIP_EXT=1 installs moat_kernels without them"
+                ) from error
+
+        def run(self):
+            super().run()
+            if self.inplace:
+                record_build(Path())
+
+    return BuildKernels
+
+
+class BuildPython(build_py):
+    def run(self):
+        super().run()
+        record_build(Path() if self.editable_mode else Path(self.build_lib))
+
+
+def extension_arguments() -> dict:
+    """What setup() needs to build the extension; nothing where it is left out."""
+    if reason_not_built():
+        return {}
+    from torch.utils.cpp_extension import CppExtension, include_paths
+
+    # torch's ninja build and setuptools' linker step would otherwise each choose their own.
+    os.environ["CXX"] = compiler()
+    if importlib.util.find_spec("ninja"):
+        import ninja
+
+        # pip does not put the environment's own scripts on PATH.
+        os.environ["PATH"] += os.pathsep + ninja.BIN_DIR
+
+    extension = CppExtension(
+        "moat_kernels._C",
+        SOURCES,
+        depends=[*KERNEL_SOURCES, *HEADERS],
+        include_dirs=[os.path.abspath("csrc")],
+        extra_compile_args=[
+            *COMPILE_FLAGS,
+            f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION:#018x}",
+            # As system headers, torch's own do not warn.
+            *(f"-isystem{path}" for path in include_paths()),
+        ],
+        # torch's BuildExtension defines Py_LIMITED_API to match.
+        py_limited_api=True,
+    )
+    return {
+        "ext_modules": [extension],
+        "options": {"bdist_wheel": {"py_limited_api": "cp310"}},
+    }
+
+
+setup(
+    cmdclass={"build_ext": build_ext_command(), "build_py": BuildPython},
+    **extension_arguments(),
+)

@@ -1,0 +1,104 @@
+"""Loading the native kernels, and the choice of the instruction set at run time."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from moat_kernels import extension
+from moat_kernels.extension import build_record, load_extension
+
+needs_extension = pytest.mark.skipif(
+    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
+)
+ASK_FOR_ISA = """
+import torch
+from moat_kernels.extension import load_extension
+assert load_extension().usable
+print(torch.ops.moat_kernels.cpu_isa())
+"""
+
+
+@pytest.fixture
+def fresh_load() -> Iterator[None]:
+    """Lets a test load again, which a process otherwise does once."""
+    load_extension.cache_clear()
+    yield
+    load_extension.cache_clear()
+
+
+@functools.cache
+def run_with_isa(name: str) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "MOAT_KERNELS_CPU_ISA": name}
+    return subprocess.run(
+        [sys.executable, "-c", ASK_FOR_ISA], env=environment, capture_output=True, text=True
+    )
+
+
+@needs_extension
+def test_the_widest_instruction_set_of_this_cpu_is_chosen() -> None:
+    by_torch = {"AVX512": "avx512", "AVX2": "avx2"}
+    expected = by_torch.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    assert run_with_isa("").stdout.strip() == expected
+
+
+@needs_extension
+@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+def test_the_environment_chooses_an_instruction_set_that_the_cpu_has(name: str) -> None:
+    order = ["baseline", "avx2", "avx512"]
+    widest = run_with_isa("").stdout.strip()
+    result = run_with_isa(name)
+    if order.index(name) <= order.index(widest):
+        # The kernel reports the flags that it was compiled with, not what was asked for.
+        assert result.stdout.strip() == name
+    else:
+        expected = f"MOAT_KERNELS_CPU_ISA='{name}' names an instruction set that this CPU does not"
+        assert expected in result.stderr
+
+
+@needs_extension
+def test_an_unknown_instruction_set_is_refused() -> None:
+    message = "MOAT_KERNELS_CPU_ISA='avx3' is unknown; it may be baseline, avx2 or avx512"
+    assert message in run_with_isa("avx3").stderr
+
+
+@needs_extension
+def test_the_build_recorded_what_it_used() -> None:
+    record = build_record()
+    assert record["reason_not_built"] == ""
+    assert record["compiler"]
+    assert torch.ops.moat_kernels.cpu_isa() in record["instruction_sets"]
+
+
+def test_a_package_without_the_library_says_why(
+    fresh_load: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "moat_kernels._C", None)
+    monkeypatch.setattr(extension, "build_record", lambda: {"reason_not_built": "no compiler"})
+    assert load_extension().reason == "not built: no compiler"
+    assert not load_extension().usable
+
+
+def test_a_library_that_does_not_load_passes_on_the_loaders_message(
+    fresh_load: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(name: str) -> None:
+        raise ImportError(f"{name}: undefined symbol: torch_parallel_for")
+
+    monkeypatch.setattr(importlib, "import_module", fail)
+    reason = load_extension().reason
+    assert reason == "failed to load: moat_kernels._C: undefined symbol: torch_parallel_for"
+
+
+def test_an_old_torch_is_named_before_the_library_is_tried(
+    fresh_load: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
+    assert load_extension().reason == "torch 2.9.1+cpu is installed; at least 2.11 is needed"
