@@ -1,0 +1,154 @@
+"""Sorting out the names in an official checkpoint: what is a variable of MOAT, and what is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from .errors import CheckpointError
+from .names import SCOPES, Place, Rule, find_variable
+
+_AVERAGE_SUFFIX = "/ExponentialMovingAverage"
+_OBJECT_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
+_STAGES = 4
+
+
+@dataclass
+class Inventory:
+    """The names in a checkpoint, sorted. Variables are named without scope (``stem/conv_0/bias``).
+
+    Attributes:
+        origin: what messages call the checkpoint.
+        scope: the scope of all variables, ``moat`` or ``mbconv``.
+        raw: variable -> its name in the checkpoint.
+        averages: variable -> the name of its exponential moving average.
+        places: variable -> the module it belongs to.
+        skipped: name in the checkpoint -> why it is not used.
+        ema: whether averages are taken where they exist.
+    """
+
+    origin: str
+    ema: bool
+    scope: str = ""
+    raw: dict[str, str] = field(default_factory=dict)
+    averages: dict[str, str] = field(default_factory=dict)
+    places: dict[str, Place] = field(default_factory=dict)
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def key(self, variable: str) -> str | None:
+        """The name in the checkpoint that is taken for ``variable``; None if it is missing."""
+        average = self.averages.get(variable) if self.ema else None
+        return average or self.raw.get(variable)
+
+    def required_key(self, variable: str) -> str:
+        key = self.key(variable)
+        if key is None:
+            hint = " (only its average exists: ema=True)" if variable in self.averages else ""
+            raise self.error(f"{self.full_name(variable)} is missing{hint}")
+        return key
+
+    def source(self, rule: Rule, prefix: str) -> str:
+        """``raw``, ``ema`` or ``initial``: where the parameter of ``rule`` comes from."""
+        if not rule.variables:
+            return "initial"
+        names = [prefix + variable for variable in rule.variables]
+        averaged = [self.ema and name in self.averages for name in names]
+        if any(averaged) and not all(averaged):
+            raise self.error(
+                f"of {', '.join(map(self.full_name, names))}, which form one parameter, "
+                "some have an average and some have none"
+            )
+        return "ema" if any(averaged) else "raw"
+
+    def full_name(self, variable: str) -> str:
+        return f"{self.scope}/{variable}"
+
+    def error(self, message: str) -> CheckpointError:
+        return CheckpointError(f"{self.origin}: {message}")
+
+
+def take_inventory(names: Iterable[str], *, ema: bool, origin: str) -> Inventory:
+    """Sort the names of a checkpoint.
+
+    Raises:
+        CheckpointError: no variable of MOAT is there, one is there twice, or one is unknown.
+    """
+    names = list(names)
+    inventory = Inventory(origin, ema)
+    if any(name.endswith(_OBJECT_SUFFIX) for name in names):
+        raise inventory.error(
+            "an object-based TensorFlow 2 checkpoint; only checkpoints with variable names "
+            "(moat/stem/conv_0/kernel, ...) are supported"
+        )
+    for name in names:
+        _sort_in(inventory, name)
+    if not inventory.raw and not inventory.averages:
+        raise inventory.error(
+            f"no variable of MOAT (moat/... or mbconv/...) among its {len(names)} names, "
+            f"which begin with {names[:3]}"
+        )
+    if ema and not inventory.averages:
+        raise inventory.error("ema=True, but it has no exponential moving averages")
+    for variable, average in inventory.averages.items():
+        if not ema:
+            inventory.skipped[average] = "average, the raw value is taken"
+        elif variable in inventory.raw:
+            inventory.skipped[inventory.raw[variable]] = "raw value, the average is taken"
+    return inventory
+
+
+def _sort_in(inventory: Inventory, name: str) -> None:
+    bare = name.removesuffix(":0")
+    base = bare.removesuffix(_AVERAGE_SUFFIX)
+    scope, _, variable = base.partition("/")
+    if scope not in SCOPES:
+        inventory.skipped[name] = "not a variable of MOAT"
+        return
+    known = find_variable(variable)
+    if known is None:
+        if not _is_slot(variable):
+            raise inventory.error(f"{name} is not a variable that MOAT is known to have")
+        inventory.skipped[name] = "optimizer slot"
+        return
+    if inventory.scope not in ("", scope):
+        raise inventory.error(f"{name} is there beside variables in {inventory.scope}/")
+    inventory.scope = scope
+    found = inventory.raw if base == bare else inventory.averages
+    if variable in found:
+        raise inventory.error(f"{found[variable]} and {name} are the same variable")
+    found[variable] = name
+    inventory.places[variable] = known[0]
+
+
+def _is_slot(variable: str) -> bool:
+    """Optimizers name their slots <variable>/<slot>, for example .../kernel/Adam_1."""
+    while "/" in variable:
+        variable = variable.rpartition("/")[0]
+        if find_variable(variable) is not None:
+            return True
+    return False
+
+
+def find_places(inventory: Inventory) -> list[Place]:
+    """The modules a checkpoint must hold, in order, as far as its own names tell."""
+    present = set(inventory.places.values())
+    single = Place("single")
+    if single in present:
+        if len(present) > 1:
+            raise inventory.error("variables of a whole model beside those of a single block")
+        return [single]
+    places = [Place("stem")]
+    for stage in range(_STAGES):
+        last = max((place.index for place in present if _is_block_of(place, stage)), default=0)
+        # Blocks that are missing below the last are found when their variables are looked up.
+        places += [Place("block", stage, index) for index in range(last + 1)]
+    if Place("head") in present:
+        places.append(Place("head"))
+    if surplus := present.difference(places):
+        prefix = min(place.variable_prefix for place in surplus)
+        raise inventory.error(f"{inventory.full_name(prefix)}: MOAT has only {_STAGES} stages")
+    return places
+
+
+def _is_block_of(place: Place, stage: int) -> bool:
+    return place.kind == "block" and place.stage == stage

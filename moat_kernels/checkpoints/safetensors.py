@@ -1,0 +1,237 @@
+"""The .safetensors format: a JSON header and raw little-endian tensor data, nothing executable.
+
+Layout: the length of the header (8 bytes, little-endian), the header (UTF-8 JSON, padded with
+spaces), the data. The header maps each name to ``{"dtype", "shape", "data_offsets": [begin,
+end]}``, offsets counted from the end of the header; ``"__metadata__"`` maps strings to strings. The
+tensors fill the data exactly, without gaps and without overlap.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import struct
+import uuid
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from .errors import CheckpointError
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+_CODES = {dtype: code for code, dtype in _DTYPES.items()}
+_METADATA_KEY = "__metadata__"
+_LENGTH_BYTES = 8
+_ALIGNMENT = 8
+# The limit of the format's own library.
+_MAXIMUM_HEADER_BYTES = 100_000_000
+# Beyond every real tensor, and small enough that no product of sizes overflows.
+_MAXIMUM_RANK = 32
+_MAXIMUM_EXTENT_BITS = 48
+
+
+@dataclass(frozen=True)
+class _TensorPlace:
+    """A checked record of the header; ``begin`` and ``end`` count bytes of the data."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    begin: int
+    end: int
+
+
+def save_safetensors(
+    state_dict: Mapping[str, torch.Tensor],
+    path: str | os.PathLike[str],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Write ``state_dict`` to ``path``, whole or not at all (a temporary file is renamed).
+
+    Tensors may be on any device and have any strides; tensors that share storage are each written
+    in full. ``metadata`` is stored in the header.
+
+    Raises:
+        CheckpointError: a dtype, layout or name that the format cannot hold.
+    """
+    names = sorted(state_dict, key=lambda name: (-_itemsize(name, state_dict[name]), name))
+    header = _encode_header({name: state_dict[name] for name in names}, metadata)
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
+    try:
+        with temporary.open("xb") as file:
+            file.write(struct.pack("<Q", len(header)))
+            file.write(header)
+            for name in names:
+                flat = state_dict[name].detach().cpu().contiguous().reshape(-1)
+                file.write(flat.view(torch.uint8).numpy().data)
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
+    """The tensors in ``path``, by name, in the order of the file.
+
+    The file is memory-mapped privately: data is read when it is used, and writing to a tensor does
+    not change the file. While the tensors live the file may be replaced, but must not be
+    overwritten.
+
+    Raises:
+        CheckpointError: the file is truncated, damaged, not a .safetensors file, or has a dtype
+            that is not supported.
+    """
+    path = Path(path)
+    try:
+        return _load(path)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+
+
+def _itemsize(name: str, tensor: torch.Tensor) -> int:
+    if not isinstance(name, str) or name == _METADATA_KEY:
+        raise CheckpointError(f"{name!r} cannot be the name of a tensor")
+    if not isinstance(tensor, torch.Tensor):
+        raise CheckpointError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
+    if tensor.dtype not in _CODES:
+        supported = ", ".join(str(dtype) for dtype in _CODES)
+        raise CheckpointError(f"{name!r} has dtype {tensor.dtype}; supported are {supported}")
+    if tensor.layout is not torch.strided or tensor.is_meta:
+        raise CheckpointError(
+            f"{name!r} is {tensor.layout} on {tensor.device}, it has no dense data"
+        )
+    return tensor.itemsize
+
+
+def _encode_header(
+    tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None
+) -> bytes:
+    header: dict[str, Any] = {}
+    if metadata is not None:
+        if not all(isinstance(text, str) for item in metadata.items() for text in item):
+            raise CheckpointError(f"metadata must map strings to strings: {metadata!r}")
+        header[_METADATA_KEY] = dict(metadata)
+    end = 0
+    for name, tensor in tensors.items():
+        begin, end = end, end + tensor.numel() * tensor.itemsize
+        header[name] = {
+            "dtype": _CODES[tensor.dtype],
+            "shape": list(tensor.shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    return text + b" " * (-len(text) % _ALIGNMENT)
+
+
+def _load(path: Path) -> dict[str, torch.Tensor]:
+    header, data_begin, data_size = _read_header(path)
+    metadata = header.pop(_METADATA_KEY, {})
+    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
+        raise CheckpointError(f"{_METADATA_KEY} does not map strings to strings")
+    places = sorted(
+        (_check_record(name, record) for name, record in header.items()),
+        key=lambda place: (place.begin, place.end),
+    )
+    position = 0
+    for place in places:
+        if place.begin != position:
+            raise CheckpointError(
+                f"{place.name!r} begins at byte {place.begin} of the data, expected {position} "
+                "(a gap or an overlap)"
+            )
+        position = place.end
+    if position != data_size:
+        raise CheckpointError(
+            f"the tensors take {position} bytes, the file has {data_size} (truncated or damaged)"
+        )
+    data = np.asarray(np.memmap(path, dtype=np.uint8, mode="c"))[data_begin:]
+    return {place.name: _tensor(place, data) for place in places}
+
+
+def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """The parsed header, the position of the data and its size in bytes."""
+    with path.open("rb") as file:
+        available = file.seek(0, os.SEEK_END) - _LENGTH_BYTES
+        file.seek(0)
+        if available < 0:
+            raise CheckpointError("not a .safetensors file: shorter than the length of its header")
+        (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES))
+        # Compared before anything is allocated.
+        if length > min(available, _MAXIMUM_HEADER_BYTES):
+            raise CheckpointError(
+                f"not a .safetensors file, or truncated: a header of {length} bytes is announced, "
+                f"{available} bytes follow"
+            )
+        text = file.read(length)
+    if not text.startswith(b"{"):
+        raise CheckpointError("not a .safetensors file: its header is not a JSON object")
+    try:
+        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
+    except CheckpointError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise CheckpointError(f"its header is not valid JSON: {error}") from None
+    return header, _LENGTH_BYTES + length, available - length
+
+
+def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    result = dict(pairs)
+    if len(result) != len(pairs):
+        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
+        raise CheckpointError(f"its header has the key {twice!r} twice")
+    return result
+
+
+def _check_record(name: str, record: Any) -> _TensorPlace:
+    if not isinstance(record, dict) or record.keys() != {"dtype", "shape", "data_offsets"}:
+        raise CheckpointError(f"{name!r} is not described by dtype, shape and data_offsets")
+    code, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
+    if not isinstance(code, str) or code not in _DTYPES:
+        raise CheckpointError(f"{name!r} has dtype {code!r}; supported are {', '.join(_DTYPES)}")
+    if not _are_sizes(shape):
+        raise CheckpointError(f"{name!r} has the impossible shape {shape!r}")
+    if len(shape) > _MAXIMUM_RANK:
+        raise CheckpointError(f"{name!r} has {len(shape)} dimensions, at most {_MAXIMUM_RANK} go")
+    if math.prod(max(size, 1) for size in shape) >> _MAXIMUM_EXTENT_BITS:
+        raise CheckpointError(f"{name!r} has the impossible shape {shape!r}")
+    if not _are_sizes(offsets) or len(offsets) != 2:
+        raise CheckpointError(f"{name!r} has the impossible data_offsets {offsets!r}")
+    begin, end = offsets
+    dtype = _DTYPES[code]
+    expected = math.prod(shape) * dtype.itemsize
+    if end - begin != expected:
+        raise CheckpointError(
+            f"{name!r}: {code} of shape {shape} takes {expected} bytes, its data_offsets {offsets}"
+        )
+    return _TensorPlace(name, dtype, tuple(shape), begin, end)
+
+
+def _are_sizes(value: Any) -> bool:
+    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
+
+
+def _tensor(place: _TensorPlace, data: np.ndarray) -> torch.Tensor:
+    stored = data[place.begin : place.end]
+    if stored.ctypes.data % place.dtype.itemsize:
+        # The format does not promise alignment.
+        stored = stored.copy()
+    if place.dtype is torch.bool and stored.max(initial=0) > 1:
+        raise CheckpointError(f"{place.name!r} is BOOL, but has bytes other than 0 and 1")
+    return torch.from_numpy(stored).view(place.dtype).reshape(place.shape)
