@@ -12,7 +12,8 @@ so that no E-wide tensor is read for a statistic, neither here nor in the backwa
 chain through v1 and S is C x C algebra plus one [N, C] x [C, C] product.
 
 Rows are shifted by a pilot mean before they are multiplied: a raw x^T x loses everything for
-|mean| >> std. The quadratic form v1 is evaluated in float64, where cancelling channels cost least.
+|mean| >> std. Products of a tile of rows are summed in float32, tiles and the quadratic form v1 in
+float64: channels that cancel in a row of W' lose least.
 """
 
 from __future__ import annotations
@@ -30,15 +31,29 @@ from moat_kernels.ops.mbconv.stages import (
 )
 
 
+# Rows whose products are summed in float32 before float64 takes over: as fast as one large product
+# (two threads, 64 to 512 channels), and small beside the rows themselves.
+TILE_ROWS = 512
+
+
+def _widest(device: torch.device) -> torch.dtype:
+    """float64 where the device has it."""
+    return torch.float32 if device.type == "mps" else torch.float64
+
+
 def covariance(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean [C], biased covariance [C, C]) of rows [N, C] that are about centred."""
-    mean = rows.mean(0)
-    return mean, torch.addmm(torch.outer(mean, -mean), rows.t(), rows, alpha=1 / rows.shape[0])
+    """(mean [C], biased covariance [C, C]) in float64 of rows [N, C] that are about centred."""
+    wide, count = _widest(rows.device), rows.shape[0]
+    tiled = count - count % TILE_ROWS
+    tiles, rest = rows[:tiled].view(-1, TILE_ROWS, rows.shape[1]), rows[tiled:]
+    products = torch.bmm(tiles.transpose(1, 2), tiles).to(wide).sum(0) + (rest.t() @ rest)
+    mean = (tiles.sum(1).to(wide).sum(0) + rest.sum(0)) / count
+    return mean, torch.addr(products / count, mean, mean, alpha=-1)
 
 
 def projected_variance(weight: Tensor, covariance: Tensor) -> Tensor:
-    """diag(W S W^T) [E] of weight [E, C] and covariance [C, C], in float64, clamped at 0."""
-    weight, covariance = weight.double(), covariance.double()
+    """diag(W S W^T) [E] of weight [E, C] and covariance [C, C], clamped at 0."""
+    weight = weight.to(covariance.dtype)
     return ((weight @ covariance) * weight).sum(1).clamp_(min=0)
 
 
@@ -85,11 +100,12 @@ class FoldedExpand(Stage):
             return
         pilot = as_rows(x).mean(0, dtype=self.dtype)
         self.statistics = (pilot,)
-        offset, matrix = covariance(self._rows(x).to(self.dtype))
+        offset, exact = covariance(self._rows(x).to(self.dtype))
+        offset, matrix = offset.to(self.dtype), exact.to(self.dtype)
         self.statistics = (pilot, offset, matrix, pilot.new_empty(0))
         if self.measures_expand:
             _, scale, _ = self._pre_affine()
-            variance = projected_variance(self.wide_weight * scale, matrix).to(self.dtype)
+            variance = projected_variance(self.wide_weight * scale, exact).to(self.dtype)
             self.statistics = (pilot, offset, matrix, variance)
 
     def _pre_affine(self) -> tuple[Tensor, Tensor, Tensor]:

@@ -143,6 +143,10 @@ class BatchNorm(Stage):
     def backward(self, grad: Tensor, x: Tensor, needs_input: bool) -> Tensor | None:
         mean, variance = self.statistics
         weight, _ = self._affine()
+        if x.numel() == 0:  # PyTorch's own backward divides by the number of rows
+            for part in ("weight", "bias"):
+                self._collect(f"{self.name}_{part}", lambda: torch.zeros_like(mean))
+            return grad
         grad_x, grad_weight, grad_bias = torch.ops.aten.native_batch_norm_backward(
             grad,
             x,

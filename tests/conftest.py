@@ -1,0 +1,22 @@
+"""Every test runs with uninitialised memory filled with NaN: an unwritten element shows."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    torch.manual_seed(0)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    # Small tensors on a possibly busy machine: more threads would only wait for each other.
+    torch.set_num_threads(1)
