@@ -14,7 +14,59 @@ std::string cpu_isa() { return MOAT_KERNELS_DISPATCH(isa_name)(); }
 
 }  // namespace
 
-STABLE_TORCH_LIBRARY(moat_kernels, library) { library.def("cpu_isa() -> str"); }
+STABLE_TORCH_LIBRARY(moat_kernels, library) {
+  library.def("cpu_isa() -> str");
+  // Maps are [B, H, W, C]; csrc/cpu/mbconv_arguments.h says what the lists hold.
+  library.def(
+      "cpu_mbconv_eval(Tensor x, Tensor?[] convolutions, Tensor?[] norms, float[] eps, "
+      "Tensor? drop_path_scale, int stride, int[] padding, str[] activations, bool residual, "
+      "str pool_kind, int[] pool, ScalarType dtype) -> Tensor");
+  // The passes of training; csrc/cpu/kernels/mbconv_train.h says what each computes.
+  const std::string settings = ", int[] geometry, str[] activations) -> ";
+  const auto define = [&](const std::string& arguments, const std::string& results) {
+    library.def((arguments + settings + results).c_str());
+  };
+  library.def("cpu_mbconv_moments(Tensor x) -> Tensor");
+  library.def("cpu_mbconv_rows(Tensor x, Tensor? shift, Tensor? scale) -> Tensor");
+  define("cpu_mbconv_expand(Tensor rows, Tensor weight, bool measures", "(Tensor, Tensor)");
+  define("cpu_mbconv_depthwise(Tensor z1, Tensor coefficients, Tensor weights, bool measures",
+         "(Tensor, Tensor)");
+  define("cpu_mbconv_pool(Tensor z2, Tensor coefficients", "Tensor");
+  define(
+      "cpu_mbconv_project(Tensor z2, Tensor coefficients, Tensor? gate, Tensor weight, "
+      "Tensor? bias, Tensor? drop_path_scale, Tensor? addend",
+      "Tensor");
+  define(
+      "cpu_mbconv_backward_project(Tensor grad_rows, Tensor z2, Tensor coefficients, "
+      "Tensor? gate, Tensor weight",
+      "(Tensor, Tensor, Tensor, Tensor)");
+  define(
+      "cpu_mbconv_backward_gate(Tensor(a!) dy2, Tensor z2, Tensor coefficients, Tensor gate, "
+      "Tensor grad_mean",
+      "Tensor");
+  define(
+      "cpu_mbconv_backward_depthwise(Tensor dy2, Tensor z2, Tensor z1, Tensor coefficients, "
+      "Tensor weights",
+      "(Tensor, Tensor, Tensor)");
+  define(
+      "cpu_mbconv_backward_expand_weight(Tensor dpre, Tensor z1, Tensor coefficients, "
+      "Tensor rows",
+      "Tensor");
+  define(
+      "cpu_mbconv_backward_expand_input(Tensor dpre, Tensor z1, Tensor coefficients, "
+      "Tensor weight, Tensor rows, Tensor factor, Tensor offset, Tensor? addend",
+      "Tensor");
+  // -> (output, log_sum_exp [B, heads, H, W]) and (gradient of qkv, gradient of bias_table as a
+  // flat tensor, empty if not needed). heads_first: the channels are (heads, 3, head_dim).
+  library.def(
+      "cpu_window_attention_forward(Tensor qkv, Tensor? bias_table, int heads, int head_dim, "
+      "int window_height, int window_width, float scale, bool heads_first, bool grid) "
+      "-> (Tensor, Tensor)");
+  library.def(
+      "cpu_window_attention_backward(Tensor grad, Tensor qkv, Tensor? bias_table, Tensor output, "
+      "Tensor log_sum_exp, int heads, int head_dim, int window_height, int window_width, "
+      "float scale, bool heads_first, bool grid, bool needs_table) -> (Tensor, Tensor)");
+}
 
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CompositeExplicitAutograd, library) {
   library.impl("cpu_isa", TORCH_BOX(&cpu_isa));

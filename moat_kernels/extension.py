@@ -12,6 +12,25 @@ from typing import Any
 import torch
 from torch.torch_version import TorchVersion
 
+# What Python calls; a library that lacks one was built from older sources.
+NATIVE_OPS = (
+    "cpu_isa",
+    "cpu_mbconv_eval",
+    "cpu_mbconv_moments",
+    "cpu_mbconv_rows",
+    "cpu_mbconv_expand",
+    "cpu_mbconv_depthwise",
+    "cpu_mbconv_pool",
+    "cpu_mbconv_project",
+    "cpu_mbconv_backward_project",
+    "cpu_mbconv_backward_gate",
+    "cpu_mbconv_backward_depthwise",
+    "cpu_mbconv_backward_expand_weight",
+    "cpu_mbconv_backward_expand_input",
+    "cpu_window_attention_forward",
+    "cpu_window_attention_backward",
+)
+
 # The library is built against this version's stable ABI (setup.py): it runs on it and on newer.
 MINIMUM_TORCH = "2.11"
 
@@ -51,4 +70,7 @@ def load_extension() -> ExtensionStatus:
         return ExtensionStatus(False, f"not built: {why}")
     except ImportError as error:
         return ExtensionStatus(False, f"failed to load: {error}")
+    missing = [name for name in NATIVE_OPS if not hasattr(torch.ops.moat_kernels, name)]
+    if missing:
+        return ExtensionStatus(False, f"built from older sources, without {', '.join(missing)}")
     return ExtensionStatus(True)

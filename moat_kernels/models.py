@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -82,6 +83,7 @@ class MOAT(nn.Module):
         windows = _windows_per_stage(window_size)
         if not 0.0 <= drop_path_rate < 1.0:
             raise ValueError(f"drop_path_rate must be within [0, 1), got {drop_path_rate!r}")
+        self.fused = fused
         self.features_only = features_only
         self.num_features = widths[-1]
         self.stem = Stem(stem_width)
@@ -97,16 +99,14 @@ class MOAT(nn.Module):
                     "pool_size": pool_size,
                     "drop_path": drop_path_rate * index / blocks,
                 }
+                if fused:
+                    options["recompute"] = recompute
                 if stage in ATTENTION_STAGES:
                     whole_map = global_attention_at_end and position == depth - 1
                     options["window_size"] = None if whole_map else windows[stage]
                     options["position_size"] = POSITION_SIZES[stage] if position_embedding else None
                     options["head_dim"] = HEAD_DIM
-                stage_blocks.append(
-                    _block_class(stage, fused)(
-                        channels, width, **options, **({"recompute": recompute} if fused else {})
-                    )
-                )
+                stage_blocks.append(_block_class(stage, fused)(channels, width, **options))
                 channels, index = width, index + 1
             self.stages.append(stage_blocks)
         self.final_layer_norm: nn.LayerNorm | None = None
@@ -138,14 +138,19 @@ class MOAT(nn.Module):
         return self.logits_head
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
-        """The raw outputs of the stem and the four stages, at strides 2, 4, 8, 16, 32."""
+        """The raw outputs of the stem and the four stages, at strides 2, 4, 8, 16, 32.
+
+        With fused blocks they are in channels_last, whatever x is.
+        """
         if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != 3:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x must be [B, 3, H, W], got {found}")
+        if self.fused:  # otherwise each block converts to channels_last and back
+            x = x.contiguous(memory_format=torch.channels_last)
         outputs = [self.stem(x)]
         for stage in self.stages:
             x = outputs[-1]
-            for block in stage:
+            for block in stage.children():
                 x = block(x)
             outputs.append(x)
         return outputs
@@ -164,7 +169,9 @@ class MOAT(nn.Module):
         if not self.features_only:
             return self.forward_head(self.forward_features(x))
         endpoints: OrderedDict[str, Tensor] = OrderedDict()
+        contiguous = x.is_contiguous()
         for number, output in enumerate(self.forward_stages(x), start=1):
+            output = output.contiguous() if contiguous else output
             endpoints[f"stage{number}"] = output
             endpoints[f"res{number}"] = F.gelu(output)
         return endpoints

@@ -38,6 +38,8 @@ def obstacle(owner: nn.Module, names: tuple[str, ...]) -> str:
         if child is None:
             continue
         for path, module in child.named_modules(prefix=name):
+            if ".parametrizations" in path:
+                continue  # they run when the tensor is read
             if type(module) not in _STOCK_CLASSES and not _is_parametrized(module):
                 return f"{path} was replaced by {type(module).__name__}"
             if any(getattr(module, hooks) for hooks in _HOOKS):

@@ -102,3 +102,11 @@ def test_an_old_torch_is_named_before_the_library_is_tried(
 ) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     assert load_extension().reason == "torch 2.9.1+cpu is installed; at least 2.11 is needed"
+
+
+@needs_extension
+def test_a_library_of_older_sources_is_not_used(
+    fresh_load: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extension, "NATIVE_OPS", (*extension.NATIVE_OPS, "cpu_of_tomorrow"))
+    assert load_extension().reason == "built from older sources, without cpu_of_tomorrow"

@@ -12,11 +12,13 @@ from typing import TypeVar
 
 import torch
 
-BACKENDS = ("reference", "torch")
+from moat_kernels.extension import load_extension
+
+BACKENDS = ("reference", "torch", "cpu")
 ENVIRONMENT_VARIABLE = "MOAT_KERNELS_BACKEND"
 
 # Tried in this order, by the type of the tensor's device, when no backend was asked for.
-_PREFERENCE: dict[str, tuple[str, ...]] = {}
+_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch", "reference")}
 _DEFAULT_PREFERENCE = ("torch", "reference")
 
 _requested: ContextVar[str | None] = ContextVar("moat_kernels_backend", default=None)
@@ -37,9 +39,18 @@ class BackendStatus:
     reason: str = ""
 
 
+# Loaded here rather than at the first call, which torch.compile may be tracing.
+_EXTENSION = load_extension()
+_STATUS = {
+    "reference": BackendStatus(True),
+    "torch": BackendStatus(True),
+    "cpu": BackendStatus(_EXTENSION.usable, f"native kernels {_EXTENSION.reason}"),
+}
+
+
 def backend_status() -> dict[str, BackendStatus]:
     """The state of every backend of this version, by name."""
-    return {name: BackendStatus(True) for name in BACKENDS}
+    return dict(_STATUS)
 
 
 def _check_name(name: str, source: str) -> None:
@@ -66,8 +77,12 @@ def use_backend(name: str) -> Iterator[None]:
         _requested.reset(token)
 
 
+@torch.compiler.assume_constant_result
 def requested_backend() -> str | None:
-    """The backend asked for by `use_backend` or else MOAT_KERNELS_BACKEND; None: choose."""
+    """The backend asked for by `use_backend` or else MOAT_KERNELS_BACKEND; None: choose.
+
+    torch.compile asks once, when it traces.
+    """
     name = _requested.get()
     if name is None:
         name = os.environ.get(ENVIRONMENT_VARIABLE) or None
@@ -97,14 +112,19 @@ def choose_backend(
     if requested is not None:
         candidates: tuple[str, ...] = (requested, "reference")
     else:
-        candidates = _PREFERENCE.get(device.type, _DEFAULT_PREFERENCE)
+        preferred = _PREFERENCE.get(device.type, _DEFAULT_PREFERENCE)
+        candidates = tuple(name for name in preferred if _STATUS[name].usable)
+    reasons = []
+    chosen = "reference"
     for name in candidates:
         if name == "reference":
-            return name
-        if name not in implementations:
-            continue
-        reason = unsupported(implementations[name])
+            break
+        reason = "the op" if name not in implementations else unsupported(implementations[name])
         if not reason:
-            return name
-        warn_once(f"{op}: backend {name!r} does not cover {reason}; falling back")
-    return "reference"
+            chosen = name
+            break
+        reasons.append(f"backend {name!r} does not cover {reason}")
+    # Of the backends that nobody asked for, only the last one's failure costs much speed.
+    if reasons and (requested is not None or chosen == "reference"):
+        warn_once(f"{op}: {'; '.join(reasons)}; falling back to {chosen!r}")
+    return chosen

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
+from torch import Tensor
+
+Implementation = Callable[..., list[Tensor]]
 
 # A fragment: the native extension, where it is built, defines the library itself.
 LIBRARY = torch.library.Library("moat_kernels", "FRAGMENT")
 
 
-def define_op(schema: str, implementation, fake) -> None:
+def define_op(schema: str, implementation: Implementation, fake: Implementation) -> None:
     """Register an op with one implementation for every device and one for fake tensors."""
     name = schema.partition("(")[0]
     LIBRARY.define(schema)

@@ -26,7 +26,6 @@ RECOMPUTE_LEVELS = ["none", "expand", "block"]
 MAPS = [(2, 7, 6), (9, 7, 8)]
 
 
-
 def check(actual: dict, expected: dict, dtype: torch.dtype = torch.float64) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():

@@ -229,7 +229,11 @@ def test_opcheck() -> None:
         ((torch.zeros(2, 4, 48), None), ValueError, r"qkv must be \[B, H, W, 3\*heads\*head_dim\]"),
         ((torch.zeros(2, 4, 4, 47), None), ValueError, r"qkv must be \[B, H, W, 48\]"),
         ((torch.zeros(2, 4, 4, 48).int(), None), TypeError, "qkv must be float64"),
-        ((torch.zeros(2, 4, 4, 48), torch.zeros(2, 5, 5)), ValueError, r"bias_table must be \(2, 7"),
+        (
+            (torch.zeros(2, 4, 4, 48), torch.zeros(2, 5, 5)),
+            ValueError,
+            r"bias_table must be \(2, 7",
+        ),
     ],
 )
 def test_bad_calls_name_the_argument(arguments: tuple, error: type, message: str) -> None:

@@ -98,7 +98,8 @@ def _check_agreement(parameters: MBConvParameters, description: MBConvDescriptio
 def _check_sizes(
     x: Tensor, parameters: MBConvParameters, description: MBConvDescription, training: bool
 ) -> None:
-    kernel_size = tuple(parameters.depthwise_weight.shape[2:])
+    kernel_height, kernel_width = parameters.depthwise_weight.shape[2:]
+    kernel_size = (kernel_height, kernel_width)
     batch, _, height, width = x.shape
     top, bottom, left, right = resolve_padding(
         description.padding, height, width, kernel_size, description.stride

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal, NamedTuple
 
 from torch import Tensor
 
+from moat_kernels.ops.encoding import decode_fields, encode
 from moat_kernels.ops.spatial import Padding
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "identity")
@@ -142,7 +141,7 @@ class MBConvDescription:
 
     def encode(self) -> str:
         """The description as text, for operator schemas; `decode` is its inverse."""
-        return _encode(self)
+        return encode(self)
 
     @staticmethod
     def decode(text: str) -> MBConvDescription:
@@ -150,25 +149,15 @@ class MBConvDescription:
 
 
 @cache
-def _encode(description: MBConvDescription) -> str:
-    return json.dumps(dataclasses.asdict(description), sort_keys=True)
-
-
-@cache
 def _decode(text: str) -> MBConvDescription:
-    fields = json.loads(text)
+    fields = decode_fields(text)
     for name in NORMS:
         fields[name] = fields[name] and Norm(**fields[name])
     if fields["squeeze_excite"]:
         fields["squeeze_excite"] = SqueezeExcite(**fields["squeeze_excite"])
     if fields["pool"]:
-        fields["pool"] = Pool(**_with_padding_tuple(fields["pool"]))
-    return MBConvDescription(**_with_padding_tuple(fields))
-
-
-def _with_padding_tuple(fields: dict) -> dict:
-    padding = fields["padding"]
-    return {**fields, "padding": padding if padding == "tf_same" else tuple(padding)}
+        fields["pool"] = Pool(**fields["pool"])
+    return MBConvDescription(**fields)
 
 
 class NormParameters(NamedTuple):

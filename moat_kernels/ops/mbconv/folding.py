@@ -30,7 +30,6 @@ from moat_kernels.ops.mbconv.stages import (
     statistics_dtype,
 )
 
-
 # Rows whose products are summed in float32 before float64 takes over: as fast as one large product
 # (two threads, 64 to 512 channels), and small beside the rows themselves.
 TILE_ROWS = 512

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from moat_kernels.ops.autocast import autocast_dtype, without_autocast
 from moat_kernels.ops.backends import choose_backend
-from moat_kernels.ops.mbconv import reference, torch_backend
+from moat_kernels.ops.mbconv import cpu_backend, reference, torch_backend
 from moat_kernels.ops.mbconv.checks import check_mbconv
 from moat_kernels.ops.mbconv.description import (
     NORMS,
@@ -20,7 +22,7 @@ from moat_kernels.ops.mbconv.description import (
 from moat_kernels.ops.mbconv.running import update_running_statistics
 from moat_kernels.ops.registration import define_op
 
-IMPLEMENTATIONS = {"torch": torch_backend}
+IMPLEMENTATIONS = {"torch": torch_backend, "cpu": cpu_backend}
 
 _WEIGHTS = (
     "expand_weight",
@@ -108,9 +110,11 @@ def flatten(parameters: MBConvParameters) -> tuple[list[Tensor | None], list[Ten
     return tensors, running
 
 
-def unflatten(tensors: list[Tensor | None], running: list[Tensor | None]) -> MBConvParameters:
+def unflatten(
+    tensors: Sequence[Tensor | None], running: Sequence[Tensor | None]
+) -> MBConvParameters:
     """The inverse of `flatten`."""
-    fields = dict(zip(_WEIGHTS, tensors, strict=False))
+    fields: dict[str, Any] = dict(zip(_WEIGHTS, tensors, strict=False))
     for index, name in enumerate(NORMS):
         affine = tensors[len(_WEIGHTS) + 2 * index : len(_WEIGHTS) + 2 * index + 2]
         fields[name] = NormParameters(*affine, *running[2 * index : 2 * index + 2])
@@ -137,11 +141,18 @@ def _fused(
         tensor if _is_frozen(description, index // 2) else None
         for index, tensor in enumerate(running)
     ]
-    results = _MBConv.apply(
-        x, drop_path_scale, description.encode(), recompute, backend, *tensors, *running
-    )
-    output, measured = results[0], results[1:]
     names = [name for name in NORMS if _measures(description, name)]
+    choices = (description.encode(), recompute, backend)
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *tensors)
+    ):
+        output, *measured = _MBConv.apply(
+            x, drop_path_scale, choices, 2 * len(names), *tensors, *running
+        )
+    else:
+        output, *measured = torch.ops.moat_kernels.mbconv_forward(
+            x, tensors, running, drop_path_scale, *choices, False
+        )
     moments = {
         name: (measured[2 * index], measured[2 * index + 1]) for index, name in enumerate(names)
     }
@@ -162,33 +173,30 @@ class _MBConv(torch.autograd.Function):
     """Saves x, the parameters and what the backend asks for; one operator each way."""
 
     @staticmethod
-    def forward(ctx, x, drop_path_scale, description, recompute, backend, *tensors):
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        drop_path_scale: Tensor | None,
+        choices: tuple[str, str, str],
+        moment_count: int,
+        *tensors: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         parameters, running = tensors[: len(PARAMETER_NAMES)], tensors[len(PARAMETER_NAMES) :]
-        differentiable = any(ctx.needs_input_grad)
-        norms = MBConvDescription.decode(description)
-        results = 1 + 2 * sum(_measures(norms, name) for name in NORMS)
+        results = 1 + moment_count
         outputs = torch.ops.moat_kernels.mbconv_forward(
-            x,
-            parameters,
-            running,
-            drop_path_scale,
-            description,
-            recompute,
-            backend,
-            differentiable,
+            x, parameters, running, drop_path_scale, *choices, True
         )
-        if differentiable:
-            ctx.save_for_backward(x, drop_path_scale, *tensors, *outputs[results:])
-        ctx.choices = (description, recompute, backend)
+        ctx.save_for_backward(x, drop_path_scale, *tensors, *outputs[results:])
+        ctx.choices = choices
         ctx.mark_non_differentiable(*outputs[1:results])
         ctx.set_materialize_grads(False)
         return tuple(outputs[:results])
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         count = len(PARAMETER_NAMES)
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5 : 5 + count]]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4 : 4 + count]]
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         x, drop_path_scale, *rest = ctx.saved_tensors
@@ -206,13 +214,20 @@ class _MBConv(torch.autograd.Function):
             )
         )
         grad_x, *grad_parameters = [next(gradients) if needed else None for needed in needs]
-        return (grad_x, None, None, None, None, *grad_parameters, *(None,) * (2 * len(NORMS)))
+        return (grad_x, None, None, None, *grad_parameters, *(None,) * (2 * len(NORMS)))
 
 
 @without_autocast
 def _forward_op(
-    x, parameters, running, drop_path_scale, description, recompute, backend, differentiable
-):
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    running: Sequence[Tensor | None],
+    drop_path_scale: Tensor | None,
+    description: str,
+    recompute: str,
+    backend: str,
+    differentiable: bool,
+) -> list[Tensor]:
     implementation = IMPLEMENTATIONS[backend]
     decoded, tensors = MBConvDescription.decode(description), unflatten(parameters, running)
     level = (
@@ -228,8 +243,17 @@ def _forward_op(
 
 @without_autocast
 def _backward_op(
-    grad, x, parameters, running, drop_path_scale, saved, description, recompute, backend, needs
-):
+    grad: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    running: Sequence[Tensor | None],
+    drop_path_scale: Tensor | None,
+    saved: list[Tensor],
+    description: str,
+    recompute: str,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
     implementation = IMPLEMENTATIONS[backend]
     decoded, tensors = MBConvDescription.decode(description), unflatten(parameters, running)
     names = ("x", *PARAMETER_NAMES)
@@ -244,12 +268,10 @@ def _backward_op(
         saved,
         needed,
     )
-    sources = dict(zip(names, (x, *parameters), strict=True))
     results = []
-    for name in names:
-        if name in needed:
-            gradient, source = gradients[name], sources[name]
-            gradient = gradient.reshape(source.shape).to(source.dtype)
+    for name, source in zip(names, (x, *parameters), strict=True):
+        if name in needed and source is not None:
+            gradient = gradients[name].reshape(source.shape).to(source.dtype)
             results.append(_in_format_of(gradient, x) if name == "x" else gradient.contiguous())
     return results
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import json
 from dataclasses import dataclass
 from functools import cache
 from typing import Literal
+
+from moat_kernels.ops.encoding import decode_fields, encode
 
 PARTITIONS = ("window", "grid")
 QKV_LAYOUTS = ("qkv_heads", "heads_qkv")
@@ -63,7 +63,7 @@ class WindowAttentionDescription:
 
     def encode(self) -> str:
         """The description as text, for operator schemas; `decode` is its inverse."""
-        return _encode(self)
+        return encode(self)
 
     @staticmethod
     def decode(text: str) -> WindowAttentionDescription:
@@ -71,13 +71,5 @@ class WindowAttentionDescription:
 
 
 @cache
-def _encode(description: WindowAttentionDescription) -> str:
-    return json.dumps(dataclasses.asdict(description), sort_keys=True)
-
-
-@cache
 def _decode(text: str) -> WindowAttentionDescription:
-    fields = json.loads(text)
-    if fields["window_size"] is not None:
-        fields["window_size"] = tuple(fields["window_size"])
-    return WindowAttentionDescription(**fields)
+    return WindowAttentionDescription(**decode_fields(text))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,11 +12,11 @@ from moat_kernels.ops.autocast import autocast_dtype, without_autocast
 from moat_kernels.ops.backends import choose_backend
 from moat_kernels.ops.checks import check_tensor
 from moat_kernels.ops.registration import define_op
-from moat_kernels.ops.window_attention import reference, torch_backend
+from moat_kernels.ops.window_attention import cpu_backend, reference, torch_backend
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 from moat_kernels.ops.window_attention.position_bias import crop_table, table_size
 
-IMPLEMENTATIONS = {"torch": torch_backend}
+IMPLEMENTATIONS = {"torch": torch_backend, "cpu": cpu_backend}
 
 
 def window_attention(
@@ -94,12 +95,13 @@ class _WindowAttention(torch.autograd.Function):
     """Saves qkv, the table, the output, and what the backend asks for; one operator each way."""
 
     @staticmethod
-    def forward(ctx, qkv, bias_table, description, backend):
+    def forward(
+        ctx: Any, qkv: Tensor, bias_table: Tensor | None, description: str, backend: str
+    ) -> tuple[Tensor, ...]:
         output, *saved = torch.ops.moat_kernels.window_attention_forward(
             qkv, bias_table, description, backend
         )
-        if any(ctx.needs_input_grad):
-            ctx.save_for_backward(qkv, bias_table, output, *saved)
+        ctx.save_for_backward(qkv, bias_table, output, *saved)
         ctx.choices = (description, backend)
         ctx.mark_non_differentiable(*saved)
         ctx.set_materialize_grads(False)
@@ -107,7 +109,7 @@ class _WindowAttention(torch.autograd.Function):
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx, grad, *_):
+    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return None, None, None, None
         qkv, bias_table, output, *saved = ctx.saved_tensors
@@ -119,7 +121,9 @@ class _WindowAttention(torch.autograd.Function):
 
 
 @without_autocast
-def _forward_op(qkv, bias_table, description, backend):
+def _forward_op(
+    qkv: Tensor, bias_table: Tensor | None, description: str, backend: str
+) -> list[Tensor]:
     output, saved = IMPLEMENTATIONS[backend].forward(
         qkv, bias_table, WindowAttentionDescription.decode(description)
     )
@@ -127,7 +131,16 @@ def _forward_op(qkv, bias_table, description, backend):
 
 
 @without_autocast
-def _backward_op(grad, qkv, bias_table, output, saved, description, backend, needs_table):
+def _backward_op(
+    grad: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    output: Tensor,
+    saved: list[Tensor],
+    description: str,
+    backend: str,
+    needs_table: bool,
+) -> list[Tensor]:
     grad_qkv, grad_table = IMPLEMENTATIONS[backend].backward(
         grad,
         qkv,
@@ -137,7 +150,9 @@ def _backward_op(grad, qkv, bias_table, output, saved, description, backend, nee
         saved,
         needs_table,
     )
-    return [grad_qkv] if grad_table is None else [grad_qkv, grad_table.to(bias_table.dtype)]
+    if grad_table is None or bias_table is None:
+        return [grad_qkv]
+    return [grad_qkv, grad_table.to(bias_table.dtype)]
 
 
 # -> [output, what backward needs ...]

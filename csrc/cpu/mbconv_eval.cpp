@@ -1,0 +1,206 @@
+// The op cpu_mbconv_eval: how the inverted bottleneck is divided among threads.
+
+#include "cpu/kernels/mbconv_eval.h"
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+
+#include "cpu/mbconv_arguments.h"
+#include "cpu/parallel.h"
+
+namespace moat_kernels::cpu {
+namespace {
+
+// Pieces per image that the batch does not need; rows cost a repeated halo, blocks a partial sum.
+struct Partition {
+  int64_t row_parts = 1;
+  int64_t block_parts = 1;
+  bool packs = false;  // see MBConvTask
+};
+
+constexpr int64_t kFewestRows = 14;
+
+// Whether `tasks` equal tasks keep all threads busy nearly all the time.
+bool balances(int64_t tasks, int64_t threads) {
+  return tasks % threads == 0 || tasks >= 8 * threads;
+}
+
+Partition divide_work(const MBConvProblem& problem, int64_t blocks, int64_t threads) {
+  Partition partition;
+  const int64_t most_rows = problem.out_height / kFewestRows;
+  for (int64_t parts = 1; parts <= std::max<int64_t>(most_rows, 1); ++parts) {
+    partition.row_parts = parts;
+    if (balances(problem.batch * parts, threads)) return partition;
+  }
+  if (problem.squeeze_excite.present) return partition;
+  for (int64_t parts = 2; parts <= std::min(blocks, threads); ++parts) {
+    partition.block_parts = parts;
+    if (balances(problem.batch * partition.row_parts * parts, threads)) break;
+  }
+  return partition;
+}
+
+Partition choose_partition(const MBConvProblem& problem, int64_t blocks, int64_t threads) {
+  Partition partition = divide_work(problem, blocks, threads);
+  const int64_t strip_rows = MOAT_KERNELS_DISPATCH(mbconv_eval_strip_rows)(problem);
+  partition.packs = problem.batch * partition.row_parts == 1 && strip_rows >= problem.out_height &&
+                    !problem.squeeze_excite.present;
+  return partition;
+}
+
+MBConvTask task_at(const MBConvProblem& problem, const Partition& partition, int64_t blocks,
+                   int64_t index) {
+  const int64_t block_part = index % partition.block_parts;
+  const int64_t row_part = index / partition.block_parts % partition.row_parts;
+  MBConvTask task;
+  task.image = index / partition.block_parts / partition.row_parts;
+  task.first_row = problem.out_height * row_part / partition.row_parts;
+  task.last_row = problem.out_height * (row_part + 1) / partition.row_parts;
+  task.first_block = blocks * block_part / partition.block_parts;
+  task.last_block = blocks * (block_part + 1) / partition.block_parts;
+  task.packs = partition.packs;
+  return task;
+}
+
+// A call in progress.
+struct Run {
+  const MBConvProblem& problem;
+  const Tensor& like;
+  int64_t workers;
+  int64_t blocks;
+  Partition partition;
+  int64_t scratch_size;
+  Tensor packed_buffer;
+  Tensor scratch_buffer;
+  float* packed;
+
+  Run(const MBConvProblem& problem, const Tensor& like)
+      : problem(problem),
+        like(like),
+        workers(thread_count()),
+        blocks(MOAT_KERNELS_DISPATCH(mbconv_eval_blocks)(problem)),
+        partition(choose_partition(problem, blocks, workers)),
+        scratch_size(MOAT_KERNELS_DISPATCH(mbconv_eval_scratch_size)(problem)),
+        packed_buffer(float_buffer(
+            like, MOAT_KERNELS_DISPATCH(mbconv_eval_packed_size)(problem, !partition.packs))),
+        scratch_buffer(float_buffer(like, workers * scratch_size)),
+        packed(data_of(packed_buffer)) {}
+
+  float* scratch(int64_t worker) const { return data_of(scratch_buffer) + worker * scratch_size; }
+
+  void pack() const {
+    MOAT_KERNELS_DISPATCH(mbconv_eval_fold)(problem, packed);
+    if (partition.packs) return;
+    const auto pack_block = MOAT_KERNELS_DISPATCH(mbconv_eval_pack);
+    for_each_task(blocks, workers,
+                  [&](int64_t block, int64_t) { pack_block(problem, block, packed); });
+  }
+
+  void fused() const {
+    const auto compute = MOAT_KERNELS_DISPATCH(mbconv_eval_fused);
+    for_each_task(problem.batch * partition.row_parts, workers, [&](int64_t index, int64_t worker) {
+      compute(problem, packed, task_at(problem, partition, blocks, index), scratch(worker));
+    });
+  }
+
+  // Blocks of channels in parallel: each part sums its own, then the sums are added in order.
+  void by_blocks() const {
+    const int64_t row =
+        problem.out_width * MOAT_KERNELS_DISPATCH(mbconv_eval_result_columns)(problem);
+    const int64_t part_stride = problem.out_height * row;
+    const Tensor partial_buffer =
+        float_buffer(like, problem.batch * partition.block_parts * part_stride);
+    const auto partials = [&](int64_t image) {
+      return data_of(partial_buffer) + image * partition.block_parts * part_stride;
+    };
+    const auto compute = MOAT_KERNELS_DISPATCH(mbconv_eval_bottleneck);
+    const int64_t tasks = problem.batch * partition.row_parts * partition.block_parts;
+    for_each_task(tasks, workers, [&](int64_t index, int64_t worker) {
+      const MBConvTask task = task_at(problem, partition, blocks, index);
+      const int64_t part = index % partition.block_parts;
+      compute(problem, packed, task, scratch(worker),
+              partials(task.image) + part * part_stride + task.first_row * row);
+    });
+    const auto finish = MOAT_KERNELS_DISPATCH(mbconv_eval_finish);
+    const Partition rows = {std::min(problem.out_height, workers), 1, false};
+    for_each_task(problem.batch * rows.row_parts, workers, [&](int64_t index, int64_t worker) {
+      const MBConvTask task = task_at(problem, rows, blocks, index);
+      finish(problem, packed, task, scratch(worker), partials(task.image), partition.block_parts,
+             part_stride);
+    });
+  }
+
+  // Images in groups, as many as there are threads: all of a group up to the gate, then the rest.
+  void gated() const {
+    const int64_t gated_size = MOAT_KERNELS_DISPATCH(mbconv_eval_gated_size)(problem);
+    const int64_t gate_size = MOAT_KERNELS_DISPATCH(mbconv_eval_gate_size)(problem);
+    const int64_t group = std::min(problem.batch, workers);
+    const int64_t parts = partition.row_parts;
+    const Tensor buffer = float_buffer(like, group * (gated_size + gate_size + parts * gate_size));
+    float* const gated = data_of(buffer);
+    float* const gates = gated + group * gated_size;
+    float* const sums = gates + group * gate_size;
+    const auto stencil = MOAT_KERNELS_DISPATCH(mbconv_eval_stencil);
+    const auto excite = MOAT_KERNELS_DISPATCH(mbconv_eval_gate);
+    const auto project = MOAT_KERNELS_DISPATCH(mbconv_eval_project);
+    for (int64_t first = 0; first < problem.batch; first += group) {
+      const int64_t images = std::min(group, problem.batch - first);
+      const auto task_of = [&](int64_t index) {
+        MBConvTask task = task_at(problem, partition, blocks, index);
+        task.image += first;
+        return task;
+      };
+      for_each_task(images * parts, workers, [&](int64_t index, int64_t worker) {
+        const MBConvTask task = task_of(index);
+        stencil(problem, packed, task, scratch(worker), gated + (task.image - first) * gated_size,
+                sums + index * gate_size);
+      });
+      for_each_task(images, workers, [&](int64_t image, int64_t worker) {
+        excite(problem, sums + image * parts * gate_size, parts, gate_size, scratch(worker),
+               gates + image * gate_size);
+      });
+      for_each_task(images * parts, workers, [&](int64_t index, int64_t worker) {
+        const MBConvTask task = task_of(index);
+        const int64_t image = task.image - first;
+        project(problem, packed, task, scratch(worker), gated + image * gated_size,
+                gates + image * gate_size);
+      });
+    }
+  }
+};
+
+Tensor mbconv_eval(const Tensor& x, const OptionalTensors& convolutions,
+                   const OptionalTensors& norms, const std::vector<double>& eps,
+                   const std::optional<Tensor>& drop_path_scale, int64_t stride,
+                   const std::vector<int64_t>& padding, const std::vector<std::string>& activations,
+                   bool residual, const std::string& pool_kind, const std::vector<int64_t>& pool,
+                   ScalarType dtype) {
+  MBConvProblem problem = read_problem(x, convolutions, norms, eps, stride, padding, activations);
+  problem.residual = residual;
+  if (residual) problem.pool = read_pool(pool_kind, pool, problem);
+  problem.drop_path_scale = float_data("drop_path_scale", drop_path_scale, problem.batch);
+  const Tensor output = torch::stable::new_empty(
+      x, {problem.batch, problem.out_height, problem.out_width, problem.out_channels}, dtype);
+  problem.output = output.mutable_data_ptr();
+  problem.output_type = element_type("dtype", dtype);
+  if (output.numel() == 0) return output;
+
+  const Run run(problem, x);
+  run.pack();
+  if (problem.squeeze_excite.present) {
+    run.gated();
+  } else if (run.partition.block_parts > 1) {
+    run.by_blocks();
+  } else {
+    run.fused();
+  }
+  return output;
+}
+
+}  // namespace
+}  // namespace moat_kernels::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CPU, library) {
+  library.impl("cpu_mbconv_eval", TORCH_BOX(&moat_kernels::cpu::mbconv_eval));
+}

@@ -1,0 +1,81 @@
+#pragma once
+
+// What the ops of the CPU need of tensors: checked pointers and buffers.
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "cpu/types.h"
+
+namespace moat_kernels::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensors = std::vector<std::optional<Tensor>>;
+
+inline ElementType element_type(const char* name, ScalarType type) {
+  if (type == ScalarType::Float) return ElementType::float32;
+  if (type == ScalarType::BFloat16) return ElementType::bfloat16;
+  STD_TORCH_CHECK(type == ScalarType::Half, name, " must be float32, bfloat16 or float16");
+  return ElementType::float16;
+}
+
+// The data of a contiguous float32 tensor of `count` elements; null for none.
+inline const float* float_data(const char* name, const std::optional<Tensor>& tensor,
+                               int64_t count) {
+  if (!tensor.has_value()) return nullptr;
+  STD_TORCH_CHECK(tensor->scalar_type() == ScalarType::Float && tensor->is_contiguous(), name,
+                  " must be contiguous and float32");
+  STD_TORCH_CHECK(tensor->numel() == count, name, " must have ", count, " elements, got ",
+                  tensor->numel());
+  return static_cast<const float*>(tensor->const_data_ptr());
+}
+
+// Asks for huge pages where a tensor spans some: PyTorch's allocator gives large memory back to the
+// system, and touching it anew, 4 KB at a time, costs several times what writing it does.
+inline Tensor with_huge_pages(Tensor tensor) {
+#if defined(__linux__)
+  constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
+  const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
+  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * sizeof(float);
+  const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
+  const uintptr_t last = end / kHugePage * kHugePage;
+  // Advice that is not taken changes nothing.
+  if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
+#endif
+  return tensor;
+}
+
+// Uninitialised floats.
+inline Tensor float_tensor(const Tensor& like, std::vector<int64_t> sizes) {
+  return with_huge_pages(torch::stable::new_empty(like, sizes, ScalarType::Float));
+}
+
+// The same without a shape, freed with the tensor.
+inline Tensor float_buffer(const Tensor& like, int64_t count) {
+  return float_tensor(like, {count});
+}
+
+inline float* data_of(const Tensor& tensor) {
+  return static_cast<float*>(tensor.mutable_data_ptr());
+}
+
+inline Activation parse_activation(const std::string& name) {
+  if (name == "identity") return Activation::identity;
+  if (name == "gelu") return Activation::gelu;
+  if (name == "gelu_tanh") return Activation::gelu_tanh;
+  if (name == "silu") return Activation::silu;
+  STD_TORCH_CHECK(name == "relu", "unknown activation ", name);
+  return Activation::relu;
+}
+
+}  // namespace moat_kernels::cpu

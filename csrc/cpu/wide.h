@@ -1,0 +1,97 @@
+#pragma once
+
+// Tensors of E channels as training keeps them: [images][blocks of kBlock
+// channels][pixels][kBlock], float. Each block of an image is contiguous, which is how every pass
+// reads it. Lanes beyond E in the last block hold anything and reach no result; vectors of
+// coefficients are padded to whole blocks.
+
+#include "cpu/activation.h"
+#include "cpu/gemm.h"
+#include "cpu/mbconv_problem.h"
+
+namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
+
+constexpr int64_t kWideBlock = kWideChannels;
+// Floats from one pixel to the next in tiles; see mbconv_strip.h.
+constexpr int64_t kTilePitch = kWideBlock + 16;
+// Vectors handled together, so that whole cache lines are read and latencies overlap.
+constexpr int kLanes = 4;
+constexpr int64_t kLaneFloats = kLanes * kWidth;
+
+inline int64_t valid_channels(int64_t channels, int64_t block) {
+  return smaller(kWideBlock, channels - block * kWideBlock);
+}
+
+inline int64_t wide_offset(int64_t blocks, int64_t pixels, int64_t image, int64_t block) {
+  return (image * blocks + block) * pixels * kWideBlock;
+}
+
+// Four vectors of one pixel.
+struct Lanes {
+  Vec v[kLanes];
+};
+
+[[gnu::always_inline]] inline Lanes load_lanes(const float* source) {
+  Lanes lanes;
+  unroll<kLanes>([&](auto i)
+                     __attribute__((always_inline)) { lanes.v[i] = load(source + i * kWidth); });
+  return lanes;
+}
+
+[[gnu::always_inline]] inline void store_lanes(float* destination, const Lanes& lanes) {
+  unroll<kLanes>(
+      [&](auto i) __attribute__((always_inline)) { store(destination + i * kWidth, lanes.v[i]); });
+}
+
+// totals[0 .. kLaneFloats) += sums, in double.
+inline void flush(const Lanes& sums, double* totals) {
+  float values[kLaneFloats];
+  store_lanes(values, sums);
+  for (int64_t i = 0; i < kLaneFloats; ++i) totals[i] += static_cast<double>(values[i]);
+}
+
+// tile[pixel][kTilePitch] = act(scale * wide + shift) * factor for `pixels` pixels of one block;
+// factor may be null.
+template <Activation kind>
+inline void activate_pixels(const float* wide, int64_t pixels, const float* scale,
+                            const float* shift, const float* factor, float* tile) {
+  for (int64_t lane = 0; lane < kWideBlock; lane += kLaneFloats) {
+    const Lanes a = load_lanes(scale + lane);
+    const Lanes b = load_lanes(shift + lane);
+    const Lanes f = factor ? load_lanes(factor + lane) : a;
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      Lanes value = load_lanes(wide + pixel * kWideBlock + lane);
+      unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
+        value.v[i] = fma(value.v[i], a.v[i], b.v[i]);
+      });
+      activate<kind, kLanes>(value.v);
+      if (factor) {
+        unroll<kLanes>([&](auto i) __attribute__((always_inline)) { value.v[i] *= f.v[i]; });
+      }
+      store_lanes(tile + pixel * kTilePitch + lane, value);
+    }
+  }
+}
+
+// tile[pixel] = a * first + b * second + c, for `pixels` pixels of one block; pitch: floats from
+// one pixel of the tile to the next.
+inline void combine_pixels(const float* first, const float* second, int64_t pixels, const float* a,
+                           const float* b, const float* c, float* tile,
+                           int64_t pitch = kTilePitch) {
+  for (int64_t lane = 0; lane < kWideBlock; lane += kLaneFloats) {
+    const Lanes wa = load_lanes(a + lane);
+    const Lanes wb = load_lanes(b + lane);
+    const Lanes wc = load_lanes(c + lane);
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      const int64_t at = pixel * kWideBlock + lane;
+      Lanes value;
+      unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
+        const Vec base = fma(load(second + at + i * kWidth), wb.v[i], wc.v[i]);
+        value.v[i] = fma(load(first + at + i * kWidth), wa.v[i], base);
+      });
+      store_lanes(tile + pixel * pitch + lane, value);
+    }
+  }
+}
+
+}  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

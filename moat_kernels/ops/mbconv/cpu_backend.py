@@ -1,0 +1,190 @@
+"""The inverted bottleneck by native CPU kernels (csrc/cpu).
+
+With fixed statistics it is one operator: batch norms are folded into the weights, and strips of
+rows go through expand, depthwise and project in cache, in float32 whatever the dtype of x.
+Training, in float32, is a sequence of passes over wide tensors (cpu_training.py).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moat_kernels.ops.autocast import autocast_dtype
+from moat_kernels.ops.mbconv import cpu_training
+from moat_kernels.ops.mbconv.cpu_fakes import register_fakes
+from moat_kernels.ops.mbconv.cpu_training import KERNEL_SIZE
+from moat_kernels.ops.mbconv.description import (
+    NORMS,
+    MBConvDescription,
+    MBConvParameters,
+    Pool,
+)
+from moat_kernels.ops.mbconv.torch_backend import Forward
+from moat_kernels.ops.spatial import resolve_padding
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_CONVOLUTIONS = (
+    "expand_weight",
+    "depthwise_weight",
+    "project_weight",
+    "expand_bias",
+    "depthwise_bias",
+    "project_bias",
+    "se_reduce_weight",
+    "se_reduce_bias",
+    "se_expand_weight",
+    "se_expand_bias",
+    "shortcut_weight",
+    "shortcut_bias",
+)
+
+
+def unsupported(x: Tensor, parameters: MBConvParameters, description: MBConvDescription) -> str:
+    """Why this backend does not cover a call; empty: it does."""
+    if x.device.type != "cpu":
+        return f"tensors on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"dtype {x.dtype}"
+    if any(
+        tensor.dtype == torch.float64
+        for tensor in (parameters.expand_weight, parameters.project_weight)
+    ):
+        return "parameters in float64"
+    if description.order != "expand_first":
+        return f"order {description.order!r}"
+    if description.stride not in (1, 2):
+        return f"stride {description.stride}"
+    if tuple(parameters.depthwise_weight.shape[2:]) != KERNEL_SIZE:
+        return f"a depthwise kernel of {tuple(parameters.depthwise_weight.shape[2:])}"
+    if description.pre_activation != "identity":
+        return f"pre_activation {description.pre_activation!r}"
+    gate = description.squeeze_excite
+    if gate is not None and gate.position != "after_activation":
+        return f"squeeze-excite {gate.position!r}"
+    differentiable = torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in _differentiable(x, parameters)
+    )
+    if differentiable or not _all_frozen(description):
+        return _unsupported_in_training(x, parameters, description)
+    return ""
+
+
+def _unsupported_in_training(
+    x: Tensor, parameters: MBConvParameters, description: MBConvDescription
+) -> str:
+    tensors = _differentiable(x, parameters)
+    if any(tensor is not None and tensor.dtype != torch.float32 for tensor in tensors):
+        return "training in another dtype than float32"
+    if autocast_dtype(x) is not None:
+        return "training under autocast"
+    if description.project_norm is not None:
+        return "training with a project_norm"
+    if x.shape[0] == 0:
+        return "training with an empty batch"
+    return ""
+
+
+def _all_frozen(description: MBConvDescription) -> bool:
+    norms = [getattr(description, name) for name in NORMS]
+    return all(norm is None or norm.frozen for norm in norms)
+
+
+def _differentiable(x: Tensor, parameters: MBConvParameters) -> list[Tensor | None]:
+    tensors = [getattr(parameters, name) for name in _CONVOLUTIONS]
+    for name in NORMS:
+        tensors += getattr(parameters, name)[:2]
+    return [x, *tensors]
+
+
+def recompute_level(
+    recompute: str, x: Tensor, parameters: MBConvParameters, description: MBConvDescription
+) -> str:
+    """The level that "auto" stands for: saving both wide tensors is fastest on CPUs measured."""
+    return "none" if recompute == "auto" else recompute
+
+
+def forward(
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    recompute: str,
+    drop_path_scale: Tensor | None,
+) -> Forward:
+    """Compute the block; norms are `frozen` where they do not measure the batch."""
+    if recompute == "block" and _all_frozen(description):
+        return Forward(_evaluate(x, parameters, description, drop_path_scale), {}, [])
+    return cpu_training.forward(x, parameters, description, recompute, _as_float(drop_path_scale))
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    recompute: str,
+    drop_path_scale: Tensor | None,
+    saved: list[Tensor],
+    needed: frozenset[str],
+) -> dict[str, Tensor]:
+    """Gradients by name, of "x" and of the parameters in `needed`."""
+    return cpu_training.backward(
+        grad, x, parameters, description, _as_float(drop_path_scale), saved, needed
+    )
+
+
+def _evaluate(
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    drop_path_scale: Tensor | None,
+) -> Tensor:
+    pool_kind, pool = _pool_arguments(description.pool, x)
+    output = torch.ops.moat_kernels.cpu_mbconv_eval(
+        x.permute(0, 2, 3, 1).contiguous(),
+        [_as_float(getattr(parameters, name)) for name in _CONVOLUTIONS],
+        [_as_float(tensor) for name in NORMS for tensor in getattr(parameters, name)[:4]],
+        [norm.eps if (norm := getattr(description, name)) else 0.0 for name in NORMS],
+        _as_float(drop_path_scale),
+        description.stride,
+        resolve_padding(
+            description.padding, x.shape[2], x.shape[3], KERNEL_SIZE, description.stride
+        ),
+        [
+            description.expand_activation,
+            description.depthwise_activation,
+            description.squeeze_excite.activation if description.squeeze_excite else "identity",
+        ],
+        description.residual,
+        pool_kind,
+        pool,
+        _output_dtype(x, parameters, description),
+    )
+    return output.permute(0, 3, 1, 2)
+
+
+def _as_float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def _output_dtype(
+    x: Tensor, parameters: MBConvParameters, description: MBConvDescription
+) -> torch.dtype:
+    """What adding the shortcut to the project convolution gives; they differ under autocast."""
+    dtype = parameters.project_weight.dtype
+    if not description.residual:
+        return dtype
+    shortcut = parameters.shortcut_weight
+    return torch.promote_types(dtype, x.dtype if shortcut is None else shortcut.dtype)
+
+
+def _pool_arguments(pool: Pool | None, x: Tensor) -> tuple[str, list[int]]:
+    if pool is None:
+        return "", []
+    size = (pool.kernel_size, pool.kernel_size)
+    padding = resolve_padding(pool.padding, x.shape[2], x.shape[3], size, pool.stride)
+    return pool.kind, [pool.kernel_size, pool.stride, *padding, int(pool.count_include_pad)]
+
+
+register_fakes()

@@ -1,0 +1,302 @@
+"""The native CPU kernels of `window_attention` against the reference in float64."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from support.tolerances import (
+    BACKEND_GRADIENT,
+    BACKEND_OUTPUT,
+    LOW_PRECISION_FACTOR,
+    assert_close,
+    relative_error,
+)
+from torch import Tensor
+
+from moat_kernels import FallbackWarning, use_backend
+from moat_kernels.extension import load_extension
+from moat_kernels.functional import WindowAttentionDescription, window_attention
+
+pytestmark = pytest.mark.skipif(
+    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
+)
+
+# (batch, height, width) and window: dividing the map and not, beyond the map, the whole map; fewer
+# tokens than a vector, and more than one block of queries in the backward pass.
+CASES = [
+    ((2, 14, 14), None),
+    ((2, 7, 14), (7, 7)),
+    ((2, 10, 13), (4, 5)),
+    ((1, 9, 5), (2, 3)),
+    ((1, 5, 6), (9, 3)),
+    ((1, 3, 70), None),
+    ((3, 1, 1), None),
+    ((1, 2, 1), (1, 1)),
+]
+WHOLE = WindowAttentionDescription(heads=2, head_dim=32)
+
+
+def make_inputs(
+    description: WindowAttentionDescription,
+    shape: tuple[int, int, int],
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    """(qkv, table) for a map (B, H, W)."""
+    qkv = torch.randn(*shape, 3 * description.heads * description.head_dim).to(dtype)
+    if not bias:
+        return qkv, None
+    height, width = description.window_for(*shape[1:])
+    return qkv, torch.randn(description.heads, 2 * height - 1, 2 * width - 1).to(dtype)
+
+
+def run(
+    backend: str,
+    qkv: Tensor,
+    table: Tensor | None,
+    description: WindowAttentionDescription,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Output and gradients by a backend, for copies of the arguments in `dtype`."""
+    qkv = qkv.detach().to(dtype, copy=True).requires_grad_()
+    table = None if table is None else table.detach().to(dtype, copy=True).requires_grad_()
+    with use_backend(backend), warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        output = window_attention(qkv, table, description)
+        generator = torch.Generator().manual_seed(1)
+        output.backward(torch.randn(output.shape, generator=generator).to(dtype))
+    assert output.dtype == dtype
+    assert output.is_contiguous()
+    results = {"output": output.detach(), "qkv": qkv.grad}
+    return results if table is None else results | {"table": table.grad}
+
+
+def check(qkv: Tensor, table: Tensor | None, description: WindowAttentionDescription) -> None:
+    """The kernels in float32 are close to the reference in float64."""
+    actual = run("cpu", qkv, table, description)
+    expected = run("reference", qkv, table, description, torch.float64)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        tolerance = BACKEND_OUTPUT if name == "output" else BACKEND_GRADIENT
+        # The gradient of the table of one token is zero but for rounding.
+        assert_close(actual[name], value, tolerance[torch.float32], name, floor=0.1)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("kind", ["window", "grid"])
+@pytest.mark.parametrize("layout", ["qkv_heads", "heads_qkv"])
+@pytest.mark.parametrize(("shape", "window"), CASES, ids=str)
+def test_every_choice(shape, window, layout: str, kind: str, bias: bool) -> None:
+    scale = None if bias else 0.3
+    description = WindowAttentionDescription(3, 32, window, scale, layout, kind)
+    check(*make_inputs(description, shape, bias), description)
+
+
+@pytest.mark.parametrize("head_dim", [1, 5, 8, 16, 24, 48, 64, 100])
+def test_any_head_dim(head_dim: int) -> None:
+    description = WindowAttentionDescription(2, head_dim, (4, 4))
+    check(*make_inputs(description, (2, 7, 9)), description)
+
+
+def test_more_windows_than_chunks() -> None:
+    """Several windows of different sizes are summed into one partial gradient of the table."""
+    description = WindowAttentionDescription(6, 8, (2, 3))
+    check(*make_inputs(description, (3, 41, 23)), description)
+
+
+@pytest.mark.parametrize("offset", [1000.0, -1000.0])
+def test_a_bias_common_to_all_keys_changes_nothing(offset: float) -> None:
+    """Scores whose exponentials overflow, or vanish, unless the largest is subtracted."""
+    qkv, table = make_inputs(WHOLE, (2, 5, 5))
+    expected = run("reference", qkv, table, WHOLE, torch.float64)
+    actual = run("cpu", qkv, table + offset, WHOLE)
+    for name, value in expected.items():
+        # A float32 of 1000 is good to 3e-5, and so are the weights.
+        assert_close(actual[name], value, 3e-4, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 5])
+@pytest.mark.parametrize("window", [None, (4, 5)], ids=str)
+def test_low_precision_is_as_close_to_float64_as_stock(
+    window, head_dim: int, dtype: torch.dtype
+) -> None:
+    description = WindowAttentionDescription(2, head_dim, window)
+    qkv, table = make_inputs(description, (3, 7, 9), dtype=dtype)
+    exact = run("reference", qkv, table, description, torch.float64)
+    stock = run("reference", qkv, table, description, dtype)
+    fused = run("cpu", qkv, table, description, dtype)
+    for name, value in exact.items():
+        allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value)
+        assert_close(fused[name], value, allowed + torch.finfo(dtype).eps, name)
+
+
+def test_empty_batch() -> None:
+    description = WindowAttentionDescription(2, 8, (3, 3))
+    results = run("cpu", *make_inputs(description, (0, 6, 8)), description)
+    assert results["output"].shape == (0, 6, 8, 16)
+    assert results["qkv"].shape == (0, 6, 8, 48)
+    assert not results["table"].any()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, ::2, 1:8],
+        lambda x: x.transpose(1, 2),
+        lambda x: x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        lambda x: x[:1].expand(3, -1, -1, -1),
+    ],
+    ids=["sliced", "transposed", "channels first", "expanded"],
+)
+def test_strided_qkv_and_gradient(view) -> None:
+    description = WindowAttentionDescription(2, 8, (4, 4))
+    qkv = view(torch.randn(2, 12, 10, 48))
+    _, table = make_inputs(description, (1, 12, 10))
+    cotangent = view(torch.randn(2, 12, 10, 16))
+    gradients = []
+    with use_backend("cpu"):
+        for arrange in (lambda x: x, Tensor.contiguous):
+            leaf = arrange(qkv.detach()).requires_grad_()
+            output = window_attention(leaf, table, description)
+            gradients.append(torch.autograd.grad(output, leaf, arrange(cotangent)))
+    assert torch.equal(*[gradient for (gradient,) in gradients])
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["query", "key", "value", "table"])
+def test_what_is_not_finite_spreads_as_in_the_reference(place: str, value: float) -> None:
+    description = WindowAttentionDescription(2, 8, (3, 4))
+    qkv, table = make_inputs(description, (2, 6, 8))
+    if place == "table":
+        table[1, 0, 3] = value
+    else:
+        qkv[0, 1, 1, 16 * ("query", "key", "value").index(place)] = value
+    actual = run("cpu", qkv, table, description)
+    expected = run("reference", qkv, table, description)
+    # Reaches what it should, and no padding lane carries it elsewhere.
+    assert torch.equal(actual["output"].isfinite(), expected["output"].isfinite())
+    finite = expected["output"].isfinite()
+    assert_close(actual["output"][finite], expected["output"][finite], 1e-5)
+    for name in ("qkv", "table"):
+        assert torch.equal(actual[name].isnan(), expected[name].isnan()), name
+
+
+def test_keys_masked_by_the_table_count_exactly_nothing() -> None:
+    """-inf for every later key: causal attention on a row of tokens."""
+    qkv, table = make_inputs(WHOLE, (1, 1, 20))
+    table[:, :, 20:] = -float("inf")
+    whole = run("cpu", qkv, table, WHOLE)["output"]
+    first = run("cpu", qkv[:, :, :12], table[:, :, 8:31], WHOLE)["output"]
+    assert torch.equal(whole[:, :, :12], first)
+
+
+@pytest.mark.parametrize(("shape", "window"), [((1, 16, 16), None), ((2, 15, 22), (5, 4))], ids=str)
+def test_the_same_bits_every_time_for_any_number_of_threads(shape, window) -> None:
+    description = WindowAttentionDescription(2, 16, window)
+    inputs = make_inputs(description, shape)
+    results = []
+    for threads in (1, 1, 2, 3):
+        torch.set_num_threads(threads)
+        try:
+            results.append(run("cpu", *inputs, description))
+        finally:
+            torch.set_num_threads(1)
+    for name, value in results[0].items():
+        assert all(torch.equal(value, other[name]) for other in results[1:]), name
+
+
+def test_only_what_needs_a_gradient_gets_one() -> None:
+    qkv, table = make_inputs(WHOLE, (2, 4, 4))
+    expected = run("cpu", qkv, table, WHOLE)
+    with use_backend("cpu"):
+        window_attention(qkv.requires_grad_(), table, WHOLE).sum().backward()
+        assert table.grad is None
+        frozen = qkv.detach()
+        generator = torch.Generator().manual_seed(1)
+        output = window_attention(frozen, table.requires_grad_(), WHOLE)
+        output.backward(torch.randn(output.shape, generator=generator))
+    assert frozen.grad is None
+    assert torch.equal(table.grad, expected["table"])
+
+
+def test_autocast_keeps_the_table_in_its_dtype() -> None:
+    qkv, table = make_inputs(WHOLE, (2, 4, 4))
+    table.requires_grad_()
+    with use_backend("cpu"), torch.autocast("cpu", torch.bfloat16):
+        output = window_attention(qkv, table, WHOLE)
+    output.float().square().sum().backward()
+    assert output.dtype == torch.bfloat16
+    assert table.grad.dtype == torch.float32
+
+
+def test_the_kernels_are_the_default_for_float32_and_float64_falls_back_in_silence() -> None:
+    qkv, table = make_inputs(WHOLE, (1, 4, 4))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        default = window_attention(qkv, table, WHOLE)
+        assert window_attention(qkv.double(), table.double(), WHOLE).dtype == torch.float64
+    with use_backend("cpu"):
+        assert torch.equal(default, window_attention(qkv, table, WHOLE))
+        with pytest.warns(FallbackWarning, match=r"does not cover dtype torch\.float64"):
+            window_attention(qkv.double(), table.double(), WHOLE)
+
+
+def test_opcheck() -> None:
+    description = WindowAttentionDescription(2, 8, (4, 4))
+    qkv, table = make_inputs(description, (2, 7, 9))
+    arguments = (table, 2, 8, 4, 4, 0.3, False, False)
+    ops = torch.ops.moat_kernels
+    output, log_sum_exp = ops.cpu_window_attention_forward(qkv, *arguments)
+    calls = [
+        (ops.cpu_window_attention_forward, (qkv, *arguments)),
+        *[
+            (
+                ops.cpu_window_attention_backward,
+                (output, qkv, table, output, log_sum_exp, *arguments[1:], needs_table),
+            )
+            for needs_table in (True, False)
+        ],
+        (ops.window_attention_forward, (qkv, table, description.encode(), "cpu")),
+    ]
+    for op, call in calls:
+        torch.library.opcheck(op.default, call, test_utils=("test_schema", "test_faketensor"))
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({0: torch.zeros(1, 4, 4, 48).double()}, "qkv must be float32, bfloat16 or float16"),
+        ({0: torch.zeros(1, 4, 4, 47)}, r"qkv must be \[1, 4, 4, 48\]"),
+        ({1: torch.zeros(2, 5, 7)}, "bias_table must have 98 elements, got 70"),
+        ({2: 0}, "heads, head_dim and the window's sides must be positive"),
+    ],
+)
+def test_the_native_op_refuses_what_it_cannot_read(changed: dict, message: str) -> None:
+    arguments = [torch.zeros(1, 4, 4, 48), torch.zeros(2, 7, 7), 2, 8, 4, 4, 0.3, False, False]
+    for index, value in changed.items():
+        arguments[index] = value
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.moat_kernels.cpu_window_attention_forward(*arguments)
+
+
+@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+def test_each_instruction_set(isa: str) -> None:
+    """The kernels as compiled for another instruction set, in a process of their own."""
+    selection = "choice or head_dim or common or low_precision or not_finite or masked or bits"
+    environment = {**os.environ, "MOAT_KERNELS_CPU_ISA": isa}
+    probe = "import torch, moat_kernels; torch.ops.moat_kernels.cpu_isa()"
+    if subprocess.run(
+        [sys.executable, "-c", probe], env=environment, capture_output=True
+    ).returncode:
+        pytest.skip(f"this CPU has no {isa}")
+    if isa == torch.ops.moat_kernels.cpu_isa():
+        pytest.skip(f"{isa} is what the other tests run")
+    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", selection]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.returncode == 0, result.stdout
