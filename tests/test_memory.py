@@ -1,0 +1,83 @@
+"""Bytes saved for backward, in units of C channels of the map (float32, stride 1, without SE)."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+import moat_kernels as mk
+from moat_kernels.memory import saved_bytes
+
+CHANNELS, BATCH, SIZE = 32, 8, 32
+UNIT = BATCH * SIZE * SIZE * CHANNELS * 4  # bytes of C channels of the map
+
+# What design gives, and what statistics (vectors of E, one C x C) add at this size: under 0.1 C.
+LIMITS = {"none": 9.1, "expand": 5.1, "block": 1.1}
+
+
+def units_saved(block: torch.nn.Module, channels_last: bool = True) -> float:
+    x = torch.randn(BATCH, CHANNELS, SIZE, SIZE)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    x.requires_grad_()
+    state = [*block.parameters(), *block.buffers()]
+    return saved_bytes(lambda: block(x), state) / UNIT
+
+
+def test_stock_block_keeps_26() -> None:
+    stock = mk.reference.MBConvBlock(CHANNELS, CHANNELS, se_ratio=None)
+    assert 26.0 <= units_saved(stock) <= 26.1
+
+
+@pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
+@pytest.mark.parametrize("recompute", LIMITS)
+def test_fused_block(recompute: str, channels_last: bool) -> None:
+    block = mk.FusedMBConv(CHANNELS, CHANNELS, se_ratio=None, recompute=recompute)
+    with mk.use_backend("torch"):
+        assert int(LIMITS[recompute]) <= units_saved(block, channels_last) <= LIMITS[recompute]
+
+
+@pytest.mark.parametrize("recompute", LIMITS)
+def test_with_more_channels_than_the_covariance_pays_for(recompute: str) -> None:
+    """Few rows per channel: statistics are direct and no C x C matrix is kept."""
+    channels, size = 256, 7
+    block = mk.FusedMBConv(channels, channels, se_ratio=None, recompute=recompute)
+    x = torch.randn(2, channels, size, size, requires_grad=True)
+    with mk.use_backend("torch"):
+        saved = saved_bytes(lambda: block(x), [*block.parameters(), *block.buffers()])
+    # Vectors of E = 4 C floats: 6 of them are 24 C bytes beside 98 rows of 4 C bytes.
+    assert saved <= (LIMITS[recompute] + 0.5) * x.numel() * 4
+
+
+def test_frozen_norms_save_no_more() -> None:
+    block = mk.FusedMBConv(CHANNELS, CHANNELS, se_ratio=None, recompute="expand").eval()
+    with mk.use_backend("torch"):
+        assert units_saved(block) <= LIMITS["expand"]
+
+
+def test_nothing_is_saved_without_gradients() -> None:
+    block = mk.FusedMBConv(CHANNELS, CHANNELS).requires_grad_(False)
+    with torch.no_grad():
+        assert units_saved(block) == 0
+
+
+@pytest.mark.parametrize(("recompute", "limit"), [("none", 15.1), ("expand", 11.1), ("block", 2.2)])
+def test_moat_block(recompute: str, limit: float) -> None:
+    """The attention half keeps its input, LayerNorm's output, qkv (3 C) and the attended map."""
+    block = mk.FusedMOATBlock(CHANNELS, CHANNELS, position_size=7, recompute=recompute)
+    with mk.use_backend("torch"):
+        assert units_saved(block) <= limit
+
+
+def test_whole_model_against_stock() -> None:
+    stock, fused = (
+        mk.create_model("tiny_moat_0", fused=fused, recompute="expand", num_classes=10)
+        for fused in (False, True)
+    )
+    x = torch.randn(2, 3, 128, 128)
+    with mk.use_backend("torch"):
+        sizes = [
+            saved_bytes(lambda model=model: model(x), [*model.parameters(), *model.buffers()])
+            for model in (stock, fused)
+        ]
+    assert sizes[1] <= 0.35 * sizes[0]
