@@ -1,0 +1,265 @@
+"""Train a MOAT classifier on photographs, with stock blocks, fused blocks, or both side by side.
+
+    python examples/train_classifier.py --blocks both
+    python examples/train_classifier.py --blocks fused --model moat_0 --data FOLDER --steps 5000
+
+With "both", two models start from the same weights and see the same batches; their steps
+alternate, so that whatever else the machine does slows both alike. Results go to --output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from chart import draw_chart
+from memory import peak_of_step, saved_for_backward
+from photographs import (
+    DataError,
+    Photographs,
+    bundled_photographs,
+    folder_photographs,
+    held_out_batch,
+    training_batch,
+)
+from progress import Progress
+from report import Measurements, format_table, write_json
+from torch import Tensor
+from training import Settings, Trainer, TrainingError, load_training, save_training
+
+import moat_kernels
+
+INTERRUPTED = 130  # the exit code that shells use after Ctrl-C
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Train, measure and report; returns the exit code (2: the arguments cannot be used)."""
+    options = _parser().parse_args(arguments)
+    try:
+        return _run(options)
+    except (DataError, TrainingError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    summary, _, explanation = (__doc__ or "").partition("\n")
+    parser = argparse.ArgumentParser(
+        description=summary,
+        epilog=explanation,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    add = parser.add_argument
+    add("--blocks", choices=("stock", "fused", "both"), default="fused")
+    add(
+        "--model",
+        choices=moat_kernels.list_models(),
+        default="tiny_moat_0",
+        metavar="NAME",
+        help="moat_0 .. moat_4, tiny_moat_0 .. tiny_moat_3 (default: tiny_moat_0)",
+    )
+    add(
+        "--data",
+        type=Path,
+        metavar="FOLDER",
+        help="a folder with one subfolder of images per class (default: twelve photographs that "
+        "come with scikit-image, each a class)",
+    )
+    add("--steps", type=_positive(int), default=60, metavar="N", help="default: 60")
+    add("--batch-size", type=_positive(int), default=8, metavar="N", help="default: 8")
+    add(
+        "--resolution",
+        type=_positive(int),
+        metavar="PIXELS",
+        help="side of the square crops (default: the model's own)",
+    )
+    add("--lr", type=_positive(float), default=1e-3, metavar="RATE", help="default: 0.001")
+    add("--seed", type=_seed, default=0, metavar="N", help="default: 0")
+    add("--amp", action="store_true", help="autocast to bfloat16")
+    add(
+        "--recompute",
+        choices=("auto", "none", "expand", "block"),
+        default="auto",
+        help="what the fused blocks compute again in the backward pass instead of keeping it",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    add(
+        "--checkpoint",
+        type=Path,
+        metavar="PATH",
+        help="write the whole state of the run there, now and then and at the end",
+    )
+    add(
+        "--checkpoint-every",
+        type=_positive(int),
+        default=50,
+        metavar="N",
+        help="steps between checkpoints (default: 50)",
+    )
+    add("--resume", type=Path, metavar="PATH", help="continue from a checkpoint")
+    add(
+        "--output",
+        type=Path,
+        default=Path("runs"),
+        metavar="FOLDER",
+        help="where the chart and the numbers go (default: runs)",
+    )
+    return parser
+
+
+def _positive(kind: type[int] | type[float]):
+    def parse(text: str) -> int | float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
+        return value
+
+    parse.__name__ = kind.__name__
+    return parse
+
+
+def _seed(text: str) -> int:
+    value = int(text)
+    if not 0 <= value < 2**31:
+        raise argparse.ArgumentTypeError(f"must be within 0 .. 2147483647, got {text}")
+    return value
+
+
+def _run(options: argparse.Namespace) -> int:
+    photographs = folder_photographs(options.data) if options.data else bundled_photographs()
+    settings = _settings(options, photographs)
+    _make_folders(options)
+    trainers = _trainers(options.blocks, settings)
+    done = load_training(options.resume, trainers) if options.resume else 0
+    print(
+        f"{settings.model} on {len(photographs.training)} photographs of "
+        f"{len(photographs.classes)} classes, {settings.steps} steps of {settings.batch_size} "
+        f"crops of {settings.resolution} x {settings.resolution} pixels, {settings.device}"
+    )
+    try:
+        _train(trainers, photographs, done, options)
+    except KeyboardInterrupt:
+        print("\nstopped; --resume continues from the last checkpoint, if --checkpoint wrote one")
+        return INTERRUPTED
+    results = _measure(trainers, photographs)
+    print(format_table(results, settings))
+    write_json(options.output / "results.json", results, settings)
+    print(f"\nnumbers  {options.output / 'results.json'}")
+    if draw_chart(options.output / "chart.png", results, settings):
+        print(f"chart    {options.output / 'chart.png'}")
+    else:
+        print("chart    not drawn: matplotlib is not installed")
+    return 0
+
+
+def _settings(options: argparse.Namespace, photographs: Photographs) -> Settings:
+    if options.device == "cuda" and not torch.cuda.is_available():
+        raise TrainingError("--device cuda: torch finds no CUDA device here")
+    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
+    return Settings(
+        model=options.model,
+        classes=photographs.classes,
+        resolution=options.resolution or moat_kernels.get_preprocessing(options.model).resolution,
+        batch_size=options.batch_size,
+        steps=options.steps,
+        lr=options.lr,
+        seed=options.seed,
+        amp=options.amp,
+        recompute=options.recompute,
+        device=device,
+    )
+
+
+def _make_folders(options: argparse.Namespace) -> None:
+    """Before training, not after it, is the time to find that nothing can be written."""
+    wanted = {"--output": options.output}
+    if options.checkpoint:
+        wanted["--checkpoint"] = options.checkpoint.parent
+    for argument, folder in wanted.items():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise TrainingError(f"{argument}: cannot make the folder {folder}: {error}") from error
+
+
+def _trainers(blocks: str, settings: Settings) -> list[Trainer]:
+    """The models to train, all with the very same weights."""
+    kinds = ("stock", "fused") if blocks == "both" else (blocks,)
+    trainers = [Trainer(kind, settings) for kind in kinds]
+    for trainer in trainers[1:]:
+        trainer.model.load_state_dict(trainers[0].model.state_dict())
+    return trainers
+
+
+def _train(
+    trainers: Sequence[Trainer], photographs: Photographs, done: int, options: argparse.Namespace
+) -> None:
+    settings = trainers[0].settings
+    progress = Progress(done, settings.steps)
+    for step in range(done, settings.steps):
+        batch = _training_batch(photographs, settings, step)
+        # Who goes first alternates too.
+        for trainer in trainers if step % 2 == 0 else reversed(trainers):
+            trainer.step(step, *batch)
+        progress.show(
+            step + 1,
+            "loss of "
+            + ", ".join(
+                f"{one.blocks} {one.losses[-1]:.3f} in {one.step_seconds[-1]:.2f} s"
+                for one in trainers
+            ),
+        )
+        last = step + 1 == settings.steps
+        if options.checkpoint and (last or (step + 1) % options.checkpoint_every == 0):
+            save_training(options.checkpoint, trainers, step + 1)
+
+
+def _training_batch(
+    photographs: Photographs, settings: Settings, step: int
+) -> tuple[Tensor, Tensor]:
+    images, labels = training_batch(
+        photographs.training,
+        seed=settings.seed,
+        step=step,
+        batch_size=settings.batch_size,
+        resolution=settings.resolution,
+        preprocessing=moat_kernels.get_preprocessing(settings.model),
+    )
+    return images.to(settings.device), labels.to(settings.device)
+
+
+def _measure(trainers: Sequence[Trainer], photographs: Photographs) -> list[Measurements]:
+    """Accuracy and memory; afterwards the trainers are used up."""
+    settings = trainers[0].settings
+    print("testing on what was held out, and measuring memory", flush=True)
+    batch = _training_batch(photographs, settings, 0)
+    return [
+        Measurements(
+            blocks=trainer.blocks,
+            losses=trainer.losses,
+            step_seconds=trainer.step_seconds,
+            accuracy=_accuracy(trainer, photographs),
+            held_out=len(photographs.held_out),
+            saved_bytes=saved_for_backward(trainer, *batch),
+            peak_bytes=peak_of_step(trainer, *batch),
+        )
+        for trainer in trainers
+    ]
+
+
+def _accuracy(trainer: Trainer, photographs: Photographs) -> float | None:
+    """The share of the held-out pictures that are classified right; None without any."""
+    settings, right = trainer.settings, 0
+    preprocessing = moat_kernels.get_preprocessing(settings.model)
+    for start in range(0, len(photographs.held_out), settings.batch_size):
+        examples = photographs.held_out[start : start + settings.batch_size]
+        images, labels = held_out_batch(examples, settings.resolution, preprocessing)
+        right += int((trainer.predict(images) == labels).sum())
+    return right / len(photographs.held_out) if photographs.held_out else None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

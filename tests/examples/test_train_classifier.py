@@ -1,0 +1,355 @@
+"""The example program, run as users run it, on pictures small enough to take seconds."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("PIL", reason="the example needs Pillow")
+sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
+
+import chart
+import memory
+import photographs
+import progress
+import train_classifier
+import training
+from PIL import Image, ImageColor
+
+import moat_kernels
+
+STEPS = 4
+create_model = moat_kernels.create_model
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two classes of three small pictures each: coarse and fine random blotches."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    for name, size in (("coarse", 4), ("fine", 24)):
+        (folder / name).mkdir()
+        for index in range(3):
+            pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
+            Image.fromarray(pixels).resize((48, 40)).save(folder / name / f"{index}.png")
+    return folder
+
+
+def small_model(name: str, **options) -> moat_kernels.MOAT:
+    sizes = {"stem_width": 8, "widths": (8, 16, 32, 64), "depths": (1, 2, 2, 1)}
+    return create_model(name, **sizes, **options)
+
+
+@pytest.fixture
+def run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """Calls the program on tiny data and models; peak memory and chart have tests of their own."""
+    monkeypatch.setattr(moat_kernels, "create_model", small_model)
+    monkeypatch.setattr(train_classifier, "peak_of_step", lambda *arguments: 2**20)
+    monkeypatch.setattr(train_classifier, "draw_chart", lambda *arguments: False)
+
+    def call(*arguments: object) -> int:
+        small = ("--data", pictures, "--steps", STEPS, "--resolution", 32, "--batch-size", 4)
+        fixed = ("--device", "cpu", "--output", tmp_path / "out")
+        return train_classifier.main([str(one) for one in (*small, *fixed, *arguments)])
+
+    return call
+
+
+def results(tmp_path: Path) -> dict:
+    return json.loads((tmp_path / "out" / "results.json").read_text())
+
+
+def test_stock_and_fused_blocks_train_alike(run, tmp_path, capsys):
+    assert run("--blocks", "both", "--lr", "1e-4") == 0
+    measured = results(tmp_path)["results"]
+    assert measured["stock"]["losses"] == pytest.approx(measured["fused"]["losses"], abs=1e-4)
+    assert measured["stock"]["accuracy"] == measured["fused"]["accuracy"]
+    assert measured["fused"]["saved_bytes"] < 0.6 * measured["stock"]["saved_bytes"]
+    output = capsys.readouterr().out
+    for row in ("top-1 of 2 held out", "difference of the losses", "saved for backward"):
+        assert row in output
+
+
+def test_the_loss_falls(run, tmp_path):
+    assert run("--steps", 24) == 0
+    measured = results(tmp_path)["results"]["fused"]
+    assert measured["last_loss"] < 0.7 * measured["first_loss"]
+
+
+@pytest.mark.parametrize("model", ["tiny_moat_0", "moat_3"])  # without and with drop path
+def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path, monkeypatch, model):
+    def keep_each(path, trainers, step):
+        training.save_training(path.with_name(f"{step}.pt"), trainers, step)
+
+    monkeypatch.setattr(train_classifier, "save_training", keep_each)
+    arguments = ("--blocks", "both", "--model", model, "--checkpoint-every", 2)
+    assert run(*arguments, "--checkpoint", tmp_path / "whole" / "run.pt") == 0
+    resume = ("--resume", tmp_path / "whole" / "2.pt")
+    assert run(*arguments, *resume, "--checkpoint", tmp_path / "resumed" / "run.pt") == 0
+    whole = torch.load(tmp_path / "whole" / f"{STEPS}.pt", weights_only=True)["trainers"]
+    resumed = torch.load(tmp_path / "resumed" / f"{STEPS}.pt", weights_only=True)["trainers"]
+    for blocks in ("stock", "fused"):
+        assert resumed[blocks]["losses"] == whole[blocks]["losses"]
+        for name, tensor in whole[blocks]["model"].items():
+            assert torch.equal(resumed[blocks]["model"][name], tensor), name
+        for index, moments in whole[blocks]["optimizer"]["state"].items():
+            for name, tensor in moments.items():
+                assert torch.equal(resumed[blocks]["optimizer"]["state"][index][name], tensor)
+
+
+def test_a_run_that_was_killed_leaves_a_checkpoint(run, tmp_path, monkeypatch, capsys):
+    step = training.Trainer.step
+
+    def interrupted_step(self, number, *batch):
+        if number == 3:
+            raise KeyboardInterrupt
+        step(self, number, *batch)
+
+    monkeypatch.setattr(training.Trainer, "step", interrupted_step)
+    path = tmp_path / "run.pt"
+    assert run("--checkpoint", path, "--checkpoint-every", 2) == 130
+    assert "--resume continues" in capsys.readouterr().out
+    assert torch.load(path, weights_only=True)["step"] == 2
+
+
+def test_autocast(run, tmp_path):
+    assert run("--blocks", "both", "--amp", "--steps", 1) == 0
+    measured = results(tmp_path)["results"]
+    # bfloat16 has 8 significant bits.
+    assert measured["stock"]["losses"] == pytest.approx(measured["fused"]["losses"], rel=2e-2)
+
+
+def test_recompute_saves_more(run, tmp_path):
+    saved = {}
+    for level in ("none", "expand", "block"):
+        assert run("--recompute", level, "--steps", 1) == 0
+        saved[level] = results(tmp_path)["results"]["fused"]["saved_bytes"]
+    assert saved["block"] < saved["expand"] < saved["none"]
+
+
+@pytest.mark.parametrize("blocks", ["both", "fused"])
+def test_the_chart_is_a_picture(run, tmp_path, monkeypatch, blocks):
+    pytest.importorskip("matplotlib")
+    monkeypatch.setattr(train_classifier, "draw_chart", chart.draw_chart)
+    assert run("--blocks", blocks) == 0
+    with Image.open(tmp_path / "out" / "chart.png") as picture:
+        assert picture.width >= 1200
+        drawn = {color for _, color in picture.convert("RGB").getcolors(maxcolors=2**20)}
+    for kind, color in chart.COLORS.items():
+        assert (ImageColor.getrgb(color) in drawn) == (blocks in (kind, "both"))
+
+
+def test_without_matplotlib_the_numbers_still_come(run, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train_classifier, "draw_chart", chart.draw_chart)
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert run("--steps", 1) == 0
+    assert "matplotlib is not installed" in capsys.readouterr().out
+    assert results(tmp_path)["results"]["fused"]["losses"]
+    assert not (tmp_path / "out" / "chart.png").exists()
+
+
+def test_saved_bytes_count_each_storage_once_and_no_parameters(settings):
+    trainer = training.Trainer("stock", settings)
+    weight = torch.nn.Parameter(torch.ones(8))
+    trainer.model.register_parameter("weight", weight)
+
+    def loss(images: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        exponential = (weight * images).exp()  # saves weight and images, then its own result
+        return (exponential * exponential.view(8)).sum()  # saves it once more, and a view of it
+
+    trainer.loss = loss
+    images = torch.ones(8, requires_grad=True)
+    assert memory.saved_for_backward(trainer, images, torch.ones(8)) == 2 * 8 * 4
+
+
+@pytest.fixture
+def settings() -> training.Settings:
+    return training.Settings(
+        model="tiny_moat_0",
+        classes=["a", "b"],
+        resolution=32,
+        batch_size=2,
+        steps=4,
+        lr=1e-3,
+        seed=0,
+        amp=False,
+        recompute="auto",
+        device="cpu",
+    )
+
+
+def test_moving_averages_begin_with_the_first_batch(settings):
+    trainer = training.Trainer("fused", settings)
+    images = torch.randn(2, 3, 32, 32)
+    with torch.no_grad():
+        mean = trainer.model.stem.conv_0(images).mean((0, 2, 3))
+    trainer.step(0, images, torch.tensor([0, 1]))
+    torch.testing.assert_close(trainer.model.stem.norm_0.running_mean, mean)
+    assert training.batch_norm_momentum(100_000) == 0.01
+
+
+def test_a_failed_measurement_of_memory_does_not_lose_the_run(settings, monkeypatch, capsys):
+    monkeypatch.setattr(memory.sys, "executable", "/bin/false")
+    trainer = training.Trainer("stock", settings)
+    assert memory.peak_of_step(trainer, torch.randn(2, 3, 32, 32), torch.tensor([0, 1])) is None
+    assert "peak memory of the stock blocks was not measured" in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_peak_memory_holds_at_least_what_is_saved(settings):
+    trainer = training.Trainer("stock", settings)
+    images, labels = torch.randn(2, 3, 32, 32), torch.tensor([0, 1])
+    saved = memory.saved_for_backward(trainer, images, labels)
+    peak = memory.peak_of_step(trainer, images, labels)
+    gradients = sum(parameter.numel() * 4 for parameter in trainer.model.parameters())
+    assert peak > 0.8 * max(saved, gradients)
+    assert peak < 10 * (saved + gradients)
+
+
+def test_bundled_photographs_are_on_disk_and_split():
+    pytest.importorskip("skimage")
+    found = photographs.bundled_photographs()
+    assert len(found.classes) == len(found.training) == 12
+    assert all(example.path.is_file() for example in found.training)
+    right_of_training = max(example.region[2] for example in found.training)
+    assert all(example.region[0] >= right_of_training for example in found.held_out)
+
+
+def test_batches_follow_the_seed_and_the_step_alone(pictures):
+    found = photographs.folder_photographs(pictures)
+    preprocessing = moat_kernels.get_preprocessing("tiny_moat_0")
+
+    def batch(seed: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
+        return photographs.training_batch(
+            found.training,
+            seed=seed,
+            step=step,
+            batch_size=4,
+            resolution=32,
+            preprocessing=preprocessing,
+        )
+
+    images, labels = batch(0, 5)
+    torch.rand(1)
+    again, labels_again = batch(0, 5)
+    assert torch.equal(images, again) and torch.equal(labels, labels_again)
+    assert images.shape == (4, 3, 32, 32)
+    assert sorted(labels.tolist()) == [0, 0, 1, 1]  # one epoch of the four training pictures
+    assert not torch.equal(images, batch(0, 6)[0])
+    assert not torch.equal(images, batch(1, 5)[0])
+
+
+def test_a_folder_keeps_some_of_each_class_for_testing(pictures):
+    found = photographs.folder_photographs(pictures)
+    assert found.classes == ["coarse", "fine"]
+    assert sorted(example.label for example in found.held_out) == [0, 1]
+    assert not {one.path for one in found.training} & {one.path for one in found.held_out}
+
+
+def test_classes_of_one_picture_leave_nothing_to_test_on(run, pictures, tmp_path, capsys):
+    folder = tmp_path / "single"
+    for name in ("coarse", "fine"):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "0.png").write_bytes((pictures / name / "0.png").read_bytes())
+    assert run("--data", folder, "--steps", 1) == 0
+    assert results(tmp_path)["results"]["fused"]["accuracy"] is None
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda folder: None, "is not a folder"),
+        (lambda folder: folder.mkdir(), "at least two classes, found 0 subfolders"),
+        (lambda folder: (folder / "cat").mkdir(parents=True), "found 1 subfolders"),
+        (
+            lambda folder: [(folder / name).mkdir(parents=True) for name in ("cat", "dog")],
+            "has no images",
+        ),
+    ],
+)
+def test_bad_folders_are_named(run, tmp_path, capsys, make, message):
+    folder = tmp_path / "mine"
+    make(folder)
+    assert run("--data", folder) == 2
+    error = capsys.readouterr().err
+    assert message in error and str(folder) in error
+
+
+def test_a_broken_picture_is_named(run, tmp_path, capsys):
+    for name in ("cat", "dog"):
+        (tmp_path / "mine" / name).mkdir(parents=True)
+        (tmp_path / "mine" / name / "1.jpg").write_bytes(b"not a picture")
+    assert run("--data", tmp_path / "mine") == 2
+    assert "cannot read the image" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--model", "moat_9"), "invalid choice: 'moat_9'"),
+        (("--steps", "0"), "must be above 0"),
+        (("--lr", "nan"), "must be above 0"),
+        (("--seed", "-1"), "must be within 0"),
+    ],
+)
+def test_bad_arguments_are_named(capsys, arguments, message):
+    with pytest.raises(SystemExit, match="2"):
+        train_classifier.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+def test_resume_refuses_what_does_not_fit(run, tmp_path, capsys):
+    path, foreign = tmp_path / "run.pt", tmp_path / "foreign.pt"
+    assert run("--blocks", "fused", "--steps", 1, "--checkpoint", path) == 0
+    foreign.write_bytes(b"something else")
+    capsys.readouterr()
+    for arguments, message in (
+        (("--model", "tiny_moat_1"), "has model tiny_moat_0, this run has tiny_moat_1"),
+        (("--blocks", "both"), "it has no stock blocks"),
+        (("--steps", 1), "has done 1 steps already"),
+        (("--resume", tmp_path / "none.pt"), "none.pt"),
+        (("--resume", foreign), "is no checkpoint of this program"),
+    ):
+        assert run("--resume", path, *arguments) == 2
+        assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("argument", ["--output", "--checkpoint"])
+def test_folders_that_cannot_be_made_are_found_before_training(run, tmp_path, capsys, argument):
+    (tmp_path / "file").write_text("")
+    assert run(argument, tmp_path / "file" / "below" / "run.pt") == 2
+    captured = capsys.readouterr()
+    assert f"{argument}: cannot make the folder" in captured.err
+    assert "step" not in captured.out
+
+
+def test_a_diverging_run_stops(run, monkeypatch, capsys):
+    monkeypatch.setattr(training.Trainer, "update", lambda *arguments: float("nan"))
+    assert run("--blocks", "stock") == 2
+    assert "the loss of the stock blocks is nan at step 1" in capsys.readouterr().err
+
+
+def test_progress_is_ten_lines_in_a_file(capsys):
+    bar = progress.Progress(done=0, total=200)
+    for step in range(1, 201):
+        bar.show(step, "text")
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 10
+    assert lines[0].startswith("[#...............]  20/200  ")
+    assert lines[-1] == "[################] 200/200  0:00 left  text"
+
+
+def test_progress_is_one_line_in_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "60")
+    bar = progress.Progress(done=0, total=5)
+    for step in range(1, 6):
+        bar.show(step, "long text " * 10)
+    output = capsys.readouterr().out
+    assert output.count("\n") == 1
+    assert all(len(part.strip()) < 60 for part in output.replace("\x1b[2K", "").split("\r"))
