@@ -1,0 +1,33 @@
+"""The shapes that benchmarks share: where MOAT's blocks live."""
+
+from __future__ import annotations
+
+import pytest
+
+from moat_kernels import get_preprocessing, list_models
+
+# Whether --full was given; conftest.py sets it before the benchmarks are collected.
+FULL = False
+
+EXPAND_RATIO = 4
+HEAD_DIM = 32
+TRAINING_BATCH = 8
+
+# (map size, channels) of the stride-1 blocks of tiny_moat_0 at 256 px and moat_0 at 224 px.
+BLOCK_SHAPES = [(64, 32), (32, 64), (16, 128), (8, 256), (56, 96), (28, 192), (14, 384), (7, 768)]
+
+# (map size, window or None, channels): moat_0's two attention stages, and the first of them at
+# twice the resolution in windows.
+ATTENTION_SHAPES = [(14, None, 384), (28, 14, 384), (7, None, 768)]
+
+_QUICK_MODELS = ("tiny_moat_0", "moat_0")
+# (variant, resolution); more than the two smallest only with --full.
+MODELS = [
+    pytest.param(
+        name,
+        get_preprocessing(name).resolution,
+        id=name,
+        marks=() if name in _QUICK_MODELS else pytest.mark.full,
+    )
+    for name in list_models()
+]
