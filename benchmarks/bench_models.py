@@ -12,7 +12,7 @@ import shapes
 import torch
 from interleaved import Contender, Group
 from peers import available_peers, make_peer
-from shapes import MODELS, TRAINING_BATCH
+from shapes import TRAINING_BATCH, models
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -83,22 +83,21 @@ def make_group(name: str, resolution: int, batch: int, training: bool) -> Group:
     )
 
 
-def _flops(model: torch.nn.Module, x: Tensor) -> float:
-    """Of one image's forward pass, by PyTorch's own counter."""
-
-    with FlopCounterMode(display=False) as counter, torch.no_grad():
-        model.eval()(x)
+def _flops(name: str, resolution: int) -> float:
+    """Of one image's forward pass, by PyTorch's own counter on tensors without data."""
+    with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
+        mk.create_model(name, fused=False).eval()(torch.empty(1, 3, resolution, resolution))
     return counter.get_total_flops()
 
 
 @pytest.mark.parametrize("contender", [*EVAL, *PEERS])
-@pytest.mark.parametrize("batch", [1, 8])
-@pytest.mark.parametrize(("name", "resolution"), MODELS)
+@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("name", "resolution"), models(quick=("tiny_moat_0", "moat_0")))
 def test_eval(measure, name: str, resolution: int, batch: int, contender: str) -> None:
     measure(make_group(name, resolution, batch, training=False), contender)
 
 
 @pytest.mark.parametrize("contender", TRAINING)
-@pytest.mark.parametrize(("name", "resolution"), MODELS)
+@pytest.mark.parametrize(("name", "resolution"), models(quick=("tiny_moat_0",)))
 def test_training(measure, name: str, resolution: int, contender: str) -> None:
     measure(make_group(name, resolution, TRAINING_BATCH, training=True), contender)

@@ -11,7 +11,9 @@ from moat_kernels.info import collect
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--full", action="store_true", help="every shape and variant (an hour)")
+    parser.addoption(
+        "--full", action="store_true", help="every variant and batch, and torch.compile (hours)"
+    )
     parser.addoption("--threads", type=int, default=torch.get_num_threads())
 
 
@@ -40,6 +42,6 @@ def measure(benchmark):
         contender: Contender = group.contenders[name]
         benchmark.group = group.name
         benchmark.extra_info.update(group.extra_info(name))
-        benchmark.pedantic(contender.call, setup=contender.setup, rounds=3, warmup_rounds=1)
+        benchmark.pedantic(contender.call, setup=contender.setup, rounds=3)
 
     return run

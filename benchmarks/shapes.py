@@ -20,14 +20,15 @@ BLOCK_SHAPES = [(64, 32), (32, 64), (16, 128), (8, 256), (56, 96), (28, 192), (1
 # twice the resolution in windows.
 ATTENTION_SHAPES = [(14, None, 384), (28, 14, 384), (7, None, 768)]
 
-_QUICK_MODELS = ("tiny_moat_0", "moat_0")
-# (variant, resolution); more than the two smallest only with --full.
-MODELS = [
-    pytest.param(
-        name,
-        get_preprocessing(name).resolution,
-        id=name,
-        marks=() if name in _QUICK_MODELS else pytest.mark.full,
-    )
-    for name in list_models()
-]
+
+def models(quick: tuple[str, ...]) -> list:
+    """(variant, resolution) of all variants; those not in `quick` only with --full."""
+    return [
+        pytest.param(
+            name,
+            get_preprocessing(name).resolution,
+            id=name,
+            marks=() if name in quick else pytest.mark.full,
+        )
+        for name in list_models()
+    ]

@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from moat_kernels import reference
 from moat_kernels.drop_path import DropPath
 from moat_kernels.normalization import BatchNorm2d
-from moat_kernels.ops.backends import warn_once
+from moat_kernels.ops.backends import keep_backend, warn_once
 from moat_kernels.ops.mbconv import mbconv
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
 from moat_kernels.ops.window_attention import window_attention
@@ -120,5 +120,6 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
 
     def self_attention(self, y: Tensor) -> Tensor:
         if self.recompute == "block" and y.requires_grad:
-            return checkpoint(super().self_attention, y, use_reentrant=False)
+            recomputed = keep_backend(super().self_attention)
+            return checkpoint(recomputed, y, use_reentrant=False)
         return super().self_attention(y)

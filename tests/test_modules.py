@@ -212,6 +212,18 @@ def test_recompute_updates_running_statistics_once(name: str) -> None:
     assert int(fused.pre_norm.num_batches_tracked) == 1
 
 
+def test_the_backward_pass_stays_with_the_backend_of_the_forward_pass() -> None:
+    reference, fused, x = make_pair("MOAT")
+    fused.recompute = "block"
+    expected = train_step(reference.float(), x.float())
+    x = x.float().requires_grad_()
+    for backend in ("reference", "torch"):
+        with mk.use_backend(backend):
+            output = fused.float()(x)
+        (gradient,) = torch.autograd.grad(output.square().mean(), x)  # outside the block
+        assert_close(gradient, expected["x.grad"], BACKEND_GRADIENT[torch.float32])
+
+
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", PAIRS)
 def test_autocast(name: str, input_dtype: torch.dtype) -> None:

@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -25,6 +25,7 @@ _requested: ContextVar[str | None] = ContextVar("moat_kernels_backend", default=
 _warned: set[str] = set()
 
 Implementation = TypeVar("Implementation")
+Result = TypeVar("Result")
 
 
 class FallbackWarning(UserWarning):
@@ -89,6 +90,22 @@ def requested_backend() -> str | None:
         if name is not None:
             _check_name(name, ENVIRONMENT_VARIABLE)
     return name
+
+
+def keep_backend(function: Callable[..., Result]) -> Callable[..., Result]:
+    """`function`, asking for the backend that is asked for now, whenever and wherever it runs.
+
+    For what autograd calls again in its backward pass, outside the `use_backend` block.
+    """
+    requested = None if torch.compiler.is_compiling() else requested_backend()
+    if requested is None:
+        return function
+
+    def run(*arguments: Any) -> Result:
+        with use_backend(requested):
+            return function(*arguments)
+
+    return run
 
 
 def warn_once(message: str) -> None:
