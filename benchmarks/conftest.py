@@ -11,9 +11,7 @@ from moat_kernels.info import collect
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption(
-        "--full", action="store_true", help="every variant and batch, and torch.compile (hours)"
-    )
+    parser.addoption("--full", action="store_true", help="all variants and batches, torch.compile")
     parser.addoption("--threads", type=int, default=torch.get_num_threads())
 
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 from support import tolerances
@@ -10,17 +13,25 @@ from support.tolerances import assert_close
 
 import moat_kernels as mk
 from moat_kernels.checkpoints import convert_variables
+from moat_kernels.ops.backends import backend_status
 from moat_kernels.reference import MBConvBlock, MOATBlock
 
 BLOCKS = [name for name in CASES if "block" in CASES[name]["config"]]
 MODELS = [name for name in CASES if name.startswith("c_")]
 TRAINED = [name for name in CASES if CASES[name]["cotangents"]]
-IMPLEMENTATIONS = ["reference", "none", "expand", "block"]  # the last three: recompute levels
+# "reference", or a backend and a recompute level
+IMPLEMENTATIONS = ["reference"] + [
+    f"{backend} {recompute}"
+    for backend in ("torch", "cpu")
+    if backend_status()[backend].usable
+    for recompute in ("none", "expand", "block")
+]
 
 
 def build(case: GoldenCase, implementation: str) -> torch.nn.Module:
     """The block or model of a golden case with its weights, in eval mode."""
-    fused = {} if implementation == "reference" else {"recompute": implementation}
+    _, _, recompute = implementation.partition(" ")
+    fused = {"recompute": recompute} if recompute else {}
     if "block" in case.config:
         classes = {
             "MBConvBlock": mk.FusedMBConv if fused else MBConvBlock,
@@ -38,6 +49,13 @@ def build(case: GoldenCase, implementation: str) -> torch.nn.Module:
     return module.eval()
 
 
+@contextmanager
+def backend_of(implementation: str) -> Iterator[None]:
+    """Computing by the backend that an implementation names."""
+    with mk.use_backend(implementation.partition(" ")[0]):
+        yield
+
+
 def named(outputs: torch.Tensor | dict[str, torch.Tensor], case: GoldenCase) -> dict:
     if isinstance(outputs, dict):
         return outputs
@@ -48,7 +66,7 @@ def named(outputs: torch.Tensor | dict[str, torch.Tensor], case: GoldenCase) -> 
 @pytest.mark.parametrize("name", BLOCKS + MODELS)
 def test_eval_outputs(name: str, implementation: str) -> None:
     case = load_case(name)
-    with torch.no_grad():
+    with torch.no_grad(), backend_of(implementation):
         outputs = named(build(case, implementation)(case.input), case)
     expected = case.output("eval")
     assert expected
@@ -62,7 +80,8 @@ def test_training_outputs_gradients_and_moving_statistics(name: str, implementat
     case = load_case(name)
     module = build(case, implementation).train()
     x = case.input.clone(memory_format=torch.preserve_format).requires_grad_()
-    outputs = named(module(x), case)
+    with backend_of(implementation):
+        outputs = named(module(x), case)
     loss = sum((outputs[key] * value).mean() for key, value in case.cotangents.items())
     loss.backward()
 

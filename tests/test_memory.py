@@ -7,12 +7,16 @@ import torch
 
 import moat_kernels as mk
 from moat_kernels.memory import saved_bytes
+from moat_kernels.ops.backends import backend_status
 
 CHANNELS, BATCH, SIZE = 32, 8, 32
 UNIT = BATCH * SIZE * SIZE * CHANNELS * 4  # bytes of C channels of the map
 
 # What design gives, and what statistics (vectors of E, one C x C) add at this size: under 0.1 C.
 LIMITS = {"none": 9.1, "expand": 5.1, "block": 1.1}
+
+
+BACKENDS = [name for name in ("torch", "cpu") if backend_status()[name].usable]
 
 
 def units_saved(block: torch.nn.Module, channels_last: bool = True) -> float:
@@ -31,9 +35,10 @@ def test_stock_block_keeps_26() -> None:
 
 @pytest.mark.parametrize("channels_last", [True, False], ids=["channels_last", "contiguous"])
 @pytest.mark.parametrize("recompute", LIMITS)
-def test_fused_block(recompute: str, channels_last: bool) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_fused_block(backend: str, recompute: str, channels_last: bool) -> None:
     block = mk.FusedMBConv(CHANNELS, CHANNELS, se_ratio=None, recompute=recompute)
-    with mk.use_backend("torch"):
+    with mk.use_backend(backend):
         assert int(LIMITS[recompute]) <= units_saved(block, channels_last) <= LIMITS[recompute]
 
 
@@ -61,11 +66,12 @@ def test_nothing_is_saved_without_gradients() -> None:
         assert units_saved(block) == 0
 
 
-@pytest.mark.parametrize(("recompute", "limit"), [("none", 15.1), ("expand", 11.1), ("block", 2.2)])
-def test_moat_block(recompute: str, limit: float) -> None:
+@pytest.mark.parametrize(("recompute", "limit"), [("none", 15.2), ("expand", 11.2), ("block", 2.2)])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_moat_block(backend: str, recompute: str, limit: float) -> None:
     """The attention half keeps its input, LayerNorm's output, qkv (3 C) and the attended map."""
     block = mk.FusedMOATBlock(CHANNELS, CHANNELS, position_size=7, recompute=recompute)
-    with mk.use_backend("torch"):
+    with mk.use_backend(backend):
         assert units_saved(block) <= limit
 
 
