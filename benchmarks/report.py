@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ HERE = Path(__file__).parent
 MEBIBYTE = 2**20
 
 # Rows of the same kind keep their colour in every chart.
-STOCK, FUSED = "#9aa5b1", "#2f6fb7"
+GREY, LIGHT, DARK = "#8b929e", "#f0a67f", "#d9480f"
 
 
 def load_groups(path: Path) -> tuple[dict[str, dict[str, dict]], dict[str, Any]]:
@@ -83,6 +84,15 @@ def training_groups(groups: dict[str, dict[str, dict]]) -> dict[str, dict[str, d
     }
 
 
+def describe_contender(name: str) -> tuple[str, str]:
+    """(label, colour) of a contender of the training groups."""
+    backend, _, level = name.partition(" ")
+    if backend == "stock":
+        return f"stock, {level}" if level else "stock", GREY
+    kind, colour = {"torch": ("torch", LIGHT), "cpu": ("native CPU", DARK)}[backend]
+    return f'fused, {kind}, recompute="{level}"', colour
+
+
 def draw_chart(groups: dict[str, dict[str, dict]], facts: dict[str, Any], path: Path) -> None:
     """Training step of whole models: time and bytes saved for backward, per contender."""
     import matplotlib
@@ -92,36 +102,42 @@ def draw_chart(groups: dict[str, dict[str, dict]], facts: dict[str, Any], path: 
 
     models = training_groups(groups)
     figure, axes = pyplot.subplots(
-        len(models), 2, figsize=(10, 0.55 + 2.3 * len(models)), squeeze=False
+        len(models), 2, figsize=(11, 0.9 + 3 * len(models)), squeeze=False, width_ratios=(1, 0.8)
     )
-    for row, (model, contenders) in enumerate(models.items()):
-        names = list(contenders)
-        colours = [STOCK if name.startswith("stock") else FUSED for name in names]
-        seconds = [contenders[name]["interleaved_ms"] / 1e3 for name in names]
-        saved = [contenders[name]["saved_bytes"] / MEBIBYTE for name in names]
-        draw_bars(axes[row][0], names, seconds, colours, "{:.2f} s")
-        draw_bars(axes[row][1], [""] * len(names), saved, colours, "{:.0f} MiB")
-        axes[row][0].set_title(f"{model}, batch 8: time of a training step", loc="left", size=11)
-        axes[row][1].set_title("kept for backward", loc="left", size=11)
-    figure.text(0.01, 0.01, describe(facts), size=7, color="#666666")
-    figure.tight_layout(rect=(0, 0.03, 1, 1))
+    for (time_axis, memory_axis), (model, contenders) in zip(axes, models.items(), strict=True):
+        labels, colours = zip(*map(describe_contender, contenders), strict=True)
+        seconds = [info["interleaved_ms"] / 1e3 for info in contenders.values()]
+        saved = [info["saved_bytes"] / MEBIBYTE for info in contenders.values()]
+        draw_bars(time_axis, labels, seconds, colours, "{:.2f} s")
+        draw_bars(memory_axis, [""] * len(saved), saved, colours, "{:.0f} MiB")
+        title(time_axis, f"{model}, batch 8: time of a training step")
+        title(memory_axis, "kept for the backward pass")
+    figure.text(0.01, 0.015, describe(facts), size=8, color=GREY)
+    figure.tight_layout(rect=(0, 0.05, 1, 1))
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
 
 
-def draw_bars(axis, names: list[str], values: list[float], colours: list[str], text: str) -> None:
-    """Horizontal bars from top to bottom, each labelled with its value."""
+def title(axis, text: str) -> None:
+    axis.set_title(text, loc="left", size=11, weight="bold")
+
+
+def draw_bars(
+    axis, names: Sequence[str], values: list[float], colours: Sequence[str], text: str
+) -> None:
+    """Horizontal bars from top to bottom, each labelled with its value and share of the first."""
     positions = range(len(values))
     axis.barh(positions, values, color=colours, height=0.68)
     axis.set_yticks(positions, names)
     axis.invert_yaxis()
     axis.set_xticks([])
-    axis.set_xlim(0, 1.18 * max(values))
+    axis.set_xlim(0, 1.3 * max(values))
     axis.tick_params(length=0)
     for side in ("top", "right", "bottom"):
         axis.spines[side].set_visible(False)
     for position, value in zip(positions, values, strict=True):
-        axis.text(value, position, " " + text.format(value), va="center", size=9)
+        share = f"  ({value / values[0]:.2f}×)" if position else ""
+        axis.text(value, position, f" {text.format(value)}{share}", va="center", size=9)
 
 
 def main() -> None:
