@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 import warnings
 
 import pytest
 import torch
+from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.tolerances import (
     BACKEND_GRADIENT,
     BACKEND_OUTPUT,
@@ -285,18 +283,8 @@ def test_the_native_op_refuses_what_it_cannot_read(changed: dict, message: str) 
         torch.ops.moat_kernels.cpu_window_attention_forward(*arguments)
 
 
-@pytest.mark.parametrize("isa", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_each_instruction_set(isa: str) -> None:
     """The kernels as compiled for another instruction set, in a process of their own."""
     selection = "choice or head_dim or common or low_precision or not_finite or masked or bits"
-    environment = {**os.environ, "MOAT_KERNELS_CPU_ISA": isa}
-    probe = "import torch, moat_kernels; torch.ops.moat_kernels.cpu_isa()"
-    if subprocess.run(
-        [sys.executable, "-c", probe], env=environment, capture_output=True
-    ).returncode:
-        pytest.skip(f"this CPU has no {isa}")
-    if isa == torch.ops.moat_kernels.cpu_isa():
-        pytest.skip(f"{isa} is what the other tests run")
-    command = [sys.executable, "-m", "pytest", "-q", __file__, "-k", selection]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert result.returncode == 0, result.stdout
+    run_tests_with(isa, __file__, selection)

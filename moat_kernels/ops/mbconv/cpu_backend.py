@@ -16,6 +16,7 @@ from moat_kernels.ops.mbconv.cpu_fakes import register_fakes
 from moat_kernels.ops.mbconv.cpu_training import KERNEL_SIZE
 from moat_kernels.ops.mbconv.description import (
     NORMS,
+    WEIGHTS,
     MBConvDescription,
     MBConvParameters,
     Pool,
@@ -24,21 +25,6 @@ from moat_kernels.ops.mbconv.torch_backend import Forward
 from moat_kernels.ops.spatial import resolve_padding
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-
-_CONVOLUTIONS = (
-    "expand_weight",
-    "depthwise_weight",
-    "project_weight",
-    "expand_bias",
-    "depthwise_bias",
-    "project_bias",
-    "se_reduce_weight",
-    "se_reduce_bias",
-    "se_expand_weight",
-    "se_expand_bias",
-    "shortcut_weight",
-    "shortcut_bias",
-)
 
 
 def unsupported(x: Tensor, parameters: MBConvParameters, description: MBConvDescription) -> str:
@@ -92,7 +78,7 @@ def _all_frozen(description: MBConvDescription) -> bool:
 
 
 def _differentiable(x: Tensor, parameters: MBConvParameters) -> list[Tensor | None]:
-    tensors = [getattr(parameters, name) for name in _CONVOLUTIONS]
+    tensors = [getattr(parameters, name) for name in WEIGHTS]
     for name in NORMS:
         tensors += getattr(parameters, name)[:2]
     return [x, *tensors]
@@ -143,7 +129,7 @@ def _evaluate(
     pool_kind, pool = _pool_arguments(description.pool, x)
     output = torch.ops.moat_kernels.cpu_mbconv_eval(
         x.permute(0, 2, 3, 1).contiguous(),
-        [_as_float(getattr(parameters, name)) for name in _CONVOLUTIONS],
+        [_as_float(getattr(parameters, name)) for name in WEIGHTS],
         [_as_float(tensor) for name in NORMS for tensor in getattr(parameters, name)[:4]],
         [norm.eps if (norm := getattr(description, name)) else 0.0 for name in NORMS],
         _as_float(drop_path_scale),

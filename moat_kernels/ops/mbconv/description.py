@@ -193,3 +193,7 @@ class MBConvParameters(NamedTuple):
     se_expand_bias: Tensor | None = None  # [E]
     shortcut_weight: Tensor | None = None  # [C_out, C_in]
     shortcut_bias: Tensor | None = None  # [C_out]
+
+
+# The tensors of MBConvParameters that are not a norm's, in their order.
+WEIGHTS = tuple(name for name in MBConvParameters._fields if name not in NORMS)

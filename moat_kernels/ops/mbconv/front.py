@@ -15,6 +15,7 @@ from moat_kernels.ops.mbconv import cpu_backend, reference, torch_backend
 from moat_kernels.ops.mbconv.checks import check_mbconv
 from moat_kernels.ops.mbconv.description import (
     NORMS,
+    WEIGHTS,
     MBConvDescription,
     MBConvParameters,
     NormParameters,
@@ -24,24 +25,8 @@ from moat_kernels.ops.registration import define_op
 
 IMPLEMENTATIONS = {"torch": torch_backend, "cpu": cpu_backend}
 
-_WEIGHTS = (
-    "expand_weight",
-    "depthwise_weight",
-    "project_weight",
-    "expand_bias",
-    "depthwise_bias",
-    "project_bias",
-    "se_reduce_weight",
-    "se_reduce_bias",
-    "se_expand_weight",
-    "se_expand_bias",
-    "shortcut_weight",
-    "shortcut_bias",
-)
 # Names of the differentiable tensors, in the order of the operator's `parameters`.
-PARAMETER_NAMES = _WEIGHTS + tuple(
-    f"{norm}_{part}" for norm in NORMS for part in ("weight", "bias")
-)
+PARAMETER_NAMES = WEIGHTS + tuple(f"{norm}_{part}" for norm in NORMS for part in ("weight", "bias"))
 
 
 def mbconv(
@@ -101,7 +86,7 @@ def resolve_frozen(
 
 def flatten(parameters: MBConvParameters) -> tuple[list[Tensor | None], list[Tensor | None]]:
     """(differentiable tensors in the order of PARAMETER_NAMES, running mean and var per norm)."""
-    tensors = [getattr(parameters, name) for name in _WEIGHTS]
+    tensors = [getattr(parameters, name) for name in WEIGHTS]
     running = []
     for name in NORMS:
         norm = getattr(parameters, name)
@@ -114,9 +99,9 @@ def unflatten(
     tensors: Sequence[Tensor | None], running: Sequence[Tensor | None]
 ) -> MBConvParameters:
     """The inverse of `flatten`."""
-    fields: dict[str, Any] = dict(zip(_WEIGHTS, tensors, strict=False))
+    fields: dict[str, Any] = dict(zip(WEIGHTS, tensors, strict=False))
     for index, name in enumerate(NORMS):
-        affine = tensors[len(_WEIGHTS) + 2 * index : len(_WEIGHTS) + 2 * index + 2]
+        affine = tensors[len(WEIGHTS) + 2 * index : len(WEIGHTS) + 2 * index + 2]
         fields[name] = NormParameters(*affine, *running[2 * index : 2 * index + 2])
     return MBConvParameters(**fields)
 
@@ -133,7 +118,7 @@ def _fused(
     dtype = autocast_dtype(x)
     if dtype is not None:
         tensors = [
-            tensor if tensor is None or index >= len(_WEIGHTS) else tensor.to(dtype)
+            tensor if tensor is None or index >= len(WEIGHTS) else tensor.to(dtype)
             for index, tensor in enumerate(tensors)
         ]
     # Running statistics that are about to be updated must not be saved for backward.
