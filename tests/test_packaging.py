@@ -35,10 +35,11 @@ def tree(tmp_path: Path) -> Path:
 def run_setup(
     tree: Path, command: str, code: str = RUN_SETUP, **environment: str
 ) -> subprocess.CompletedProcess[str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("MOAT_KERNELS")}
     return subprocess.run(
         [sys.executable, "-c", code, "-q", command, "--dist-dir", "dist"],
         cwd=tree,
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
         check=True,
