@@ -62,11 +62,13 @@ def train_step(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
     return {"output": output, "x.grad": x.grad, **gradients, **dict(block.named_buffers())}
 
 
-def check_same(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+def check_same(
+    actual: dict[str, Tensor], expected: dict[str, Tensor], dtype: torch.dtype = torch.float64
+) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
         tolerance = BACKEND_GRADIENT if name.endswith("grad") else BACKEND_OUTPUT
-        assert_close(actual[name], value, tolerance[torch.float64], name, floor=1e-3)
+        assert_close(actual[name], value, tolerance[dtype], name, floor=1e-3)
 
 
 @pytest.mark.parametrize("name", PAIRS)
@@ -245,15 +247,17 @@ def test_autocast(name: str, input_dtype: torch.dtype) -> None:
     assert (ours - exact["output"]).abs().max() / scale <= 2 * stock_error + 2**-8
 
 
-@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
 @pytest.mark.parametrize("name", PAIRS)
-def test_compile_without_graph_breaks(name: str) -> None:
+def test_compile_without_graph_breaks(name: str, dtype: torch.dtype) -> None:
+    """float64 takes the torch backend, float32 the native one where it is built."""
     _, fused, x = make_pair(name)
+    fused, x = fused.to(dtype), x.to(dtype)
     expected = train_step(copy.deepcopy(fused), x)
     torch._dynamo.reset()
     compiled = torch.compile(fused, fullgraph=True, backend="aot_eager")
     actual = {k.removeprefix("_orig_mod."): v for k, v in train_step(compiled, x).items()}
-    check_same(actual, expected)
+    check_same(actual, expected, dtype)
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
