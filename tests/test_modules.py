@@ -286,6 +286,12 @@ def test_repr_names_the_choices() -> None:
     assert "window_size=(4, 4)" in repr(fused)
 
 
+def test_the_reference_names_an_unbiased_variance_of_one_value() -> None:
+    block = MBConvBlock(8, 8, unbiased_running_var=True)
+    with pytest.raises(ValueError, match="needs at least two values per channel"):
+        block(torch.randn(1, 8, 1, 1))
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from support.mbconv_cases import CASES, copy_parameters, make_parameters, map_tensors, run
+from support.mbconv_cases import CASES, Case, copy_parameters, make_parameters, map_tensors, run
 from support.tolerances import (
     BACKEND_GRADIENT,
     BACKEND_OUTPUT,
@@ -215,6 +215,19 @@ def test_unbiased_and_cumulative_running_statistics() -> None:
     assert_close(parameters.pre_norm.running_mean, means, BACKEND_OUTPUT[torch.float64])
     assert_close(parameters.pre_norm.running_var, variances, BACKEND_OUTPUT[torch.float64])
     assert int(parameters.pre_norm.num_batches_tracked) == 3
+
+
+def test_the_unbiased_variance_of_one_value_is_refused_where_it_is_asked_for() -> None:
+    """A 2 x 2 map at stride 2 leaves four values before the stride and one after it."""
+    x = torch.randn(1, 6, 2, 2, dtype=torch.float64)
+    for name, refused in (("pre_norm", False), ("expand_norm", False), ("depthwise_norm", True)):
+        description = MBConvDescription(stride=2, pool=Pool(), **{name: Norm(unbiased=True)})
+        parameters = make_parameters(Case(description))
+        if refused:
+            with pytest.raises(ValueError, match="one value per channel: the unbiased variance"):
+                mbconv(x, parameters, description, training=True)
+        else:
+            mbconv(x, parameters, description, training=True)
 
 
 def test_opcheck() -> None:

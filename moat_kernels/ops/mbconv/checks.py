@@ -11,6 +11,7 @@ from moat_kernels.ops.mbconv.description import (
     MBConvParameters,
     NormParameters,
 )
+from moat_kernels.ops.mbconv.running import values_per_channel
 from moat_kernels.ops.spatial import output_size, resolve_padding
 
 RECOMPUTE_LEVELS = ("auto", "none", "expand", "block")
@@ -116,7 +117,9 @@ def _check_sizes(
     for name in NORMS:
         norm = getattr(description, name)
         measures = norm is not None and training and not norm.frozen
-        if measures and norm.unbiased and 1 in (batch * height * width, batch * size[0] * size[1]):
+        rows_in, rows_out = batch * height * width, batch * size[0] * size[1]
+        count = values_per_channel(name, description, rows_in, rows_out)
+        if measures and norm.unbiased and count == 1:
             raise ValueError(
                 f"x of shape {tuple(x.shape)} leaves one value per channel: the unbiased variance "
                 f"of description.{name} needs at least two"

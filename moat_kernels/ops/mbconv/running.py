@@ -24,6 +24,8 @@ def update_norm(
     running_mean, running_var = parameters.running_mean, parameters.running_var
     if running_mean is None or running_var is None or count == 0:
         return
+    if norm.unbiased and count == 1:
+        raise ValueError("the unbiased running variance needs at least two values per channel")
     momentum: float | Tensor
     if parameters.num_batches_tracked is not None:
         parameters.num_batches_tracked.add_(1)
@@ -39,6 +41,16 @@ def update_norm(
     running_var.lerp_(variance.to(running_var.dtype), momentum)
 
 
+def values_per_channel(
+    name: str, description: MBConvDescription, rows_in: int, rows_out: int
+) -> int:
+    """How many values per channel the norm called `name` sees: B*H*W before or after the stride."""
+    before_stride = {"pre_norm"}
+    if description.order == "expand_first":
+        before_stride.add("expand_norm")
+    return rows_in if name in before_stride else rows_out
+
+
 def update_running_statistics(
     x: Tensor,
     output: Tensor,
@@ -49,9 +61,6 @@ def update_running_statistics(
     """Update every norm in `moments` (name -> batch mean, biased variance)."""
     rows_in = x.shape[0] * x.shape[2] * x.shape[3]
     rows_out = output.shape[0] * output.shape[2] * output.shape[3]
-    before_stride = {"pre_norm"}
-    if description.order == "expand_first":
-        before_stride.add("expand_norm")
     for name, (mean, variance) in moments.items():
-        count = rows_in if name in before_stride else rows_out
+        count = values_per_channel(name, description, rows_in, rows_out)
         update_norm(getattr(description, name), getattr(parameters, name), mean, variance, count)

@@ -188,7 +188,7 @@ def build_shortcut(parameters: MBConvParameters, description: MBConvDescription)
 
 
 def expand_rows(x: Tensor, parameters: MBConvParameters, description: MBConvDescription) -> int:
-    """B*H*W at the expand convolution."""
+    """About B*H*W at the expand convolution; it decides how statistics are taken, nothing else."""
     if description.order == "expand_first":
         return x.shape[0] * x.shape[2] * x.shape[3]
     return x.shape[0] * -(-x.shape[2] // description.stride) * -(-x.shape[3] // description.stride)
