@@ -1,4 +1,4 @@
-# Each of demo, test, bench and lint first sets up all that it needs: Python 3.10 or newer is
+# Each of demo, test, bench, lint and sanitize first sets up all that it needs: Python 3.10 or newer is
 # enough, and a C++ compiler adds the native CPU kernels. ARGS is passed on to the program run:
 #   make test ARGS="-k mbconv"
 PYTHON ?= python3
@@ -12,10 +12,10 @@ BUILD_LOG := build/extension.log
 # pip and the kernels' build find ninja there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench lint clean
+.PHONY: help demo test bench lint sanitize clean
 
 help:
-	@echo "make demo | test | bench | lint | clean   (ARGS=... is passed on)"
+	@echo "make demo | test | bench | lint | sanitize | clean   (ARGS=... is passed on)"
 
 demo: $(EXTENSION)
 	$(VENV)/bin/python examples/train_classifier.py --blocks both $(ARGS)
@@ -31,6 +31,12 @@ lint: $(REQUIREMENTS)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
 	$(VENV)/bin/mypy
+
+# The native kernels' tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer:
+# two builds of their own and some minutes.
+sanitize: $(PACKAGE)
+	$(VENV)/bin/python tests/sanitize.py address $(ARGS)
+	$(VENV)/bin/python tests/sanitize.py thread $(ARGS)
 
 # Where the kernels cannot be built this makes no file, so the next run tries, and tells, again.
 $(EXTENSION): $(PACKAGE) $(CSRC) setup.py

@@ -5,6 +5,8 @@ a namespace of that instruction set; csrc/cpu/isa.cpp chooses between them at ru
 
 The kernels are optional: where they cannot be built, one line says why and the package installs
 without them. MOAT_KERNELS_SKIP_EXT=1 leaves them out on purpose; CXX and MAX_JOBS work as usual.
+MOAT_KERNELS_SANITIZE=address or =thread builds them for `make sanitize`, with GCC's AddressSanitizer
+and UndefinedBehaviorSanitizer or with its ThreadSanitizer.
 """
 
 from __future__ import annotations
@@ -45,6 +47,23 @@ COMPILE_FLAGS = [
     "-Wall",
     "-Wextra",
 ]
+SANITIZERS = {
+    "": [],
+    # The checks of null and alignment at every vector access are left out: with them GCC takes
+    # minutes per file. So is AddressSanitizer's inline code, in favour of calls.
+    "address": [
+        "-fsanitize=address,bounds,shift,signed-integer-overflow,integer-divide-by-zero,"
+        "float-cast-overflow,return",
+        "-fno-sanitize-recover=all",
+        "--param=asan-instrumentation-with-call-threshold=0",
+    ],
+    "thread": ["-fsanitize=thread"],
+}
+SANITIZE = SANITIZERS[os.environ.get("MOAT_KERNELS_SANITIZE", "")]
+if SANITIZE:
+    # Line numbers for the reports; the runtime library comes from LD_PRELOAD.
+    COMPILE_FLAGS += [*SANITIZE, "-g1", "-O1", "-fno-omit-frame-pointer"]
+
 # Keep in step with the checks in csrc/cpu/isa.cpp.
 ISA_FLAGS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
@@ -168,6 +187,7 @@ def extension_arguments() -> dict:
             # As system headers, torch's own do not warn.
             *(f"-isystem{path}" for path in include_paths()),
         ],
+        extra_link_args=SANITIZE,
         # torch's BuildExtension defines Py_LIMITED_API to match.
         py_limited_api=True,
     )

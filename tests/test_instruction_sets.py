@@ -1,0 +1,64 @@
+"""The built library runs on any CPU of its architecture: wide instructions stay in their place."""
+
+from __future__ import annotations
+
+import platform
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from moat_kernels.extension import load_extension
+
+pytestmark = [
+    pytest.mark.skipif(
+        not load_extension().usable, reason=f"native kernels {load_extension().reason}"
+    ),
+    pytest.mark.skipif(
+        platform.machine() not in ("x86_64", "AMD64"), reason="about x86-64's instruction sets"
+    ),
+    pytest.mark.skipif(shutil.which("objdump") is None, reason="no objdump (binutils)"),
+]
+
+FUNCTION = re.compile(r"^[0-9a-f]+ <(?P<name>.+)>:$")
+# AVX and later are encoded with a VEX or EVEX prefix; their mnemonics begin with v. (verr and verw,
+# the two older ones that do, are no instructions of user programs.) Mask registers are AVX-512's.
+AVX = re.compile(r"^\s+[0-9a-f]+:\t(\{\w+\} )?v[a-z0-9]+ ")
+AVX512 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b")
+
+
+def instruction_sets_of_functions() -> dict[str, str]:
+    """The widest instruction set met in each function of the library: "", "avx2" or "avx512"."""
+    from moat_kernels import _C
+
+    command = ["objdump", "-d", "--no-show-raw-insn", _C.__file__]
+    found: dict[str, str] = {}
+    name = ""
+    for line in subprocess.check_output(command, text=True).splitlines():
+        if match := FUNCTION.match(line):
+            name = match["name"]
+            found[name] = ""
+        elif AVX512.search(line):
+            found[name] = "avx512"
+        elif not found.get(name) and AVX.match(line):
+            found[name] = "avx2"
+    return found
+
+
+def test_wide_instructions_stay_in_the_functions_of_their_instruction_set() -> None:
+    """Also none in a template of std:: that the linker took from a wide object."""
+    found = instruction_sets_of_functions()
+    # Mangled names hold the namespace with its length: moat_kernels::cpu::avx2::...
+    beyond_baseline = {
+        name for name, isa in found.items() if isa and not re.search("4avx2|6avx512", name)
+    }
+    beyond_avx2 = {name for name, isa in found.items() if isa == "avx512" and "6avx512" not in name}
+    assert not beyond_baseline
+    assert not beyond_avx2
+
+
+def test_the_wide_instructions_are_there() -> None:
+    found = instruction_sets_of_functions()
+    assert any(isa == "avx2" and "4avx2" in name for name, isa in found.items())
+    assert any(isa == "avx512" and "6avx512" in name for name, isa in found.items())
