@@ -5,8 +5,8 @@ a namespace of that instruction set; csrc/cpu/isa.cpp chooses between them at ru
 
 The kernels are optional: where they cannot be built, one line says why and the package installs
 without them. MOAT_KERNELS_SKIP_EXT=1 leaves them out on purpose; CXX and MAX_JOBS work as usual.
-MOAT_KERNELS_SANITIZE=address or =thread builds them for `make sanitize`, with GCC's AddressSanitizer
-and UndefinedBehaviorSanitizer or with its ThreadSanitizer.
+MOAT_KERNELS_SANITIZE=address or =thread builds them for `make sanitize`, with GCC's sanitizers of
+memory and undefined behaviour or of threads.
 """
 
 from __future__ import annotations
