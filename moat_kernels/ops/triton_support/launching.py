@@ -1,0 +1,71 @@
+"""Whether Triton can run here, and launching its kernels."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import importlib.metadata
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.torch_version import TorchVersion
+
+MINIMUM_TRITON = "3.7"
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+@functools.cache
+def triton_missing() -> str:
+    """Why Triton cannot be imported here; empty: it can. Does not import it."""
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return "triton is not installed"
+    if TorchVersion(version) < MINIMUM_TRITON:
+        return f"triton {version} is installed; at least {MINIMUM_TRITON} is needed"
+    return ""
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter runs the kernels, on CPU tensors (TRITON_INTERPRET=1)."""
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def unsupported_tensor(x: Tensor) -> str:
+    """Why Triton kernels do not take `x`; empty: they do."""
+    if x.device.type != ("cpu" if interpreting() else "cuda"):
+        return f"tensors on {x.device}"
+    if x.dtype not in DTYPES:
+        return f"dtype {x.dtype}"
+    return ""
+
+
+@functools.cache
+def architecture(device: torch.device) -> int:
+    """Compute capability of a device as 10 * major + minor; 0 where it is not an NVIDIA GPU."""
+    if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
+        return 0
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+    """Run `kernel` on `grid` programs, on the device of the first argument, a tensor.
+
+    options: its compile-time arguments, num_warps and num_stages. Does nothing for an empty grid,
+    and for fake tensors, whose results are never read.
+    """
+    if 0 in grid or isinstance(arguments[0], FakeTensor):
+        return
+    options.setdefault("enable_fp_fusion", True)
+    device = arguments[0].device
+    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
+    with guard:
+        _run(kernel, grid, arguments, options)
+
+
+def _run(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict[str, Any]) -> None:
+    kernel[grid](*arguments, **options)

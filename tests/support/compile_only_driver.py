@@ -1,0 +1,166 @@
+"""Compiling what the library launches for GPUs that are not there.
+
+Inside `compile_only(target)` the real launchers run on meta tensors, which cost no memory at any
+size. Each kernel is compiled for the target, with the specialisation that its arguments have, and
+not run. Uses private parts of Triton, so the tests pin its version.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from moat_kernels.ops.triton_support import launching
+
+# Compute capabilities: A100, H100 and H200, B200, RTX 50.
+NVIDIA = (80, 90, 100, 120)
+# MI300.
+AMD = "gfx942"
+
+
+@dataclass(frozen=True)
+class Multiprocessor:
+    """Limits per multiprocessor (CUDA C++ Programming Guide, table of compute capabilities)."""
+
+    warps: int
+    blocks: int
+    shared_memory: int  # bytes
+    registers: int = 65536
+
+    @property
+    def shared_memory_per_block(self) -> int:
+        """The system keeps 1 KiB of each block's."""
+        return self.shared_memory - 1024
+
+
+MULTIPROCESSORS = {
+    80: Multiprocessor(warps=64, blocks=32, shared_memory=164 * 1024),
+    90: Multiprocessor(warps=64, blocks=32, shared_memory=228 * 1024),
+    100: Multiprocessor(warps=64, blocks=32, shared_memory=228 * 1024),
+    120: Multiprocessor(warps=48, blocks=24, shared_memory=100 * 1024),
+}
+
+# Instructions that multiply matrices on tensor cores, as PTX spells them.
+_TENSOR_CORE = re.compile(r"^\s*(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What a compiled kernel takes of the GPU: `stack` bytes a thread are what was spilled."""
+
+    registers: int
+    stack: int
+    shared_memory: int
+    tensor_core_instructions: int
+    warps: int
+
+    def occupancy(self, arch: int) -> float:
+        """Warps that fit on a multiprocessor, of those it could hold."""
+        limit = MULTIPROCESSORS[arch]
+        registers_per_warp = -(-self.registers * 32 // 256) * 256
+        blocks = min(
+            limit.blocks,
+            limit.warps // self.warps,
+            limit.registers // (registers_per_warp * self.warps),
+            limit.shared_memory // (self.shared_memory + 1024),
+        )
+        return blocks * self.warps / limit.warps
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One launch: the kernel's name, its compile-time choices, and what the compiler made of it."""
+
+    kernel: str
+    grid: tuple[int, ...]
+    options: dict[str, Any]
+    compiled: Any
+
+    @property
+    def key(self) -> str:
+        """Equal for launches that run the same machine code."""
+        return self.compiled.hash
+
+
+class _CompileOnlyDriver:
+    """The part of Triton's driver that compiling asks for."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        # Kernels are cached per device: one number for two targets would mix them up.
+        return hash(self.target.arch)
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+def gpu_target(arch: int | str) -> GPUTarget:
+    """A compute capability, or the name of an AMD architecture."""
+    return GPUTarget("cuda", arch, 32) if isinstance(arch, int) else GPUTarget("hip", arch, 64)
+
+
+@contextmanager
+def compile_only(arch: int | str) -> Iterator[list[Launch]]:
+    """Compile what is launched inside the block for `arch`; yields the list of launches."""
+    launches: list[Launch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict) -> None:
+        compiled = kernel.warmup(*arguments, grid=grid, **options)
+        launches.append(Launch(kernel.__name__, grid, options, compiled))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(driver, "_active", _CompileOnlyDriver(gpu_target(arch)))
+        patch.setattr(launching, "_run", record)
+        patch.setattr(launching, "architecture", lambda _: arch if isinstance(arch, int) else 0)
+        yield launches
+
+
+def nvidia_usage(launch: Launch, arch: int) -> Usage:
+    """Resources of a kernel compiled for `arch`, from its machine code and its PTX."""
+    ptx = launch.compiled.asm["ptx"]
+    found = re.search(r"^\.target sm_(\d+)", ptx, re.MULTILINE)
+    assert found and int(found[1]) == arch, f"compiled for {found and found[0]}, not sm_{arch}"
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(launch.compiled.asm["cubin"])
+        file.flush()
+        listing = subprocess.run(
+            [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+    counts = re.search(r"REG:(\d+) STACK:(\d+) SHARED:\d+ LOCAL:(\d+)", listing)
+    assert counts, listing
+    return Usage(
+        registers=int(counts[1]),
+        stack=int(counts[2]) + int(counts[3]),
+        shared_memory=launch.compiled.metadata.shared,
+        tensor_core_instructions=len(_TENSOR_CORE.findall(ptx)),
+        warps=launch.compiled.metadata.num_warps,
+    )
+
+
+def amd_vector_spills(launch: Launch) -> int:
+    """Vector registers that a kernel compiled for AMD spills."""
+    found = re.search(r"\.vgpr_spill_count: +(\d+)", launch.compiled.asm["amdgcn"])
+    assert found
+    return int(found[1])
