@@ -4,16 +4,19 @@ The interpreter holds bfloat16 as its bits, in uint16, and up to Triton 3.9 comp
 if they were numbers: products and sums are garbage, silently, and conversions from float32 are cut
 off rather than rounded. `install` makes arithmetic, matrix products and conversions right, and
 turns every other operation on bfloat16 into an error: a kernel should widen to float32 first.
+It also makes the interpreter twice as fast.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 import pytest
 import triton.language as tl
+from triton.runtime import interpreter
 from triton.runtime.interpreter import InterpreterBuilder, ReduceScanOpInterface, TensorHandle
 
 
@@ -46,6 +49,11 @@ def _refuse(name: str, original: Callable) -> Callable:
 
 def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Patch the interpreter until `monkeypatch` is undone."""
+    _correct_bfloat16(monkeypatch)
+    _speed_up(monkeypatch)
+
+
+def _correct_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     builder = InterpreterBuilder
     dot, binary, cast = builder.create_dot, builder.binary_op, builder.cast_impl
 
@@ -78,3 +86,22 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
         check_tensor(self, inputs)
 
     monkeypatch.setattr(ReduceScanOpInterface, "check_tensor", checked)
+
+
+def _speed_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out checks of integer overflow, and prepare each module once rather than per call."""
+    options = dataclasses.replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+    monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
+    prepared: set[str] = set()
+
+    def call(self: Any, *arguments: Any, **options: Any) -> Any:
+        """A kernel calls another function."""
+        if self.fn.__module__ not in prepared:
+            interpreter._patch_lang(self.fn)
+            prepared.add(self.fn.__module__)
+        try:
+            return self.rewrite()(*arguments, **options)
+        except Exception as error:
+            raise interpreter.InterpreterError(repr(error)) from error
+
+    monkeypatch.setattr(interpreter.InterpretedFunction, "__call__", call)
