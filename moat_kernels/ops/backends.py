@@ -13,12 +13,16 @@ from typing import Any, TypeVar
 import torch
 
 from moat_kernels.extension import load_extension
+from moat_kernels.ops.triton_support.launching import interpreting, triton_missing
 
-BACKENDS = ("reference", "torch", "cpu")
+BACKENDS = ("reference", "torch", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "MOAT_KERNELS_BACKEND"
 
 # Tried in this order, by the type of the tensor's device, when no backend was asked for.
-_PREFERENCE: dict[str, tuple[str, ...]] = {"cpu": ("cpu", "torch", "reference")}
+_PREFERENCE: dict[str, tuple[str, ...]] = {
+    "cpu": ("cpu", "torch", "reference"),
+    "cuda": ("triton", "torch", "reference"),
+}
 _DEFAULT_PREFERENCE = ("torch", "reference")
 
 _requested: ContextVar[str | None] = ContextVar("moat_kernels_backend", default=None)
@@ -40,12 +44,20 @@ class BackendStatus:
     reason: str = ""
 
 
+def _triton_status() -> BackendStatus:
+    reason = triton_missing()
+    if not reason and not interpreting() and not torch.cuda.is_available():
+        reason = "no CUDA device that torch can use, and TRITON_INTERPRET=1 is not set"
+    return BackendStatus(not reason, reason)
+
+
 # Loaded here rather than at the first call, which torch.compile may be tracing.
 _EXTENSION = load_extension()
 _STATUS = {
     "reference": BackendStatus(True),
     "torch": BackendStatus(True),
     "cpu": BackendStatus(_EXTENSION.usable, f"native kernels {_EXTENSION.reason}"),
+    "triton": _triton_status(),
 }
 
 
