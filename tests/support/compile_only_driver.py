@@ -51,8 +51,10 @@ MULTIPROCESSORS = {
     120: Multiprocessor(warps=48, blocks=24, shared_memory=100 * 1024),
 }
 
-# Instructions that multiply matrices on tensor cores, as PTX spells them.
-_TENSOR_CORE = re.compile(r"^\s*(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", re.MULTILINE)
+# Instructions that multiply matrices on tensor cores, as PTX spells them; some have a predicate.
+_TENSOR_CORE = re.compile(
+    r"^\s*(?:@%p\d+ )?(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", re.MULTILINE
+)
 
 
 @dataclass(frozen=True)
@@ -130,7 +132,7 @@ def compile_only(arch: int | str) -> Iterator[list[Launch]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_active", _CompileOnlyDriver(gpu_target(arch)))
         patch.setattr(launching, "_run", record)
-        patch.setattr(launching, "architecture", lambda _: arch if isinstance(arch, int) else 0)
+        patch.setattr(launching, "_architecture", lambda _: arch if isinstance(arch, int) else 0)
         yield launches
 
 

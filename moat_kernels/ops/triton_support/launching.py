@@ -43,9 +43,13 @@ def unsupported_tensor(x: Tensor) -> str:
     return ""
 
 
-@functools.cache
 def architecture(device: torch.device) -> int:
     """Compute capability of a device as 10 * major + minor; 0 where it is not an NVIDIA GPU."""
+    return _architecture(device)
+
+
+@functools.cache
+def _architecture(device: torch.device) -> int:
     if device.type != "cuda" or torch.version.hip is not None or not torch.cuda.is_available():
         return 0
     major, minor = torch.cuda.get_device_capability(device)
