@@ -12,11 +12,16 @@ from moat_kernels.ops.autocast import autocast_dtype, without_autocast
 from moat_kernels.ops.backends import choose_backend
 from moat_kernels.ops.checks import check_tensor
 from moat_kernels.ops.registration import define_op
-from moat_kernels.ops.window_attention import cpu_backend, reference, torch_backend
+from moat_kernels.ops.window_attention import (
+    cpu_backend,
+    reference,
+    torch_backend,
+    triton_backend,
+)
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 from moat_kernels.ops.window_attention.position_bias import crop_table, table_size
 
-IMPLEMENTATIONS = {"torch": torch_backend, "cpu": cpu_backend}
+IMPLEMENTATIONS = {"torch": torch_backend, "cpu": cpu_backend, "triton": triton_backend}
 
 
 def window_attention(

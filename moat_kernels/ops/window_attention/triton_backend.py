@@ -1,0 +1,206 @@
+"""Window attention by Triton kernels, on NVIDIA (and, not tried, AMD) GPUs.
+
+Reads windows from the packed map in place, by strides; saves the log-sum-exp of every query.
+Accumulates in float32; float32 products are exact unless torch.backends.cuda.matmul.allow_tf32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moat_kernels.ops.triton_support.launching import (
+    architecture,
+    launch,
+    unsupported_tensor,
+)
+from moat_kernels.ops.window_attention.description import WindowAttentionDescription
+from moat_kernels.ops.window_attention.partition import window_counts
+from moat_kernels.ops.window_attention.position_bias import table_size
+from moat_kernels.ops.window_attention.triton_launches import (
+    BIAS_GRADIENT_PROGRAMS,
+    Launch,
+    launch_for,
+)
+
+HEAD_DIMS = (16, 32, 64)
+
+
+def unsupported(
+    qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
+) -> str:
+    """Why this backend does not cover a call; empty: it does."""
+    if description.head_dim not in HEAD_DIMS:
+        return f"head_dim {description.head_dim}"
+    return unsupported_tensor(qkv)
+
+
+class _Call:
+    """What the kernels of one call have in common."""
+
+    def __init__(
+        self, qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
+    ) -> None:
+        batch, height, width, _ = qkv.shape
+        heads, head_dim = description.heads, description.head_dim
+        self.qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
+        # Kernels without a table take any pointer in its place.
+        self.table = self.qkv if bias_table is None else bias_table.contiguous()
+        self.batch, self.heads = batch, heads
+        self.map = (height, width)
+        self.window = description.window_for(height, width)
+        self.tokens = self.window[0] * self.window[1]
+        rows, columns = window_counts(height, width, self.window)
+        self.windows = batch * rows * columns
+        packed = (heads * head_dim, head_dim)  # strides of (q, k, v) and of heads
+        if description.qkv_layout == "heads_qkv":
+            packed = (head_dim, 3 * head_dim)
+        self.geometry = (
+            *self.qkv.stride()[:3],
+            *packed,
+            description.scale_or_default(),
+            heads,
+            height,
+            width,
+            *self.window,
+        )
+        self.constants = {
+            "GRID": description.partition == "grid",
+            "HEAD_DIM": head_dim,
+            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+        }
+        self.has_table = bias_table is not None
+
+    def configure(self, kernel: str) -> tuple[Launch, dict[str, Any]]:
+        """A kernel's launch, and the same as its options."""
+        chosen = launch_for(kernel, self.qkv.dtype, self.tokens, architecture(self.qkv.device))
+        return chosen, {
+            **self.constants,
+            "BLOCK_QUERIES": chosen.block_queries,
+            "BLOCK_KEYS": chosen.block_keys,
+            "num_warps": chosen.num_warps,
+            "num_stages": chosen.num_stages,
+        }
+
+    def blocks(self, size: int) -> int:
+        """Blocks of `size` tokens in a window."""
+        return -(-self.tokens // size)
+
+    def statistic(self) -> Tensor:
+        """An empty float32 per query, [B, heads, H, W]."""
+        return self.qkv.new_empty(self.batch, self.heads, *self.map, dtype=torch.float32)
+
+
+def forward(
+    qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
+) -> tuple[Tensor, list[Tensor]]:
+    """(output [B, H, W, heads*head_dim], [log2-sum-exp of every query, [B, heads, H, W]])."""
+    from moat_kernels.ops.window_attention.triton_kernels import forward_kernel
+
+    call = _Call(qkv, bias_table, description)
+    output = qkv.new_empty(*qkv.shape[:3], description.heads * description.head_dim)
+    log_sum_exp = call.statistic()
+    chosen, options = call.configure("forward")
+    launch(
+        forward_kernel,
+        (call.blocks(chosen.block_queries) * call.windows, call.heads),
+        call.qkv,
+        call.table,
+        output,
+        log_sum_exp,
+        *call.geometry,
+        HAS_TABLE=call.has_table,
+        **options,
+    )
+    return output, [log_sum_exp]
+
+
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    description: WindowAttentionDescription,
+    output: Tensor,
+    saved: list[Tensor],
+    needs_table: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of qkv and of the bias table."""
+    from moat_kernels.ops.window_attention import triton_kernels_backward as kernels
+
+    call = _Call(qkv, bias_table, description)
+    grad = grad.contiguous()
+    (log_sum_exp,) = saved
+    delta = call.statistic()
+    grad_qkv = qkv.new_empty(qkv.shape)
+    chosen, options = call.configure("query")
+    launch(
+        kernels.query_gradient_kernel,
+        (call.blocks(chosen.block_queries) * call.windows, call.heads),
+        grad,
+        output,
+        log_sum_exp,
+        call.qkv,
+        call.table,
+        grad_qkv,
+        delta,
+        *call.geometry,
+        HAS_TABLE=call.has_table,
+        **options,
+    )
+    chosen, options = call.configure("key_value")
+    launch(
+        kernels.key_value_gradient_kernel,
+        (call.blocks(chosen.block_keys) * call.windows, call.heads),
+        grad,
+        log_sum_exp,
+        delta,
+        call.qkv,
+        call.table,
+        grad_qkv,
+        *call.geometry,
+        HAS_TABLE=call.has_table,
+        **options,
+    )
+    if bias_table is None or not needs_table:
+        return grad_qkv, None
+    return grad_qkv, _table_gradient(call, grad, log_sum_exp, delta)
+
+
+def _table_gradient(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -> Tensor:
+    """[heads, 2*wh-1, 2*ww-1], float32, summed in a fixed order."""
+    from moat_kernels.ops.window_attention import triton_kernels_backward as kernels
+
+    chosen, options = call.configure("bias")
+    tiles = call.blocks(chosen.block_queries) * call.blocks(chosen.block_keys)
+    splits = max(1, min(call.windows, BIAS_GRADIENT_PROGRAMS // (tiles * call.heads)))
+    slabs = delta.new_empty(splits, call.heads, call.tokens, call.tokens)
+    launch(
+        kernels.bias_gradient_kernel,
+        (tiles, call.heads, splits),
+        grad,
+        log_sum_exp,
+        delta,
+        call.qkv,
+        call.table,
+        slabs,
+        *call.geometry,
+        call.batch,
+        **options,
+    )
+    rows, columns = table_size(call.window)
+    grad_table = delta.new_empty(call.heads, rows, columns)
+    launch(
+        kernels.fold_table_kernel,
+        (rows, -(-columns // 32), call.heads),
+        slabs,
+        grad_table,
+        splits,
+        call.heads,
+        *call.window,
+        BLOCK_COLUMNS=16,
+        BLOCK_OFFSETS=32,
+        num_warps=4,
+    )
+    return grad_table

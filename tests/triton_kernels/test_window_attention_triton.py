@@ -1,0 +1,248 @@
+"""The Triton kernels of `window_attention` against the reference in float64.
+
+Maps and numbers of heads are small: the interpreter takes a tenth of a second per program.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from support.tolerances import (
+    BACKEND_GRADIENT,
+    BACKEND_OUTPUT,
+    LOW_PRECISION_FACTOR,
+    assert_close,
+    relative_error,
+)
+from torch import Tensor
+
+from moat_kernels import FallbackWarning, use_backend
+from moat_kernels.functional import WindowAttentionDescription, window_attention
+
+pytest.importorskip("triton")
+
+from moat_kernels.ops.window_attention import triton_backend
+
+WHOLE = WindowAttentionDescription(heads=2, head_dim=16)
+SMALL = (1, 4, 5)
+
+# A map (batch, height, width) with its windows: the whole map in one tile and in several, windows
+# that divide the map and that do not, that are larger than the map, and of one token.
+CASES = {
+    "7x7": ((2, 7, 7), WindowAttentionDescription(2, 32)),
+    "two blocks of queries": ((1, 3, 47), WindowAttentionDescription(1, 16)),
+    "ragged": ((1, 6, 7), WindowAttentionDescription(1, 16, (4, 5), 0.3, "heads_qkv")),
+    "ragged grid": (
+        (1, 6, 7),
+        WindowAttentionDescription(2, 16, (4, 5), None, "qkv_heads", "grid"),
+    ),
+    "dividing": ((2, 4, 6), WindowAttentionDescription(2, 16, (4, 3), None, "heads_qkv")),
+    "beyond the map": ((1, 5, 3), WindowAttentionDescription(1, 64, (9, 2))),
+    "grid beyond the map": (
+        (1, 3, 5),
+        WindowAttentionDescription(1, 16, (14, 2), None, "heads_qkv", "grid"),
+    ),
+    "one token": ((3, 1, 1), WindowAttentionDescription(1, 16)),
+}
+
+
+def make_inputs(
+    description: WindowAttentionDescription,
+    shape: tuple[int, int, int],
+    device: str,
+    bias: bool = True,
+    dtype: torch.dtype = torch.float32,
+) -> tuple[Tensor, Tensor | None]:
+    """(qkv, table) for a map (B, H, W)."""
+    channels = 3 * description.heads * description.head_dim
+    qkv = torch.randn(*shape, channels).to(device, dtype)
+    if not bias:
+        return qkv, None
+    height, width = description.window_for(*shape[1:])
+    table = torch.randn(description.heads, 2 * height - 1, 2 * width - 1)
+    return qkv, table.to(device, dtype)
+
+
+def run(
+    backend: str,
+    qkv: Tensor,
+    table: Tensor | None,
+    description: WindowAttentionDescription,
+    dtype: torch.dtype = torch.float32,
+) -> dict[str, Tensor]:
+    """Output and gradients by a backend, for copies of the arguments in `dtype`."""
+    qkv = qkv.detach().to(dtype, copy=True).requires_grad_()
+    table = None if table is None else table.detach().to(dtype, copy=True).requires_grad_()
+    with use_backend(backend), warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        output = window_attention(qkv, table, description)
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(output.shape, generator=generator)
+        output.backward(cotangent.to(output.device, dtype))
+    assert output.dtype == dtype
+    assert output.is_contiguous()
+    results = {"output": output.detach(), "qkv": qkv.grad}
+    return results if table is None else results | {"table": table.grad}
+
+
+def check(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    """The kernels in float32 are close to the reference in float64."""
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        tolerance = BACKEND_OUTPUT if name == "output" else BACKEND_GRADIENT
+        # The gradient of the table of one token is zero but for rounding.
+        assert_close(actual[name], value, tolerance[torch.float32], name, floor=0.1)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("case", CASES)
+def test_every_choice(case: str, bias: bool, device: str) -> None:
+    shape, description = CASES[case]
+    qkv, table = make_inputs(description, shape, device, bias)
+    expected = run("reference", qkv, table, description, torch.float64)
+    check(run("triton", qkv, table, description), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", ["7x7", "two blocks of queries", "ragged", "beyond the map"])
+def test_low_precision_is_as_close_to_float64_as_stock(
+    case: str, dtype: torch.dtype, device: str
+) -> None:
+    shape, description = CASES[case]
+    qkv, table = make_inputs(description, shape, device, dtype=dtype)
+    exact = run("reference", qkv, table, description, torch.float64)
+    stock = run("reference", qkv, table, description, dtype)
+    fused = run("triton", qkv, table, description, dtype)
+    for name, value in exact.items():
+        allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value)
+        assert_close(fused[name], value, allowed + torch.finfo(dtype).eps, name)
+
+
+@pytest.mark.parametrize("programs", [1, 3], ids="{} programs".format)
+def test_the_tables_gradient_for_any_number_of_partial_sums(
+    programs: int, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five windows, summed by one program, and by three: two, two and one."""
+    monkeypatch.setattr(triton_backend, "BIAS_GRADIENT_PROGRAMS", programs)
+    description = WindowAttentionDescription(1, 16, (3, 3))
+    qkv, table = make_inputs(description, (5, 3, 3), device)
+    expected = run("reference", qkv, table, description, torch.float64)
+    check(run("triton", qkv, table, description), expected)
+
+
+def test_a_table_wider_than_a_block_of_its_gradient(device: str) -> None:
+    description = WindowAttentionDescription(1, 16)
+    qkv, table = make_inputs(description, (1, 2, 19), device)
+    expected = run("reference", qkv, table, description, torch.float64)
+    check(run("triton", qkv, table, description), expected)
+
+
+def test_the_same_bits_every_time(device: str) -> None:
+    shape, description = CASES["ragged grid"]
+    inputs = make_inputs(description, shape, device)
+    first, second = (run("triton", *inputs, description) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+@pytest.mark.parametrize("offset", [1000.0, -1000.0])
+def test_a_bias_common_to_all_keys_changes_nothing(offset: float, device: str) -> None:
+    """Scores whose exponentials overflow, or vanish, unless the largest is subtracted."""
+    qkv, table = make_inputs(WHOLE, SMALL, device)
+    expected = run("reference", qkv, table, WHOLE, torch.float64)
+    actual = run("triton", qkv, table + offset, WHOLE)
+    for name, value in expected.items():
+        # A float32 of 1000 is good to 3e-5, and so are the weights.
+        assert_close(actual[name], value, 3e-4, name)
+
+
+@pytest.mark.parametrize("later", [True, False], ids=["later keys", "earlier keys"])
+def test_keys_masked_by_the_table_count_exactly_nothing(later: bool, device: str) -> None:
+    """-inf for all keys on one side: for some queries that is all of the first or last block."""
+    description = WindowAttentionDescription(1, 16)
+    qkv, table = make_inputs(description, (1, 1, 70), device)
+    masked = slice(70, None) if later else slice(None, 69)
+    table[:, :, masked] = -float("inf")
+    actual = run("triton", qkv, table, description)
+    expected = run("reference", qkv, table, description, torch.float64)
+    check(actual, expected)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", ["query", "key", "value", "table"])
+def test_what_is_not_finite_spreads_as_in_the_reference(
+    place: str, value: float, device: str
+) -> None:
+    description = WindowAttentionDescription(1, 16, (3, 4))
+    qkv, table = make_inputs(description, (1, 3, 8), device)
+    if place == "table":
+        table[0, 0, 3] = value
+    else:
+        qkv[0, 1, 1, 16 * ("query", "key", "value").index(place)] = value
+    actual = run("triton", qkv, table, description)
+    expected = run("reference", qkv, table, description)
+    # Reaches what it should, and no padding lane carries it elsewhere.
+    assert torch.equal(actual["output"].isfinite(), expected["output"].isfinite())
+    finite = expected["output"].isfinite()
+    assert_close(actual["output"][finite], expected["output"][finite], 1e-5)
+    for name in ("qkv", "table"):
+        assert torch.equal(actual[name].isnan(), expected[name].isnan()), name
+
+
+def test_empty_batch(device: str) -> None:
+    results = run("triton", *make_inputs(WHOLE, (0, 4, 4), device), WHOLE)
+    assert results["output"].shape == (0, 4, 4, 32)
+    assert results["qkv"].shape == (0, 4, 4, 96)
+    assert not results["table"].any()
+
+
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda x: x[:, ::2, 1:4],
+        lambda x: x.transpose(1, 2),
+        lambda x: x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1),
+        lambda x: x[:1].expand(2, -1, -1, -1),
+    ],
+    ids=["sliced", "transposed", "channels first", "expanded"],
+)
+def test_strided_qkv_and_gradient(view, device: str) -> None:
+    qkv = view(torch.randn(1, 4, 5, 96, device=device))
+    _, table = make_inputs(WHOLE, tuple(qkv.shape[:3]), device)
+    cotangent = view(torch.randn(1, 4, 5, 32, device=device))
+    gradients = []
+    with use_backend("triton"):
+        for arrange in (lambda x: x, Tensor.contiguous):
+            leaf = arrange(qkv.detach()).requires_grad_()
+            output = window_attention(leaf, table, WHOLE)
+            gradients.append(torch.autograd.grad(output, leaf, arrange(cotangent)))
+    assert torch.equal(*[gradient for (gradient,) in gradients])
+
+
+def test_only_what_needs_a_gradient_gets_one(device: str) -> None:
+    qkv, table = make_inputs(WHOLE, SMALL, device)
+    with use_backend("triton"):
+        window_attention(qkv.requires_grad_(), table, WHOLE).sum().backward()
+    assert table.grad is None
+
+
+def test_a_head_dim_without_kernels_falls_back_visibly(device: str) -> None:
+    description = WindowAttentionDescription(2, 24)
+    qkv, table = make_inputs(description, SMALL, device)
+    with (
+        use_backend("triton"),
+        pytest.warns(FallbackWarning, match="'triton' does not cover head_dim 24"),
+    ):
+        window_attention(qkv, table, description)
+
+
+def test_fake_tensors_give_the_same_shapes_and_layouts(device: str) -> None:
+    description = WindowAttentionDescription(1, 16, (4, 4))
+    qkv, table = make_inputs(description, (1, 5, 4), device)
+    torch.library.opcheck(
+        torch.ops.moat_kernels.window_attention_forward.default,
+        (qkv, table, description.encode(), "triton"),
+        test_utils=("test_schema", "test_faketensor"),
+    )
