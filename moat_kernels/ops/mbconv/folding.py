@@ -99,7 +99,13 @@ class FoldedExpand(Stage):
             return
         pilot = as_rows(x).mean(0, dtype=self.dtype)
         self.statistics = (pilot,)
-        offset, exact = covariance(self._rows(x).to(self.dtype))
+        self.take_moments(pilot, *covariance(self._rows(x).to(self.dtype)))
+
+    def take_moments(self, pilot: Tensor, offset: Tensor, exact: Tensor) -> None:
+        """Fill `statistics` from the mean, pilot + offset [C], and the covariance [C, C] of rows.
+
+        offset and exact are float64.
+        """
         offset, matrix = offset.to(self.dtype), exact.to(self.dtype)
         self.statistics = (pilot, offset, matrix, pilot.new_empty(0))
         if self.measures_expand:
@@ -143,16 +149,21 @@ class FoldedExpand(Stage):
         mean = self.wide_weight @ pre_shift
         return mean if self.bias is None else mean + self.bias
 
-    def _fold(self) -> tuple[Tensor, Tensor]:
-        """The folded weight [E, C] and bias [E] in the dtype of the GEMM."""
+    def fold(self) -> tuple[Tensor, Tensor]:
+        """The weight [E, C] and bias [E] that rows, less their mean if `centred`, go through."""
         _, pre_scale, _ = self._pre_affine()
         _, scale, centre = self._expand_affine()
         weight = scale[:, None] * self.wide_weight * pre_scale
         bias = (self._expand_mean() - centre) * scale
-        if self.centred:
-            bias = bias - weight @ self.statistics[1]
         if self.expand_parameters.bias is not None and self.expand_norm is not None:
             bias = bias + self.expand_parameters.bias
+        return weight, bias
+
+    def _fold(self) -> tuple[Tensor, Tensor]:
+        """What `_rows` go through, in the dtype of the GEMM."""
+        weight, bias = self.fold()
+        if self.centred:
+            bias = bias - weight @ self.statistics[1]
         return weight.to(self.weight.dtype), bias.to(self.weight.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -167,7 +178,7 @@ class FoldedExpand(Stage):
         grad_bias = grad_rows.sum(0, dtype=self.dtype)  # [E]
         if self.centred:  # the bias holds -folded @ offset
             grad_folded = grad_folded - torch.outer(grad_bias, self.statistics[1])
-        correction = self._parameter_gradients(grad_folded, grad_bias)
+        correction = self.parameter_gradients(grad_folded, grad_bias)
         if not needs_input:
             return None
         weight, _ = self._fold()
@@ -181,7 +192,7 @@ class FoldedExpand(Stage):
             grad_x = grad_x - grad_x.mean(0)
         return as_map(grad_x.to(x.dtype), x)
 
-    def _parameter_gradients(self, grad_folded: Tensor, grad_bias: Tensor) -> Tensor | None:
+    def parameter_gradients(self, grad_folded: Tensor, grad_bias: Tensor) -> Tensor | None:
         """Collect the gradients of parameters; return dS [C, C] of the covariance (None: frozen).
 
         grad_folded is of diag(a1) W diag(a0), grad_bias of the bias beside it.

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from moat_kernels.ops.autocast import autocast_dtype, without_autocast
 from moat_kernels.ops.backends import choose_backend
-from moat_kernels.ops.mbconv import cpu_backend, reference, torch_backend
+from moat_kernels.ops.mbconv import cpu_backend, reference, torch_backend, triton_backend
 from moat_kernels.ops.mbconv.checks import check_mbconv
 from moat_kernels.ops.mbconv.description import (
     NORMS,
@@ -23,7 +23,7 @@ from moat_kernels.ops.mbconv.description import (
 from moat_kernels.ops.mbconv.running import update_running_statistics
 from moat_kernels.ops.registration import define_op
 
-IMPLEMENTATIONS = {"torch": torch_backend, "cpu": cpu_backend}
+IMPLEMENTATIONS = {"torch": torch_backend, "cpu": cpu_backend, "triton": triton_backend}
 
 # Names of the differentiable tensors, in the order of the operator's `parameters`.
 PARAMETER_NAMES = WEIGHTS + tuple(f"{norm}_{part}" for norm in NORMS for part in ("weight", "bias"))

@@ -1,0 +1,159 @@
+"""How the Triton kernels of `mbconv` are launched: tile sizes by op, dtype and shape; traffic.
+
+The tables are static and meant to be read. They were chosen so that the compiled kernels spill no
+registers and fit the shared memory of sm_80 to sm_120; no entry was timed on a GPU.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from moat_kernels.ops.triton_support.launching import launch as launch_kernel
+
+
+@dataclass(frozen=True)
+class GemmBlocks:
+    """Tile [rows, columns] of a product and the depth of one step; warps and pipeline stages."""
+
+    rows: int
+    columns: int
+    depth: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class StencilBlocks:
+    """Tile of a pass over a map: pixels along a row x channels, and how many rows it walks down."""
+
+    width: int
+    channels: int
+    band: int
+    warps: int
+    stages: int = 1
+
+
+# By kernel and bytes per element. Rows and columns are those of the kernel's result, depth is what
+# is summed over.
+_GEMMS: dict[tuple[str, int], GemmBlocks] = {
+    ("covariance", 2): GemmBlocks(64, 64, 64, 4, 3),
+    ("covariance", 4): GemmBlocks(64, 64, 32, 4, 2),
+    ("expand", 2): GemmBlocks(128, 128, 32, 8, 3),
+    ("expand", 4): GemmBlocks(64, 64, 32, 4, 2),
+    ("project", 2): GemmBlocks(128, 128, 32, 8, 2),
+    ("project", 4): GemmBlocks(64, 64, 32, 4, 2),
+    ("project_input", 2): GemmBlocks(128, 64, 32, 8, 3),
+    ("project_input", 4): GemmBlocks(64, 64, 32, 4, 2),
+    ("project_weight", 2): GemmBlocks(64, 64, 64, 4, 2),
+    ("project_weight", 4): GemmBlocks(64, 64, 32, 4, 2),
+    ("expand_weight", 2): GemmBlocks(64, 64, 64, 4, 2),
+    ("expand_weight", 4): GemmBlocks(64, 64, 32, 4, 2),
+    ("expand_input", 2): GemmBlocks(128, 128, 32, 8, 3),
+    ("expand_input", 4): GemmBlocks(64, 64, 32, 4, 2),
+}
+
+_STENCILS: dict[tuple[str, int], StencilBlocks] = {
+    ("depthwise", 2): StencilBlocks(8, 64, 16, 4),
+    ("depthwise", 4): StencilBlocks(8, 64, 16, 4),
+    ("depthwise_backward", 2): StencilBlocks(8, 64, 16, 4),
+    ("depthwise_backward", 4): StencilBlocks(8, 64, 16, 4),
+    ("pool", 2): StencilBlocks(32, 64, 512, 4),
+    ("pool", 4): StencilBlocks(32, 64, 512, 4),
+}
+
+# A product of two 16-bit or TF32 tiles takes at least 16 along each axis.
+_SMALLEST = 16
+# Programs that keep every multiprocessor of a large GPU busy in a reduction over rows.
+_REDUCTION_PROGRAMS = 512
+
+
+def gemm_blocks(kernel: str, like: Tensor, rows: int, columns: int, depth: int) -> GemmBlocks:
+    """The tile for a [rows, columns] result summed over `depth`, in the dtype of `like`."""
+    blocks = _GEMMS[kernel, like.element_size()]
+    return GemmBlocks(
+        _fit(blocks.rows, rows),
+        _fit(blocks.columns, columns),
+        _fit(blocks.depth, depth),
+        blocks.warps,
+        blocks.stages,
+    )
+
+
+def stencil_blocks(kernel: str, like: Tensor, channels: int) -> StencilBlocks:
+    """The tile of a pass over a map of `channels`, in the dtype of `like`."""
+    blocks = _STENCILS[kernel, like.element_size()]
+    return StencilBlocks(
+        blocks.width, _fit(blocks.channels, channels), blocks.band, blocks.warps, blocks.stages
+    )
+
+
+def _fit(block: int, size: int) -> int:
+    """`block`, halved while half of it still covers `size`."""
+    while block > _SMALLEST and block // 2 >= size:
+        block //= 2
+    return block
+
+
+def reduction_splits(count: int, tiles: int, step: int) -> tuple[int, int]:
+    """(splits, rows per split, a multiple of `step`) of a sum over `count` rows by `tiles` tiles.
+
+    A function of the shape alone, so that results do not depend on the device.
+    """
+    wanted = max(1, _REDUCTION_PROGRAMS // tiles)
+    chunk = -(-max(count, 1) // (wanted * step)) * step
+    return -(-count // chunk), chunk
+
+
+def dot_precision(like: Tensor) -> str:
+    """How float32 tiles are multiplied: as PyTorch would, or by three TF32 products for each."""
+    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+
+
+@dataclass(frozen=True)
+class Pass:
+    """One kernel's DRAM traffic, as shapes: what it reads once, and what it writes."""
+
+    kernel: str
+    reads: tuple[torch.Size, ...]
+    writes: tuple[torch.Size, ...]
+
+
+_passes: ContextVar[list[Pass] | None] = ContextVar("mbconv_triton_passes", default=None)
+
+
+@contextlib.contextmanager
+def record_passes() -> Iterator[list[Pass]]:
+    """Collect the passes launched inside the `with` block; fake tensors launch nothing else."""
+    passes: list[Pass] = []
+    token = _passes.set(passes)
+    try:
+        yield passes
+    finally:
+        _passes.reset(token)
+
+
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    arguments: Sequence[Any],
+    constants: dict[str, Any],
+    blocks: GemmBlocks | StencilBlocks,
+    *,
+    reads: Sequence[Tensor],
+    writes: Sequence[Tensor],
+) -> None:
+    """Run `kernel`, which crosses DRAM once with each of `reads` and `writes`."""
+    passes = _passes.get()
+    if passes is not None:
+        shapes = [tuple(tensor.shape for tensor in tensors) for tensors in (reads, writes)]
+        passes.append(Pass(kernel.fn.__name__, *shapes))
+    launch_kernel(
+        kernel, grid, *arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages
+    )

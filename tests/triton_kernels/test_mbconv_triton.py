@@ -1,0 +1,287 @@
+"""The Triton kernels of `mbconv` against the reference in float64.
+
+Maps are small: the interpreter takes a tenth of a second per program.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from support.mbconv_cases import CASES, Case, make_parameters, map_tensors, run
+from support.tolerances import (
+    BACKEND_GRADIENT,
+    BACKEND_OUTPUT,
+    BACKEND_ZERO_GRADIENT,
+    LOW_PRECISION_FACTOR,
+    assert_close,
+    relative_error,
+)
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from moat_kernels import FallbackWarning, use_backend
+from moat_kernels.functional import (
+    MBConvDescription,
+    MBConvParameters,
+    Pool,
+    SqueezeExcite,
+    mbconv,
+)
+from moat_kernels.ops.mbconv import front, triton_backend, triton_launch
+
+pytest.importorskip("triton")
+
+from moat_kernels.ops.mbconv.triton_kernels.covariance import covariance
+from moat_kernels.ops.mbconv.triton_launch import (
+    GemmBlocks,
+    Pass,
+    StencilBlocks,
+    record_passes,
+)
+
+# 84 rows of 6 channels measure expand_norm directly, 112 by covariance.
+FEW_ROWS, MANY_ROWS = (2, 7, 6), (2, 7, 8)
+STRIDE_2 = MBConvDescription(stride=2, pool=Pool(kernel_size=3))
+GATED = MBConvDescription(squeeze_excite=SqueezeExcite())
+
+
+def to(parameters: MBConvParameters, device: str, dtype: torch.dtype) -> MBConvParameters:
+    return map_tensors(
+        parameters,
+        lambda tensor: tensor.to(device, dtype if tensor.is_floating_point() else None),
+    )
+
+
+def covered(case: Case) -> bool:
+    parameters = make_parameters(case, torch.float32)
+    x = torch.randn(1, case.in_channels, 8, 8)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "unsupported_tensor", lambda _: "")
+        return not triton_backend.unsupported(x, parameters, case.description)
+
+
+COVERED = {name: case for name, case in CASES.items() if covered(case)}
+
+
+def run_all(
+    backend: str,
+    x: Tensor,
+    case: Case,
+    parameters: MBConvParameters,
+    dtype: torch.dtype,
+    **options,
+) -> dict[str, Tensor]:
+    """`run`, with a drop path where the case allows it; falling back is an error."""
+    if case.description.residual:
+        scale = torch.linspace(0, 2, len(x), dtype=torch.float64)
+        options["drop_path_scale"] = scale.to(x.device, dtype)
+    with use_backend(backend), warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        return run(x, parameters, case.description, dtype, **options)
+
+
+def check(shape: tuple[int, int, int], case: Case, device: str, **options) -> None:
+    """One training step (or evaluation) in float32 is close to the reference in float64."""
+    parameters = to(make_parameters(case), device, torch.float64)
+    x = torch.randn(shape[0], case.in_channels, *shape[1:], dtype=torch.float64).to(device) + 1
+    recompute = options.pop("recompute", "none")
+    expected = run_all("reference", x, case, parameters, torch.float64, **options)
+    actual = run_all("triton", x, case, parameters, torch.float32, recompute=recompute, **options)
+    assert actual.keys() == expected.keys()
+    for name, value in expected.items():
+        tolerance = BACKEND_OUTPUT if name == "output" else BACKEND_GRADIENT
+        if value.abs().max() < 1e-9:
+            assert actual[name].abs().max() < BACKEND_ZERO_GRADIENT, name
+        else:
+            assert_close(actual[name], value, tolerance[torch.float32], name)
+
+
+@pytest.mark.parametrize("case", COVERED.values(), ids=COVERED)
+def test_every_covered_choice(case: Case, device: str) -> None:
+    check(MANY_ROWS, case, device, training=True)
+
+
+@pytest.mark.parametrize("name", ["stride 1", "no pre_norm", "frozen expand_norm"])
+def test_statistics_measured_on_few_rows(name: str, device: str) -> None:
+    check(FEW_ROWS, CASES[name], device, training=True)
+
+
+@pytest.mark.parametrize("recompute", ["expand", "block"])
+@pytest.mark.parametrize("shape", [FEW_ROWS, MANY_ROWS], ids=str)
+def test_recomputing(recompute: str, shape: tuple[int, int, int], device: str) -> None:
+    check(shape, Case(GATED), device, training=True, recompute=recompute)
+
+
+@pytest.mark.parametrize("description", [STRIDE_2, GATED], ids=["2", "se"])
+def test_evaluation(description: MBConvDescription, device: str) -> None:
+    """Without saving anything (the kernels of inference), and the gradient recomputed after it."""
+    check(FEW_ROWS, Case(description), device, training=False, recompute="block")
+
+
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "se"])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_more_than_one_tile_along_every_axis(
+    stride: int, gated: bool, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With tiles small enough for few steps of the interpreter."""
+    gemms = dict.fromkeys(triton_launch._GEMMS, GemmBlocks(16, 16, 16, 4, 1))
+    stencils = dict.fromkeys(triton_launch._STENCILS, StencilBlocks(4, 16, 2, 4))
+    monkeypatch.setattr(triton_launch, "_GEMMS", gemms)
+    monkeypatch.setattr(triton_launch, "_STENCILS", stencils)
+    monkeypatch.setattr(triton_launch, "_REDUCTION_PROGRAMS", 8)
+    gate = SqueezeExcite() if gated else None
+    padding = (2, 0, 1, 3)
+    description = MBConvDescription(
+        stride=stride, padding=padding, residual=False, squeeze_excite=gate
+    )
+    check((2, 5, 6), Case(description, 17, 20, 18), device, training=True)
+    check((2, 5, 6), Case(description, 3, 20, 18), device, training=True)
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 1), (1, 1, 9)], ids=str)
+def test_small_maps(shape: tuple[int, int, int], device: str) -> None:
+    check(shape, Case(), device, training=False)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [FEW_ROWS, MANY_ROWS], ids=str)
+@pytest.mark.parametrize("name", ["stride 1", "stride 2, pool 2, projected", "squeeze-excite"])
+def test_low_precision_is_as_close_to_float64_as_stock_modules(
+    name: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
+) -> None:
+    case = CASES[name]
+    # Values that the low precision holds exactly, so that only the computation is judged.
+    parameters = to(to(make_parameters(case), device, dtype), device, torch.float64)
+    x = torch.randn(shape[0], case.in_channels, *shape[1:]).to(device, dtype).double()
+    exact = run_all("reference", x, case, parameters, torch.float64, training=True)
+    stock = run_all("reference", x, case, parameters, dtype, training=True)
+    fused = run_all("triton", x, case, parameters, dtype, training=True)
+    for key, value in exact.items():
+        assert fused[key].dtype == stock[key].dtype, key
+        if value.abs().max() < 1e-9:
+            continue
+        allowed = LOW_PRECISION_FACTOR * relative_error(stock[key], value)
+        assert_close(fused[key], value, allowed + torch.finfo(dtype).eps, key)
+
+
+def test_autocast(device: str) -> None:
+    """Convolutions in bfloat16 of a float32 x far from zero: no further off than stock."""
+    case = CASES["stride 1"]
+    parameters = to(make_parameters(case), device, torch.float32)
+    x = torch.randn(2, case.in_channels, 7, 8).to(device) + 20
+    exact = run_all("reference", x, case, parameters, torch.float64, training=True)
+    with torch.autocast(device, torch.bfloat16):
+        stock = run_all("reference", x, case, parameters, torch.float32, training=True)
+        fused = run_all("triton", x, case, parameters, torch.float32, training=True)
+    for key, value in exact.items():
+        assert fused[key].dtype == stock[key].dtype, key
+        if value.abs().max() > 1e-9:
+            allowed = LOW_PRECISION_FACTOR * relative_error(stock[key], value)
+            assert_close(fused[key], value, allowed + torch.finfo(torch.bfloat16).eps, key)
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_empty_batch(training: bool, device: str) -> None:
+    case = CASES["stride 2, pool 3"]
+    parameters = to(make_parameters(case), device, torch.float32)
+    x = torch.randn(0, case.in_channels, 8, 8).to(device)
+    results = run_all("triton", x, case, parameters, torch.float32, training=training)
+    assert results["output"].shape == (0, case.out_channels, 4, 4)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_nan_and_inf_reach_the_same_elements(value: float, device: str) -> None:
+    case = CASES["stride 1"]
+    parameters = to(make_parameters(case), device, torch.float32)
+    x = torch.randn(2, case.in_channels, 7, 8).to(device)
+    x[1, 2, 3, 4] = value
+    outputs = []
+    for backend in ("reference", "triton"):
+        with use_backend(backend), torch.no_grad():
+            outputs.append(mbconv(x, parameters, case.description))
+    assert torch.equal(outputs[0].isfinite(), outputs[1].isfinite())
+    assert not outputs[0].isfinite().all()
+
+
+def test_memory_format_and_strides_of_the_input_do_not_matter(device: str) -> None:
+    case = CASES["stride 2, pool 2, projected"]
+    parameters = to(make_parameters(case), device, torch.float32)
+    plain = torch.randn(2, case.in_channels, 7, 8).to(device)
+    sliced = torch.randn(2, 2 * case.in_channels, 9, 16).to(device)
+    sliced[:, ::2, 1:8, ::2] = plain
+    inputs = {
+        "plain": plain,
+        "channels_last": plain.to(memory_format=torch.channels_last),
+        "sliced": sliced[:, ::2, 1:8, ::2],
+    }
+    with use_backend("triton"), torch.no_grad():
+        outputs = {name: mbconv(x, parameters, case.description) for name, x in inputs.items()}
+    assert outputs["plain"].is_contiguous() and outputs["sliced"].is_contiguous()
+    assert outputs["channels_last"].is_contiguous(memory_format=torch.channels_last)
+    for name, output in outputs.items():
+        assert torch.equal(output, outputs["plain"]), name
+
+
+def test_covariance_of_data_far_from_zero(device: str) -> None:
+    """Mean/std of 1e4, more channels than a tile holds and rows for two splits."""
+    rows = torch.randn(80, 70).to(device) @ torch.randn(70, 70).to(device) / 8 + 1e4
+    mean, matrix = covariance(rows, rows[::7].mean(0))
+    exact = rows.double()
+    assert_close(mean + rows[::7].mean(0).double(), exact.mean(0), 1e-9)
+    assert_close(matrix, exact.t().cov(correction=0), 1e-5)
+    assert_close(matrix, matrix.t(), 1e-6)
+
+
+def wide_crossings(passes: list[Pass], wide: int) -> int:
+    """How often E-wide rows cross DRAM."""
+    return sum(
+        len(shape) == 2 and shape[1] == wide and shape[0] > wide
+        for one in passes
+        for shape in (*one.reads, *one.writes)
+    )
+
+
+@pytest.mark.parametrize(
+    ("recompute", "forward", "backward"), [("none", 4, 9), ("expand", 4, 10), ("block", 4, 12)]
+)
+@pytest.mark.parametrize("gated", [False, True])
+def test_how_often_wide_tensors_cross_memory(
+    recompute: str, forward: int, backward: int, gated: bool
+) -> None:
+    """Stock PyTorch: 14 times forward, 24 backward. A gate's mean needs one more read, forward."""
+    case = Case(GATED if gated else MBConvDescription(), 16, 64, 16)
+    parameters = make_parameters(case, torch.bfloat16)
+    x = torch.randn(8, 16, 32, 32).bfloat16().to(memory_format=torch.channels_last)
+    description = front.resolve_frozen(case.description, parameters, training=True)
+    needed = frozenset(("x", *front.PARAMETER_NAMES))
+    with FakeTensorMode() as mode:
+        arguments = (map_tensors(parameters, mode.from_tensor), description, recompute, None)
+        with record_passes() as passes:
+            result = triton_backend.forward(mode.from_tensor(x), *arguments)
+        assert wide_crossings(passes, 64) == forward + gated
+        with record_passes() as passes:
+            grad = torch.empty_like(result.output)
+            triton_backend.backward(grad, mode.from_tensor(x), *arguments, result.saved, needed)
+        assert wide_crossings(passes, 64) == backward
+
+
+def test_the_same_bits_every_time(device: str) -> None:
+    case = Case(GATED, wide_channels=70)
+    parameters = to(make_parameters(case), device, torch.float32)
+    x = torch.randn(2, 6, 7, 8).to(device)
+    first, second = (
+        run_all("triton", x, case, parameters, torch.float32, training=True) for _ in range(2)
+    )
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+
+
+def test_what_is_not_covered_says_why(device: str) -> None:
+    assert CASES.keys() - COVERED.keys() >= {"kernel 5", "depthwise first", "pre_activation"}
+    case = CASES["kernel 5"]
+    parameters = to(make_parameters(case), device, torch.float32)
+    x = torch.randn(1, case.in_channels, 8, 8).to(device)
+    with use_backend("triton"), pytest.warns(FallbackWarning, match="a depthwise kernel of"):
+        mbconv(x, parameters, case.description)
