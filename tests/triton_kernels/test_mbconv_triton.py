@@ -278,6 +278,30 @@ def test_the_same_bits_every_time(device: str) -> None:
         assert torch.equal(value, second[name]), name
 
 
+def test_opcheck(device: str) -> None:
+    """The operator's schema holds, and fake tensors go through it as real ones do."""
+    case = CASES["squeeze-excite"]
+    tensors, running = front.flatten(to(make_parameters(case), device, torch.float32))
+    x = torch.randn(2, case.in_channels, 7, 8).to(device)
+    arguments = (x, tensors, running, None, case.description.encode(), "expand", "triton", True)
+    torch.library.opcheck(
+        torch.ops.moat_kernels.mbconv_forward.default,
+        arguments,
+        test_utils=("test_schema", "test_faketensor"),
+    )
+
+
+def test_a_map_beyond_32_bit_offsets_is_not_covered() -> None:
+    with torch.device("meta"):
+        parameters = make_parameters(Case(wide_channels=2**15), torch.float32)
+        x = torch.empty(1, 6, 256, 256)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(triton_backend, "unsupported_tensor", lambda _: "")
+        assert triton_backend.unsupported(x[..., 1:], parameters, MBConvDescription()) == ""
+        reason = triton_backend.unsupported(x, parameters, MBConvDescription())
+        assert "elements or more" in reason
+
+
 def test_what_is_not_covered_says_why(device: str) -> None:
     assert CASES.keys() - COVERED.keys() >= {"kernel 5", "depthwise first", "pre_activation"}
     case = CASES["kernel 5"]

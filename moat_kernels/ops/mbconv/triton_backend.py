@@ -14,6 +14,8 @@ from moat_kernels.ops.mbconv.torch_backend import Forward
 from moat_kernels.ops.triton_support.launching import DTYPES, unsupported_tensor
 
 KERNEL_SIZE = (3, 3)
+# Offsets within one image's map are 32-bit in the stencils; those between images are 64-bit.
+LARGEST_MAP = 2**31
 
 
 def unsupported(x: Tensor, parameters: MBConvParameters, description: MBConvDescription) -> str:
@@ -38,6 +40,8 @@ def unsupported(x: Tensor, parameters: MBConvParameters, description: MBConvDesc
         return f"squeeze-excite {gate.position!r}"
     if description.project_norm is not None:
         return "a project_norm"
+    if x.shape[2] * x.shape[3] * parameters.expand_weight.shape[0] >= LARGEST_MAP:
+        return f"wide maps of {LARGEST_MAP} elements or more"
     return ""
 
 
