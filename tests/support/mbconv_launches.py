@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
 
 from moat_kernels import get_preprocessing, list_models
@@ -10,34 +12,38 @@ from moat_kernels.ops.mbconv import front, triton_backend
 from moat_kernels.variants import get_variant
 from support.mbconv_cases import Case, make_parameters
 
+STAGES = (0, 1, 2, 3)
 BATCHES = (1, 64)
 
 
-def blocks(name: str) -> list[tuple[Case, int]]:
-    """The different inverted bottlenecks of a variant, and the sizes of the maps they see."""
-    variant, size = get_variant(name), get_preprocessing(name).resolution // 2
-    in_channels, found = variant.stem_width, []
-    for stage, channels in enumerate(variant.widths):
+def bottlenecks(name: str, stages: Iterable[int] = STAGES) -> Iterator[tuple[Case, int]]:
+    """The different inverted bottlenecks of a variant, and the size of the map that each sees."""
+    variant, resolution = get_variant(name), get_preprocessing(name).resolution
+    widths = (variant.stem_width, *variant.widths)
+    for stage in stages:
         # The first two stages are MBConv blocks, which have squeeze-excite.
         gate = SqueezeExcite() if stage < 2 else None
+        in_channels, channels = widths[stage : stage + 2]
         first = MBConvDescription(stride=2, pool=Pool(), squeeze_excite=gate)
         case = Case(first, in_channels, 4 * channels, channels, shortcut_conv=True)
-        found.append((case, size))
-        size //= 2
+        yield case, resolution // 2 ** (stage + 1)
         other = MBConvDescription(squeeze_excite=gate)
-        found.append((Case(other, channels, 4 * channels, channels), size))
-        in_channels = channels
-    return found
+        yield Case(other, channels, 4 * channels, channels), resolution // 2 ** (stage + 2)
 
 
-def launch_mbconv(dtype: torch.dtype) -> None:
-    """Evaluation, forward and backward of every inverted bottleneck of the nine variants."""
+def launch_mbconv(
+    dtype: torch.dtype,
+    names: Iterable[str] | None = None,
+    stages: Iterable[int] = STAGES,
+    batches: Iterable[int] = BATCHES,
+) -> None:
+    """Evaluation, forward and backward of the inverted bottlenecks of variants (None: all nine)."""
     needed = frozenset(("x", *front.PARAMETER_NAMES))
-    for name in list_models():
-        for case, size in blocks(name):
+    for name in list_models() if names is None else names:
+        for case, size in bottlenecks(name, stages):
             with torch.device("meta"):
                 parameters = make_parameters(case, dtype)
-            for batch in BATCHES:
+            for batch in batches:
                 shape = (batch, case.in_channels, size, size)
                 x = torch.empty(shape, dtype=dtype, device="meta")
                 scale = x.new_empty(batch)

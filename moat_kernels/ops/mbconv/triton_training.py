@@ -14,6 +14,8 @@ Whatever is not E-wide (shortcut, gates, norms' algebra, sums of partial sums) i
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -138,9 +140,8 @@ class Call:
     def gate_parameters(self) -> MBConvParameters:
         """Those of squeeze-excite in float32: its two products are small."""
         names = ("se_reduce_weight", "se_reduce_bias", "se_expand_weight", "se_expand_bias")
-        return self.parameters._replace(
-            **{name: _as_float(getattr(self.parameters, name)) for name in names}
-        )
+        single: dict[str, Any] = {name: _as_float(getattr(self.parameters, name)) for name in names}
+        return self.parameters._replace(**single)
 
 
 def _as_float(tensor: Tensor | None) -> Tensor | None:
