@@ -60,10 +60,10 @@ _GEMMS: dict[tuple[str, int], GemmBlocks] = {
 }
 
 _STENCILS: dict[tuple[str, int], StencilBlocks] = {
-    ("depthwise", 2): StencilBlocks(8, 64, 16, 4),
-    ("depthwise", 4): StencilBlocks(8, 64, 16, 4),
-    ("depthwise_backward", 2): StencilBlocks(8, 64, 16, 4),
-    ("depthwise_backward", 4): StencilBlocks(8, 64, 16, 4),
+    ("depthwise", 2): StencilBlocks(8, 64, 16, 8),
+    ("depthwise", 4): StencilBlocks(8, 64, 16, 8),
+    ("depthwise_backward", 2): StencilBlocks(8, 64, 16, 8),
+    ("depthwise_backward", 4): StencilBlocks(8, 64, 16, 8),
     ("pool", 2): StencilBlocks(32, 64, 512, 4),
     ("pool", 4): StencilBlocks(32, 64, 512, 4),
 }

@@ -99,7 +99,7 @@ class Call:
             return None
         chain = build_shortcut(self.parameters, self.description)
         shortcut, _ = chain.forward(self.x.permute(0, 3, 1, 2))
-        return shortcut.permute(0, 2, 3, 1).reshape(self.rows_out, -1)
+        return shortcut.permute(0, 2, 3, 1).reshape(self.rows_out, -1).contiguous()
 
     def project(
         self,
@@ -310,4 +310,4 @@ def _shortcut_backward(
         gradients.update(stage.gradients)
     if grad_x is None or "x" not in needed:
         return None, gradients
-    return grad_x.permute(0, 2, 3, 1).reshape(call.rows.shape), gradients
+    return grad_x.permute(0, 2, 3, 1).reshape(call.rows.shape).contiguous(), gradients
