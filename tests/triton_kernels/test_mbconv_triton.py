@@ -274,6 +274,22 @@ def test_how_often_wide_tensors_cross_memory(
         assert wide_crossings(passes, 64) == backward
 
 
+@pytest.mark.parametrize("name", ["x", "expand_weight", "shortcut_bias"])
+def test_only_the_gradient_that_is_needed(name: str, device: str) -> None:
+    case = CASES["stride 2, pool 2, projected"]
+    parameters = to(make_parameters(case), device, torch.float32)
+    x = torch.randn(2, case.in_channels, 7, 8).to(device)
+    leaf = x if name == "x" else getattr(parameters, name)
+    leaf.requires_grad_()
+    gradients = []
+    for backend in ("reference", "triton"):
+        with use_backend(backend):
+            output = mbconv(x, parameters, case.description, training=True)
+        (gradient,) = torch.autograd.grad(output.square().sum(), leaf)
+        gradients.append(gradient)
+    assert_close(gradients[1], gradients[0], BACKEND_GRADIENT[torch.float32])
+
+
 def test_the_same_bits_every_time(device: str) -> None:
     case = Case(GATED)
     parameters = to(make_parameters(case), device, torch.float32)
@@ -285,9 +301,10 @@ def test_the_same_bits_every_time(device: str) -> None:
         assert torch.equal(value, second[name]), name
 
 
-def test_opcheck(device: str) -> None:
+@pytest.mark.parametrize("name", ["squeeze-excite", "frozen norms"])
+def test_opcheck(name: str, device: str) -> None:
     """The operator's schema holds, and fake tensors go through it as real ones do."""
-    case = CASES["squeeze-excite"]
+    case = CASES[name]
     tensors, running = front.flatten(to(make_parameters(case), device, torch.float32))
     x = torch.randn(2, case.in_channels, 7, 8).to(device)
     arguments = (x, tensors, running, None, case.description.encode(), "expand", "triton", True)

@@ -244,7 +244,7 @@ class MeasuredExpand(Expand):
         z1, partial = expand(self.rows, self.weight, self.bias, activation, measure)
         if len(self.statistics) == 2:
             zeros = torch.zeros_like(self.bias)
-            moments = (zeros, zeros) if partial is None else merge_moments(*partial)
+            moments = (zeros, zeros.clone()) if partial is None else merge_moments(*partial)
             self.statistics += tuple(moment.float() for moment in moments)
             self._fold_expand()
         return z1

@@ -195,7 +195,7 @@ def forward(
     z1 = expand.forward(description.expand_activation if activated else "identity")
     z2, partial = call.depthwise(z1, expand.affine, activated, call.measures_depthwise())
     zeros = call.taps.new_zeros(call.taps.shape[1])
-    depthwise_moments = (zeros, zeros) if partial is None else merge_moments(*partial)
+    depthwise_moments = (zeros, zeros.clone()) if partial is None else merge_moments(*partial)
     depthwise_moments = (depthwise_moments[0].float(), depthwise_moments[1].float())
     norm = call.fold_depthwise(depthwise_moments)
     affine = _stencil_affine(norm)
@@ -250,9 +250,11 @@ def backward(
             squeezed = call.squeeze(z2, affine, activation)
         excite = call.excite(squeezed)
         gate = excite.gate
-    gradients["project_weight"], grad_gate = project_weight(
-        grad_rows, z2, affine, activation, gate, call.project_weight, call.out_pixels
-    )
+    grad_gate = None
+    if excite is not None or "project_weight" in needed:
+        gradients["project_weight"], grad_gate = project_weight(
+            grad_rows, z2, affine, activation, gate, call.project_weight, call.out_pixels
+        )
     if excite is not None:
         assert grad_gate is not None and description.squeeze_excite is not None
         grad_mean, excite_gradients = excite.backward(

@@ -81,5 +81,5 @@ def covariance(rows: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
         reads=(rows,),
         writes=(products,),
     )
-    mean = sums.double().sum(0) / count
-    return mean, torch.addr(products.double().sum(0) / count, mean, mean, alpha=-1)
+    mean = sums.sum(0, dtype=torch.float64) / count
+    return mean, torch.addr(products.sum(0, dtype=torch.float64) / count, mean, mean, alpha=-1)

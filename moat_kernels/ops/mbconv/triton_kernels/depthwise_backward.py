@@ -171,4 +171,4 @@ def depthwise_backward(
         reads=(grad, z2, z1),
         writes=(output,),
     )
-    return output, sums.double().sum(0)
+    return output, sums.sum(0, dtype=torch.float64)

@@ -123,7 +123,7 @@ def project_input(
         reads=(grad, weight, z),
         writes=(output,),
     )
-    return output, sums.double().sum(0)
+    return output, sums.sum(0, dtype=torch.float64)
 
 
 @triton.jit
