@@ -44,6 +44,12 @@ FOLDED_GRADIENT_CORRELATED = 2e-3
 # as stock PyTorch modules in that dtype (which round after every step, as we do after fewer).
 LOW_PRECISION_FACTOR = 2.0
 
+# A CUDA stencil kernel in float32 against float64: GELU by a polynomial is within 9e-7, then sums
+# of nine products, or of the products of all pixels in float32 partial sums.
+CUDA_KERNEL = 1e-5
+# Mean and squared deviations, against those of the very tensor that was stored.
+STORED_MOMENTS = 1e-5
+
 
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:
     """max |actual - expected| / max(floor, max |expected|); infinite if shapes or NaNs differ."""

@@ -1,0 +1,253 @@
+// The CUDA kernels as PyTorch ops: checks, outputs and scratch, on the caller's current stream.
+// Scratch is freed when an op returns, before the kernels have run: PyTorch's allocator hands it to
+// later work on the same stream only, so nothing waits, and graphs can capture it.
+
+#include <cuda_runtime.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "cuda/launchers.h"
+#include "cuda/stream.h"
+
+// The tests compile the kernels for the host and register them there.
+#ifndef MOAT_KERNELS_CUDA_KEY
+#define MOAT_KERNELS_CUDA_KEY CUDA
+#endif
+
+namespace moat_kernels::cuda {
+namespace {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using OptionalTensor = std::optional<Tensor>;
+
+void check_status(const char* op, int status) {
+  STD_TORCH_CHECK(status == cudaSuccess, op, ": ",
+                  cudaGetErrorString(static_cast<cudaError_t>(status)));
+}
+
+Element element_of(const char* name, const Tensor& tensor) {
+  const ScalarType type = tensor.scalar_type();
+  if (type == ScalarType::Float) return Element::float32;
+  if (type == ScalarType::BFloat16) return Element::bfloat16;
+  STD_TORCH_CHECK(type == ScalarType::Half, name, " must be float32, bfloat16 or float16");
+  return Element::float16;
+}
+
+Activation parse_activation(const std::string& name) {
+  STD_TORCH_CHECK(name == "gelu" || name == "identity", "activation must be gelu or identity, got ",
+                  name);
+  return name == "gelu" ? Activation::gelu : Activation::identity;
+}
+
+// The data of a contiguous, 16-byte aligned tensor of these sizes.
+const void* data_of(const char* name, const Tensor& tensor, ScalarType type, int32_t device,
+                    const std::vector<int64_t>& sizes) {
+  bool same = static_cast<size_t>(tensor.dim()) == sizes.size();
+  for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(i) == sizes[i];
+  STD_TORCH_CHECK(same, name, " has the wrong shape");
+  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has the wrong dtype");
+  STD_TORCH_CHECK(tensor.get_device_index() == device, name, " is on another device");
+  const void* data = tensor.const_data_ptr();
+  STD_TORCH_CHECK(tensor.is_contiguous() && reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
+                  " must be contiguous and aligned to 16 bytes");
+  return data;
+}
+
+const float* floats_of(const char* name, const OptionalTensor& tensor, int32_t device,
+                       const std::vector<int64_t>& sizes) {
+  if (!tensor.has_value()) return nullptr;
+  return static_cast<const float*>(data_of(name, *tensor, ScalarType::Float, device, sizes));
+}
+
+// geometry: out height, out width, stride, top, left.
+DepthwiseShape read_shape(const Tensor& map, int64_t channels,
+                          const std::vector<int64_t>& geometry) {
+  STD_TORCH_CHECK(map.dim() == 4 && map.numel() > 0, "the map must be [B, H, W, C], not empty");
+  STD_TORCH_CHECK(geometry.size() == 5, "geometry must have 5 numbers");
+  DepthwiseShape shape;
+  shape.images = map.size(0);
+  shape.height = static_cast<int>(map.size(1));
+  shape.width = static_cast<int>(map.size(2));
+  shape.out_height = static_cast<int>(geometry[0]);
+  shape.out_width = static_cast<int>(geometry[1]);
+  shape.stride = static_cast<int>(geometry[2]);
+  shape.top = static_cast<int>(geometry[3]);
+  shape.left = static_cast<int>(geometry[4]);
+  shape.channels = static_cast<int>(channels);
+  STD_TORCH_CHECK(shape.stride == 1 || shape.stride == 2, "stride must be 1 or 2, got ",
+                  shape.stride);
+  STD_TORCH_CHECK(shape.out_height > 0 && shape.out_width > 0 && shape.top >= 0 && shape.left >= 0,
+                  "geometry must be of a padded, not empty output");
+  return shape;
+}
+
+void check_channels(const char* name, int64_t channels, Element type) {
+  STD_TORCH_CHECK(channels % channel_multiple(type) == 0, name, " must be a multiple of ",
+                  channel_multiple(type), " in this dtype, got ", channels);
+}
+
+int read_blocks(int64_t target_blocks) {
+  STD_TORCH_CHECK(target_blocks > 0 && target_blocks < 1 << 20,
+                  "target_blocks must be positive and below 2^20, got ", target_blocks);
+  return static_cast<int>(target_blocks);
+}
+
+std::vector<int64_t> input_sizes(const DepthwiseShape& shape) {
+  return {shape.images, shape.height, shape.width, shape.channels};
+}
+
+std::vector<int64_t> output_sizes(const DepthwiseShape& shape) {
+  return {shape.images, shape.out_height, shape.out_width, shape.channels};
+}
+
+Tensor new_floats(const Tensor& like, std::vector<int64_t> sizes) {
+  return torch::stable::new_empty(like, sizes, ScalarType::Float);
+}
+
+float* mutable_floats(const OptionalTensor& tensor) {
+  return tensor.has_value() ? static_cast<float*>(tensor->mutable_data_ptr()) : nullptr;
+}
+
+// Mean and squared deviations [1, 2, E] from a kernel's partial moments; [0, 2, E] without them.
+Tensor finish(const Tensor& like, const OptionalTensor& partials, int channels, void* stream) {
+  const Tensor moments = new_floats(like, {partials.has_value() ? 1 : 0, 2, channels});
+  if (partials.has_value()) {
+    check_status("finish_moments", finish_moments(mutable_floats(partials), partials->size(0),
+                                                  channels, mutable_floats(moments), stream));
+  }
+  return moments;
+}
+
+// affine: scale and shift, [2, E].
+Prologue read_prologue(const OptionalTensor& affine, const std::string& activation, int32_t device,
+                       int64_t channels) {
+  const float* scale = floats_of("affine", affine, device, {2, channels});
+  return {scale, scale ? scale + channels : nullptr, parse_activation(activation)};
+}
+
+Epilogue read_epilogue(const OptionalTensor& bias, const std::string& activation, int32_t device,
+                       int64_t channels) {
+  return {floats_of("bias", bias, device, {channels}), parse_activation(activation)};
+}
+
+OptionalTensor new_moments(const Tensor& like, bool measures, int64_t count, int channels) {
+  if (!measures) return std::nullopt;
+  return new_floats(like, {count, kMomentRows, channels});
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& z1, const OptionalTensor& affine,
+                                   const std::string& activation, const Tensor& weights,
+                                   const OptionalTensor& bias, const std::string& output_activation,
+                                   const std::vector<int64_t>& geometry, bool measures,
+                                   int64_t target_blocks) {
+  const Element type = element_of("z1", z1);
+  const DepthwiseShape shape = read_shape(z1, z1.size(-1), geometry);
+  check_channels("the channels", shape.channels, type);
+  const int32_t device = z1.get_device_index();
+  const DeviceScope scope(device);
+  void* stream = current_stream(device);
+  const int blocks = read_blocks(target_blocks);
+  const void* data = data_of("z1", z1, z1.scalar_type(), device, input_sizes(shape));
+  const Prologue prologue = read_prologue(affine, activation, device, shape.channels);
+  const float* taps = floats_of("weights", weights, device, {9, shape.channels});
+  const Epilogue epilogue = read_epilogue(bias, output_activation, device, shape.channels);
+  const Tensor z2 = torch::stable::new_empty(z1, output_sizes(shape));
+  const OptionalTensor partials =
+      new_moments(z1, measures, depthwise_forward_partials(shape, type, blocks), shape.channels);
+  check_status("depthwise_forward",
+               depthwise_forward(shape, type, data, prologue, taps, epilogue, z2.mutable_data_ptr(),
+                                 mutable_floats(partials), blocks, stream));
+  return {z2, finish(z1, partials, shape.channels, stream)};
+}
+
+// factors [3, E]: slope, z2_slope and constant of NormBackward. -> dpre, gradients [11, E]
+std::tuple<Tensor, Tensor> backward(const Tensor& dy2, const OptionalTensor& z2,
+                                    const OptionalTensor& factors, const Tensor& z1,
+                                    const OptionalTensor& affine, const std::string& activation,
+                                    const Tensor& weights, const std::vector<int64_t>& geometry,
+                                    int64_t target_blocks) {
+  const Element type = element_of("z1", z1);
+  const DepthwiseShape shape = read_shape(z1, z1.size(-1), geometry);
+  check_channels("the channels", shape.channels, type);
+  STD_TORCH_CHECK(z2.has_value() == factors.has_value(), "z2 and factors come together");
+  const int32_t device = z1.get_device_index();
+  const DeviceScope scope(device);
+  void* stream = current_stream(device);
+  const int blocks = read_blocks(target_blocks);
+  const ScalarType dtype = z1.scalar_type();
+  const void* input = data_of("z1", z1, dtype, device, input_sizes(shape));
+  const void* gradient = data_of("dy2", dy2, dtype, device, output_sizes(shape));
+  NormBackward norm = {};
+  if (z2.has_value()) {
+    norm.z2 = data_of("z2", *z2, dtype, device, output_sizes(shape));
+    norm.slope = floats_of("factors", factors, device, {3, shape.channels});
+    norm.z2_slope = norm.slope + shape.channels;
+    norm.constant = norm.slope + 2 * shape.channels;
+  }
+  const Prologue prologue = read_prologue(affine, activation, device, shape.channels);
+  const float* taps = floats_of("weights", weights, device, {9, shape.channels});
+  const Tensor dpre = torch::stable::new_empty(z1, input_sizes(shape));
+  const int64_t count = depthwise_backward_partials(shape, type, blocks);
+  const Tensor partials = new_floats(z1, {count, kGradientRows, shape.channels});
+  const Tensor gradients =
+      torch::stable::new_empty(z1, {kGradientRows, shape.channels}, ScalarType::Double);
+  check_status("depthwise_backward", depthwise_backward(shape, type, gradient, norm, input,
+                                                        prologue, taps, dpre.mutable_data_ptr(),
+                                                        mutable_floats(partials), blocks, stream));
+  check_status("finish_sums",
+               finish_sums(mutable_floats(partials), count, int64_t{kGradientRows} * shape.channels,
+                           static_cast<double*>(gradients.mutable_data_ptr()), stream));
+  return {dpre, gradients};
+}
+
+std::tuple<Tensor, Tensor> expand(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                                  const std::string& activation, const Tensor& depthwise_weights,
+                                  const OptionalTensor& depthwise_bias,
+                                  const std::string& output_activation,
+                                  const std::vector<int64_t>& geometry, bool measures) {
+  const Element type = element_of("x", x);
+  STD_TORCH_CHECK(type != Element::float32, "x must be bfloat16 or float16");
+  STD_TORCH_CHECK(weight.dim() == 2, "weight must be [E, C]");
+  const DepthwiseShape shape = read_shape(x, weight.size(0), geometry);
+  const int64_t in_channels = x.size(3);
+  check_channels("the channels of x", in_channels, type);
+  check_channels("the rows of weight", shape.channels, type);
+  const int32_t device = x.get_device_index();
+  const DeviceScope scope(device);
+  void* stream = current_stream(device);
+  const ScalarType dtype = x.scalar_type();
+  const void* data =
+      data_of("x", x, dtype, device, {shape.images, shape.height, shape.width, in_channels});
+  const void* matrix = data_of("weight", weight, dtype, device, {shape.channels, in_channels});
+  const Epilogue hidden = read_epilogue(bias, activation, device, shape.channels);
+  const Epilogue epilogue =
+      read_epilogue(depthwise_bias, output_activation, device, shape.channels);
+  const float* taps =
+      floats_of("depthwise_weights", depthwise_weights, device, {9, shape.channels});
+  const Tensor z2 = torch::stable::new_empty(x, output_sizes(shape));
+  const OptionalTensor partials =
+      new_moments(x, measures, expand_depthwise_partials(shape), shape.channels);
+  check_status(
+      "expand_depthwise",
+      expand_depthwise(shape, static_cast<int>(in_channels), type, data, matrix, hidden, taps,
+                       epilogue, z2.mutable_data_ptr(), mutable_floats(partials), stream));
+  return {z2, finish(x, partials, shape.channels, stream)};
+}
+
+}  // namespace
+}  // namespace moat_kernels::cuda
+
+// The schemas are those of moat_kernels/ops/mbconv/cuda_kernels.py.
+STABLE_TORCH_LIBRARY_IMPL(moat_kernels, MOAT_KERNELS_CUDA_KEY, library) {
+  library.impl("cuda_depthwise_forward", TORCH_BOX(&moat_kernels::cuda::forward));
+  library.impl("cuda_depthwise_backward", TORCH_BOX(&moat_kernels::cuda::backward));
+  library.impl("cuda_expand_depthwise", TORCH_BOX(&moat_kernels::cuda::expand));
+}

@@ -1,0 +1,351 @@
+"""The CUDA stencil kernels against stock operations in float64: on the host, and on a GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from support import cuda_on_cpu
+from support.stencil_cases import (
+    MAPS,
+    Map,
+    Tensors,
+    make_map,
+    make_tensors,
+    reference_backward,
+    reference_forward,
+)
+from support.tolerances import (
+    CUDA_KERNEL,
+    LOW_PRECISION_FACTOR,
+    STORED_MOMENTS,
+    assert_close,
+    relative_error,
+)
+from torch import Tensor
+
+from moat_kernels.ops.mbconv import cuda_kernels
+from moat_kernels.ops.mbconv.cuda_kernels import depthwise, depthwise_backward, expand_depthwise
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16]
+# Few blocks, so that each goes through several tiles.
+BLOCKS = 5
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request: pytest.FixtureRequest) -> str:
+    """Where the kernels run; on the host they are compiled by g++ (support/cuda_on_cpu)."""
+    if request.param == "cpu":
+        if reason := cuda_on_cpu.reason_unavailable():
+            pytest.skip(reason)
+        cuda_on_cpu.load()
+    elif not (torch.cuda.is_available() and cuda_kernels.built()):
+        pytest.skip("no GPU" if cuda_kernels.built() else "built without the CUDA kernels")
+    return request.param
+
+
+def check(actual: Tensor, exact: Tensor, stock: Tensor, dtype: torch.dtype, name: str) -> None:
+    """float32: close to float64; else no further from it than twice stock operations are."""
+    error = relative_error(actual.cpu(), exact)
+    allowed = CUDA_KERNEL
+    if dtype != torch.float32:
+        allowed = max(allowed, LOW_PRECISION_FACTOR * relative_error(stock, exact))
+    assert error <= allowed, f"{name}: {error:.2e} > {allowed:.2e}"
+
+
+def check_moments(moments: tuple[Tensor, Tensor] | None, output: Tensor) -> None:
+    """Mean and squared deviations are those of the output as it was stored."""
+    assert moments is not None
+    (values,), count = moments
+    stored = output.double()
+    assert int(count) == len(stored)
+    assert_close(values[0], stored.mean(0), STORED_MOMENTS, "mean")
+    assert_close(values[1], (stored - stored.mean(0)).square().sum(0), STORED_MOMENTS, "squares")
+
+
+def on(device: str, tensors: Tensors) -> Tensors:
+    return Tensors(**{name: tensor.to(device) for name, tensor in vars(tensors).items()})
+
+
+def training_arguments(tensors: Tensors, stencil: Map) -> tuple:
+    return (tensors.z1, tensors.affine, "gelu", tensors.taps, None, "identity", stencil)
+
+
+def eval_arguments(tensors: Tensors, stencil: Map) -> tuple:
+    return (tensors.z1, None, "identity", tensors.taps, tensors.bias, "gelu", stencil)
+
+
+def check_forward(stencil: Map, channels: int, dtype: torch.dtype, device: str) -> None:
+    tensors = make_tensors(stencil, channels, dtype)
+    for arguments in (training_arguments, eval_arguments):
+        output, moments = depthwise(
+            *arguments(on(device, tensors), stencil), measure=True, target_blocks=BLOCKS
+        )
+        exact = reference_forward(*arguments(tensors.to(torch.float64), stencil))
+        stock = reference_forward(*arguments(tensors.to(dtype), stencil))
+        assert output.dtype == dtype
+        check(output, exact, stock, dtype, "output")
+        check_moments(moments, output)
+
+
+@pytest.mark.parametrize("stencil", MAPS.values(), ids=MAPS.keys())
+def test_depthwise_on_maps_of_every_kind(stencil: Map, device: str) -> None:
+    check_forward(stencil, 8, torch.float32, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_depthwise_with_channels_that_do_not_fill_a_block(
+    stride: int, dtype: torch.dtype, device: str
+) -> None:
+    check_forward(make_map(2, 6, 9, stride), 72, dtype, device)
+
+
+def check_backward(stencil: Map, channels: int, dtype: torch.dtype, device: str) -> None:
+    tensors = make_tensors(stencil, channels, dtype)
+    on_device = on(device, tensors)
+    for activation, with_norms in (("gelu", True), ("identity", False)):
+        gradient, sums = depthwise_backward(
+            on_device.grad,
+            on_device.z2 if with_norms else None,
+            on_device.factors if with_norms else None,
+            on_device.z1,
+            on_device.affine if with_norms else None,
+            activation,
+            on_device.taps,
+            stencil,
+            target_blocks=BLOCKS,
+        )
+        exact = reference_backward(tensors.to(torch.float64), activation, with_norms, stencil)
+        stock = reference_backward(tensors.to(dtype), activation, with_norms, stencil)
+        assert gradient.dtype == dtype
+        check(gradient, exact[0], stock[0], dtype, "gradient")
+        check(sums[:9], exact[1][:9], stock[1][:9], dtype, "taps")
+        check(sums[9], exact[1][9], stock[1][9], dtype, "sum")
+        check(sums[10], exact[1][10], stock[1][10], dtype, "product")
+
+
+@pytest.mark.parametrize("stencil", MAPS.values(), ids=MAPS.keys())
+def test_backward_on_maps_of_every_kind(stencil: Map, device: str) -> None:
+    check_backward(stencil, 8, torch.float32, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("stride", [1, 2])
+def test_backward_with_channels_that_do_not_fill_a_block(
+    stride: int, dtype: torch.dtype, device: str
+) -> None:
+    check_backward(make_map(2, 6, 9, stride), 72, dtype, device)
+
+
+def make_expand(
+    stencil: Map, in_channels: int, channels: int, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    rows = stencil.batch * stencil.height * stencil.width
+    return {
+        "rows": torch.randn(rows, in_channels).to(dtype),
+        "weight": (torch.randn(channels, in_channels) / in_channels**0.5).to(dtype),
+        "bias": torch.randn(channels),
+        "taps": torch.randn(9, channels) / 3,
+        "depthwise_bias": torch.randn(channels),
+    }
+
+
+def reference_expand(tensors: dict[str, Tensor], dtype: torch.dtype, stencil: Map) -> Tensor:
+    rows, weight, bias, taps, depthwise_bias = (tensor.to(dtype) for tensor in tensors.values())
+    z1 = rows @ weight.t() + bias
+    return reference_forward(z1, None, "gelu", taps, depthwise_bias, "gelu", stencil)
+
+
+def run_expand(tensors: dict[str, Tensor], stencil: Map, device: str) -> tuple[Tensor, tuple]:
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    output, moments = expand_depthwise(
+        **on_device, activation="gelu", output_activation="gelu", stencil=stencil, measure=True
+    )
+    assert moments is not None
+    return output, moments
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    ("stencil", "in_channels", "channels"),
+    [
+        (make_map(1, 1, 1, 1), 8, 8),
+        (make_map(7, 7, 7, 1), 40, 8),
+        (make_map(1, 15, 18, 1, (2, 0, 1, 3)), 32, 16),
+        (make_map(2, 9, 10, 2), 72, 72),
+        (make_map(1, 17, 16, 2, (1, 1, 1, 1)), 24, 8),
+        (make_map(1, 3, 4, 2, (5, 2, 4, 1)), 16, 8),
+    ],
+    ids=["one pixel", "images together", "many tiles", "blocks", "stride 2", "padded far"],
+)
+def test_expand_depthwise(
+    stencil: Map, in_channels: int, channels: int, dtype: torch.dtype, device: str
+) -> None:
+    tensors = make_expand(stencil, in_channels, channels, dtype)
+    output, moments = run_expand(tensors, stencil, device)
+    exact = reference_expand(tensors, torch.float64, stencil)
+    check(output, exact, reference_expand(tensors, dtype, stencil), dtype, "output")
+    check_moments(moments, output)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_spreads_as_far_as_its_taps(value: float, device: str) -> None:
+    stencil = make_map(1, 5, 6, 1)
+    tensors = make_tensors(stencil, 8, torch.float32)
+    tensors.z1[8, 3] = value
+
+    def run(function: Callable, source: Tensors) -> Tensor:
+        return function(source.z1, None, "gelu", source.taps, None, "identity", stencil)
+
+    expected = run(reference_forward, tensors.to(torch.float64))
+    on_device = on(device, tensors)
+    output, _ = run(lambda *a: depthwise(*a, measure=False), on_device)
+    assert_close(output.cpu(), expected, CUDA_KERNEL)
+
+
+def test_statistics_do_not_cancel_where_the_mean_is_large(device: str) -> None:
+    stencil = make_map(2, 9, 17, 1)
+    tensors = make_tensors(stencil, 8, torch.float32)
+    identity = torch.zeros(9, 8)
+    identity[4] = 1
+    rows = 1e3 + torch.randn_like(tensors.z1)
+    arguments = (rows.to(device), None, "identity", identity.to(device), None, "identity", stencil)
+    output, moments = depthwise(*arguments, measure=True, target_blocks=BLOCKS)
+    check_moments(moments, output)
+
+
+def all_results(seed: int, patch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]:
+    """Results of every kernel on several tiles, its threads run in the order of `seed`."""
+    patch.setenv("CUDA_ON_CPU_SEED", str(seed))
+    torch.manual_seed(0)
+    # Eight tiles in three groups.
+    stencil = make_map(2, 9, 20, 1)
+    tensors = make_tensors(stencil, 40, torch.float32)
+    # Three steps of C, so that h1 overwrites what the last one reads.
+    expand = make_expand(stencil, 72, 8, torch.bfloat16)
+    output, moments = depthwise(
+        tensors.z1, None, "gelu", tensors.taps, None, "identity", stencil, True, target_blocks=6
+    )
+    gradient = depthwise_backward(
+        *(tensors.grad, None, None, tensors.z1, None, "gelu", tensors.taps, stencil),
+        target_blocks=6,
+    )
+    expanded, expanded_moments = run_expand(expand, stencil, "cpu")
+    assert moments is not None
+    return {
+        "depthwise_forward.cu": [output],
+        "depthwise_backward.cu": [*gradient],
+        "expand_depthwise.cu": [expanded, expanded_moments[0]],
+        "tile.cuh": [moments[0]],
+        "reduce.cu": [moments[0], gradient[1]],
+    }
+
+
+def barriers() -> Iterator[str]:
+    for path in sorted((Path(cuda_on_cpu.ROOT) / "csrc" / "cuda").glob("*.cu*")):
+        for number, line in enumerate(path.read_text().splitlines(), 1):
+            if "__syncthreads();" in line:
+                yield f"{path.name}:{number}"
+
+
+@pytest.fixture(scope="module")
+def expected() -> dict[str, list[Tensor]]:
+    with pytest.MonkeyPatch.context() as patch:
+        return all_results(0, patch)
+
+
+def same(left: list[Tensor], right: list[Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
+
+
+@pytest.mark.skipif(bool(cuda_on_cpu.reason_unavailable()), reason="no g++")
+class TestOnTheHost:
+    """What only the emulation can show."""
+
+    @pytest.fixture(autouse=True)
+    def load(self) -> None:
+        cuda_on_cpu.load()
+
+    @pytest.mark.parametrize("seed", [1, 2, 3])
+    def test_the_order_of_threads_and_blocks_changes_no_bit(
+        self, seed: int, expected: dict[str, list[Tensor]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        results = all_results(seed, monkeypatch)
+        assert all(same(results[name], expected[name]) for name in expected)
+
+    @pytest.mark.parametrize("barrier", list(barriers()))
+    def test_without_any_one_barrier_results_are_wrong(
+        self, barrier: str, expected: dict[str, list[Tensor]], monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        monkeypatch.setenv("CUDA_ON_CPU_SKIP_BARRIER", barrier)
+        name = barrier.partition(":")[0]
+        assert any(
+            not same(all_results(seed, monkeypatch)[name], expected[name]) for seed in range(1, 4)
+        )
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"z1": torch.zeros(30, 6)}, "the channels must be a multiple of 4"),
+        ({"z1": torch.zeros(30, 8, dtype=torch.float64)}, "z1 must be float32, bfloat16"),
+        ({"taps": torch.zeros(9, 4)}, "weights has the wrong shape"),
+        ({"taps": torch.zeros(8, 9).t()}, "weights must be contiguous"),
+        ({"activation": "relu"}, "activation must be gelu or identity, got relu"),
+        ({"target_blocks": 0}, "target_blocks must be positive"),
+    ],
+)
+def test_bad_arguments_are_named(change: dict, message: str, device: str) -> None:
+    arguments = {
+        "z": torch.zeros(30, 8),
+        "affine": None,
+        "activation": "gelu",
+        "taps": torch.zeros(9, 8),
+        "bias": None,
+        "output_activation": "identity",
+        "stencil": make_map(1, 5, 6, 1),
+        "measure": False,
+    }
+    arguments |= {("z" if name == "z1" else name): value for name, value in change.items()}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            arguments[name] = value.to(device)
+    with pytest.raises(RuntimeError, match=message):
+        depthwise(**arguments)
+
+
+def test_unsupported_names_the_reason(device: str) -> None:
+    rows = torch.zeros(4, 12, dtype=torch.bfloat16, device=device)
+    assert "E = 12, not a multiple of 8" in cuda_kernels.unsupported(rows, ("gelu",))
+    assert cuda_kernels.unsupported(rows.float(), ("gelu", "identity")) == ""
+    assert "'silu'" in cuda_kernels.unsupported(rows.float(), ("silu",))
+    assert "torch.float64" in cuda_kernels.unsupported(rows.double(), ("gelu",))
+    weight = torch.zeros(16, 12, device=device)
+    assert "tensor cores" in cuda_kernels.unsupported_expand(rows.float(), weight, ("gelu",))
+    assert "C = 12" in cuda_kernels.unsupported_expand(rows, weight.bfloat16(), ("gelu",))
+    assert cuda_kernels.unsupported_expand(rows[:, :8], weight[:, :8].bfloat16(), ("gelu",)) == ""
+    assert "meta" in cuda_kernels.unsupported(rows.to("meta"), ("gelu",))
+
+
+def test_fake_tensors_have_the_shapes_of_results(device: str) -> None:
+    stencil = make_map(2, 5, 6, 2)
+    tensors = make_tensors(stencil, 8, torch.float32, device)
+    forward = (tensors.z1, None, "gelu", tensors.taps, None, "identity", stencil, True)
+    backward = (tensors.grad, None, None, tensors.z1, None, "gelu", tensors.taps, stencil)
+    expand = make_expand(stencil, 16, 8, torch.bfloat16)
+    with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
+        fakes = (
+            *depthwise(*forward)[1][:1],
+            *depthwise_backward(*backward),
+            run_expand(expand, stencil, device)[0],
+        )
+    real = (
+        *depthwise(*forward)[1][:1],
+        *depthwise_backward(*backward),
+        run_expand(expand, stencil, device)[0],
+    )
+    for fake, tensor in zip(fakes, real, strict=True):
+        assert (fake.shape, fake.dtype) == (tensor.shape, tensor.dtype)

@@ -1,0 +1,49 @@
+"""The CUDA kernels compiled for every architecture: nothing spills, and the table is true."""
+
+from __future__ import annotations
+
+import pytest
+from support import nvcc
+
+pytestmark = pytest.mark.skipif(not nvcc.nvcc_version(), reason="there is no nvcc")
+
+
+def test_every_kernel_is_compiled_for_every_architecture() -> None:
+    names = {kernel.name for kernel in nvcc.all_kernels()}
+    assert len(nvcc.all_kernels()) == len(names) * len(nvcc.ARCHITECTURES)
+    for kernel in ("depthwise_forward", "depthwise_backward"):
+        for dtype in ("float32", "bfloat16", "float16"):
+            assert {f"{kernel}_kernel<{dtype}, {stride}>" for stride in (1, 2)} <= names
+    for dtype in ("bfloat16", "float16"):
+        assert {f"expand_depthwise_kernel<{dtype}, {stride}>" for stride in (1, 2)} <= names
+
+
+def test_nothing_spills_and_two_blocks_fit() -> None:
+    for kernel in nvcc.all_kernels():
+        assert kernel.spilled_bytes == 0, kernel
+        assert kernel.shared_bytes <= nvcc.MOST_STATIC_SHARED_BYTES, kernel
+        assert kernel.warps >= 2 * kernel.threads // 32, kernel
+
+
+def test_a_spill_would_be_noticed() -> None:
+    source = next(path for path in nvcc.SOURCES if path.stem == "reduce")
+    kernels = nvcc.compile_kernels(source, ("-maxrregcount=16",))
+    assert any(kernel.spilled_bytes for kernel in kernels)
+
+
+def test_maps_are_loaded_by_16_bytes_and_products_made_on_tensor_cores() -> None:
+    for kernel in nvcc.all_kernels():
+        if kernel.name.startswith("depthwise"):
+            assert kernel.loads_of_16_bytes, kernel
+        if kernel.name.startswith("expand"):
+            # Two steps of depth, 2 x 8 tiles of 16 x 8; ten copies in the two places that load.
+            assert kernel.matrix_multiplies >= 32, kernel
+            assert kernel.asynchronous_copies >= 5, kernel
+
+
+def test_the_documented_table_is_that_of_these_sources() -> None:
+    documented = nvcc.documented_table()
+    version = f"nvcc {nvcc.nvcc_version()}:"
+    if version not in documented:
+        pytest.skip(f"the table was made by another compiler than {version[:-1]}")
+    assert documented == nvcc.table(), "run: python tests/support/nvcc.py"

@@ -1,0 +1,210 @@
+#include "block.h"
+
+#include <algorithm>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <map>
+#include <memory>
+#include <new>
+#include <numeric>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "fiber.h"
+
+namespace cuda_on_cpu {
+namespace {
+
+struct Barrier {
+  int arrived = 0;
+  int live = 0;
+  long generation = 0;
+
+  void release_if_complete() {
+    if (arrived == 0 || arrived < live) return;
+    arrived = 0;
+    ++generation;
+  }
+};
+
+struct Warp {
+  Barrier barrier;
+  int size = 0;
+  alignas(16) std::byte deposits[2][kWarpSize][kDepositBytes];
+};
+
+struct Thread {
+  std::unique_ptr<Fiber> fiber;
+  Index index;
+  int number = 0;
+  bool done = false;
+  Barrier* waits_at = nullptr;
+  long generation = 0;
+  long deposits = 0;
+  std::vector<std::function<void()>> postponed;
+
+  bool can_run() const { return !done && (!waits_at || waits_at->generation != generation); }
+};
+
+struct SharedObject {
+  void* memory;
+  std::size_t alignment;
+};
+
+struct Block {
+  Index index, size;
+  Barrier barrier;
+  std::vector<Thread> threads;
+  std::vector<Warp> warps;
+  std::map<const void*, SharedObject> shared;
+  Thread* current = nullptr;
+  const std::function<void()>* kernel = nullptr;
+  std::string failure;
+
+  ~Block() {
+    for (auto& [key, object] : shared) {
+      ::operator delete(object.memory, std::align_val_t(object.alignment));
+    }
+  }
+  Warp& warp() { return warps[current->number / kWarpSize]; }
+};
+
+Block* block = nullptr;
+
+void wait_at(Barrier& barrier) {
+  Thread& thread = *block->current;
+  thread.waits_at = &barrier;
+  thread.generation = barrier.generation;
+  ++barrier.arrived;
+  barrier.release_if_complete();
+  if (!thread.can_run()) thread.fiber->suspend();
+  thread.waits_at = nullptr;
+}
+
+void leave(Barrier& barrier) {
+  --barrier.live;
+  barrier.release_if_complete();
+}
+
+// Threads that have returned count as arrived, as on a GPU.
+void run_thread() {
+  (*block->kernel)();
+  block->current->done = true;
+  leave(block->warp().barrier);
+  leave(block->barrier);
+}
+
+void start_threads(Block& started) {
+  const int count = static_cast<int>(started.size.x * started.size.y * started.size.z);
+  started.threads.resize(count);
+  started.warps.resize((count + kWarpSize - 1) / kWarpSize);
+  started.barrier.live = count;
+  for (int number = 0; number < count; ++number) {
+    Thread& thread = started.threads[number];
+    const unsigned row = number / started.size.x;
+    thread.number = number;
+    thread.index = {number % started.size.x, row % started.size.y, row / started.size.y};
+    thread.fiber = std::make_unique<Fiber>(&run_thread);
+    Warp& warp = started.warps[number / kWarpSize];
+    ++warp.barrier.live;
+    ++warp.size;
+  }
+}
+
+bool run_block(Block& running, std::mt19937* shuffle) {
+  block = &running;
+  start_threads(running);
+  std::vector<Thread*> order;
+  for (Thread& thread : running.threads) order.push_back(&thread);
+  bool advanced = true;
+  while (advanced && running.failure.empty()) {
+    advanced = false;
+    if (shuffle) std::shuffle(order.begin(), order.end(), *shuffle);
+    for (Thread* thread : order) {
+      if (!thread->can_run()) continue;
+      advanced = true;
+      running.current = thread;
+      thread->fiber->resume();
+      if (!running.failure.empty()) break;
+    }
+  }
+  const bool finished = std::all_of(order.begin(), order.end(), [](Thread* t) { return t->done; });
+  if (running.failure.empty() && !finished) {
+    running.failure = "deadlock: some threads wait at a barrier that others never reach";
+  }
+  if (!running.failure.empty()) {
+    std::fprintf(stderr, "cuda_on_cpu: block %u: %s\n", running.index.x, running.failure.c_str());
+  }
+  block = nullptr;
+  return running.failure.empty();
+}
+
+}  // namespace
+
+bool run_grid(Index grid, Index size, const std::function<void()>& kernel) {
+  const char* seed = std::getenv("CUDA_ON_CPU_SEED");
+  std::mt19937 random(seed ? std::atoi(seed) : 0);
+  std::mt19937* shuffle = seed && std::atoi(seed) ? &random : nullptr;
+  std::vector<unsigned> order(std::size_t{grid.x} * grid.y * grid.z);
+  std::iota(order.begin(), order.end(), 0u);
+  if (shuffle) std::shuffle(order.begin(), order.end(), *shuffle);
+  for (const unsigned number : order) {
+    Block running;
+    running.index = {number % grid.x, number / grid.x % grid.y, number / grid.x / grid.y};
+    running.size = size;
+    running.kernel = &kernel;
+    if (!run_block(running, shuffle)) return false;
+  }
+  return true;
+}
+
+Index thread_index() { return block->current->index; }
+Index block_index() { return block->index; }
+int lane() { return block->current->number % kWarpSize; }
+
+void sync_block(const char* file, int line) {
+  static std::string skipped;
+  const char* wanted = std::getenv("CUDA_ON_CPU_SKIP_BARRIER");
+  skipped = wanted ? wanted : "";
+  if (!skipped.empty()) {
+    const std::string path = std::string(file) + ":" + std::to_string(line);
+    const std::size_t slash = path.rfind('/');
+    if (path.substr(slash == std::string::npos ? 0 : slash + 1) == skipped) return;
+  }
+  wait_at(block->barrier);
+}
+
+void sync_warp() { wait_at(block->warp().barrier); }
+
+const std::byte* deposit(const void* data, std::size_t bytes) {
+  Warp& warp = block->warp();
+  if (bytes > kDepositBytes || warp.barrier.live != warp.size || warp.size != kWarpSize) {
+    block->failure = "a warp acts together, but not with all of its 32 threads";
+    block->current->fiber->suspend();
+  }
+  auto& table = warp.deposits[block->current->deposits++ % 2];
+  std::memcpy(table[lane()], data, bytes);
+  sync_warp();
+  return table[0];
+}
+
+void* shared_memory(const void* key, std::size_t size, std::size_t alignment) {
+  const auto found = block->shared.find(key);
+  if (found != block->shared.end()) return found->second.memory;
+  void* memory = ::operator new(size, std::align_val_t(alignment));
+  std::memset(memory, 0xff, size);
+  block->shared[key] = {memory, alignment};
+  return memory;
+}
+
+void postpone(std::function<void()> copy) { block->current->postponed.push_back(std::move(copy)); }
+
+void do_postponed() {
+  for (const auto& copy : block->current->postponed) copy();
+  block->current->postponed.clear();
+}
+
+}  // namespace cuda_on_cpu

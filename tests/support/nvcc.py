@@ -1,0 +1,191 @@
+"""Compiles csrc/cuda by nvcc, without a GPU, and reads what ptxas says of every kernel.
+
+`python tests/support/nvcc.py` writes the table in docs/cuda_kernels.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import re
+import shutil
+import subprocess
+import tempfile
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent.parent
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+HEADERS = sorted((ROOT / "csrc" / "cuda").glob("*.*h"))
+DOCUMENT = ROOT / "docs" / "cuda_kernels.md"
+TABLE_START, TABLE_END = "<!-- table: tests/support/nvcc.py -->\n", "<!-- end of table -->\n"
+
+ARCHITECTURES = (80, 90, 100, 120)
+# Of one multiprocessor (CUDA programming guide, compute capabilities): shared memory in bytes, most
+# warps at once. All have 65536 registers, given to warps in units of 256.
+SHARED_BYTES = {80: 164 << 10, 90: 228 << 10, 100: 228 << 10, 120: 100 << 10}
+MOST_WARPS = {80: 64, 90: 64, 100: 64, 120: 48}
+REGISTERS, REGISTER_UNIT = 65536, 256
+# What the system takes of shared memory for each block, and the most that a block may declare.
+RESERVED_SHARED_BYTES = 1 << 10
+MOST_STATIC_SHARED_BYTES = 48 << 10
+
+FLAGS = ("-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-fatbin", "-Xptxas", "-v", "--keep")
+_DTYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One compiled kernel: what ptxas reports, and instructions of its PTX."""
+
+    name: str
+    architecture: int
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    threads: int
+    loads_of_16_bytes: int
+    matrix_multiplies: int
+    asynchronous_copies: int
+
+    @property
+    def warps(self) -> int:
+        """Warps that a multiprocessor can hold at once."""
+        block_warps = self.threads // 32
+        unit = REGISTER_UNIT
+        warp_registers = -(-self.registers * 32 // unit) * unit
+        blocks = min(
+            MOST_WARPS[self.architecture] // block_warps,
+            REGISTERS // warp_registers // block_warps,
+            SHARED_BYTES[self.architecture] // (self.shared_bytes + RESERVED_SHARED_BYTES),
+        )
+        return blocks * block_warps
+
+
+def nvcc_version() -> str:
+    """Such as "13.0"; empty where there is no nvcc."""
+    if shutil.which("nvcc") is None:
+        return ""
+    output = subprocess.check_output(["nvcc", "--version"], text=True)
+    match = re.search(r"release ([\d.]+)", output)
+    return match[1] if match else ""
+
+
+def _readable(mangled: str) -> str:
+    """depthwise_forward_kernel<bfloat16, 1>, from its mangled name."""
+    match = re.search(r"\d([a-z][a-z_]*_kernel)(?:I(f|13__nv_bfloat16|6__half)Li(\d)EE)?", mangled)
+    assert match, mangled
+    arguments = f"<{_DTYPES[match[2]]}, {match[3]}>" if match[2] else ""
+    return match[1] + arguments
+
+
+def _read_ptx(text: str) -> dict[str, dict[str, int]]:
+    """Threads of a block and counted instructions, by kernel."""
+    entries = re.split(r"\.entry ", text)[1:]
+    return {
+        _readable(entry[: entry.index("(")]): {
+            "threads": int(re.search(r"\.maxntid (\d+)", entry)[1]),
+            "loads_of_16_bytes": len(re.findall(r"ld\.global[\w.]*\.v(4\.\w32|2\.\w64)", entry)),
+            "matrix_multiplies": entry.count("mma.sync"),
+            "asynchronous_copies": entry.count("cp.async.cg"),
+        }
+        for entry in entries
+    }
+
+
+def _read_ptxas(text: str) -> list[dict]:
+    pattern = re.compile(
+        r"Compiling entry function '(\w+)' for 'sm_(\d+)'.*?"
+        r"(\d+) bytes spill stores, (\d+) bytes spill loads.*?Used (\d+) registers([^\n]*)",
+        re.DOTALL,
+    )
+    kernels = []
+    for mangled, architecture, stores, loads, registers, rest in pattern.findall(text):
+        shared = re.search(r"(\d+) bytes smem", rest)
+        kernels.append(
+            {
+                "name": _readable(mangled),
+                "architecture": int(architecture),
+                "registers": int(registers),
+                "spilled_bytes": int(stores) + int(loads),
+                "shared_bytes": int(shared[1]) if shared else 0,
+            }
+        )
+    return kernels
+
+
+def _compile(source: Path, flags: tuple[str, ...]) -> list[Kernel]:
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+    with tempfile.TemporaryDirectory() as directory:
+        result = subprocess.run(
+            ["nvcc", *FLAGS, *flags, *targets, str(source), "-o", "kernels.fatbin"],
+            cwd=directory,
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+        instructions = {}
+        for architecture in ARCHITECTURES:
+            (ptx,) = Path(directory).glob(f"*compute_{architecture}.ptx")
+            instructions[architecture] = _read_ptx(ptx.read_text())
+    return [
+        Kernel(**kernel, **instructions[kernel["architecture"]][kernel["name"]])
+        for kernel in _read_ptxas(result.stderr)
+    ]
+
+
+def compile_kernels(source: Path, flags: tuple[str, ...] = ()) -> list[Kernel]:
+    """The kernels of `source` for every architecture, compiled anew where anything has changed."""
+    parts = [nvcc_version(), *FLAGS, *flags, *(f.read_text() for f in (source, *HEADERS))]
+    parts.append(Path(__file__).read_text())
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    cached = ROOT / "build" / "nvcc" / f"{source.stem}-{key}.json"
+    if not cached.exists():
+        kernels = _compile(source, flags)
+        cached.parent.mkdir(parents=True, exist_ok=True)
+        cached.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
+    return [Kernel(**fields) for fields in json.loads(cached.read_text())]
+
+
+@functools.cache
+def all_kernels() -> list[Kernel]:
+    """Of all sources; two compilers at a time."""
+    with ThreadPoolExecutor(2) as pool:
+        return [kernel for kernels in pool.map(compile_kernels, SOURCES) for kernel in kernels]
+
+
+def table() -> str:
+    """Markdown: registers, and warps per multiprocessor, of every kernel and architecture."""
+    header = ["kernel", "threads", "shared bytes", *(f"sm_{a}" for a in ARCHITECTURES)]
+    lines = [
+        f"Compiled by nvcc {nvcc_version()}: registers of a thread / warps that a multiprocessor "
+        "can hold at once. No kernel spills a register.",
+        "",
+        "| " + " | ".join(header) + " |",
+        "|---" + "|---:" * (len(header) - 1) + "|",
+    ]
+    kernels = {(kernel.name, kernel.architecture): kernel for kernel in all_kernels()}
+    for name in dict.fromkeys(kernel.name for kernel in all_kernels()):
+        versions = [kernels[name, architecture] for architecture in ARCHITECTURES]
+        shared = sorted({kernel.shared_bytes for kernel in versions})
+        cells = [f"{kernel.registers} / {kernel.warps}" for kernel in versions]
+        row = [f"`{name}`", str(versions[0].threads), ", ".join(map(str, shared)), *cells]
+        lines.append("| " + " | ".join(row) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def documented_table() -> str:
+    return DOCUMENT.read_text().partition(TABLE_START)[2].partition(TABLE_END)[0]
+
+
+def main() -> None:
+    """Bring the table in the document up to date."""
+    before, _, rest = DOCUMENT.read_text().partition(TABLE_START)
+    after = rest.partition(TABLE_END)[2]
+    DOCUMENT.write_text(before + TABLE_START + table() + TABLE_END + after)
+
+
+if __name__ == "__main__":
+    main()
