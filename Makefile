@@ -3,7 +3,8 @@
 #   make test ARGS="-k mbconv"
 PYTHON ?= python3
 VENV := .venv
-CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h')
+CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+EMULATION := $(shell find tests/support/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
 REQUIREMENTS := $(VENV)/.requirements-installed
 PACKAGE := $(VENV)/.package-installed
 EXTENSION := moat_kernels/_C.abi3.so
@@ -29,7 +30,7 @@ bench: $(EXTENSION)
 lint: $(REQUIREMENTS)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(EMULATION)
 	$(VENV)/bin/mypy
 
 # The native kernels' tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer:

@@ -1,4 +1,4 @@
-"""Builds the native CPU kernels in csrc/; everything else about the package is in pyproject.toml.
+"""Builds the native kernels in csrc/; everything else about the package is in pyproject.toml.
 
 Every csrc/cpu/kernels/*.cpp is compiled once per instruction set, into objects whose symbols lie in
 a namespace of that instruction set; csrc/cpu/isa.cpp chooses between them at run time.
@@ -7,6 +7,9 @@ The kernels are optional: where they cannot be built, one line says why and the 
 without them. MOAT_KERNELS_SKIP_EXT=1 leaves them out on purpose; CXX and MAX_JOBS work as usual.
 MOAT_KERNELS_SANITIZE=address or =thread builds them for `make sanitize`, with GCC's sanitizers of
 memory and undefined behaviour or of threads.
+
+Beside a CUDA build of torch, and with nvcc (CUDA_HOME, or on PATH), the library gets the CUDA
+kernels too, for the architectures of TORCH_CUDA_ARCH_LIST, unless MOAT_KERNELS_SKIP_CUDA=1 is set.
 """
 
 from __future__ import annotations
@@ -17,11 +20,13 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
+from concurrent.futures import ThreadPoolExecutor
 from glob import glob
 from pathlib import Path
 
@@ -35,7 +40,9 @@ TORCH_TARGET_VERSION = (MINIMUM_TORCH[0] << 56) | (MINIMUM_TORCH[1] << 48)
 
 SOURCES = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
 KERNEL_SOURCES = sorted(glob("csrc/cpu/kernels/*.cpp"))
-HEADERS = sorted(glob("csrc/**/*.h", recursive=True))
+HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/cuda/*.cuh"))
+CUDA_SOURCES = sorted(glob("csrc/cuda/*.cpp"))
+CUDA_KERNEL_SOURCES = sorted(glob("csrc/cuda/*.cu"))
 
 COMPILE_FLAGS = [
     "-std=c++17",
@@ -72,6 +79,10 @@ if platform.machine().lower() in ("x86_64", "amd64"):
         *ISA_FLAGS["avx2"],
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     ]
+NVCC_FLAGS = ["-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+# As in TORCH_CUDA_ARCH_LIST. With code for 8.0 also 8.6 and 8.9 run; PTX serves what is newer.
+CUDA_ARCHITECTURES = "8.0 9.0+PTX"
+OLDEST_CUDA_ARCHITECTURE = 80
 
 
 def compiler() -> str | None:
@@ -108,6 +119,70 @@ def reason_not_built() -> str:
     return ""
 
 
+def nvcc() -> str | None:
+    """CUDA's compiler: in CUDA_HOME if that is set, or else on PATH."""
+    home = os.environ.get("CUDA_HOME")
+    return shutil.which("nvcc", path=os.path.join(home, "bin") if home else None)
+
+
+def toolkit_flags(name: str) -> list[str]:
+    """nvcc's own -I ("INCLUDES") or -L ("LIBRARIES") flags, wherever its toolkit lies."""
+    command = [nvcc(), "--dryrun", CUDA_KERNEL_SOURCES[0], "-o", "unused"]
+    plan = subprocess.run(command, stderr=subprocess.PIPE, text=True, check=True).stderr
+    (line,) = re.findall(rf"^#\$ {name}=(.*)$", plan, re.MULTILINE)
+    return shlex.split(line)
+
+
+def cuda_architectures() -> list[tuple[int, bool]]:
+    """(80, False) for "8.0", (90, True) for "9.0+PTX"; without those too old for the kernels."""
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST") or CUDA_ARCHITECTURES
+    architectures = []
+    for name in re.split("[ ;]+", names.strip()):
+        match = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", name)
+        if match is None:
+            raise ValueError(
+                f"TORCH_CUDA_ARCH_LIST has {name!r}; supported are numbers like 8.0 or 9.0+PTX"
+            )
+        architectures.append((10 * int(match[1]) + int(match[2]), bool(match[3])))
+    return [both for both in architectures if both[0] >= OLDEST_CUDA_ARCHITECTURE]
+
+
+@functools.cache
+def reason_cuda_not_built() -> str:
+    """Why this build leaves the CUDA kernels out; empty if it does not."""
+    if reason := reason_not_built():
+        return reason
+    if os.environ.get("MOAT_KERNELS_SKIP_CUDA", "0") not in ("", "0"):
+        return "MOAT_KERNELS_SKIP_CUDA is set"
+    import torch
+
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if nvcc() is None:
+        return "nvcc not found (looked in CUDA_HOME and on PATH)"
+    if not cuda_architectures():
+        return "TORCH_CUDA_ARCH_LIST names nothing from 8.0 on"
+    return ""
+
+
+def compile_cuda_kernels(directory: str) -> list[str]:
+    """The objects of csrc/cuda/*.cu."""
+    os.makedirs(directory, exist_ok=True)
+    targets = []
+    for number, ptx in cuda_architectures():
+        targets.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if ptx:
+            targets.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+
+    def compile_one(source: str) -> str:
+        target = os.path.join(directory, f"{Path(source).stem}.cu.o")
+        subprocess.check_call([nvcc(), *NVCC_FLAGS, *targets, "-c", source, "-o", target])
+        return target
+
+    with ThreadPoolExecutor(int(os.environ.get("MAX_JOBS") or os.cpu_count())) as pool:
+        return list(pool.map(compile_one, CUDA_KERNEL_SOURCES))
+
+
 def record_build(root: Path) -> None:
     """Write what was built, or why not, where moat_kernels.extension looks; say so if not."""
     record = {"reason_not_built": reason_not_built()}
@@ -122,6 +197,9 @@ def record_build(root: Path) -> None:
         record["compiler"] = version.splitlines()[0]
         record["torch"] = importlib.metadata.version("torch")
         record["instruction_sets"] = list(ISA_FLAGS)
+        record["reason_cuda_not_built"] = reason_cuda_not_built()
+        if not record["reason_cuda_not_built"]:
+            record["cuda_architectures"] = [number for number, _ in cuda_architectures()]
     (root / "moat_kernels" / "_build_record.json").write_text(json.dumps(record, indent=2) + "\n")
 
 
@@ -141,11 +219,15 @@ def build_ext_command() -> type[build_ext]:
                         include_dirs=[os.path.abspath("csrc")],
                         extra_postargs=[*COMPILE_FLAGS, f"-DMOAT_KERNELS_ISA={isa}", *flags],
                     )
+                if not reason_cuda_not_built():
+                    directory = os.path.join(self.build_temp, "cuda")
+                    extension.extra_objects += compile_cuda_kernels(directory)
                 super().build_extension(extension)
             except Exception as error:
                 raise RuntimeError(
-                    "compiling the native CPU kernels failed (the compiler's messages are in the "
-                    "output); MOAT_KERNELS_SKIP_EXT=1 installs moat_kernels without them"
+                    "compiling the native kernels failed (the compiler's messages are in the "
+                    "output); MOAT_KERNELS_SKIP_EXT=1 installs moat_kernels without them, "
+                    "MOAT_KERNELS_SKIP_CUDA=1 without those for CUDA"
                 ) from error
 
         def run(self):
@@ -191,6 +273,13 @@ def extension_arguments() -> dict:
         # torch's BuildExtension defines Py_LIMITED_API to match.
         py_limited_api=True,
     )
+    if not reason_cuda_not_built():
+        extension.sources += CUDA_SOURCES
+        extension.depends += CUDA_KERNEL_SOURCES
+        for flag in toolkit_flags("INCLUDES"):
+            extension.extra_compile_args.append(flag.replace("-I", "-isystem", 1))
+        extension.extra_link_args += toolkit_flags("LIBRARIES")
+        extension.libraries += ["cudart", "torch_cuda"]
     return {
         "ext_modules": [extension],
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -47,7 +47,8 @@ def build_record() -> dict[str, Any]:
     """What the build wrote about the native kernels; empty in a tree that was never built.
 
     Keys: `reason_not_built` (empty if they were built), and if they were: `compiler`, `torch` (the
-    version whose headers were used) and `instruction_sets`.
+    version whose headers were used), `instruction_sets`, `reason_cuda_not_built` and, if the CUDA
+    kernels were built, `cuda_architectures`, such as [80, 90].
     """
     path = Path(__file__).with_name("_build_record.json")
     if not path.exists():

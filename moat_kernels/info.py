@@ -73,6 +73,10 @@ def format_text(facts: dict[str, Any]) -> str:
             f"{'extension':<14}usable, instruction set {extension['instruction_set']}, built by "
             f"{extension['compiler']} against torch {extension['torch']}"
         )
+        architectures = ", ".join(f"sm_{number}" for number in extension["cuda_architectures"])
+        reason = extension["reason_cuda_not_built"] or "an older build"
+        built = f"for {architectures}" if architectures else f"not built: {reason}"
+        lines.append(f"{'CUDA kernels':<14}{built}")
     else:
         lines.append(f"{'extension':<14}not usable: {extension['reason']}")
     lines.append("backends")
@@ -104,6 +108,8 @@ def _extension() -> dict[str, Any]:
         "instruction_set": instruction_set,
         "compiler": record.get("compiler", "an unrecorded compiler"),
         "torch": record.get("torch", "an unrecorded version"),
+        "cuda_architectures": record.get("cuda_architectures", []),
+        "reason_cuda_not_built": record.get("reason_cuda_not_built", ""),
     }
 
 

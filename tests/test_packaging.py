@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parent.parent
 RELEASED = ("csrc", "moat_kernels", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml")
@@ -32,14 +35,19 @@ def tree(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def own_environment() -> dict[str, str]:
+    """The environment without what the caller set for builds."""
+    ours = ("MOAT_KERNELS", "TORCH_CUDA_ARCH_LIST", "CUDA_HOME")
+    return {name: value for name, value in os.environ.items() if not name.startswith(ours)}
+
+
 def run_setup(
     tree: Path, command: str, code: str = RUN_SETUP, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    inherited = {k: v for k, v in os.environ.items() if not k.startswith("MOAT_KERNELS")}
     return subprocess.run(
         [sys.executable, "-c", code, "-q", command, "--dist-dir", "dist"],
         cwd=tree,
-        env={**inherited, **environment},
+        env={**own_environment(), **environment},
         capture_output=True,
         text=True,
         check=True,
@@ -81,3 +89,55 @@ def test_the_source_release_contains_the_sources_of_the_native_kernels(tree: Pat
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.[ch]*")}
     assert sources
     assert sources <= names
+
+
+@pytest.fixture
+def setup_functions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable]:
+    """What setup.py defines; nothing is built."""
+    for name in set(os.environ) - set(own_environment()):
+        monkeypatch.delenv(name)
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["setup.py", "-q", "--name"])
+    with monkeypatch.context() as patch:
+        patch.setenv("MOAT_KERNELS_SKIP_EXT", "1")
+        functions = runpy.run_path("setup.py", run_name="__main__")
+    functions["reason_not_built"].cache_clear()
+    return functions
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason", "architectures"),
+    [
+        ({}, "is built without CUDA", [(80, False), (90, True)]),
+        ({"PRETENDED_CUDA": "13.0", "CUDA_HOME": "/nowhere"}, "nvcc not found", None),
+        ({"PRETENDED_CUDA": "13.0", "MOAT_KERNELS_SKIP_CUDA": "1"}, "SKIP_CUDA is set", None),
+        ({"PRETENDED_CUDA": "13.0", "TORCH_CUDA_ARCH_LIST": "7.5"}, "nothing from 8.0 on", []),
+        ({"PRETENDED_CUDA": "13.0", "TORCH_CUDA_ARCH_LIST": "7.5;12.0"}, "", [(120, False)]),
+    ],
+    ids=["CPU build of torch", "no nvcc", "skipped", "too old", "built"],
+)
+def test_cuda_kernels_are_built_beside_a_cuda_build_of_torch_with_nvcc(
+    environment: dict[str, str],
+    reason: str,
+    architectures: list | None,
+    setup_functions: dict[str, Callable],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "nvcc").touch(0o755)
+    for name, value in {"CUDA_HOME": str(tmp_path), **environment}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.version, "cuda", os.environ.get("PRETENDED_CUDA"))
+    actual = setup_functions["reason_cuda_not_built"]()
+    assert reason in actual and bool(reason) == bool(actual)
+    if architectures is not None:
+        assert setup_functions["cuda_architectures"]() == architectures
+
+
+def test_an_unreadable_list_of_architectures_is_an_error(
+    setup_functions: dict[str, Callable], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 Hopper")
+    with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST has 'Hopper'"):
+        setup_functions["cuda_architectures"]()

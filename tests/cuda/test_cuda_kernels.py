@@ -206,6 +206,21 @@ def test_what_is_not_finite_spreads_as_far_as_its_taps(value: float, device: str
     assert_close(output.cpu(), expected, CUDA_KERNEL)
 
 
+def test_gelu_and_its_slope_are_as_accurate_as_they_say(device: str) -> None:
+    stencil = make_map(1, 64, 64, 1)
+    x = torch.linspace(-9, 9, stencil.height * stencil.width).repeat(8, 1).t().contiguous()
+    taps = torch.zeros(9, 8)
+    taps[4] = 1
+    ones, taps, on_device = torch.ones_like(x).to(device), taps.to(device), x.to(device)
+    value, _ = depthwise(on_device, None, "gelu", taps, None, "identity", stencil, measure=False)
+    slope, _ = depthwise_backward(ones, None, None, on_device, None, "gelu", taps, stencil)
+    exact = x.double().requires_grad_()
+    torch.nn.functional.gelu(exact).sum().backward()
+    expected = torch.nn.functional.gelu(exact).detach()
+    assert (value.cpu() - expected).abs().max() < 6e-7
+    assert (slope.cpu() - exact.grad).abs().max() < 1e-6
+
+
 def test_statistics_do_not_cancel_where_the_mean_is_large(device: str) -> None:
     stencil = make_map(2, 9, 17, 1)
     tensors = make_tensors(stencil, 8, torch.float32)
@@ -327,6 +342,7 @@ def test_unsupported_names_the_reason(device: str) -> None:
     assert "tensor cores" in cuda_kernels.unsupported_expand(rows.float(), weight, ("gelu",))
     assert "C = 12" in cuda_kernels.unsupported_expand(rows, weight.bfloat16(), ("gelu",))
     assert cuda_kernels.unsupported_expand(rows[:, :8], weight[:, :8].bfloat16(), ("gelu",)) == ""
+    assert "empty" in cuda_kernels.unsupported(rows.float()[:0], ("gelu",))
     assert "meta" in cuda_kernels.unsupported(rows.to("meta"), ("gelu",))
 
 

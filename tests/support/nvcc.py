@@ -75,7 +75,9 @@ def nvcc_version() -> str:
 
 def _readable(mangled: str) -> str:
     """depthwise_forward_kernel<bfloat16, 1>, from its mangled name."""
-    match = re.search(r"\d([a-z][a-z_]*_kernel)(?:I(f|13__nv_bfloat16|6__half)Li(\d)EE)?", mangled)
+    match = re.search(
+        r"\d([a-z][a-z_]*_kernel)(?![a-z])(?:I(f|13__nv_bfloat16|6__half)Li(\d)EE)?", mangled
+    )
     assert match, mangled
     arguments = f"<{_DTYPES[match[2]]}, {match[3]}>" if match[2] else ""
     return match[1] + arguments

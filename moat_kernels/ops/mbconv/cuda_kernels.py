@@ -17,6 +17,8 @@ from moat_kernels.ops.registration import LIBRARY
 # little of it idle, yet few enough that their partial sums are small beside the maps.
 TARGET_BLOCKS = 4096
 ACTIVATIONS = ("identity", "gelu")
+# The first with bfloat16 and asynchronous copies.
+OLDEST_CAPABILITY = (8, 0)
 # Channels that 16 bytes hold.
 CHANNEL_MULTIPLE = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
 
@@ -41,21 +43,22 @@ def built() -> bool:
 
 def unsupported(z: Tensor, activations: tuple[str, ...]) -> str:
     """Why the stencil kernels do not cover rows z [N, E] and these activations; empty: they do."""
-    if not _has_kernel(z.device.type):
-        return f"CUDA kernels on {z.device.type}"
-    return _unsupported_rows(z, "E") or _unsupported_activations(activations)
+    return (
+        _unsupported_device(z.device)
+        or _unsupported_rows(z, "E")
+        or _unsupported_activations(activations)
+    )
 
 
 def unsupported_expand(rows: Tensor, weight: Tensor, activations: tuple[str, ...]) -> str:
     """The same for `expand_depthwise` of rows [N, C] by weight [E, C]."""
-    if not _has_kernel(rows.device.type):
-        return f"CUDA kernels on {rows.device.type}"
     if rows.dtype == torch.float32:
         return "torch.float32 on tensor cores"
     if rows.dtype != weight.dtype:
         return f"rows in {rows.dtype} and a weight in {weight.dtype}"
     return (
-        _unsupported_rows(rows, "C")
+        _unsupported_device(rows.device)
+        or _unsupported_rows(rows, "C")
         or _unsupported_rows(weight.t(), "E")
         or _unsupported_activations(activations)
     )
@@ -66,6 +69,14 @@ def _has_kernel(device_type: str) -> bool:
     return device_type in ("cuda", "cpu") and torch._C._dispatch_has_kernel_for_dispatch_key(
         "moat_kernels::cuda_depthwise_forward", device_type.upper()
     )
+
+
+def _unsupported_device(device: torch.device) -> str:
+    if not _has_kernel(device.type):
+        return f"CUDA kernels on {device.type}"
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
+        return f"a GPU older than compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
+    return ""
 
 
 def _unsupported_rows(rows: Tensor, name: str) -> str:
