@@ -56,3 +56,25 @@ def test_the_command_line_prints_text_or_json(capsys: pytest.CaptureFixture[str]
     assert capsys.readouterr().out.startswith(f"moat_kernels  {moat_kernels.__version__}\n")
     info.main(["--json"])
     assert json.loads(capsys.readouterr().out)["versions"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize(
+    ("architectures", "reason", "line"),
+    [
+        ([80, 90], "", "CUDA kernels  for sm_80, sm_90"),
+        ([], "nvcc not found", "CUDA kernels  not built: nvcc not found"),
+    ],
+)
+def test_the_cuda_kernels_are_printed_or_why_not(
+    architectures: list[int], reason: str, line: str
+) -> None:
+    facts = info.collect()
+    facts["extension"] = {
+        "usable": True,
+        "instruction_set": "avx2",
+        "compiler": "g++",
+        "torch": "2.13",
+        "cuda_architectures": architectures,
+        "reason_cuda_not_built": reason,
+    }
+    assert line in info.format_text(facts).splitlines()

@@ -168,7 +168,27 @@ std::tuple<Tensor, Tensor> forward(const Tensor& z1, const OptionalTensor& affin
   return {z2, finish(z1, partials, shape.channels, stream)};
 }
 
-// factors [3, E]: slope, z2_slope and constant of NormBackward. -> dpre, gradients [11, E]
+// factors [3, E]: slope, z2_slope and constant.
+NormBackward read_norm(const OptionalTensor& z2, const OptionalTensor& factors, ScalarType dtype,
+                       int32_t device, const DepthwiseShape& shape) {
+  STD_TORCH_CHECK(z2.has_value() == factors.has_value(), "z2 and factors come together");
+  if (!z2.has_value()) return {};
+  const float* slope = floats_of("factors", factors, device, {3, shape.channels});
+  return {data_of("z2", *z2, dtype, device, output_sizes(shape)), slope, slope + shape.channels,
+          slope + 2 * shape.channels};
+}
+
+// The sum of partial gradients, float64 [11, E].
+Tensor add_up(const Tensor& like, const Tensor& partials, void* stream) {
+  const int64_t channels = partials.size(2);
+  const Tensor sums = torch::stable::new_empty(like, {kGradientRows, channels}, ScalarType::Double);
+  check_status("finish_sums",
+               finish_sums(mutable_floats(partials), partials.size(0), kGradientRows * channels,
+                           static_cast<double*>(sums.mutable_data_ptr()), stream));
+  return sums;
+}
+
+// -> dpre, gradients [11, E]
 std::tuple<Tensor, Tensor> backward(const Tensor& dy2, const OptionalTensor& z2,
                                     const OptionalTensor& factors, const Tensor& z1,
                                     const OptionalTensor& affine, const std::string& activation,
@@ -177,7 +197,6 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy2, const OptionalTensor& z2,
   const Element type = element_of("z1", z1);
   const DepthwiseShape shape = read_shape(z1, z1.size(-1), geometry);
   check_channels("the channels", shape.channels, type);
-  STD_TORCH_CHECK(z2.has_value() == factors.has_value(), "z2 and factors come together");
   const int32_t device = z1.get_device_index();
   const DeviceScope scope(device);
   void* stream = current_stream(device);
@@ -185,27 +204,48 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy2, const OptionalTensor& z2,
   const ScalarType dtype = z1.scalar_type();
   const void* input = data_of("z1", z1, dtype, device, input_sizes(shape));
   const void* gradient = data_of("dy2", dy2, dtype, device, output_sizes(shape));
-  NormBackward norm = {};
-  if (z2.has_value()) {
-    norm.z2 = data_of("z2", *z2, dtype, device, output_sizes(shape));
-    norm.slope = floats_of("factors", factors, device, {3, shape.channels});
-    norm.z2_slope = norm.slope + shape.channels;
-    norm.constant = norm.slope + 2 * shape.channels;
-  }
+  const NormBackward norm = read_norm(z2, factors, dtype, device, shape);
   const Prologue prologue = read_prologue(affine, activation, device, shape.channels);
   const float* taps = floats_of("weights", weights, device, {9, shape.channels});
   const Tensor dpre = torch::stable::new_empty(z1, input_sizes(shape));
   const int64_t count = depthwise_backward_partials(shape, type, blocks);
   const Tensor partials = new_floats(z1, {count, kGradientRows, shape.channels});
-  const Tensor gradients =
-      torch::stable::new_empty(z1, {kGradientRows, shape.channels}, ScalarType::Double);
   check_status("depthwise_backward", depthwise_backward(shape, type, gradient, norm, input,
                                                         prologue, taps, dpre.mutable_data_ptr(),
                                                         mutable_floats(partials), blocks, stream));
-  check_status("finish_sums",
-               finish_sums(mutable_floats(partials), count, int64_t{kGradientRows} * shape.channels,
-                           static_cast<double*>(gradients.mutable_data_ptr()), stream));
-  return {dpre, gradients};
+  return {dpre, add_up(z1, partials, stream)};
+}
+
+// Checked arguments of the kernels that begin with the expand GEMM.
+struct ExpandInput {
+  DepthwiseShape shape;
+  Element type;
+  int32_t device;
+  int in_channels;
+  const void* x;
+  const void* weight;
+  Epilogue hidden;
+};
+
+ExpandInput read_expand(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+                        const std::string& activation, const std::vector<int64_t>& geometry) {
+  ExpandInput input;
+  input.type = element_of("x", x);
+  STD_TORCH_CHECK(input.type != Element::float32, "x must be bfloat16 or float16");
+  STD_TORCH_CHECK(weight.dim() == 2, "weight must be [E, C]");
+  input.shape = read_shape(x, weight.size(0), geometry);
+  const DepthwiseShape& shape = input.shape;
+  const int64_t in_channels = x.size(3);
+  check_channels("the channels of x", in_channels, input.type);
+  check_channels("the rows of weight", shape.channels, input.type);
+  input.in_channels = static_cast<int>(in_channels);
+  input.device = x.get_device_index();
+  const ScalarType dtype = x.scalar_type();
+  input.x =
+      data_of("x", x, dtype, input.device, {shape.images, shape.height, shape.width, in_channels});
+  input.weight = data_of("weight", weight, dtype, input.device, {shape.channels, in_channels});
+  input.hidden = read_epilogue(bias, activation, input.device, shape.channels);
+  return input;
 }
 
 std::tuple<Tensor, Tensor> expand(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
@@ -213,33 +253,47 @@ std::tuple<Tensor, Tensor> expand(const Tensor& x, const Tensor& weight, const O
                                   const OptionalTensor& depthwise_bias,
                                   const std::string& output_activation,
                                   const std::vector<int64_t>& geometry, bool measures) {
-  const Element type = element_of("x", x);
-  STD_TORCH_CHECK(type != Element::float32, "x must be bfloat16 or float16");
-  STD_TORCH_CHECK(weight.dim() == 2, "weight must be [E, C]");
-  const DepthwiseShape shape = read_shape(x, weight.size(0), geometry);
-  const int64_t in_channels = x.size(3);
-  check_channels("the channels of x", in_channels, type);
-  check_channels("the rows of weight", shape.channels, type);
-  const int32_t device = x.get_device_index();
-  const DeviceScope scope(device);
-  void* stream = current_stream(device);
-  const ScalarType dtype = x.scalar_type();
-  const void* data =
-      data_of("x", x, dtype, device, {shape.images, shape.height, shape.width, in_channels});
-  const void* matrix = data_of("weight", weight, dtype, device, {shape.channels, in_channels});
-  const Epilogue hidden = read_epilogue(bias, activation, device, shape.channels);
+  const ExpandInput input = read_expand(x, weight, bias, activation, geometry);
+  const DepthwiseShape& shape = input.shape;
+  const DeviceScope scope(input.device);
+  void* stream = current_stream(input.device);
   const Epilogue epilogue =
-      read_epilogue(depthwise_bias, output_activation, device, shape.channels);
+      read_epilogue(depthwise_bias, output_activation, input.device, shape.channels);
   const float* taps =
-      floats_of("depthwise_weights", depthwise_weights, device, {9, shape.channels});
+      floats_of("depthwise_weights", depthwise_weights, input.device, {9, shape.channels});
   const Tensor z2 = torch::stable::new_empty(x, output_sizes(shape));
   const OptionalTensor partials =
       new_moments(x, measures, expand_depthwise_partials(shape), shape.channels);
   check_status(
       "expand_depthwise",
-      expand_depthwise(shape, static_cast<int>(in_channels), type, data, matrix, hidden, taps,
-                       epilogue, z2.mutable_data_ptr(), mutable_floats(partials), stream));
+      expand_depthwise(shape, input.in_channels, input.type, input.x, input.weight, input.hidden,
+                       taps, epilogue, z2.mutable_data_ptr(), mutable_floats(partials), stream));
   return {z2, finish(x, partials, shape.channels, stream)};
+}
+
+// -> dpre, gradients [11, E]
+std::tuple<Tensor, Tensor> expand_backward(
+    const Tensor& dy2, const OptionalTensor& z2, const OptionalTensor& factors, const Tensor& x,
+    const Tensor& weight, const OptionalTensor& bias, const std::string& activation,
+    const Tensor& depthwise_weights, const std::vector<int64_t>& geometry, int64_t target_blocks) {
+  const ExpandInput input = read_expand(x, weight, bias, activation, geometry);
+  const DepthwiseShape& shape = input.shape;
+  const DeviceScope scope(input.device);
+  void* stream = current_stream(input.device);
+  const int blocks = read_blocks(target_blocks);
+  const void* gradient = data_of("dy2", dy2, x.scalar_type(), input.device, output_sizes(shape));
+  const NormBackward norm = read_norm(z2, factors, x.scalar_type(), input.device, shape);
+  const float* taps =
+      floats_of("depthwise_weights", depthwise_weights, input.device, {9, shape.channels});
+  const Tensor dpre = torch::stable::new_empty(x, input_sizes(shape));
+  const int64_t count = expand_depthwise_backward_partials(shape, input.type, blocks);
+  const Tensor partials = new_floats(x, {count, kGradientRows, shape.channels});
+  check_status(
+      "expand_depthwise_backward",
+      expand_depthwise_backward(shape, input.in_channels, input.type, gradient, norm, input.x,
+                                input.weight, input.hidden, taps, dpre.mutable_data_ptr(),
+                                mutable_floats(partials), blocks, stream));
+  return {dpre, add_up(x, partials, stream)};
 }
 
 }  // namespace
@@ -250,4 +304,5 @@ STABLE_TORCH_LIBRARY_IMPL(moat_kernels, MOAT_KERNELS_CUDA_KEY, library) {
   library.impl("cuda_depthwise_forward", TORCH_BOX(&moat_kernels::cuda::forward));
   library.impl("cuda_depthwise_backward", TORCH_BOX(&moat_kernels::cuda::backward));
   library.impl("cuda_expand_depthwise", TORCH_BOX(&moat_kernels::cuda::expand));
+  library.impl("cuda_expand_depthwise_backward", TORCH_BOX(&moat_kernels::cuda::expand_backward));
 }

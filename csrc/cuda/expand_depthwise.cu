@@ -4,29 +4,21 @@
 //
 // DRAM: reads x once (for the first block of E; the others find it in L2) and W, writes z2: one
 // crossing by an E-wide tensor, where two kernels make three. z1 and h1 never leave the chip.
-// On chip: up to 256 pixels of a tile with its halo, times 64 channels of E. The GEMM streams C in
-// steps of 32 through two stages of shared memory (cp.async, ldmatrix, mma.sync; float32
-// accumulators in registers); then h1, rounded to its type, takes the stages' place in shared
-// memory, and the depthwise convolution reads it from there.
+// On chip: up to 256 pixels of a tile with its halo, times 64 channels of E. When the GEMM
+// (expand_tile.cuh) is done, h1, rounded to its type, takes the place of the GEMM's operands in
+// shared memory, and the depthwise convolution reads it from there.
 // Price: pixels of a halo are multiplied more than once. `plan_tiles` chooses the tile that
 // multiplies least: maps of 14 x 14 or 16 x 16 are one tile without a halo; at stride 1, 28 x 28
 // multiplies 1.15 times its pixels and 112 x 112 1.27 times.
 //
 // x is not centred: with bfloat16 weights, `bias` must hold -W mean(x) for W as rounded.
 
-#include "cuda/tile.cuh"
+#include "cuda/expand_tile.cuh"
 
 namespace moat_kernels::cuda {
 namespace {
 
 constexpr int kPixels = 256;
-constexpr int kChannels = 64;  // of E
-constexpr int kDepth = 32;     // of C, in one step
-constexpr int kThreads = 256;
-constexpr int kWarpPixels = kPixels / (kThreads / 32);
-constexpr int kMatrix = 8;  // rows, and 16-bit columns, of what ldmatrix loads
-// Elements from one pixel of h1 to the next: the extra ones spread a column over all banks.
-constexpr int kHiddenPitch = kChannels + 8;
 
 template <int stride>
 constexpr int kExpandRun = stride == 1 ? 16 : 8;
@@ -40,24 +32,16 @@ struct ExpandGrid {
 };
 
 template <class T>
-struct Stage {
-  T x[kPixels][kDepth];
-  T weight[kChannels][kDepth];
-};
-
-template <class T>
 union alignas(16) ExpandShared {
-  Stage<T> stages[2];
-  T hidden[kPixels][kHiddenPitch];
+  Stage<T, kPixels> stages[2];
+  T hidden[kPixels][kPitch];
   SharedMoments<T> moments;
 };
 
 struct ExpandArguments {
   DepthwiseShape shape;
   ExpandGrid grid;
-  int in_channels;
-  const void* x;
-  const void* weight;
+  ExpandProblem expand;
   Epilogue hidden;
   const float* depthwise_weights;
   Epilogue epilogue;
@@ -94,128 +78,6 @@ __device__ __forceinline__ ExpandTile expand_tile_at(const DepthwiseShape& shape
   return tile;
 }
 
-// Where the 16 bytes `vector` of a stage's row lie: eight rows that ldmatrix reads at once, 64
-// bytes apart, touch every bank once.
-__device__ __forceinline__ int swizzled(int row, int vector) {
-  return (vector ^ (row / 2 % 4)) * kMatrix;
-}
-
-// Begins to copy channels depth .. depth + kDepth of the tile's pixels and of the weights. Each
-// thread copies the same 16 bytes of four pixels, whose places in x (-1: none) are `offsets`.
-template <class T>
-__device__ __forceinline__ void load_stage(const ExpandArguments& arguments,
-                                           const int64_t (&offsets)[4], int first_channel,
-                                           int depth, Stage<T>& stage) {
-  constexpr int kVectors = kDepth / kMatrix;
-  const int vector = threadIdx.x % kVectors;
-  const int row = threadIdx.x / kVectors;
-  const int channel = depth + vector * kMatrix;
-  const T* x = static_cast<const T*>(arguments.x);
-  const T* weight = static_cast<const T*>(arguments.weight);
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int pixel = row + i * (kPixels / 4);
-    const bool valid = offsets[i] >= 0 && channel < arguments.in_channels;
-    copy_async(&stage.x[pixel][swizzled(pixel, vector)], valid ? x + offsets[i] + channel : x,
-               valid);
-  }
-  const bool valid =
-      first_channel + row < arguments.shape.channels && channel < arguments.in_channels;
-  const int64_t at = (int64_t{first_channel} + row) * arguments.in_channels + channel;
-  copy_async(&stage.weight[row][swizzled(row, vector)], valid ? weight + at : weight, valid);
-}
-
-// sums += x W^T of a stage, for the warp's 32 pixels.
-template <class T>
-__device__ __forceinline__ void multiply_stage(const Stage<T>& stage, int first_pixel,
-                                               float (&sums)[2][kChannels / kMatrix][4]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int step = 0; step < kDepth / 16; ++step) {
-    uint32_t a[2][4];
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-      const int row = first_pixel + m * 16 + lane % 16;
-      load_matrices(a[m], &stage.x[row][swizzled(row, 2 * step + lane / 16)]);
-    }
-#pragma unroll
-    for (int pair = 0; pair < kChannels / 16; ++pair) {
-      uint32_t b[4];
-      const int row = pair * 16 + lane / 16 * 8 + lane % 8;
-      load_matrices(b, &stage.weight[row][swizzled(row, 2 * step + lane / 8 % 2)]);
-#pragma unroll
-      for (int m = 0; m < 2; ++m) {
-        multiply<T>(sums[m][2 * pair], a[m], b[0], b[1]);
-        multiply<T>(sums[m][2 * pair + 1], a[m], b[2], b[3]);
-      }
-    }
-  }
-}
-
-// h1 = act(sums + bias), from the accumulators' layout to rows of pixels.
-template <class T>
-__device__ __forceinline__ void store_hidden(const ExpandArguments& arguments, int first_channel,
-                                             int first_pixel,
-                                             const float (&sums)[2][kChannels / kMatrix][4],
-                                             T (&hidden)[kPixels][kHiddenPitch]) {
-  const int lane = threadIdx.x % 32;
-#pragma unroll
-  for (int n = 0; n < kChannels / kMatrix; ++n) {
-    const int channel = n * kMatrix + lane % 4 * 2;
-    float bias[2];
-    load_coefficients(arguments.hidden.bias, first_channel + channel, arguments.shape.channels,
-                      0.0f, bias);
-#pragma unroll
-    for (int m = 0; m < 2; ++m) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        const int pixel = first_pixel + m * 16 + half * 8 + lane / 4;
-        const float values[2] = {
-            activate(arguments.hidden.activation, sums[m][n][2 * half] + bias[0]),
-            activate(arguments.hidden.activation, sums[m][n][2 * half + 1] + bias[1])};
-        pack_at<T, 2>(&hidden[pixel][channel]) = from_floats<T>(values);
-      }
-    }
-  }
-}
-
-// Channels first_channel.. of h1 for every pixel of the tile; the stages are free when it returns,
-// and every thread sees h1.
-template <class T>
-__device__ __forceinline__ void expand_tile(const ExpandArguments& arguments,
-                                            const ExpandTile& tile, int first_channel,
-                                            ExpandShared<T>& shared) {
-  const DepthwiseShape& shape = arguments.shape;
-  int64_t offsets[4];
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const int pixel = threadIdx.x / (kDepth / kMatrix) + i * (kPixels / 4);
-    offsets[i] = -1;
-    if (pixel < tile.pixels()) {
-      const int64_t image = tile.image + pixel / (tile.height * tile.width);
-      const int y = tile.first_y + pixel / tile.width % tile.height;
-      const int x = tile.first_x + pixel % tile.width;
-      offsets[i] = ((image * shape.height + y) * shape.width + x) * arguments.in_channels;
-    }
-  }
-  const int first_pixel = threadIdx.x / 32 * kWarpPixels;
-  const bool works = first_pixel < tile.pixels();
-  float sums[2][kChannels / kMatrix][4] = {};
-  load_stage(arguments, offsets, first_channel, 0, shared.stages[0]);
-  for (int depth = 0; depth < arguments.in_channels; depth += kDepth) {
-    const int current = depth / kDepth % 2;
-    wait_for_copies();
-    __syncthreads();
-    if (depth + kDepth < arguments.in_channels) {
-      load_stage(arguments, offsets, first_channel, depth + kDepth, shared.stages[1 - current]);
-    }
-    if (works) multiply_stage(shared.stages[current], first_pixel, sums);
-  }
-  __syncthreads();
-  if (works) store_hidden(arguments, first_channel, first_pixel, sums, shared.hidden);
-  __syncthreads();
-}
-
 template <class T, int stride>
 __global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(ExpandArguments arguments) {
   auto& shared = shared_memory<ExpandShared<T>>();
@@ -225,7 +87,14 @@ __global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(ExpandArg
   const int first_channel = blockIdx.x % chunks * kChannels;
   const int64_t index = blockIdx.x / chunks;
   const ExpandTile tile = expand_tile_at<stride>(shape, grid, index);
-  expand_tile(arguments, tile, first_channel, shared);
+  const auto offset_of = [&](int pixel) {
+    const int64_t image = tile.image + pixel / (tile.height * tile.width);
+    const int y = tile.first_y + pixel / tile.width % tile.height;
+    const int x = tile.first_x + pixel % tile.width;
+    return ((image * shape.height + y) * shape.width + x) * arguments.expand.in_channels;
+  };
+  expand_tile(arguments.expand, arguments.hidden, first_channel, tile.pixels(), offset_of,
+              shared.stages, shared.hidden);
 
   const int lane = threadIdx.x % Layout<T>::kLanes;
   const int slot = threadIdx.x / Layout<T>::kLanes;
@@ -286,7 +155,7 @@ ExpandGrid plan_tiles(const DepthwiseShape& shape) {
       if (pixels > kPixels) continue;
       const int tiles_y = divide_up(shape.out_height, rows);
       const int tiles_x = divide_up(shape.out_width, columns);
-      const int64_t cost = int64_t{tiles_y} * tiles_x * divide_up(pixels, kWarpPixels);
+      const int64_t cost = int64_t{tiles_y} * tiles_x * divide_up(pixels, kWarpPixels<kPixels>);
       if (best_cost && cost > best_cost) continue;
       best_cost = cost;
       best.images = tiles_y * tiles_x == 1 ? kPixels / pixels : 1;
@@ -320,8 +189,10 @@ int64_t expand_depthwise_partials(const DepthwiseShape& shape) { return plan_til
 int expand_depthwise(const DepthwiseShape& shape, int in_channels, Element type, const void* x,
                      const void* weight, Epilogue hidden, const float* depthwise_weights,
                      Epilogue epilogue, void* z2, float* partials, void* stream) {
-  const ExpandArguments arguments = {shape,  plan_tiles(shape), in_channels, x,  weight,
-                                     hidden, depthwise_weights, epilogue,    z2, partials};
+  const ExpandArguments arguments = {
+      shape,  plan_tiles(shape), {x, weight, in_channels, shape.channels},
+      hidden, depthwise_weights, epilogue,
+      z2,     partials};
   if (type == Element::bfloat16) return launch_expand_depthwise<__nv_bfloat16>(arguments, stream);
   if (type == Element::float16) return launch_expand_depthwise<__half>(arguments, stream);
   return cudaErrorInvalidValue;

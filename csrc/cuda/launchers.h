@@ -44,6 +44,8 @@ struct Epilogue {
 int64_t depthwise_forward_partials(const DepthwiseShape& shape, Element type, int target_blocks);
 int64_t depthwise_backward_partials(const DepthwiseShape& shape, Element type, int target_blocks);
 int64_t expand_depthwise_partials(const DepthwiseShape& shape);
+int64_t expand_depthwise_backward_partials(const DepthwiseShape& shape, Element type,
+                                           int target_blocks);
 
 // Rows of E floats in one partial result: count, mean, squared deviations; taps' gradients, sums.
 constexpr int kMomentRows = 3;
@@ -76,6 +78,13 @@ int depthwise_backward(const DepthwiseShape& shape, Element type, const void* dy
 int expand_depthwise(const DepthwiseShape& shape, int in_channels, Element type, const void* x,
                      const void* weight, Epilogue hidden, const float* depthwise_weights,
                      Epilogue epilogue, void* z2, float* partials, void* stream);
+
+// depthwise_backward with y1 = x weight^T + hidden.bias computed again in place of z1, and
+// hidden.activation; the second sum is of dpre y1. bfloat16 or float16.
+int expand_depthwise_backward(const DepthwiseShape& shape, int in_channels, Element type,
+                              const void* dy2, NormBackward norm, const void* x, const void* weight,
+                              Epilogue hidden, const float* depthwise_weights, void* dpre,
+                              float* partials, int target_blocks, void* stream);
 
 // Mean and sum of squared deviations, [2][E], of `count` partial moments.
 int finish_moments(const float* partials, int64_t count, int channels, float* moments,

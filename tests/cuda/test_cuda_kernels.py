@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -27,7 +28,12 @@ from support.tolerances import (
 from torch import Tensor
 
 from moat_kernels.ops.mbconv import cuda_kernels
-from moat_kernels.ops.mbconv.cuda_kernels import depthwise, depthwise_backward, expand_depthwise
+from moat_kernels.ops.mbconv.cuda_kernels import (
+    depthwise,
+    depthwise_backward,
+    expand_depthwise,
+    expand_depthwise_backward,
+)
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Few blocks, so that each goes through several tiles.
@@ -168,19 +174,21 @@ def run_expand(tensors: dict[str, Tensor], stencil: Map, device: str) -> tuple[T
     return output, moments
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize(
-    ("stencil", "in_channels", "channels"),
-    [
-        (make_map(1, 1, 1, 1), 8, 8),
-        (make_map(7, 7, 7, 1), 40, 8),
-        (make_map(1, 15, 18, 1, (2, 0, 1, 3)), 32, 16),
-        (make_map(2, 9, 10, 2), 72, 72),
-        (make_map(1, 17, 16, 2, (1, 1, 1, 1)), 24, 8),
-        (make_map(1, 3, 4, 2, (5, 2, 4, 1)), 16, 8),
-    ],
-    ids=["one pixel", "images together", "many tiles", "blocks", "stride 2", "padded far"],
+EXPANSIONS = {
+    "one pixel": (make_map(1, 1, 1, 1), 8, 8),
+    "images together": (make_map(7, 7, 7, 1), 40, 8),
+    "many tiles": (make_map(1, 15, 18, 1, (2, 0, 1, 3)), 32, 16),
+    "blocks": (make_map(2, 9, 10, 2), 72, 72),
+    "stride 2": (make_map(1, 17, 16, 2, (1, 1, 1, 1)), 24, 8),
+    "padded far": (make_map(1, 3, 4, 2, (5, 2, 4, 1)), 16, 8),
+}
+expansions = pytest.mark.parametrize(
+    ("stencil", "in_channels", "channels"), EXPANSIONS.values(), ids=EXPANSIONS.keys()
 )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@expansions
 def test_expand_depthwise(
     stencil: Map, in_channels: int, channels: int, dtype: torch.dtype, device: str
 ) -> None:
@@ -189,6 +197,49 @@ def test_expand_depthwise(
     exact = reference_expand(tensors, torch.float64, stencil)
     check(output, exact, reference_expand(tensors, dtype, stencil), dtype, "output")
     check_moments(moments, output)
+
+
+def run_expand_backward(
+    tensors: dict[str, Tensor], wide: Tensors, with_norms: bool, stencil: Map
+) -> tuple[Tensor, Tensor]:
+    return expand_depthwise_backward(
+        wide.grad,
+        wide.z2 if with_norms else None,
+        wide.factors if with_norms else None,
+        tensors["rows"],
+        tensors["weight"],
+        tensors["bias"],
+        "gelu",
+        wide.taps,
+        stencil,
+        target_blocks=BLOCKS,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@expansions
+def test_expand_depthwise_backward(
+    stencil: Map, in_channels: int, channels: int, dtype: torch.dtype, device: str
+) -> None:
+    tensors = make_expand(stencil, in_channels, channels, dtype)
+    wide = make_tensors(stencil, channels, dtype)
+    on_device = {name: tensor.to(device) for name, tensor in tensors.items()}
+    for with_norms in (True, False):
+        actual = run_expand_backward(on_device, on(device, wide), with_norms, stencil)
+
+        def reference(precision: torch.dtype, with_norms: bool = with_norms) -> tuple:
+            rows, weight, bias, *_ = (tensor.to(precision) for tensor in tensors.values())
+            source = wide.to(precision)
+            ones = torch.stack((torch.ones_like(bias), torch.zeros_like(bias)))
+            source = dataclasses.replace(source, z1=rows @ weight.t() + bias, affine=ones)
+            return reference_backward(source, "gelu", with_norms, stencil)
+
+        exact, stock = reference(torch.float64), reference(dtype)
+        assert actual[0].dtype == dtype
+        check(actual[0], exact[0], stock[0], dtype, "gradient")
+        check(actual[1][:9], exact[1][:9], stock[1][:9], dtype, "taps")
+        check(actual[1][9], exact[1][9], stock[1][9], dtype, "sum")
+        check(actual[1][10], exact[1][10], stock[1][10], dtype, "product")
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -245,15 +296,21 @@ def all_results(seed: int, patch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]
         tensors.z1, None, "gelu", tensors.taps, None, "identity", stencil, True, target_blocks=6
     )
     gradient = depthwise_backward(
-        *(tensors.grad, None, None, tensors.z1, None, "gelu", tensors.taps, stencil),
+        *(tensors.grad, tensors.z2, tensors.factors, tensors.z1, tensors.affine),
+        *("gelu", tensors.taps, stencil),
         target_blocks=6,
     )
     expanded, expanded_moments = run_expand(expand, stencil, "cpu")
+    narrow = make_tensors(stencil, 8, torch.bfloat16)
+    recomputed = run_expand_backward(expand, narrow, False, stencil)
     assert moments is not None
     return {
         "depthwise_forward.cu": [output],
         "depthwise_backward.cu": [*gradient],
+        "backward_tile.cuh": [*gradient],
         "expand_depthwise.cu": [expanded, expanded_moments[0]],
+        "expand_depthwise_backward.cu": [*recomputed],
+        "expand_tile.cuh": [expanded],
         "tile.cuh": [moments[0]],
         "reduce.cu": [moments[0], gradient[1]],
     }
@@ -352,16 +409,24 @@ def test_fake_tensors_have_the_shapes_of_results(device: str) -> None:
     forward = (tensors.z1, None, "gelu", tensors.taps, None, "identity", stencil, True)
     backward = (tensors.grad, None, None, tensors.z1, None, "gelu", tensors.taps, stencil)
     expand = make_expand(stencil, 16, 8, torch.bfloat16)
+    on_device = {name: tensor.to(device) for name, tensor in expand.items()}
+    wide = make_tensors(stencil, 8, torch.bfloat16, device)
+
+    def recompute() -> tuple[Tensor, Tensor]:
+        return run_expand_backward(on_device, wide, True, stencil)
+
     with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
         fakes = (
             *depthwise(*forward)[1][:1],
             *depthwise_backward(*backward),
             run_expand(expand, stencil, device)[0],
+            *recompute(),
         )
     real = (
         *depthwise(*forward)[1][:1],
         *depthwise_backward(*backward),
         run_expand(expand, stencil, device)[0],
+        *recompute(),
     )
     for fake, tensor in zip(fakes, real, strict=True):
         assert (fake.shape, fake.dtype) == (tensor.shape, tensor.dtype)

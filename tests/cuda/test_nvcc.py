@@ -20,7 +20,8 @@ def test_every_kernel_is_compiled_for_every_architecture() -> None:
         for dtype in ("float32", "bfloat16", "float16"):
             assert {f"{kernel}_kernel<{dtype}, {stride}>" for stride in (1, 2)} <= names
     for dtype in ("bfloat16", "float16"):
-        assert {f"expand_depthwise_kernel<{dtype}, {stride}>" for stride in (1, 2)} <= names
+        for kernel in ("expand_depthwise", "expand_depthwise_backward"):
+            assert {f"{kernel}_kernel<{dtype}, {stride}>" for stride in (1, 2)} <= names
 
 
 def test_nothing_spills_and_two_blocks_fit() -> None:
@@ -31,19 +32,19 @@ def test_nothing_spills_and_two_blocks_fit() -> None:
 
 
 def test_a_spill_would_be_noticed() -> None:
-    source = next(path for path in nvcc.SOURCES if path.stem == "reduce")
-    kernels = nvcc.compile_kernels(source, ("-maxrregcount=16",))
+    source = next(path for path in nvcc.SOURCES if path.stem == "depthwise_forward")
+    kernels = nvcc.compile_kernels(source, (80,), ("-maxrregcount=48",))
     assert any(kernel.spilled_bytes for kernel in kernels)
 
 
 def test_maps_are_loaded_by_16_bytes_and_products_made_on_tensor_cores() -> None:
     for kernel in nvcc.all_kernels():
-        if kernel.name.startswith("depthwise"):
+        if "depthwise" in kernel.name and not kernel.name.startswith("expand_depthwise_kernel"):
             assert kernel.loads_of_16_bytes, kernel
         if kernel.name.startswith("expand"):
-            # Two steps of depth, 2 x 8 tiles of 16 x 8; ten copies in the two places that load.
-            assert kernel.matrix_multiplies >= 32, kernel
-            assert kernel.asynchronous_copies >= 5, kernel
+            # Two steps of depth times 8 tiles of 16 x 8; copies of x and of the weight.
+            assert kernel.matrix_multiplies >= 16, kernel
+            assert kernel.asynchronous_copies >= 2, kernel
 
 
 def test_the_documented_table_is_that_of_these_sources() -> None:

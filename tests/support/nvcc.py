@@ -118,8 +118,8 @@ def _read_ptxas(text: str) -> list[dict]:
     return kernels
 
 
-def _compile(source: Path, flags: tuple[str, ...]) -> list[Kernel]:
-    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in ARCHITECTURES]
+def _compile(source: Path, architectures: tuple[int, ...], flags: tuple[str, ...]) -> list[Kernel]:
+    targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     with tempfile.TemporaryDirectory() as directory:
         result = subprocess.run(
             ["nvcc", *FLAGS, *flags, *targets, str(source), "-o", "kernels.fatbin"],
@@ -129,7 +129,7 @@ def _compile(source: Path, flags: tuple[str, ...]) -> list[Kernel]:
         )
         assert result.returncode == 0, result.stderr
         instructions = {}
-        for architecture in ARCHITECTURES:
+        for architecture in architectures:
             (ptx,) = Path(directory).glob(f"*compute_{architecture}.ptx")
             instructions[architecture] = _read_ptx(ptx.read_text())
     return [
@@ -138,14 +138,19 @@ def _compile(source: Path, flags: tuple[str, ...]) -> list[Kernel]:
     ]
 
 
-def compile_kernels(source: Path, flags: tuple[str, ...] = ()) -> list[Kernel]:
-    """The kernels of `source` for every architecture, compiled anew where anything has changed."""
-    parts = [nvcc_version(), *FLAGS, *flags, *(f.read_text() for f in (source, *HEADERS))]
+def compile_kernels(
+    source: Path,
+    architectures: tuple[int, ...] = ARCHITECTURES,
+    flags: tuple[str, ...] = (),
+) -> list[Kernel]:
+    """The kernels of `source` for some architectures, compiled anew where anything has changed."""
+    parts = [nvcc_version(), *map(str, architectures), *FLAGS, *flags]
+    parts += (f.read_text() for f in (source, *HEADERS))
     parts.append(Path(__file__).read_text())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     cached = ROOT / "build" / "nvcc" / f"{source.stem}-{key}.json"
     if not cached.exists():
-        kernels = _compile(source, flags)
+        kernels = _compile(source, architectures, flags)
         cached.parent.mkdir(parents=True, exist_ok=True)
         cached.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
     return [Kernel(**fields) for fields in json.loads(cached.read_text())]
@@ -163,7 +168,7 @@ def table() -> str:
     header = ["kernel", "threads", "shared bytes", *(f"sm_{a}" for a in ARCHITECTURES)]
     lines = [
         f"Compiled by nvcc {nvcc_version()}: registers of a thread / warps that a multiprocessor "
-        "can hold at once. No kernel spills a register.",
+        "can hold at once.",
         "",
         "| " + " | ".join(header) + " |",
         "|---" + "|---:" * (len(header) - 1) + "|",

@@ -201,6 +201,37 @@ def expand_depthwise(
     return output.view(-1, weight.shape[0]), _with_count(moments, stencil) if measure else None
 
 
+def expand_depthwise_backward(
+    grad: Tensor,
+    z2: Tensor | None,
+    factors: Tensor | None,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    taps: Tensor,
+    stencil: Stencil,
+    target_blocks: int = TARGET_BLOCKS,
+) -> tuple[Tensor, Tensor]:
+    """`depthwise_backward` with y1 = rows weight^T + bias computed again, and y1 for z1.
+
+    rows: [B*H*W, C], weight: [E, C], both bfloat16 or float16; bias: float32 [E].
+    """
+    output, sums = torch.ops.moat_kernels.cuda_expand_depthwise_backward(
+        _output_map(grad, stencil),
+        None if z2 is None else _output_map(z2, stencil),
+        factors,
+        _input_map(rows, stencil),
+        weight,
+        bias,
+        activation,
+        taps,
+        _geometry(stencil),
+        target_blocks,
+    )
+    return output.view(-1, weight.shape[0]), sums
+
+
 def _fake_moments(like: Tensor, channels: int, measures: bool) -> Tensor:
     return like.new_empty(int(measures), 2, channels, dtype=torch.float32)
 
@@ -249,6 +280,22 @@ def _fake_expand_depthwise(
     return output, _fake_moments(x, weight.shape[0], measures)
 
 
+def _fake_expand_depthwise_backward(
+    dy2: Tensor,
+    z2: Tensor | None,
+    factors: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    depthwise_weights: Tensor,
+    geometry: list[int],
+    target_blocks: int,
+) -> tuple[Tensor, Tensor]:
+    channels = weight.shape[0]
+    return x.new_empty(*x.shape[:3], channels), x.new_empty(11, channels, dtype=torch.float64)
+
+
 # Maps are [B, H, W, C]; geometry: out height, out width, stride, top, left.
 # csrc/cuda/binding.cpp registers the implementations.
 LIBRARY.define(
@@ -265,9 +312,15 @@ LIBRARY.define(
     "Tensor depthwise_weights, Tensor? depthwise_bias, str output_activation, int[] geometry, "
     "bool measures) -> (Tensor, Tensor)"
 )
+LIBRARY.define(
+    "cuda_expand_depthwise_backward(Tensor dy2, Tensor? z2, Tensor? factors, Tensor x, "
+    "Tensor weight, Tensor? bias, str activation, Tensor depthwise_weights, int[] geometry, "
+    "int target_blocks) -> (Tensor, Tensor)"
+)
 for _name, _fake in (
     ("cuda_depthwise_forward", _fake_depthwise),
     ("cuda_depthwise_backward", _fake_depthwise_backward),
     ("cuda_expand_depthwise", _fake_expand_depthwise),
+    ("cuda_expand_depthwise_backward", _fake_expand_depthwise_backward),
 ):
     torch.library.register_fake(f"moat_kernels::{_name}", _fake, lib=LIBRARY)
