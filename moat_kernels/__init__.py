@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 from moat_kernels import functional, reference
 from moat_kernels.models import MOAT, create_model, get_preprocessing, list_models
 from moat_kernels.modules import FusedMBConv, FusedMOATBlock
+from moat_kernels.normalization import convert_sync_batchnorm
 from moat_kernels.ops.backends import FallbackWarning, use_backend
 
 __all__ = [
@@ -15,6 +16,7 @@ __all__ = [
     "FallbackWarning",
     "FusedMBConv",
     "FusedMOATBlock",
+    "convert_sync_batchnorm",
     "create_model",
     "functional",
     "get_preprocessing",

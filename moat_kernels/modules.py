@@ -9,7 +9,7 @@ from torch.utils.checkpoint import checkpoint
 
 from moat_kernels import reference
 from moat_kernels.drop_path import DropPath
-from moat_kernels.normalization import BatchNorm2d
+from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm
 from moat_kernels.ops.backends import keep_backend, warn_once
 from moat_kernels.ops.mbconv import mbconv
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
@@ -20,6 +20,8 @@ _STOCK_CLASSES = (
     nn.Linear,
     nn.LayerNorm,
     BatchNorm2d,
+    SyncBatchNorm,
+    nn.SyncBatchNorm,
     DropPath,
     reference.SameConv2d,
     reference.SqueezeExcitation,
@@ -31,7 +33,7 @@ def obstacle(owner: nn.Module, names: tuple[str, ...]) -> str:
     """Why the submodules `names` cannot be read as plain tensors; empty if they can.
 
     A fused op does not call the submodules, so one that a user hooked or replaced (an adapter,
-    SyncBatchNorm, quantisation) must run as itself.
+    quantisation) must run as itself.
     """
     for name in names:
         child = getattr(owner, name)

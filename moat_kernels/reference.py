@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moat_kernels.drop_path import DropPath
-from moat_kernels.normalization import BatchNorm2d
+from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
@@ -143,9 +143,9 @@ class MBConvBlock(nn.Module):
         """This block's inverted bottleneck for `functional.mbconv`."""
         return MBConvDescription(
             stride=self.stride,
-            pre_norm=self.pre_norm.description(),
-            expand_norm=self.expand_norm.description(),
-            depthwise_norm=self.depthwise_norm.description(),
+            pre_norm=describe_norm(self.pre_norm),
+            expand_norm=describe_norm(self.expand_norm),
+            depthwise_norm=describe_norm(self.depthwise_norm),
             squeeze_excite=None if self.se is None else SqueezeExcite(),
             pool=self.pool,
         )
@@ -157,9 +157,9 @@ class MBConvBlock(nn.Module):
             depthwise_weight=self.depthwise_conv.weight,
             project_weight=self.shrink_conv.weight,
             project_bias=self.shrink_conv.bias,
-            pre_norm=self.pre_norm.tensors(),
-            expand_norm=self.expand_norm.tensors(),
-            depthwise_norm=self.depthwise_norm.tensors(),
+            pre_norm=norm_tensors(self.pre_norm),
+            expand_norm=norm_tensors(self.expand_norm),
+            depthwise_norm=norm_tensors(self.depthwise_norm),
             se_reduce_weight=None if self.se is None else self.se.reduce.weight,
             se_reduce_bias=None if self.se is None else self.se.reduce.bias,
             se_expand_weight=None if self.se is None else self.se.expand.weight,

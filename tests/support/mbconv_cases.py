@@ -193,17 +193,19 @@ def run(
     parameters: MBConvParameters,
     description: MBConvDescription,
     dtype: torch.dtype | None = None,
+    cotangent: Tensor | None = None,
     **options,
 ) -> dict[str, Tensor]:
     """Output, gradients of x and parameters, and running statistics of one training step.
 
-    The arguments are copied, in `dtype`. The cotangent is a fixed random tensor.
+    The arguments are copied, in `dtype`. The cotangent is a fixed random tensor unless given.
     """
     parameters = copy_parameters(parameters, dtype)
     x = x.detach().to(dtype, copy=True).requires_grad_()
     output = mbconv(x, parameters, description, **options)
-    generator = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
+    if cotangent is None:
+        generator = torch.Generator().manual_seed(1)
+        cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
     output.backward(cotangent.to(output.dtype))
     results = {"output": output.detach(), "x": x.grad}
     tensors, running = flatten(parameters)

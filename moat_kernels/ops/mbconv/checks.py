@@ -116,7 +116,7 @@ def _check_sizes(
         )
     for name in NORMS:
         norm = getattr(description, name)
-        measures = norm is not None and training and not norm.frozen
+        measures = norm is not None and training and not norm.frozen and not norm.process_group
         rows_in, rows_out = batch * height * width, batch * size[0] * size[1]
         count = values_per_channel(name, description, rows_in, rows_out)
         if measures and norm.unbiased and count == 1:

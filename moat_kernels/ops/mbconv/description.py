@@ -49,12 +49,15 @@ class Norm:
     unbiased: whether the running variance takes N/(N-1) times the batch variance, as PyTorch
         does. Official MOAT (Keras SyncBatchNormalization) stores the biased one.
     frozen: normalise with the running statistics even in training.
+    process_group: name of the torch.distributed group whose ranks measure their batches together;
+        None: this process alone.
     """
 
     eps: float = 1e-3
     momentum: float | None = 0.01
     unbiased: bool = False
     frozen: bool = False
+    process_group: str | None = None
 
     def __post_init__(self) -> None:
         if not self.eps > 0:
@@ -138,6 +141,12 @@ class MBConvDescription:
         _check_choice("order", self.order, ("expand_first", "depthwise_first"))
         if self.pool is not None and not self.residual:
             raise ValueError("pool is set but residual is False: there is no shortcut to pool")
+
+    @property
+    def synchronized(self) -> bool:
+        """Whether any norm measures its batch together with other ranks."""
+        norms = (self.pre_norm, self.expand_norm, self.depthwise_norm, self.project_norm)
+        return any(norm is not None and norm.process_group is not None for norm in norms)
 
     def encode(self) -> str:
         """The description as text, for operator schemas; `decode` is its inverse."""

@@ -40,14 +40,20 @@ def _widest(device: torch.device) -> torch.dtype:
     return torch.float32 if device.type == "mps" else torch.float64
 
 
-def covariance(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean [C], biased covariance [C, C]) in float64 of rows [N, C] that are about centred."""
-    wide, count = _widest(rows.device), rows.shape[0]
-    tiled = count - count % TILE_ROWS
+def scatter(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum of rows [C], sum of row^T row [C, C]) in float64; rows [N, C] are about centred."""
+    wide = _widest(rows.device)
+    tiled = rows.shape[0] - rows.shape[0] % TILE_ROWS
     tiles, rest = rows[:tiled].view(-1, TILE_ROWS, rows.shape[1]), rows[tiled:]
     products = torch.bmm(tiles.transpose(1, 2), tiles).to(wide).sum(0) + (rest.t() @ rest)
-    mean = (tiles.sum(1).to(wide).sum(0) + rest.sum(0)) / count
-    return mean, torch.addr(products / count, mean, mean, alpha=-1)
+    return tiles.sum(1).to(wide).sum(0) + rest.sum(0), products
+
+
+def covariance(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """(mean [C], biased covariance [C, C]) in float64 of rows [N, C] that are about centred."""
+    sums, products = scatter(rows)
+    mean = sums / rows.shape[0]
+    return mean, torch.addr(products / rows.shape[0], mean, mean, alpha=-1)
 
 
 def projected_variance(weight: Tensor, covariance: Tensor) -> Tensor:
@@ -184,13 +190,18 @@ class FoldedExpand(Stage):
         weight, _ = self._fold()
         grad_x = grad_rows @ weight
         if correction is not None:
-            # The rows' own mean, `offset`, drops out with the mean of the gradient below.
-            count = rows.shape[0]
-            grad_x = torch.addmm(
-                grad_x.to(self.dtype), rows.to(self.dtype), correction, alpha=2 / count
-            )
-            grad_x = grad_x - grad_x.mean(0)
+            grad_x, rows = grad_x.to(self.dtype), rows.to(self.dtype)
+            grad_x = self._through_statistics(grad_x, rows, correction, grad_bias)
         return as_map(grad_x.to(x.dtype), x)
+
+    def _through_statistics(
+        self, grad_x: Tensor, rows: Tensor, grad_covariance: Tensor, grad_bias: Tensor
+    ) -> Tensor:
+        """grad_x [N, C] and what comes to x through its covariance and its mean."""
+        count = rows.shape[0]
+        grad_x = torch.addmm(grad_x, rows, grad_covariance, alpha=2 / count)
+        # The rows' own mean, `offset`, drops out with the mean of the gradient.
+        return grad_x - grad_x.mean(0)
 
     def parameter_gradients(self, grad_folded: Tensor, grad_bias: Tensor) -> Tensor | None:
         """Collect the gradients of parameters; return dS [C, C] of the covariance (None: frozen).
@@ -236,8 +247,8 @@ class FoldedExpand(Stage):
         self._collect("pre_norm_weight", lambda: grad_pre_scale * pre_inverse_std)
         return grad_covariance
 
-    def batch_moments(self) -> dict[str, tuple[Tensor, Tensor]]:
-        moments = {}
+    def batch_moments(self) -> dict[str, tuple[Tensor, ...]]:
+        moments: dict[str, tuple[Tensor, ...]] = {}
         if self.measures_pre:
             mean = self.statistics[0] + self.statistics[1]
             moments["pre_norm"] = (mean, self.statistics[2].diagonal().clone())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
 import torch
@@ -59,7 +60,7 @@ def mbconv(
         "mbconv",
         x.device,
         IMPLEMENTATIONS,
-        lambda implementation: implementation.unsupported(x, parameters, description),
+        lambda implementation: _unsupported(implementation, x, parameters, description),
     )
     if backend == "reference":
         output, moments = reference.mbconv(x, parameters, description, drop_path_scale)
@@ -69,18 +70,31 @@ def mbconv(
     return output
 
 
+def _unsupported(
+    implementation: Any, x: Tensor, parameters: MBConvParameters, description: MBConvDescription
+) -> str:
+    """Why `implementation` does not cover a call; empty if it does."""
+    if description.synchronized and not getattr(implementation, "SYNCHRONIZES", False):
+        return "synchronised norms"
+    return implementation.unsupported(x, parameters, description)
+
+
 def resolve_frozen(
     description: MBConvDescription, parameters: MBConvParameters, training: bool
 ) -> MBConvDescription:
-    """The description with `frozen` set on exactly the norms that use running statistics."""
+    """The description with `frozen` set on exactly the norms that use running statistics.
+
+    These share nothing with other ranks.
+    """
     norms = {}
     for name in NORMS:
         norm = getattr(description, name)
         if norm is not None:
             tracked = getattr(parameters, name).running_mean is not None
             frozen = tracked and (norm.frozen or not training)
-            if frozen != norm.frozen:
-                norms[name] = dataclasses.replace(norm, frozen=frozen)
+            group = None if frozen else norm.process_group
+            if frozen != norm.frozen or group != norm.process_group:
+                norms[name] = dataclasses.replace(norm, frozen=frozen, process_group=group)
     return dataclasses.replace(description, **norms) if norms else description
 
 
@@ -113,7 +127,7 @@ def _fused(
     recompute: str,
     backend: str,
     drop_path_scale: Tensor | None,
-) -> tuple[Tensor, dict[str, tuple[Tensor, Tensor]]]:
+) -> tuple[Tensor, dict[str, tuple[Tensor, ...]]]:
     tensors, running = flatten(parameters)
     dtype = autocast_dtype(x)
     if dtype is not None:
@@ -126,21 +140,20 @@ def _fused(
         tensor if _is_frozen(description, index // 2) else None
         for index, tensor in enumerate(running)
     ]
-    names = [name for name in NORMS if _measures(description, name)]
+    counts = {name: _moment_count(description, name) for name in NORMS}
     choices = (description.encode(), recompute, backend)
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *tensors)
     ):
         output, *measured = _MBConv.apply(
-            x, drop_path_scale, choices, 2 * len(names), *tensors, *running
+            x, drop_path_scale, choices, sum(counts.values()), *tensors, *running
         )
     else:
         output, *measured = torch.ops.moat_kernels.mbconv_forward(
             x, tensors, running, drop_path_scale, *choices, False
         )
-    moments = {
-        name: (measured[2 * index], measured[2 * index + 1]) for index, name in enumerate(names)
-    }
+    remaining = iter(measured)
+    moments = {name: tuple(islice(remaining, count)) for name, count in counts.items() if count}
     return output, moments
 
 
@@ -149,9 +162,12 @@ def _is_frozen(description: MBConvDescription, index: int) -> bool:
     return norm is not None and norm.frozen
 
 
-def _measures(description: MBConvDescription, name: str) -> bool:
+def _moment_count(description: MBConvDescription, name: str) -> int:
+    """How many moments the norm called `name` measures; see Stage.batch_moments."""
     norm = getattr(description, name)
-    return norm is not None and not norm.frozen
+    if norm is None or norm.frozen:
+        return 0
+    return 2 if norm.process_group is None else 3
 
 
 class _MBConv(torch.autograd.Function):
@@ -271,7 +287,7 @@ def _in_format_of(output: Tensor, x: Tensor) -> Tensor:
 _ARGUMENTS = "Tensor?[] parameters, Tensor?[] running, Tensor? drop_path_scale"
 _CHOICES = "str description, str recompute, str backend"
 
-# -> [output, batch mean and variance of each norm that measures, what backward needs ...]
+# -> [output, moments of each norm that measures (Stage.batch_moments), what backward needs ...]
 define_op(
     f"mbconv_forward(Tensor x, {_ARGUMENTS}, {_CHOICES}, bool differentiable) -> Tensor[]",
     _forward_op,

@@ -15,14 +15,18 @@ from moat_kernels.ops.mbconv.description import (
     Pool,
 )
 from moat_kernels.ops.spatial import pad_map, resolve_padding, split_padding, valid_counts
+from moat_kernels.ops.synchronization import all_reduce, differentiable_all_reduce
 
-Moments = dict[str, tuple[Tensor, Tensor]]
+Moments = dict[str, tuple[Tensor, ...]]
 
 
 def batch_norm(
     x: Tensor, norm: Norm, parameters: NormParameters
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """Normalised [B, C, H, W], and the batch's (mean, biased variance) [C] if it was measured."""
+) -> tuple[Tensor, tuple[Tensor, ...] | None]:
+    """Normalised [B, C, H, W], and the batch's (mean, biased variance) [C] if it was measured.
+
+    A norm that names a process group adds the count of values per channel over its ranks.
+    """
     weight, bias, running_mean, running_var, _ = parameters
     if norm.frozen:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, norm.eps)
@@ -30,6 +34,8 @@ def batch_norm(
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)
+    if norm.process_group is not None:
+        return _synchronized_batch_norm(x, norm, weight, bias, dtype)
     # Momentum 1 makes these the batch's own mean and unbiased variance.
     mean = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
     variance = torch.zeros_like(mean)
@@ -39,6 +45,29 @@ def batch_norm(
     y, *_ = torch.native_batch_norm(x, weight, bias, mean, variance, True, 1.0, norm.eps)
     biased = variance * ((count - 1) / count) if count > 1 else torch.zeros_like(variance)
     return y, (mean, biased)
+
+
+def _synchronized_batch_norm(
+    x: Tensor, norm: Norm, weight: Tensor | None, bias: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, tuple[Tensor, Tensor, Tensor]]:
+    """Mean and variance over the ranks of norm.process_group, in two passes and two all-reduces."""
+    assert norm.process_group is not None
+
+    def sum_over_ranks(values: Tensor) -> Tensor:
+        return differentiable_all_reduce(values.sum((0, 2, 3)), norm.process_group or "")
+
+    wide = x.to(dtype)
+    own_count = wide.new_full((), x.shape[0] * x.shape[2] * x.shape[3])
+    count = all_reduce(own_count, norm.process_group)
+    mean = sum_over_ranks(wide) / count.clamp(min=1)
+    centred = wide - mean[:, None, None]
+    variance = sum_over_ranks(centred.square()) / count.clamp(min=1)
+    y = centred * torch.rsqrt(variance + norm.eps)[:, None, None]
+    if weight is not None:
+        y = y * weight[:, None, None]
+    if bias is not None:
+        y = y + bias[:, None, None]
+    return y.to(x.dtype), (mean.detach(), variance.detach(), count)
 
 
 def squeeze_excite(x: Tensor, parameters: MBConvParameters, activation: str) -> Tensor:

@@ -60,8 +60,11 @@ class Stage:
     def backward(self, grad: Tensor, x: Tensor, needs_input: bool) -> Tensor | None:
         raise NotImplementedError
 
-    def batch_moments(self) -> dict[str, tuple[Tensor, Tensor]]:
-        """(mean, biased variance) of each norm that measured the batch, by the norm's name."""
+    def batch_moments(self) -> dict[str, tuple[Tensor, ...]]:
+        """(mean, biased variance) of each norm that measured the batch, by the norm's name.
+
+        A synchronised norm adds the count of values per channel over all ranks.
+        """
         return {}
 
     def _collect(self, name: str, gradient: Callable[[], Tensor]) -> None:
@@ -116,7 +119,7 @@ class BatchNorm(Stage):
         self.norm = norm
         self.parameters = parameters
 
-    def _measure(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def _measure(self, x: Tensor) -> tuple[Tensor, ...]:
         dtype = statistics_dtype(x.dtype)
         if self.norm.frozen:
             return running_moments(self.parameters, dtype)
@@ -136,7 +139,7 @@ class BatchNorm(Stage):
     def forward(self, x: Tensor) -> Tensor:
         if not self.statistics:
             self.statistics = self._measure(x)
-        mean, variance = self.statistics
+        mean, variance = self.statistics[:2]
         weight, bias = self._affine()
         return F.batch_norm(x, mean, variance, weight, bias, False, 0.0, self.norm.eps)
 
@@ -163,7 +166,7 @@ class BatchNorm(Stage):
         self._collect(f"{self.name}_bias", lambda: grad_bias)
         return grad_x if needs_input else None
 
-    def batch_moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def batch_moments(self) -> dict[str, tuple[Tensor, ...]]:
         mean, variance = self.statistics
         return {} if self.norm.frozen else {self.name: (mean, variance)}
 

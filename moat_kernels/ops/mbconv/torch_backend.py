@@ -12,6 +12,7 @@ segment. In units of C channels times the map (stride 1, E = 4 C), beside small 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -32,6 +33,10 @@ from moat_kernels.ops.mbconv.stages import (
     SqueezeExcite,
     Stage,
 )
+from moat_kernels.ops.mbconv.synchronized import SynchronizedBatchNorm, SynchronizedExpand
+
+# This backend measures norms that name a process group together with the group's other ranks.
+SYNCHRONIZES = True
 
 # Batch statistics come from the covariance of x if there are this many rows per channel. With
 # fewer, the C x C work (about 2 C / N of the expand GEMM in float64) outweighs the E-wide passes
@@ -41,10 +46,10 @@ FOLDING_ROWS_PER_CHANNEL = 16
 
 @dataclass(frozen=True)
 class Forward:
-    """The output, each measured norm's (mean, biased variance), what backward needs beside x."""
+    """The output, each norm's moments (Stage.batch_moments), what backward needs beside x."""
 
     output: Tensor
-    moments: dict[str, tuple[Tensor, Tensor]]
+    moments: Mapping[str, tuple[Tensor, ...]]
     saved: list[Tensor]
 
 
@@ -98,7 +103,10 @@ def _activation(kind: str) -> list[Stage]:
 
 
 def _norm(name: str, norm: Norm | None, parameters: MBConvParameters) -> list[Stage]:
-    return [] if norm is None else [BatchNorm(name, norm, getattr(parameters, name))]
+    if norm is None:
+        return []
+    stage = BatchNorm if norm.process_group is None else SynchronizedBatchNorm
+    return [stage(name, norm, getattr(parameters, name))]
 
 
 def _squeeze_excite(
@@ -119,15 +127,30 @@ def _expand_stages(
     pre = _norm("pre_norm", description.pre_norm, parameters) if first else []
     pre_activation = _activation(description.pre_activation) if first else []
     gate = _squeeze_excite("before_norm", parameters, description) if gated else []
-    if rows >= FOLDING_ROWS_PER_CHANNEL * channels and not gate:
-        fold_pre = description.pre_norm if first and not pre_activation else None
+    fold_pre = description.pre_norm if first and not pre_activation else None
+    stage = _folded_stage(fold_pre, description.expand_norm, rows, channels)
+    if stage is not None and not gate:
         lead = pre + pre_activation if pre_activation else []
-        expand = FoldedExpand(parameters, fold_pre, description.expand_norm)
-        return [*lead, expand], len(lead) + 1
+        return [*lead, stage(parameters, fold_pre, description.expand_norm)], len(lead) + 1
     lead = pre + pre_activation
     linear = Linear("expand", parameters.expand_weight, parameters.expand_bias)
     norm = _norm("expand_norm", description.expand_norm, parameters)
     return [*lead, linear, *gate, *norm], len(lead) + 1
+
+
+def _folded_stage(
+    pre_norm: Norm | None, expand_norm: Norm | None, rows: int, channels: int
+) -> type[FoldedExpand] | None:
+    """The stage that folds these norms into the expand convolution; None: they run one by one."""
+    groups = {
+        norm.process_group
+        for norm in (pre_norm, expand_norm)
+        if norm is not None and not norm.frozen
+    }
+    if groups in (set(), {None}):
+        return FoldedExpand if rows >= FOLDING_ROWS_PER_CHANNEL * channels else None
+    # However few rows: another rank may hold more, and all must reduce the same tensors.
+    return SynchronizedExpand if len(groups) == 1 else None
 
 
 def _depthwise_stages(
@@ -223,7 +246,7 @@ def forward(
         if drop_path_scale is not None:
             output = output * drop_path_scale.to(output.dtype)[:, None, None, None]
         output = output + shortcut
-    moments: dict[str, tuple[Tensor, Tensor]] = {}
+    moments: dict[str, tuple[Tensor, ...]] = {}
     for stage in bottleneck.stages:
         moments.update(stage.batch_moments())
     return Forward(output, moments, [*bottleneck.statistics, *saved])
