@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -10,7 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from moat_kernels import reference
 from moat_kernels.drop_path import DropPath
 from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm
-from moat_kernels.ops.backends import keep_backend, warn_once
+from moat_kernels.ops.backends import NO_TORCHSCRIPT, keep_backend, warn_once
 from moat_kernels.ops.mbconv import mbconv
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
 from moat_kernels.ops.window_attention import window_attention
@@ -49,6 +49,11 @@ def obstacle(owner: nn.Module, names: tuple[str, ...]) -> str:
     return ""
 
 
+def refuse_scripting(module: nn.Module) -> NoReturn:
+    """torch.jit.script asks each module for what to script instead of it."""
+    raise RuntimeError(f"{type(module).__name__}: {NO_TORCHSCRIPT}")
+
+
 def _is_parametrized(module: nn.Module) -> bool:
     """Parametrizations subclass the module; its tensors read as attributes all the same."""
     return hasattr(module, "parametrizations") and type(module).__bases__[0] in _STOCK_CLASSES
@@ -68,6 +73,7 @@ class FusedInvertedBottleneck(reference.MBConvBlock):
         "shortcut_conv",
         "drop_path",
     )
+    __prepare_scriptable__ = refuse_scripting
 
     def __init__(
         self, in_channels: int, out_channels: int, *, recompute: str = "auto", **options: Any
@@ -106,6 +112,8 @@ class FusedMBConv(FusedInvertedBottleneck):
 
 class FusedAttention(reference.Attention):
     """`reference.Attention` through `functional.window_attention`."""
+
+    __prepare_scriptable__ = refuse_scripting
 
     def attend(self, qkv: Tensor) -> Tensor:
         table = self.bias_table(qkv.shape[1], qkv.shape[2])

@@ -25,6 +25,11 @@ _PREFERENCE: dict[str, tuple[str, ...]] = {
 }
 _DEFAULT_PREFERENCE = ("torch", "reference")
 
+NO_TORCHSCRIPT = (
+    "fused blocks do not become TorchScript; torch.export and torch.onnx.export work, "
+    "or build the model with fused=False"
+)
+
 _requested: ContextVar[str | None] = ContextVar("moat_kernels_backend", default=None)
 _warned: set[str] = set()
 
@@ -156,4 +161,23 @@ def choose_backend(
     # Of the backends that nobody asked for, only the last one's failure costs much speed.
     if reasons and (requested is not None or chosen == "reference"):
         warn_once(f"{op}: {'; '.join(reasons)}; falling back to {chosen!r}")
+    return chosen if chosen == "reference" else _where_operators_are_known(op, chosen)
+
+
+def _where_operators_are_known(op: str, chosen: str) -> str:
+    """`chosen`, or "reference" in an ONNX export, which knows standard operators only.
+
+    Raises RuntimeError under torch.func's transforms and torch.jit.trace.
+    """
+    if torch.onnx.is_in_onnx_export():
+        return "reference"
+    if torch.compiler.is_compiling():
+        return chosen
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            f"{op}: backend {chosen!r} has no rules for torch.func transforms (grad, vmap, jvp, "
+            "...); under moat_kernels.use_backend('reference') it is plain PyTorch, which has"
+        )
+    if torch.jit.is_tracing():
+        raise RuntimeError(f"{op}: {NO_TORCHSCRIPT}")
     return chosen

@@ -12,7 +12,6 @@ import torch.distributed as dist
 from torch import Tensor
 
 
-@torch.compiler.assume_constant_result
 def world_name() -> str | None:
     """The name of the group of all ranks; None where there is no other rank."""
     if not (dist.is_available() and dist.is_initialized()):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import pickle
@@ -14,7 +15,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-TIMEOUT_SECONDS = 120.0  # of one call on all ranks; a test takes a second where nothing hangs
+TIMEOUT_SECONDS = 180.0  # of one call on all ranks; a test takes a second where nothing hangs
 
 
 class Ranks:
@@ -52,7 +53,9 @@ class Ranks:
             connection.send_bytes(pickle.dumps((function, (*arguments, *own))))
         results, failures = [], []
         for rank, connection in enumerate(self.connections):
-            assert connection.poll(TIMEOUT_SECONDS), f"rank {rank} hangs"
+            if not connection.poll(TIMEOUT_SECONDS):
+                self.__exit__()  # what it still waits for would confuse the next test
+                raise AssertionError(f"rank {rank} hangs; standard error has its stack")
             result, failure = pickle.loads(connection.recv_bytes())
             results.append(result)
             failures += [f"rank {rank}:\n{failure}"] if failure else []
@@ -68,7 +71,9 @@ def _serve(connection: Connection, rank: int, size: int, store: str) -> None:
         torch.manual_seed(0)
         try:
             function, arguments = pickle.loads(connection.recv_bytes())
+            faulthandler.dump_traceback_later(TIMEOUT_SECONDS - 5)
             result = function(*arguments), ""
         except Exception:
             result = None, traceback.format_exc()
+        faulthandler.cancel_dump_traceback_later()
         connection.send_bytes(pickle.dumps(result))

@@ -119,13 +119,17 @@ class FoldedExpand(Stage):
             variance = projected_variance(self.wide_weight * scale, exact).to(self.dtype)
             self.statistics = (pilot, offset, matrix, variance)
 
+    def _mean(self) -> Tensor:
+        """The mean of x [C], where rows are centred."""
+        return self.statistics[0] + self.statistics[1]
+
     def _pre_affine(self) -> tuple[Tensor, Tensor, Tensor]:
         """pre_norm as (1/std, scale, shift), each [C]: it maps a row to row * scale + shift.
 
         `shift` is the normalised value of a row of zeros; with a centred input, of the mean row.
         """
         zeros = self.wide_weight.new_zeros(self.weight.shape[1])
-        mean = self.statistics[0] + self.statistics[1] if self.centred else zeros
+        mean = self._mean() if self.centred else zeros
         if self.pre_norm is None:
             return torch.ones_like(zeros), torch.ones_like(zeros), mean
         if self.measures_pre:
@@ -242,7 +246,7 @@ class FoldedExpand(Stage):
             grad_covariance = diagonal if grad_covariance is None else grad_covariance + diagonal
         else:
             running_mean, _ = running_moments(self.pre_parameters, self.dtype)
-            mean = self.statistics[0] + self.statistics[1] if self.centred else 0
+            mean = self._mean() if self.centred else 0
             grad_pre_scale = grad_pre_scale + grad_pre_shift * (mean - running_mean)
         self._collect("pre_norm_weight", lambda: grad_pre_scale * pre_inverse_std)
         return grad_covariance
@@ -250,8 +254,7 @@ class FoldedExpand(Stage):
     def batch_moments(self) -> dict[str, tuple[Tensor, ...]]:
         moments: dict[str, tuple[Tensor, ...]] = {}
         if self.measures_pre:
-            mean = self.statistics[0] + self.statistics[1]
-            moments["pre_norm"] = (mean, self.statistics[2].diagonal().clone())
+            moments["pre_norm"] = (self._mean(), self.statistics[2].diagonal().clone())
         if self.measures_expand:
             moments["expand_norm"] = (self._expand_mean(), self.statistics[3])
         return moments

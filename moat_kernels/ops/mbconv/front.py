@@ -142,6 +142,9 @@ def _fused(
     ]
     counts = {name: _moment_count(description, name) for name in NORMS}
     choices = (description.encode(), recompute, backend)
+    if torch.compiler.is_exporting() and not any(counts.values()):
+        # What runs without Python holds operators of PyTorch and of the native extension only.
+        return _forward_op(x, tensors, running, drop_path_scale, *choices, False)[0], {}
     if torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in (x, *tensors)
     ):

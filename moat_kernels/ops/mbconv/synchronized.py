@@ -22,8 +22,9 @@ class SynchronizedExpand(FoldedExpand):
     Rows are shifted by this rank's own mean, so `offset` is what the mean of all lies beyond it.
     """
 
-    # pilot mean [C] of this rank, offset [C], covariance [C, C], expand variance [E], count []
-    statistics_count = 5
+    # pilot mean [C] of this rank, offset [C], covariance [C, C], expand variance [E], mean [C],
+    # count []
+    statistics_count = 6
 
     @property
     def group(self) -> str:
@@ -43,17 +44,21 @@ class SynchronizedExpand(FoldedExpand):
         )
         exact = products / total.clamp(min=1)
         offset, matrix = (mean - pilot).to(self.dtype), exact.to(self.dtype)
-        total = total.to(self.dtype)
-        self.statistics = (pilot, offset, matrix, pilot.new_empty(0), total)
+        joined = (mean.to(self.dtype), total.to(self.dtype))
+        self.statistics = (pilot, offset, matrix, pilot.new_empty(0), *joined)
         if self.measures_expand:
             _, scale, _ = self._pre_affine()
             variance = projected_variance(self.wide_weight * scale, exact).to(self.dtype)
-            self.statistics = (pilot, offset, matrix, variance, total)
+            self.statistics = (pilot, offset, matrix, variance, *joined)
+
+    def _mean(self) -> Tensor:
+        # Not from pilot and offset: their rounding would differ between ranks.
+        return self.statistics[4]
 
     def _through_statistics(
         self, grad_x: Tensor, rows: Tensor, grad_covariance: Tensor, grad_bias: Tensor
     ) -> Tensor:
-        offset, count = self.statistics[1], self.statistics[4]
+        offset, count = self.statistics[1], self.statistics[5]
         weight, _ = self._fold()
         grad_sum = grad_bias @ weight.to(self.dtype)  # of this rank's rows of grad_x
         shares = torch.cat([grad_covariance, grad_sum[None]])
@@ -63,7 +68,7 @@ class SynchronizedExpand(FoldedExpand):
         return torch.addmm(grad_x - (offset @ slope + shares[-1]), rows, slope)
 
     def batch_moments(self) -> dict[str, tuple[Tensor, ...]]:
-        count = self.statistics[4]
+        count = self.statistics[5]
         return {name: (*moments, count) for name, moments in super().batch_moments().items()}
 
 

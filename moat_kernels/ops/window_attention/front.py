@@ -49,6 +49,8 @@ def window_attention(
     )
     if backend == "reference":
         return reference.window_attention(qkv, bias_table, description)
+    if torch.compiler.is_exporting():  # to operators that exist without Python
+        return _forward_op(qkv, bias_table, description.encode(), backend)[0]
     output, *_ = _WindowAttention.apply(qkv, bias_table, description.encode(), backend)
     return output
 

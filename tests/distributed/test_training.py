@@ -1,0 +1,174 @@
+"""Whole fused models on several ranks: DDP, FSDP2 and SyncBatchNorm equal one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from support.small_model import CLASSES, RESOLUTION, make_model
+from support.tolerances import BACKEND_GRADIENT, BACKEND_OUTPUT, assert_close
+from torch import Tensor, nn
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.nn.parallel import DistributedDataParallel
+
+import moat_kernels as mk
+from moat_kernels.reference import MBConvBlock
+
+RANKS = 4
+EQUAL, UNEQUAL = [2, 2, 2, 2], [3, 1, 2, 2]
+
+Batch = tuple[Tensor, Tensor]
+
+
+def make_batches(sizes: list[int], dtype: torch.dtype = torch.float64) -> tuple[Batch, list[Batch]]:
+    """(the joined batch, each rank's share of it): images and labels."""
+    images = torch.randn(sum(sizes), 3, RESOLUTION, RESOLUTION, dtype=dtype)
+    labels = torch.randint(CLASSES, (sum(sizes),))
+    shares = list(zip(images.split(sizes), labels.split(sizes), strict=True))
+    return (images, labels), shares
+
+
+def train_step(model: nn.Module, batch: Batch, samples: int) -> dict[str, Tensor]:
+    """Logits, gradients and buffers of a step on this rank's share of `samples`.
+
+    DDP and FSDP take the mean over ranks of what is here each rank's share of the loss's sum.
+    """
+    images, labels = batch
+    logits = model(images)
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    loss = F.cross_entropy(logits, labels, reduction="sum") * ranks / samples
+    loss.backward()
+    gradients = {f"{name}.grad": _whole(p.grad) for name, p in model.named_parameters()}
+    results = {"logits": logits.detach(), **gradients, **dict(model.named_buffers())}
+    return {name.removeprefix("module."): value for name, value in results.items()}
+
+
+def _whole(grad: Tensor | None) -> Tensor | None:
+    return grad.full_tensor() if hasattr(grad, "full_tensor") else grad
+
+
+def check_ranks(
+    results: list[dict[str, Any]], expected: dict[str, Any], dtype: torch.dtype = torch.float64
+) -> None:
+    """Every rank has the gradients and buffers of one process, and its share of the logits."""
+    assert_close(
+        torch.cat([one.pop("logits") for one in results]),
+        expected.pop("logits"),
+        BACKEND_OUTPUT[dtype],
+        "logits",
+    )
+    for result in results:
+        assert result.keys() == expected.keys()
+        for name, value in expected.items():
+            assert_close(result[name], value, BACKEND_GRADIENT[dtype], name, floor=1e-3)
+
+
+def ddp_step(options: dict[str, Any], samples: int, batch: Batch) -> dict[str, Tensor]:
+    model = mk.convert_sync_batchnorm(make_model())
+    return train_step(DistributedDataParallel(model, **options), batch, samples)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"static_graph": True}, {"find_unused_parameters": True}],
+    ids=["plain", "static graph", "find unused"],
+)
+def test_ddp_equals_one_process_on_the_joined_batch(ranks, options: dict[str, Any]) -> None:
+    joined, shares = make_batches(UNEQUAL)
+    results = ranks.run(ddp_step, options, sum(UNEQUAL), each=shares)
+    check_ranks(results, train_step(make_model(fused=False), joined, sum(UNEQUAL)))
+
+
+def ddp_step_with_local_norms(batch: Batch) -> dict[str, Tensor]:
+    return train_step(DistributedDataParallel(make_model()), batch, sum(EQUAL))
+
+
+def test_ddp_without_synchronised_norms_takes_the_mean_of_the_ranks(ranks) -> None:
+    _, shares = make_batches(EQUAL)
+    results = ranks.run(ddp_step_with_local_norms, each=shares)
+    alone = [train_step(make_model(fused=False), share, len(share[0])) for share in shares]
+    for name in (name for name in alone[0] if name.endswith(".grad")):
+        mean = torch.stack([one[name] for one in alone]).mean(0)
+        for result in results:
+            assert_close(result[name], mean, BACKEND_GRADIENT[torch.float64], name, floor=1e-3)
+
+
+def accumulated_step(halves: list[Batch]) -> dict[str, Tensor]:
+    model = DistributedDataParallel(make_model())
+    with model.no_sync():
+        train_step(model, halves[0], sum(EQUAL))
+    return train_step(model, halves[1], sum(EQUAL))
+
+
+def test_gradient_accumulation(ranks) -> None:
+    _, shares = make_batches(EQUAL)
+    halves = [[(x[:1], y[:1]), (x[1:], y[1:])] for x, y in shares]
+    results = ranks.run(accumulated_step, each=halves)
+    alone = []
+    for first, second in halves:
+        model = make_model(fused=False)
+        train_step(model, first, 2)
+        alone.append(train_step(model, second, 2))
+    for name in (name for name in alone[0] if name.endswith(".grad")):
+        mean = torch.stack([one[name] for one in alone]).mean(0)
+        for result in results:
+            assert_close(result[name], mean, BACKEND_GRADIENT[torch.float64], name, floor=1e-3)
+
+
+def fsdp_step(samples: int, batch: Batch) -> dict[str, Tensor]:
+    model = mk.convert_sync_batchnorm(make_model())
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    for block in list(model.modules()):
+        if isinstance(block, MBConvBlock):
+            fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return train_step(model, batch, samples)
+
+
+def test_fsdp2_equals_one_process_on_the_joined_batch(ranks) -> None:
+    joined, shares = make_batches(UNEQUAL)
+    results = ranks.run(fsdp_step, sum(UNEQUAL), each=shares)
+    check_ranks(results, train_step(make_model(fused=False), joined, sum(UNEQUAL)))
+
+
+def fsdp_losses(batch: Batch) -> list[float]:
+    """Losses of three steps with parameters in bfloat16 inside forward."""
+    model = mk.convert_sync_batchnorm(make_model(torch.float32))
+    policy = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.float32)
+    mesh = dist.init_device_mesh("cpu", (RANKS,))
+    for block in list(model.modules()):
+        if isinstance(block, MBConvBlock):
+            fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(batch[0]).float(), batch[1])
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def test_fsdp2_mixed_precision_trains(ranks) -> None:
+    _, shares = make_batches(EQUAL, torch.float32)
+    for losses in ranks.run(fsdp_losses, each=shares):
+        assert losses[-1] < losses[0]
+
+
+def compiled_step(samples: int, batch: Batch) -> dict[str, Tensor]:
+    torch._dynamo.reset()
+    model = mk.convert_sync_batchnorm(make_model())
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=False)
+    results = train_step(DistributedDataParallel(compiled), batch, samples)
+    return {name.removeprefix("_orig_mod."): value for name, value in results.items()}
+
+
+def test_ddp_around_a_compiled_model_with_synchronised_norms(ranks) -> None:
+    joined, shares = make_batches(UNEQUAL)
+    results = ranks.run(compiled_step, sum(UNEQUAL), each=shares)
+    check_ranks(results, train_step(make_model(fused=False), joined, sum(UNEQUAL)))

@@ -1,0 +1,134 @@
+"""Leaving PyTorch: torch.export, AOTInductor, ONNX with two runtimes; TorchScript refuses."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.small_model import RESOLUTION, make_model
+from support.tolerances import BACKEND_OUTPUT, EXPORTED_OUTPUT, assert_close
+from torch import Tensor, nn
+
+import moat_kernels as mk
+from moat_kernels.ops.backends import backend_status
+
+EXAMPLE_BATCH, OTHER_BATCH = 2, 5
+
+
+@pytest.fixture(scope="module")
+def model() -> mk.MOAT:
+    """A fused model in eval mode with running statistics away from 0 and 1."""
+    model = make_model(torch.float32, window_size=(None, None, 4, None))
+    for name, buffer in model.named_buffers():
+        if name.endswith("running_mean"):
+            buffer.normal_()
+        elif name.endswith("running_var"):
+            buffer.uniform_(0.5, 1.5)
+    return model.eval()
+
+
+def make_images(batch: int) -> Tensor:
+    return torch.randn(batch, 3, RESOLUTION, RESOLUTION)
+
+
+def export(model: nn.Module) -> torch.export.ExportedProgram:
+    batch = torch.export.Dim("batch", min=1, max=64)
+    return torch.export.export(
+        model, (make_images(EXAMPLE_BATCH),), dynamic_shapes={"x": {0: batch}}
+    )
+
+
+@pytest.fixture(scope="module")
+def program(model: mk.MOAT) -> torch.export.ExportedProgram:
+    with torch.no_grad():
+        return export(model)
+
+
+def test_export_matches_at_every_batch_size(model, program) -> None:
+    for batch in (EXAMPLE_BATCH, OTHER_BATCH, 1):
+        images = make_images(batch)
+        with torch.no_grad():
+            assert_close(program.module()(images), model(images), BACKEND_OUTPUT[torch.float32])
+
+
+def test_exported_programs_need_no_python_operator(program) -> None:
+    """What the package implements in Python stays behind: only native operators of ours remain."""
+    ours = {
+        str(node.target).split(".")[1]
+        for node in program.graph.nodes
+        if str(node.target).startswith("moat_kernels.")
+    }
+    native = {"cpu_mbconv_eval", "cpu_window_attention_forward"}
+    assert ours == (native if backend_status()["cpu"].usable else set())
+
+
+def test_exported_programs_can_be_saved(model, program) -> None:
+    file = io.BytesIO()
+    torch.export.save(program, file)
+    file.seek(0)
+    images = make_images(OTHER_BATCH)
+    with torch.no_grad():
+        loaded = torch.export.load(file).module()(images)
+        assert_close(loaded, model(images), BACKEND_OUTPUT[torch.float32])
+
+
+def test_export_with_parameters_that_require_grad(model) -> None:
+    images = make_images(OTHER_BATCH)
+    with torch.no_grad():
+        expected = model(images)
+    assert_close(export(model).module()(images), expected, BACKEND_OUTPUT[torch.float32])
+
+
+@pytest.fixture(scope="module")
+def onnx_file(model: mk.MOAT, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pytest.importorskip("onnx", reason="ONNX is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    path = tmp_path_factory.mktemp("onnx") / "model.onnx"
+    torch.onnx.export(
+        model,
+        (make_images(EXAMPLE_BATCH),),
+        path,
+        input_names=["x"],
+        dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}},
+        dynamo=True,
+        verbose=False,
+    )
+    return path
+
+
+def test_onnx_has_standard_operators_only(onnx_file: Path) -> None:
+    import onnx
+
+    proto = onnx.load(onnx_file)
+    onnx.checker.check_model(proto)
+    assert {node.domain for node in proto.graph.node} == {""}
+
+
+def test_onnx_runtime_matches(model: mk.MOAT, onnx_file: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    session = runtime.InferenceSession(onnx_file, providers=["CPUExecutionProvider"])
+    for batch in (EXAMPLE_BATCH, OTHER_BATCH):
+        images = make_images(batch)
+        (actual,) = session.run(None, {"x": images.numpy()})
+        with torch.no_grad():
+            assert_close(torch.from_numpy(actual), model(images), EXPORTED_OUTPUT)
+
+
+def test_openvino_matches(model: mk.MOAT, onnx_file: Path) -> None:
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    # Its CPU plugin computes in bfloat16 where the CPU has it, unless told otherwise.
+    settings = {"INFERENCE_PRECISION_HINT": "f32"}
+    compiled = openvino.Core().compile_model(str(onnx_file), "CPU", settings)
+    images = make_images(OTHER_BATCH)
+    actual = np.asarray(compiled([images.numpy()])[0])
+    with torch.no_grad():
+        assert_close(torch.from_numpy(actual), model(images), EXPORTED_OUTPUT)
+
+
+@pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, make_images(1))])
+def test_torchscript_is_refused(model: mk.MOAT, make) -> None:
+    with pytest.raises(RuntimeError, match="fused blocks do not become TorchScript"):
+        make(model)
