@@ -113,14 +113,18 @@ def training_batch(
     batch_size: int,
     resolution: int,
     preprocessing: Preprocessing,
+    share: tuple[int, int] = (0, 1),
 ) -> tuple[Tensor, Tensor]:
     """Images [B, 3, resolution, resolution] and labels [B] of one step.
+
+    share: (i, n) makes every n-th image from the i-th on only.
 
     A function of its arguments alone: epochs are shuffled, and crops, flips and jitter drawn,
     from the seed and the position in the run, so any step can be repeated.
     """
     images, labels = [], []
-    for position in range(step * batch_size, (step + 1) * batch_size):
+    first, stride = share
+    for position in range(step * batch_size + first, (step + 1) * batch_size, stride):
         epoch, index = divmod(position, len(examples))
         order = np.random.default_rng((seed, 0, epoch)).permutation(len(examples))
         example = examples[order[index]]

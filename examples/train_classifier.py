@@ -2,9 +2,12 @@
 
     python examples/train_classifier.py --blocks both
     python examples/train_classifier.py --blocks fused --model moat_0 --data FOLDER --steps 5000
+    torchrun --nproc-per-node 4 --max-restarts 3 examples/train_classifier.py --checkpoint FOLDER
 
 With "both", two models start from the same weights and see the same batches; their steps
 alternate, so that whatever else the machine does slows both alike. Results go to --output.
+Under torchrun each process takes its share of every batch; if one dies, all start again from the
+last checkpoint.
 """
 
 from __future__ import annotations
@@ -14,8 +17,10 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import processes
 import torch
 from chart import draw_chart
+from checkpointing import checkpoints, load_checkpoint, save_checkpoint
 from memory import peak_of_step, saved_for_backward
 from photographs import (
     DataError,
@@ -28,7 +33,7 @@ from photographs import (
 from progress import Progress
 from report import Measurements, format_table, write_json
 from torch import Tensor
-from training import Settings, Trainer, TrainingError, load_training, save_training
+from training import Settings, Trainer, TrainingError
 
 import moat_kernels
 
@@ -69,7 +74,13 @@ def _parser() -> argparse.ArgumentParser:
         "come with scikit-image, each a class)",
     )
     add("--steps", type=_positive(int), default=60, metavar="N", help="default: 60")
-    add("--batch-size", type=_positive(int), default=8, metavar="N", help="default: 8")
+    add(
+        "--batch-size",
+        type=_positive(int),
+        default=8,
+        metavar="N",
+        help="of all processes together (default: 8)",
+    )
     add(
         "--resolution",
         type=_positive(int),
@@ -89,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--checkpoint",
         type=Path,
-        metavar="PATH",
+        metavar="FOLDER",
         help="write the whole state of the run there, now and then and at the end",
     )
     add(
@@ -99,7 +110,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="steps between checkpoints (default: 50)",
     )
-    add("--resume", type=Path, metavar="PATH", help="continue from a checkpoint")
+    add("--resume", type=Path, metavar="FOLDER", help="continue from the last checkpoint there")
     add(
         "--output",
         type=Path,
@@ -132,9 +143,22 @@ def _run(options: argparse.Namespace) -> int:
     photographs = folder_photographs(options.data) if options.data else bundled_photographs()
     settings = _settings(options, photographs)
     _make_folders(options)
+    with processes.joined_processes(settings.device):
+        return _train_and_report(options, photographs, settings)
+
+
+def _train_and_report(
+    options: argparse.Namespace, photographs: Photographs, settings: Settings
+) -> int:
+    if settings.batch_size % processes.count():
+        raise TrainingError(
+            f"--batch-size {settings.batch_size} must be a multiple of the "
+            f"{processes.count()} processes"
+        )
     trainers = _trainers(options.blocks, settings)
-    done = load_training(options.resume, trainers) if options.resume else 0
-    print(
+    source = _resumed_from(options)
+    done = load_checkpoint(source, trainers) if source else 0
+    _say(
         f"{settings.model} on {len(photographs.training)} photographs of "
         f"{len(photographs.classes)} classes, {settings.steps} steps of {settings.batch_size} "
         f"crops of {settings.resolution} x {settings.resolution} pixels, {settings.device}"
@@ -142,9 +166,11 @@ def _run(options: argparse.Namespace) -> int:
     try:
         _train(trainers, photographs, done, options)
     except KeyboardInterrupt:
-        print("\nstopped; --resume continues from the last checkpoint, if --checkpoint wrote one")
+        _say("\nstopped; --resume continues from the last checkpoint, if --checkpoint wrote one")
         return INTERRUPTED
     results = _measure(trainers, photographs)
+    if processes.rank() > 0:
+        return 0
     print(format_table(results, settings))
     write_json(options.output / "results.json", results, settings)
     print(f"\nnumbers  {options.output / 'results.json'}")
@@ -153,6 +179,25 @@ def _run(options: argparse.Namespace) -> int:
     else:
         print("chart    not drawn: matplotlib is not installed")
     return 0
+
+
+def _say(text: str) -> None:
+    """Print once, however many processes there are."""
+    if processes.rank() == 0:
+        print(text, flush=True)
+
+
+def _resumed_from(options: argparse.Namespace) -> Path | None:
+    """Where to continue: at --resume, or, if torchrun restarted us, at our own last checkpoint."""
+    earlier = checkpoints(options.checkpoint) if options.checkpoint else []
+    if processes.restarted() and earlier:
+        return options.checkpoint
+    if earlier and options.resume is None:
+        raise TrainingError(
+            f"--checkpoint {options.checkpoint} holds checkpoints of another run; continue it with "
+            "--resume, or choose another folder"
+        )
+    return options.resume
 
 
 def _settings(options: argparse.Namespace, photographs: Photographs) -> Settings:
@@ -177,7 +222,7 @@ def _make_folders(options: argparse.Namespace) -> None:
     """Before training, not after it, is the time to find that nothing can be written."""
     wanted = {"--output": options.output}
     if options.checkpoint:
-        wanted["--checkpoint"] = options.checkpoint.parent
+        wanted["--checkpoint"] = options.checkpoint
     for argument, folder in wanted.items():
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -204,22 +249,23 @@ def _train(
         # Who goes first alternates too.
         for trainer in trainers if step % 2 == 0 else reversed(trainers):
             trainer.step(step, *batch)
-        progress.show(
-            step + 1,
-            "loss of "
-            + ", ".join(
-                f"{one.blocks} {one.losses[-1]:.3f} in {one.step_seconds[-1]:.2f} s"
-                for one in trainers
-            ),
-        )
+        if processes.rank() == 0:
+            progress.show(step + 1, _latest(trainers))
         last = step + 1 == settings.steps
         if options.checkpoint and (last or (step + 1) % options.checkpoint_every == 0):
-            save_training(options.checkpoint, trainers, step + 1)
+            save_checkpoint(options.checkpoint, trainers, step + 1)
+
+
+def _latest(trainers: Sequence[Trainer]) -> str:
+    return "loss of " + ", ".join(
+        f"{one.blocks} {one.losses[-1]:.3f} in {one.step_seconds[-1]:.2f} s" for one in trainers
+    )
 
 
 def _training_batch(
     photographs: Photographs, settings: Settings, step: int
 ) -> tuple[Tensor, Tensor]:
+    """This process's share of the batch of a step."""
     images, labels = training_batch(
         photographs.training,
         seed=settings.seed,
@@ -227,6 +273,7 @@ def _training_batch(
         batch_size=settings.batch_size,
         resolution=settings.resolution,
         preprocessing=moat_kernels.get_preprocessing(settings.model),
+        share=(processes.rank(), processes.count()),
     )
     return images.to(settings.device), labels.to(settings.device)
 
@@ -234,7 +281,7 @@ def _training_batch(
 def _measure(trainers: Sequence[Trainer], photographs: Photographs) -> list[Measurements]:
     """Accuracy and memory; afterwards the trainers are used up."""
     settings = trainers[0].settings
-    print("testing on what was held out, and measuring memory", flush=True)
+    _say("testing on what was held out, and measuring memory")
     batch = _training_batch(photographs, settings, 0)
     return [
         Measurements(
@@ -244,7 +291,8 @@ def _measure(trainers: Sequence[Trainer], photographs: Photographs) -> list[Meas
             accuracy=_accuracy(trainer, photographs),
             held_out=len(photographs.held_out),
             saved_bytes=saved_for_backward(trainer, *batch),
-            peak_bytes=peak_of_step(trainer, *batch),
+            # Of many processes on one machine none could be told from the others.
+            peak_bytes=peak_of_step(trainer, *batch) if processes.count() == 1 else None,
         )
         for trainer in trainers
     ]

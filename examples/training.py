@@ -1,19 +1,18 @@
-"""Ordinary training of a MOAT classifier: model, optimiser, schedule, step, test, checkpoint."""
+"""Ordinary training of a MOAT classifier: model, optimiser, schedule, step, test, state."""
 
 from __future__ import annotations
 
 import math
-import os
-import pickle
 import time
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
+import processes
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
+from torch.nn.parallel import DistributedDataParallel
 
 import moat_kernels
 
@@ -47,11 +46,15 @@ class Trainer:
     """One model in training, with what it has measured so far.
 
     blocks: "stock" or "fused".
+
+    With many processes each holds a copy of the model and sees its share of every batch; gradients
+    are averaged, and batch norms measure the shares together: the numbers are those of one process.
     """
 
     blocks: str
     settings: Settings
     model: moat_kernels.MOAT = field(init=False)
+    parallel: nn.Module = field(init=False)  # the model, averaging its gradients over processes
     optimizer: torch.optim.Optimizer = field(init=False)
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
@@ -65,6 +68,10 @@ class Trainer:
             fused=self.blocks == "fused",
             recompute=settings.recompute,
         ).to(settings.device)
+        self.parallel = self.model
+        if processes.count() > 1:
+            moat_kernels.convert_sync_batchnorm(self.model)
+            self.parallel = DistributedDataParallel(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameter_groups(lr=settings.lr, weight_decay=WEIGHT_DECAY)
         )
@@ -72,18 +79,18 @@ class Trainer:
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:
         """Cross entropy of a batch, under autocast to bfloat16 if the settings say so."""
         with torch.autocast(images.device.type, torch.bfloat16, enabled=self.settings.amp):
-            logits = self.model(images)
+            logits = self.parallel(images)
         return F.cross_entropy(logits.float(), labels)
 
     def update(self, images: Tensor, labels: Tensor) -> float:
-        """One step of the optimiser; returns the loss."""
+        """One step of the optimiser; returns the loss, over all processes."""
         self.model.train()
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(images, labels)
         loss.backward()
         nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
         self.optimizer.step()
-        return loss.item()
+        return processes.mean_over_processes(loss.detach())
 
     def step(self, step: int, images: Tensor, labels: Tensor) -> None:
         """Train on the batch of step `step` and record loss and time."""
@@ -93,7 +100,7 @@ class Trainer:
             if isinstance(module, nn.BatchNorm2d):
                 module.momentum = batch_norm_momentum(step)
         # Drop path draws from here: the same for both kinds of blocks, and after a resume.
-        torch.manual_seed((self.settings.seed << 32) + step)
+        torch.manual_seed((self.settings.seed << 32) + step * processes.count() + processes.rank())
         synchronize(self.settings.device)
         start = time.perf_counter()
         loss = self.update(images, labels)
@@ -113,21 +120,25 @@ class Trainer:
         with torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.amp):
             return self.model(images.to(self.settings.device)).argmax(1).cpu()
 
-    def state_dict(self) -> dict[str, Any]:
-        """Everything that a resumed run needs of this trainer."""
-        return {
-            "model": self.model.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "losses": self.losses,
-            "step_seconds": self.step_seconds,
-        }
+    def tensors(self) -> dict[str, Any]:
+        """The states of model and optimiser, by the names of the parameters."""
+        model, optimizer = get_state_dict(self.model, self.optimizer)
+        return {"model": model, "optimizer": optimizer}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continue where `state` was taken."""
-        self.model.load_state_dict(state["model"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.losses = list(state["losses"])
-        self.step_seconds = list(state["step_seconds"])
+    def history(self) -> dict[str, list[float]]:
+        """What was measured so far."""
+        return {"losses": self.losses, "step_seconds": self.step_seconds}
+
+    def load(self, tensors: dict[str, Any], history: dict[str, list[float]]) -> None:
+        """Continue where `tensors` and `history` were taken."""
+        set_state_dict(
+            self.model,
+            self.optimizer,
+            model_state_dict=tensors["model"],
+            optim_state_dict=tensors["optimizer"],
+        )
+        self.losses = list(history["losses"])
+        self.step_seconds = list(history["step_seconds"])
 
 
 def learning_rate_scale(step: int, steps: int) -> float:
@@ -151,43 +162,3 @@ def synchronize(device: str) -> None:
     """Wait for the device, so that a clock read next tells the truth."""
     if device == "cuda":
         torch.cuda.synchronize()
-
-
-def save_training(path: Path, trainers: Sequence[Trainer], step: int) -> None:
-    """Write all of a run after `step` steps. The old file stays whole until the new one is."""
-    contents = {
-        "settings": asdict(trainers[0].settings),
-        "step": step,
-        "trainers": {trainer.blocks: trainer.state_dict() for trainer in trainers},
-    }
-    unfinished = path.with_name(path.name + ".unfinished")
-    torch.save(contents, unfinished)
-    os.replace(unfinished, path)
-
-
-def load_training(path: Path, trainers: Sequence[Trainer]) -> int:
-    """Put the trainers where `path` left them; returns the number of steps done.
-
-    The learning rate follows this run's --steps and --lr: only with the same arguments does the
-    resumed run repeat the uninterrupted one.
-    """
-    try:
-        contents = torch.load(path, map_location="cpu", weights_only=True)
-        saved, step, states = contents["settings"], contents["step"], contents["trainers"]
-    except (OSError, RuntimeError, EOFError, LookupError, TypeError, pickle.UnpicklingError) as e:
-        raise TrainingError(f"--resume {path} is no checkpoint of this program: {e}") from e
-    settings = trainers[0].settings
-    for name, wanted in (("model", settings.model), ("classes", settings.classes)):
-        if saved[name] != wanted:
-            raise TrainingError(f"--resume {path} has {name} {saved[name]}, this run has {wanted}")
-    missing = [trainer.blocks for trainer in trainers if trainer.blocks not in states]
-    if missing:
-        raise TrainingError(
-            f"--resume {path} was made with --blocks {'|'.join(states)}, "
-            f"it has no {' or '.join(missing)} blocks"
-        )
-    if step >= settings.steps:
-        raise TrainingError(f"--resume {path} has done {step} steps already; raise --steps")
-    for trainer in trainers:
-        trainer.load_state_dict(states[trainer.blocks])
-    return step

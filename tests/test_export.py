@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +83,23 @@ def test_export_with_parameters_that_require_grad(model) -> None:
     assert_close(export(model).module()(images), expected, BACKEND_OUTPUT[torch.float32])
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_aot_inductor_calls_the_native_operators(tmp_path: Path) -> None:
+    """One block of each kind: what the compiler makes of stock layers is not our concern."""
+    blocks = nn.Sequential(mk.FusedMBConv(8, 8), mk.FusedMOATBlock(8, 32, stride=2)).eval()
+    batch = torch.export.Dim("batch", min=1, max=64)
+    with torch.no_grad():
+        program = torch.export.export(
+            blocks, (torch.randn(2, 8, 12, 12),), dynamic_shapes={"input": {0: batch}}
+        )
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "blocks.pt2")
+        )
+        compiled = torch._inductor.aoti_load_package(package)
+        x = torch.randn(OTHER_BATCH, 8, 12, 12)
+        assert_close(compiled(x), blocks(x), BACKEND_OUTPUT[torch.float32])
+
+
 @pytest.fixture(scope="module")
 def onnx_file(model: mk.MOAT, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnx", reason="ONNX is not installed")
@@ -128,6 +146,7 @@ def test_openvino_matches(model: mk.MOAT, onnx_file: Path) -> None:
         assert_close(torch.from_numpy(actual), model(images), EXPORTED_OUTPUT)
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("make", [torch.jit.script, lambda m: torch.jit.trace(m, make_images(1))])
 def test_torchscript_is_refused(model: mk.MOAT, make) -> None:
     with pytest.raises(RuntimeError, match="fused blocks do not become TorchScript"):

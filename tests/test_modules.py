@@ -186,10 +186,11 @@ def test_block_hooks_and_parametrizations_work() -> None:
         check_same(train_step(fused, x), train_step(reference, x))
 
 
+@pytest.mark.parametrize("use_reentrant", [False, True])
 @pytest.mark.parametrize("name", PAIRS)
-def test_checkpointing_around_a_block(name: str) -> None:
-    """Outputs and gradients; running statistics are updated once or, as in stock modules, twice."""
-    reference, fused, x = make_pair(name)
+def test_checkpointing_around_a_block(name: str, use_reentrant: bool) -> None:
+    """All as without it: running statistics see a batch once, though its forward runs twice."""
+    reference, fused, x = make_pair(name, drop_path=0.4)
 
     class Checkpointed(nn.Module):
         def __init__(self, block: nn.Module) -> None:
@@ -197,13 +198,39 @@ def test_checkpointing_around_a_block(name: str) -> None:
             self.block = block
 
         def forward(self, x: Tensor) -> Tensor:
+            return checkpoint(self.block, x, use_reentrant=use_reentrant)
+
+    expected = train_step(copy.deepcopy(reference), x)
+    for block in (fused, reference):
+        actual = train_step(Checkpointed(block), x)
+        check_same({key.removeprefix("block."): value for key, value in actual.items()}, expected)
+    assert int(fused.depthwise_norm.num_batches_tracked) == 1
+
+
+@pytest.mark.parametrize("name", ["MBConv", "MOAT"])
+def test_checkpointing_inside_a_compiled_function(name: str) -> None:
+    _, fused, x = make_pair(name)
+    expected = train_step(copy.deepcopy(fused), x)
+    torch._dynamo.reset()
+
+    class Checkpointed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.block = fused
+
+        def forward(self, x: Tensor) -> Tensor:
             return checkpoint(self.block, x, use_reentrant=False)
 
-    actual, expected = (
-        {key: value for key, value in train_step(Checkpointed(block), x).items() if "_" not in key}
-        for block in (fused, reference)
-    )
-    check_same(actual, expected)
+    compiled = torch.compile(Checkpointed(), fullgraph=True, backend="aot_eager")
+    actual = train_step(compiled, x)
+    check_same({k.removeprefix("_orig_mod.block."): v for k, v in actual.items()}, expected)
+
+
+def test_a_forward_inside_no_backward_counts_every_time() -> None:
+    _, fused, x = make_pair("MBConv")
+    for count in (1, 2):
+        fused(x).sum().backward()
+        assert int(fused.pre_norm.num_batches_tracked) == count
 
 
 @pytest.mark.parametrize("name", PAIRS)

@@ -11,7 +11,14 @@ import pytest
 import torch
 from support.mbconv_cases import CASES, Case, make_parameters, run
 from support.ranks import Ranks
-from support.tolerances import BACKEND_GRADIENT, BACKEND_OUTPUT, BACKEND_ZERO_GRADIENT, assert_close
+from support.tolerances import (
+    BACKEND_GRADIENT,
+    BACKEND_OUTPUT,
+    BACKEND_ZERO_GRADIENT,
+    LOW_PRECISION_FACTOR,
+    assert_close,
+    relative_error,
+)
 from torch import Tensor
 
 from moat_kernels import use_backend
@@ -144,6 +151,26 @@ def test_norms_without_bessel_and_with(ranks) -> None:
     check_joined(*joined_and_ranks(ranks, Case(description), UNEQUAL))
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_is_as_close_to_float64_as_stock_modules(ranks, dtype: torch.dtype) -> None:
+    case = CASES["projected shortcut"]
+    results, exact = joined_and_ranks(ranks, case, UNEQUAL, dtype=dtype)
+    stock, _ = joined_and_ranks(ranks, case, UNEQUAL, dtype=dtype, backend="reference")
+    for name, value in exact.items():
+        if value.abs().max() < 1e-9:  # noise in both
+            continue
+        ours, theirs = (
+            torch.cat([one[name] for one in shares])
+            if name in ("output", "x")
+            else torch.stack([one[name].double() for one in shares]).sum(0)
+            for shares in (results, stock)
+        )
+        if name.startswith("running"):
+            ours, theirs = ours / len(results), theirs / len(stock)
+        allowed = LOW_PRECISION_FACTOR * relative_error(theirs, value)
+        assert_close(ours, value, allowed + torch.finfo(dtype).eps, name)
+
+
 def run_mixed(
     parameters: MBConvParameters, norms: tuple[str, ...], own: tuple[Tensor, Tensor]
 ) -> tuple[dict, dict]:
@@ -210,6 +237,11 @@ def test_moments_of_ranks_far_apart_combine_without_cancellation(ranks) -> None:
         assert count == 14
         torch.testing.assert_close(mean, joined.mean(0), rtol=1e-14, atol=0)
         torch.testing.assert_close(scatter, centred.t() @ centred, rtol=1e-9, atol=1e-9)
+
+
+def test_a_group_that_is_no_name_is_refused() -> None:
+    with pytest.raises(TypeError, match="process_group must be None or a group's name"):
+        Norm(process_group=object())  # type: ignore[arg-type]
 
 
 def test_an_unknown_group_is_named() -> None:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
+import itertools
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -14,6 +17,7 @@ pytest.importorskip("PIL", reason="the example needs Pillow")
 sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
 
 import chart
+import checkpointing
 import memory
 import photographs
 import progress
@@ -81,40 +85,82 @@ def test_the_loss_falls(run, tmp_path):
     assert measured["last_loss"] < 0.7 * measured["first_loss"]
 
 
-@pytest.mark.parametrize("model", ["tiny_moat_0", "moat_3"])  # without and with drop path
-def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path, monkeypatch, model):
-    def keep_each(path, trainers, step):
-        training.save_training(path.with_name(f"{step}.pt"), trainers, step)
+def state_after(folder: Path, settings: training.Settings) -> dict[str, torch.Tensor]:
+    """All tensors of the last checkpoint in `folder`, by blocks and name."""
+    trainers = [training.Trainer(blocks, settings) for blocks in ("stock", "fused")]
+    checkpointing.load_checkpoint(folder, trainers)
+    tensors = {}
+    for trainer in trainers:
+        state = trainer.tensors()
+        for name, tensor in state["model"].items():
+            tensors[f"{trainer.blocks} {name}"] = tensor
+        for name, moments in state["optimizer"]["state"].items():
+            for kind, tensor in moments.items():
+                tensors[f"{trainer.blocks} {kind} of {name}"] = tensor
+    return tensors
 
-    monkeypatch.setattr(train_classifier, "save_training", keep_each)
+
+@pytest.mark.parametrize("model", ["tiny_moat_0", "moat_3"])  # without and with drop path
+def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path, settings, model):
     arguments = ("--blocks", "both", "--model", model, "--checkpoint-every", 2)
-    assert run(*arguments, "--checkpoint", tmp_path / "whole" / "run.pt") == 0
-    resume = ("--resume", tmp_path / "whole" / "2.pt")
-    assert run(*arguments, *resume, "--checkpoint", tmp_path / "resumed" / "run.pt") == 0
-    whole = torch.load(tmp_path / "whole" / f"{STEPS}.pt", weights_only=True)["trainers"]
-    resumed = torch.load(tmp_path / "resumed" / f"{STEPS}.pt", weights_only=True)["trainers"]
+    assert run(*arguments, "--checkpoint", tmp_path / "whole") == 0
+    whole = results(tmp_path)["results"]
+    resume = ("--resume", tmp_path / "whole" / "step_00000002")
+    assert run(*arguments, *resume, "--checkpoint", tmp_path / "resumed") == 0
+    resumed = results(tmp_path)["results"]
     for blocks in ("stock", "fused"):
         assert resumed[blocks]["losses"] == whole[blocks]["losses"]
-        for name, tensor in whole[blocks]["model"].items():
-            assert torch.equal(resumed[blocks]["model"][name], tensor), name
-        for index, moments in whole[blocks]["optimizer"]["state"].items():
-            for name, tensor in moments.items():
-                assert torch.equal(resumed[blocks]["optimizer"]["state"][index][name], tensor)
+    longer = dataclasses.replace(settings, model=model, steps=STEPS + 1, classes=["coarse", "fine"])
+    expected = state_after(tmp_path / "whole", longer)
+    actual = state_after(tmp_path / "resumed", longer)
+    assert expected.keys() == actual.keys()
+    for name, tensor in expected.items():
+        assert torch.equal(actual[name], tensor), name
 
 
-def test_a_run_that_was_killed_leaves_a_checkpoint(run, tmp_path, monkeypatch, capsys):
-    step = training.Trainer.step
+def interrupt_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:
+    """Make the `call`-th call of a function raise KeyboardInterrupt instead."""
+    function, calls = getattr(owner, name), itertools.count(1)
 
-    def interrupted_step(self, number, *batch):
-        if number == 3:
+    def interrupted(*arguments, **options):
+        if next(calls) == call:
             raise KeyboardInterrupt
-        step(self, number, *batch)
+        return function(*arguments, **options)
 
-    monkeypatch.setattr(training.Trainer, "step", interrupted_step)
-    path = tmp_path / "run.pt"
-    assert run("--checkpoint", path, "--checkpoint-every", 2) == 130
+    monkeypatch.setattr(owner, name, interrupted)
+
+
+def test_a_run_that_was_interrupted_leaves_a_checkpoint(run, tmp_path, monkeypatch, capsys):
+    interrupt_at(monkeypatch, training.Trainer, "step", 4)
+    assert run("--checkpoint", tmp_path / "run", "--checkpoint-every", 2) == 130
     assert "--resume continues" in capsys.readouterr().out
-    assert torch.load(path, weights_only=True)["step"] == 2
+    assert [path.name for path in checkpointing.checkpoints(tmp_path / "run")] == ["step_00000002"]
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "call"),
+    [(checkpointing.dcp, "save", 2), (Path, "rename", 4)],  # each save renames its metadata first
+    ids=["before writing", "before naming"],
+)
+def test_dying_while_saving_leaves_the_checkpoint_before(
+    run, tmp_path, monkeypatch, owner, name, call
+):
+    with monkeypatch.context() as patches:
+        interrupt_at(patches, owner, name, call)
+        assert run("--checkpoint", tmp_path / "run", "--checkpoint-every", 1) == 130
+    left = [path.name for path in checkpointing.checkpoints(tmp_path / "run")]
+    assert left == ["step_00000001"]
+    resume = ("--resume", tmp_path / "run", "--checkpoint", tmp_path / "run")
+    assert run(*resume, "--checkpoint-every", 1) == 0
+    left = [path.name for path in (tmp_path / "run").iterdir()]
+    assert sorted(left) == ["step_00000003", "step_00000004"]  # older ones and halves are gone
+
+
+def test_checkpoints_of_another_run_are_not_mixed_in(run, tmp_path, capsys):
+    checkpoint = ("--checkpoint", tmp_path / "run")
+    assert run("--steps", 1, *checkpoint) == 0
+    assert run(*checkpoint) == 2
+    assert "holds checkpoints of another run" in capsys.readouterr().err
 
 
 def test_autocast(run, tmp_path):
@@ -304,16 +350,20 @@ def test_bad_arguments_are_named(capsys, arguments, message):
 
 
 def test_resume_refuses_what_does_not_fit(run, tmp_path, capsys):
-    path, foreign = tmp_path / "run.pt", tmp_path / "foreign.pt"
+    path, foreign, torn = tmp_path / "run", tmp_path / "foreign", tmp_path / "torn"
     assert run("--blocks", "fused", "--steps", 1, "--checkpoint", path) == 0
-    foreign.write_bytes(b"something else")
+    foreign.mkdir()
+    (foreign / "run.json").write_text("something else")
+    shutil.copytree(path, torn)
+    (torn / "step_00000001" / ".metadata").unlink()
     capsys.readouterr()
     for arguments, message in (
         (("--model", "tiny_moat_1"), "has model tiny_moat_0, this run has tiny_moat_1"),
         (("--blocks", "both"), "it has no stock blocks"),
         (("--steps", 1), "has done 1 steps already"),
-        (("--resume", tmp_path / "none.pt"), "none.pt"),
+        (("--resume", tmp_path / "none"), "is no checkpoint of this program"),
         (("--resume", foreign), "is no checkpoint of this program"),
+        (("--resume", torn), "cannot be read"),
     ):
         assert run("--resume", path, *arguments) == 2
         assert message in capsys.readouterr().err
@@ -322,7 +372,7 @@ def test_resume_refuses_what_does_not_fit(run, tmp_path, capsys):
 @pytest.mark.parametrize("argument", ["--output", "--checkpoint"])
 def test_folders_that_cannot_be_made_are_found_before_training(run, tmp_path, capsys, argument):
     (tmp_path / "file").write_text("")
-    assert run(argument, tmp_path / "file" / "below" / "run.pt") == 2
+    assert run(argument, tmp_path / "file" / "below") == 2
     captured = capsys.readouterr()
     assert f"{argument}: cannot make the folder" in captured.err
     assert "step" not in captured.out

@@ -167,7 +167,7 @@ def _output_dtype(
 
 def _pool_arguments(pool: Pool | None, x: Tensor) -> tuple[str, list[int]]:
     if pool is None:
-        return "", []
+        return "", [0]  # AOTInductor of torch 2.13 would pass an empty list as None
     size = (pool.kernel_size, pool.kernel_size)
     padding = resolve_padding(pool.padding, x.shape[2], x.shape[3], size, pool.stride)
     return pool.kind, [pool.kernel_size, pool.stride, *padding, int(pool.count_include_pad)]

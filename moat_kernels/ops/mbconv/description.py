@@ -64,6 +64,11 @@ class Norm:
             raise ValueError(f"eps must be > 0, got {self.eps!r}")
         if self.momentum is not None and not 0 <= self.momentum <= 1:
             raise ValueError(f"momentum must be None or within [0, 1], got {self.momentum!r}")
+        if self.process_group is not None and not isinstance(self.process_group, str):
+            raise TypeError(
+                "process_group must be None or a group's name (group.group_name), "
+                f"got {self.process_group!r}"
+            )
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,55 @@
+"""The processes of a run: one, or as many as `torchrun` starts."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+
+
+@contextmanager
+def joined_processes(device: str) -> Iterator[None]:
+    """Inside, the processes that torchrun started know each other; a process alone does nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        yield
+        return
+    if device == "cuda":
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if device == "cuda" else "gloo")
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """The number of this process, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def count() -> int:
+    """How many processes train together."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def restarted() -> bool:
+    """Whether torchrun started these processes again because one had died."""
+    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+
+
+def wait_for_all() -> None:
+    """Go on when every process is here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def mean_over_processes(value: torch.Tensor) -> float:
+    """The mean of every process's `value`, a tensor without dimensions."""
+    if dist.is_initialized():
+        value = value.clone()
+        dist.all_reduce(value)
+        value /= count()
+    return value.item()

@@ -1,0 +1,76 @@
+"""A user's story: from a stock model's checkpoint through fast training back into a stock model.
+
+DistributedDataParallel over two processes, synchronised batch norm, autocast to bfloat16 and
+torch.compile, over fused blocks.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.ranks import Ranks
+from support.small_model import CLASSES, RESOLUTION, make_model
+from support.tolerances import BACKEND_OUTPUT, assert_close
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+import moat_kernels as mk
+
+STEPS, BATCH, RANKS = 3, 8, 2
+
+
+def make_batches() -> list[tuple[Tensor, Tensor]]:
+    """The batch of each step; all the same, so that its loss must fall."""
+    torch.manual_seed(5)
+    images = torch.randn(BATCH, 3, RESOLUTION, RESOLUTION)
+    return [(images, torch.randint(CLASSES, (BATCH,)))] * STEPS
+
+
+def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[float]:
+    """What any training loop does, under autocast; the losses."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.02, momentum=0.9)
+    losses = []
+    for images, labels in batches:
+        optimizer.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(images)
+        loss = F.cross_entropy(logits.float(), labels)
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def train_fused(before: Path, after: Path, rank: int) -> tuple[list[float], Tensor]:
+    """One process of the training; its losses, and what the trained model makes of all images."""
+    model = make_model(torch.float32)
+    model.load_state_dict(torch.load(before, weights_only=True))
+    mk.convert_sync_batchnorm(model)
+    parallel = torch.compile(DistributedDataParallel(model), backend="aot_eager")
+    batches = make_batches()
+    losses = train(parallel, [(x[rank::RANKS], labels[rank::RANKS]) for x, labels in batches])
+    if rank == 0:
+        torch.save(model.state_dict(), after)
+    with torch.no_grad():
+        return losses, model.eval()(batches[0][0])
+
+
+def test_from_a_stock_checkpoint_and_back(tmp_path: Path) -> None:
+    stock = make_model(torch.float32, fused=False)
+    torch.save(stock.state_dict(), tmp_path / "before.pt")
+    with Ranks(RANKS, tmp_path) as ranks:
+        paths = (tmp_path / "before.pt", tmp_path / "after.pt")
+        results = ranks.run(train_fused, *paths, each=range(RANKS))
+    losses = [sum(both) / RANKS for both in zip(*(one for one, _ in results), strict=True)]
+    assert losses[-1] < losses[0]
+    # bfloat16 keeps 8 bits; what is trained with it drifts apart step by step.
+    assert losses == pytest.approx(train(stock, make_batches()), rel=0.05)
+
+    stock.load_state_dict(torch.load(tmp_path / "after.pt", weights_only=True))
+    with torch.no_grad():
+        outputs = stock.eval()(make_batches()[0][0])
+    for _, expected in results:
+        assert_close(outputs, expected, BACKEND_OUTPUT[torch.float32])
