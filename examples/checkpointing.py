@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Sequence
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -38,7 +40,8 @@ def save_checkpoint(folder: Path, trainers: Sequence[Trainer], step: int) -> Non
     if processes.rank() == 0:
         shutil.rmtree(unfinished, ignore_errors=True)
     processes.wait_for_all()
-    dcp.save(_tensors(trainers), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
+    with _quiet_alone():
+        dcp.save(_tensors(trainers), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
     if processes.rank() == 0:
         run = {
             "settings": asdict(trainers[0].settings),
@@ -77,12 +80,21 @@ def load_checkpoint(path: Path, trainers: Sequence[Trainer]) -> int:
         raise TrainingError(f"--resume {path} has done {run['step']} steps already; raise --steps")
     tensors = _tensors(trainers)
     try:
-        dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
+        with _quiet_alone():
+            dcp.load(tensors, checkpoint_id=path, no_dist=not dist.is_initialized())
     except (OSError, dcp.api.CheckpointException) as error:
         raise TrainingError(f"--resume {path} cannot be read: {error}") from error
     for trainer in trainers:
         trainer.load(tensors[trainer.blocks], run["trainers"][trainer.blocks])
     return run["step"]
+
+
+@contextmanager
+def _quiet_alone() -> Iterator[None]:
+    """Without the warning that there is one process only, which is no accident."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _read_run(path: Path) -> tuple[Path, dict[str, Any]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -16,6 +17,8 @@ def joined_processes(device: str) -> Iterator[None]:
     if int(os.environ.get("WORLD_SIZE", "1")) == 1:
         yield
         return
+    if may_restart() and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        _warn_of_stale_addresses()
     if device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     dist.init_process_group("nccl" if device == "cuda" else "gloo")
@@ -35,9 +38,22 @@ def count() -> int:
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
-def restarted() -> bool:
-    """Whether torchrun started these processes again because one had died."""
-    return int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+def may_restart() -> bool:
+    """Whether torchrun starts all processes again when one dies.
+
+    Which start this is cannot be told: every machine counts only the deaths of its own processes.
+    """
+    return int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", "0")) > 0
+
+
+def _warn_of_stale_addresses() -> None:
+    """torchrun of torch 2.13 keeps one store over restarts, with the dead processes' addresses."""
+    if os.environ["RANK"] == "0":
+        print(
+            "warning: restarted processes may fail to find each other; start torchrun with "
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in the environment",
+            file=sys.stderr,
+        )
 
 
 def wait_for_all() -> None:

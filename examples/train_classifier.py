@@ -2,12 +2,13 @@
 
     python examples/train_classifier.py --blocks both
     python examples/train_classifier.py --blocks fused --model moat_0 --data FOLDER --steps 5000
-    torchrun --nproc-per-node 4 --max-restarts 3 examples/train_classifier.py --checkpoint FOLDER
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 4 --max-restarts 3 \\
+        examples/train_classifier.py --checkpoint FOLDER
 
 With "both", two models start from the same weights and see the same batches; their steps
 alternate, so that whatever else the machine does slows both alike. Results go to --output.
-Under torchrun each process takes its share of every batch; if one dies, all start again from the
-last checkpoint.
+Under torchrun each process takes its share of every batch. With --max-restarts all start again if
+one dies, and continue from the last checkpoint in --checkpoint.
 """
 
 from __future__ import annotations
@@ -188,9 +189,9 @@ def _say(text: str) -> None:
 
 
 def _resumed_from(options: argparse.Namespace) -> Path | None:
-    """Where to continue: at --resume, or, if torchrun restarted us, at our own last checkpoint."""
+    """Where to continue: at --resume, or, if torchrun restarts us, at our own last checkpoint."""
     earlier = checkpoints(options.checkpoint) if options.checkpoint else []
-    if processes.restarted() and earlier:
+    if processes.may_restart() and earlier:
         return options.checkpoint
     if earlier and options.resume is None:
         raise TrainingError(

@@ -116,7 +116,7 @@ def joined_and_ranks(
 
 
 @pytest.mark.parametrize(
-    ("name", "recompute"), zip(MEASURING, cycle(["none", "expand", "block"]), strict=False)
+    ("name", "recompute"), list(zip(MEASURING, cycle(["none", "expand", "block"]), strict=False))
 )
 def test_ranks_equal_one_process_on_the_joined_batch(ranks, name: str, recompute: str) -> None:
     check_joined(*joined_and_ranks(ranks, CASES[name], UNEQUAL, recompute=recompute))

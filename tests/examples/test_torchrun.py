@@ -19,7 +19,7 @@ from PIL import Image
 
 ROOT = Path(__file__).parents[2]
 STEPS = 6
-TIMEOUT_SECONDS = 300
+TIMEOUT_SECONDS = 150
 
 # The program with a model that takes milliseconds, and steps slow enough to be killed between.
 PROGRAM = f"""
@@ -63,7 +63,13 @@ def torchrun(*options: str) -> list[str]:
 
 
 def environment(**more: str) -> dict[str, str]:
-    return {**os.environ, "GLOO_SOCKET_IFNAME": "lo", "OMP_NUM_THREADS": "1", **more}
+    fixed = {
+        "PYTHONFAULTHANDLER": "1",
+        "GLOO_SOCKET_IFNAME": "lo",
+        "OMP_NUM_THREADS": "1",
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",  # see examples/processes.py
+    }
+    return {**os.environ, **fixed, **more}
 
 
 def losses(output: Path) -> list[float]:
@@ -72,6 +78,17 @@ def losses(output: Path) -> list[float]:
 
 def children(parent: int) -> list[int]:
     return [int(pid) for pid in Path(f"/proc/{parent}/task/{parent}/children").read_text().split()]
+
+
+def output_of(process: subprocess.Popen) -> str:
+    """What `process` prints until it ends; with its workers' stacks if they hang."""
+    try:
+        return process.communicate(timeout=TIMEOUT_SECONDS)[0]
+    except subprocess.TimeoutExpired:
+        for worker in children(process.pid):
+            os.kill(worker, signal.SIGABRT)
+        process.terminate()
+        pytest.fail(f"the run hangs:\n{process.communicate(timeout=60)[0]}")
 
 
 def wait_for(path: Path, process: subprocess.Popen) -> None:
@@ -97,7 +114,7 @@ def test_a_killed_process_changes_nothing(arguments: list[str], tmp_path: Path) 
     try:
         wait_for(checkpoints / "step_00000002", process)
         os.kill(children(process.pid)[-1], signal.SIGKILL)
-        output, _ = process.communicate(timeout=TIMEOUT_SECONDS)
+        output = output_of(process)
     finally:
         process.kill()
     assert process.returncode == 0, output
