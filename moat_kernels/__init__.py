@@ -6,6 +6,8 @@ Importing needs no compiler, GPU or extension; `python -m moat_kernels.info` tel
 __version__ = "0.1.0"
 
 from moat_kernels import functional, reference
+from moat_kernels.adapters.registry import register_adapter, supported_cases
+from moat_kernels.fuse import FusionReport, fuse, unfuse
 from moat_kernels.models import MOAT, create_model, get_preprocessing, list_models
 from moat_kernels.modules import FusedMBConv, FusedMOATBlock
 from moat_kernels.normalization import convert_sync_batchnorm
@@ -16,11 +18,16 @@ __all__ = [
     "FallbackWarning",
     "FusedMBConv",
     "FusedMOATBlock",
+    "FusionReport",
     "convert_sync_batchnorm",
     "create_model",
     "functional",
+    "fuse",
     "get_preprocessing",
     "list_models",
     "reference",
+    "register_adapter",
+    "supported_cases",
+    "unfuse",
     "use_backend",
 ]

@@ -52,6 +52,8 @@ STORED_MOMENTS = 1e-5
 # Whole small models in float32 in other runtimes, which choose their own convolution algorithms
 # (Winograd) and approximations of erf and exp.
 EXPORTED_OUTPUT = 1e-4
+# A model whose blocks were fused against the untouched one, in float64: the backends' tolerance.
+FUSED_MODEL = 1e-9
 
 
 def relative_error(actual: Tensor, expected: Tensor, floor: float = 1e-30) -> float:

@@ -1,0 +1,363 @@
+"""Reading other people's modules: what they hold as an op needs it, or the reason why not.
+
+Everything is read anew at every call, so that nothing can be stale, and nothing is assumed: a
+class, a setting or a child that is not known here ends in `NotCovered`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
+
+from torch import Tensor, nn
+
+from moat_kernels.normalization import BatchNorm2d
+from moat_kernels.ops.mbconv.description import (
+    MBConvDescription,
+    MBConvParameters,
+    Norm,
+    NormParameters,
+    Pool,
+    SqueezeExcite,
+)
+from moat_kernels.ops.spatial import Padding
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_ACTIVATIONS = {
+    "GELU": "gelu",
+    "GELUTanh": "gelu_tanh",
+    "SiLU": "silu",
+    "Swish": "silu",
+    "ReLU": "relu",
+    "Identity": "identity",
+}
+
+
+class NotCovered(Exception):
+    """A module that an adapter recognises computes what no fused op does; the text says what."""
+
+
+class NotCoveredInTraining(NotCovered):
+    """The same, but only while the module is in training mode."""
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, without the subclass that parametrizations give it."""
+    kind = type(module)
+    return kind.__bases__[0] if hasattr(module, "parametrizations") else kind
+
+
+def class_name(module: nn.Module) -> str:
+    """Name of `plain_class`."""
+    return plain_class(module).__name__
+
+
+def child_names(module: nn.Module) -> set[str]:
+    """Names of the children that are there."""
+    return {name for name, child in module._modules.items() if child is not None}
+
+
+def tensor_names(module: nn.Module) -> set[str]:
+    """Names of the module's own parameters and buffers."""
+    own = {**module._parameters, **module._buffers}
+    return {name for name, tensor in own.items() if tensor is not None}
+
+
+def refuse_hooks(modules: Iterable[nn.Module]) -> None:
+    """Raise NotCovered if one of the modules, which are not called when fused, must be called."""
+    for module in modules:
+        if any(getattr(module, hooks) for hooks in _HOOKS):
+            raise NotCovered(f"an inner {class_name(module)} has hooks")
+        if "forward" in module.__dict__:
+            raise NotCovered(f"the forward of an inner {class_name(module)} was replaced")
+
+
+def refuse_dropout(dropout: nn.Module, what: str) -> None:
+    """Raise NotCoveredInTraining if `dropout` drops anything in training."""
+    if class_name(dropout) == "Identity":
+        return
+    if class_name(dropout) != "Dropout" or not isinstance(dropout, nn.Dropout):
+        raise NotCovered(f"{what} is a {class_name(dropout)}")
+    if dropout.p > 0 and dropout.training:
+        raise NotCoveredInTraining(f"dropout of {what}, p={dropout.p:g}")
+
+
+def read_activation(module: nn.Module) -> str:
+    """The name that a description has for an activation module."""
+    name = class_name(module)
+    if name == "GELU" and getattr(module, "approximate", "none") == "tanh":
+        name = "GELUTanh"
+    if name not in _ACTIVATIONS:
+        raise NotCovered(f"activation {name}")
+    return _ACTIVATIONS[name]
+
+
+class NormReading(NamedTuple):
+    """A batch norm, and the activation that its module applies after it."""
+
+    norm: Norm | None
+    tensors: NormParameters
+    activation: str
+
+
+def read_norm(module: nn.Module | None) -> NormReading:
+    """torch.nn.BatchNorm2d, ours, or timm's BatchNormAct2d; None is no norm."""
+    if module is None:
+        return NormReading(None, NormParameters(), "identity")
+    kind, activation = plain_class(module), "identity"
+    if kind.__name__ == "BatchNormAct2d":
+        if class_name(module.drop) != "Identity":  # type: ignore[arg-type]
+            raise NotCovered(f"{class_name(module.drop)} inside a norm")  # type: ignore[arg-type]
+        activation = read_activation(module.act)  # type: ignore[arg-type]
+    elif kind not in (nn.BatchNorm2d, BatchNorm2d):
+        raise NotCovered(f"{kind.__name__} in place of a batch norm")
+    assert isinstance(module, nn.BatchNorm2d)
+    if isinstance(module, BatchNorm2d):
+        return NormReading(module.description(), module.tensors(), activation)
+    tracked = module.running_mean is not None
+    if module.training and not module.track_running_stats:
+        tracked = False
+    tensors = NormParameters(
+        module.weight,
+        module.bias,
+        module.running_mean if tracked else None,
+        module.running_var if tracked else None,
+        module.num_batches_tracked if tracked else None,
+    )
+    frozen = tracked and not module.training
+    return NormReading(
+        Norm(module.eps, module.momentum, unbiased=True, frozen=frozen), tensors, activation
+    )
+
+
+def _pair(value: Any) -> tuple[Any, Any]:
+    return value if isinstance(value, tuple) else (value, value)
+
+
+def _check_convolution(conv: nn.Module) -> nn.Conv2d:
+    if not isinstance(conv, nn.Conv2d) or class_name(conv) not in ("Conv2d", "Conv2dSame"):
+        raise NotCovered(f"{class_name(conv)} in place of a convolution")
+    if conv.dilation != (1, 1):
+        raise NotCovered(f"dilation {conv.dilation}")
+    if conv.padding_mode != "zeros":
+        raise NotCovered(f"padding_mode {conv.padding_mode!r}")
+    return conv
+
+
+def read_pointwise(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(weight [out, in, ...], bias) of a 1x1 convolution or a linear layer."""
+    if isinstance(conv, nn.Linear) and class_name(conv) == "Linear":
+        return conv.weight, conv.bias
+    conv = _check_convolution(conv)
+    if conv.kernel_size != (1, 1) or conv.groups != 1:
+        raise NotCovered(f"a convolution of {conv.kernel_size}, groups {conv.groups}, not 1x1")
+    if conv.stride != (1, 1):
+        raise NotCovered("a 1x1 convolution with a stride")
+    if conv.padding not in ("same", "valid", (0, 0)):
+        raise NotCovered(f"a 1x1 convolution with padding {conv.padding}")
+    return conv.weight, conv.bias
+
+
+class DepthwiseReading(NamedTuple):
+    """A depthwise convolution."""
+
+    weight: Tensor  # [C, 1, K, K]
+    bias: Tensor | None
+    stride: int
+    padding: Padding
+
+
+def read_depthwise(conv: nn.Module) -> DepthwiseReading:
+    """A depthwise convolution: nn.Conv2d, or timm's Conv2dSame with TensorFlow's padding."""
+    conv = _check_convolution(conv)
+    channels = conv.in_channels
+    if conv.groups != channels or conv.out_channels != channels:
+        raise NotCovered(f"{conv.groups} groups of a convolution over {channels} channels")
+    if conv.stride[0] != conv.stride[1]:
+        raise NotCovered(f"stride {conv.stride}")
+    return DepthwiseReading(conv.weight, conv.bias, conv.stride[0], _padding(conv))
+
+
+def _padding(conv: nn.Conv2d) -> Padding:
+    if class_name(conv) == "Conv2dSame":
+        return "tf_same"
+    if conv.padding == "valid":
+        return (0, 0, 0, 0)
+    if conv.padding == "same":  # stride 1; the odd pixel goes below and right
+        (top, bottom), (left, right) = (
+            ((size - 1) // 2, size - 1 - (size - 1) // 2) for size in conv.kernel_size
+        )
+        return top, bottom, left, right
+    vertical, horizontal = _pair(conv.padding)
+    return vertical, vertical, horizontal, horizontal
+
+
+def read_pool(pool: nn.Module) -> Pool:
+    """nn.AvgPool2d, nn.MaxPool2d, or timm's AvgPool2dSame and MaxPool2dSame."""
+    name = class_name(pool)
+    kinds = {"AvgPool2d": "average", "MaxPool2d": "max"}
+    kind = kinds.get(name.removesuffix("Same"))
+    if kind is None or not isinstance(pool, nn.AvgPool2d | nn.MaxPool2d):
+        raise NotCovered(f"{name} in the shortcut")
+    kernel_size, stride, padding = (
+        _pair(value) for value in (pool.kernel_size, pool.stride, pool.padding)
+    )
+    if kernel_size[0] != kernel_size[1] or stride[0] != stride[1]:
+        raise NotCovered(f"a pool of {kernel_size}, stride {stride}")
+    if pool.ceil_mode or getattr(pool, "divisor_override", None):
+        raise NotCovered("a pool with ceil_mode or divisor_override")
+    if _pair(getattr(pool, "dilation", 1)) != (1, 1):
+        raise NotCovered("a pool with dilation")
+    same = name.endswith("Same")
+    return Pool(
+        "average" if kind == "average" else "max",
+        kernel_size[0],
+        stride[0],
+        "tf_same" if same else (padding[0], padding[0], padding[1], padding[1]),
+        # The zeros that AvgPool2dSame pads with are part of the map that it averages.
+        kind == "average" and (same or bool(getattr(pool, "count_include_pad", False))),
+    )
+
+
+class Gate(NamedTuple):
+    """Squeeze-and-excitation."""
+
+    activation: str
+    reduce: tuple[Tensor, Tensor | None]
+    expand: tuple[Tensor, Tensor | None]
+
+
+def read_gate(
+    reduce: nn.Module, activation: nn.Module, expand: nn.Module, gate: nn.Module | None
+) -> Gate:
+    """Squeeze-and-excitation made of these modules. gate: the last activation; None: sigmoid."""
+    if gate is not None and class_name(gate) != "Sigmoid":
+        raise NotCovered(f"squeeze-and-excitation with gate {class_name(gate)}")
+    return Gate(read_activation(activation), read_pointwise(reduce), read_pointwise(expand))
+
+
+@dataclass(frozen=True)
+class DropPathReading:
+    """Stochastic depth of a probability, by sample, as timm's `drop_path` draws it."""
+
+    probability: float
+
+    def scale(self, x: Tensor) -> Tensor:
+        """[B]: 0 or 1/p for each sample, of the same random numbers that the module draws."""
+        survival = 1.0 - self.probability
+        scale = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(survival)
+        return (scale.div_(survival) if survival > 0 else scale).flatten()
+
+
+def read_drop_path(module: nn.Module) -> DropPathReading | None:
+    """timm's DropPath or torchvision's StochasticDepth by rows; None where nothing drops."""
+    name = class_name(module)
+    if name == "Identity":
+        return None
+    if name == "DropPath":
+        probability = float(getattr(module, "drop_prob", 0.0) or 0.0)
+        if not getattr(module, "scale_by_keep", True):
+            raise NotCovered("DropPath without scale_by_keep")
+    elif name == "StochasticDepth":
+        probability = float(module.p)  # type: ignore[arg-type]
+        if module.mode != "row":
+            raise NotCovered(f"StochasticDepth by {module.mode}")
+    else:
+        raise NotCovered(f"{name} in place of stochastic depth")
+    return DropPathReading(probability) if module.training and probability > 0 else None
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """An inverted bottleneck as `functional.mbconv` takes it."""
+
+    description: MBConvDescription
+    parameters: MBConvParameters
+    drop_path: DropPathReading | None = None
+
+
+def read_bottleneck(
+    *,
+    expand: nn.Module,
+    depthwise: nn.Module,
+    project: nn.Module,
+    pre_norm: nn.Module | None = None,
+    expand_norm: nn.Module | None = None,
+    depthwise_norm: nn.Module | None = None,
+    project_norm: nn.Module | None = None,
+    expand_activation: nn.Module | None = None,
+    depthwise_activation: nn.Module | None = None,
+    gate: Gate | None = None,
+    gate_position: Literal["before_norm", "after_activation"] = "after_activation",
+    residual: bool = True,
+    pool: nn.Module | None = None,
+    shortcut: nn.Module | None = None,
+    drop_path: DropPathReading | None = None,
+    order: Literal["expand_first", "depthwise_first"] = "expand_first",
+) -> Bottleneck:
+    """The inverted bottleneck made of these modules; see MBConvDescription for what they are.
+
+    The activations may instead be part of the norms (timm's BatchNormAct2d). Raises NotCovered.
+    """
+    pre, expanded, filtered, projected = (
+        read_norm(norm) for norm in (pre_norm, expand_norm, depthwise_norm, project_norm)
+    )
+    if projected.activation != "identity":
+        raise NotCovered(f"activation {projected.activation} after the project norm")
+    convolution = read_depthwise(depthwise)
+    expand_weight, expand_bias = read_pointwise(expand)
+    project_weight, project_bias = read_pointwise(project)
+    reduce_weight, reduce_bias = gate.reduce if gate else (None, None)
+    gate_weight, gate_bias = gate.expand if gate else (None, None)
+    shortcut_weight, shortcut_bias = read_pointwise(shortcut) if shortcut else (None, None)
+    description = MBConvDescription(
+        stride=convolution.stride,
+        padding=convolution.padding,
+        pre_norm=pre.norm,
+        pre_activation=pre.activation,
+        expand_norm=expanded.norm,
+        expand_activation=_one_activation(expanded, expand_activation),
+        depthwise_norm=filtered.norm,
+        depthwise_activation=_one_activation(filtered, depthwise_activation),
+        project_norm=projected.norm,
+        squeeze_excite=SqueezeExcite(gate_position, gate.activation) if gate else None,
+        residual=residual,
+        pool=read_pool(pool) if pool else None,
+        order=order,
+    )
+    parameters = MBConvParameters(
+        expand_weight=expand_weight,
+        expand_bias=expand_bias,
+        depthwise_weight=convolution.weight,
+        depthwise_bias=convolution.bias,
+        project_weight=project_weight,
+        project_bias=project_bias,
+        pre_norm=pre.tensors,
+        expand_norm=expanded.tensors,
+        depthwise_norm=filtered.tensors,
+        project_norm=projected.tensors,
+        se_reduce_weight=reduce_weight,
+        se_reduce_bias=reduce_bias,
+        se_expand_weight=gate_weight,
+        se_expand_bias=gate_bias,
+        shortcut_weight=shortcut_weight,
+        shortcut_bias=shortcut_bias,
+    )
+    return Bottleneck(description, parameters, drop_path)
+
+
+def _one_activation(norm: NormReading, activation: nn.Module | None) -> str:
+    if activation is None:
+        return norm.activation
+    if norm.activation != "identity":
+        raise NotCovered("a norm with an activation, and another one after it")
+    return read_activation(activation)
+
+
+def read_swin_table(table: Tensor, window: tuple[int, int]) -> Tensor:
+    """A table [(2*wh-1) * (2*ww-1), heads] by query - key as window_attention takes it."""
+    height, width = 2 * window[0] - 1, 2 * window[1] - 1
+    if table.dim() != 2 or table.shape[0] != height * width:
+        raise NotCovered(f"a bias table {tuple(table.shape)} for windows of {window}")
+    return table.view(height, width, -1).permute(2, 0, 1).flip(1, 2)

@@ -1,0 +1,257 @@
+"""timm's CoAtNet and MaxViT family (timm/models/maxxvit.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moat_kernels.adapters.base import (
+    Adapter,
+    AttentionAdapter,
+    AttentionReading,
+    Bottleneck,
+    MBConvAdapter,
+)
+from moat_kernels.adapters.reading import (
+    Gate,
+    NotCovered,
+    child_names,
+    class_name,
+    read_bottleneck,
+    read_drop_path,
+    read_gate,
+    read_swin_table,
+    refuse_dropout,
+    tensor_names,
+)
+from moat_kernels.ops.window_attention import WindowAttentionDescription
+
+_TABLE = "relative_position_bias_table"
+
+
+def _read_se(module: nn.Module) -> Gate:
+    if class_name(module) != "SEModule":
+        raise NotCovered(f"channel attention {class_name(module)}")
+    if module.add_maxpool or class_name(module.bn) != "Identity":  # type: ignore[arg-type]
+        raise NotCovered("squeeze-and-excitation with a maximum or a norm")
+    return read_gate(module.fc1, module.act, module.fc2, module.gate)  # type: ignore[arg-type]
+
+
+class MbConvBlock(MBConvAdapter):
+    implementation = "timm"
+    class_name = "MbConvBlock"
+    children = (
+        *("shortcut", "pre_norm", "down", "conv1_1x1", "norm1", "conv2_kxk", "norm2"),
+        *("conv3_1x1", "drop_path"),
+    )
+    optional = ("se", "se_early")
+    covers = "stride in the depthwise convolution, SE early or late, every pool and padding"
+    leaves = "stride_mode 'pool' and '1x1', group_size > 1, channel attention other than SE"
+
+    def read(self, block: Any) -> Bottleneck:
+        if class_name(block.down) != "Identity":
+            raise NotCovered("stride_mode 'pool'")
+        pool = shortcut = None
+        if class_name(block.shortcut) == "Downsample2d":
+            if child_names(block.shortcut) != {"pool", "expand"}:
+                raise NotCovered("a shortcut of unknown structure")
+            pool, shortcut = block.shortcut.pool, block.shortcut.expand
+            shortcut = None if class_name(shortcut) == "Identity" else shortcut
+        elif class_name(block.shortcut) != "Identity":
+            raise NotCovered(f"{class_name(block.shortcut)} as shortcut")
+        early, late = block.se_early, block.se
+        if early is not None and late is not None:
+            raise NotCovered("two channel attentions")
+        gate = early if early is not None else late
+        return read_bottleneck(
+            pre_norm=block.pre_norm,
+            expand=block.conv1_1x1,
+            expand_norm=block.norm1,
+            depthwise=block.conv2_kxk,
+            depthwise_norm=block.norm2,
+            gate=None if gate is None else _read_se(gate),
+            gate_position="after_activation" if early is None else "before_norm",
+            project=block.conv3_1x1,
+            pool=pool,
+            shortcut=shortcut,
+            drop_path=read_drop_path(block.drop_path),
+        )
+
+
+def _read_table(bias: Any) -> Tensor | None:
+    """The bias table in the op's order: of RelPosBias, RelPosBiasTf or RelPosMlp."""
+    if bias is None:
+        return None
+    name, own = class_name(bias), tensor_names(bias)
+    if getattr(bias, "prefix_tokens", 0):
+        raise NotCovered("relative position bias with prefix tokens")
+    if name == "RelPosBiasTf" and own == {_TABLE, "height_lookup", "width_lookup"}:
+        return bias.relative_position_bias_table
+    window = tuple(bias.window_size)
+    if name == "RelPosBias" and own == {_TABLE, "relative_position_index"}:
+        return read_swin_table(bias.relative_position_bias_table, window)
+    if name == "RelPosMlp" and own == {"rel_coords_log", "relative_position_index"}:
+        table = bias.bias_act(bias.mlp(bias.rel_coords_log).view(-1, bias.num_heads))
+        return read_swin_table(table if bias.bias_gain is None else bias.bias_gain * table, window)
+    raise NotCovered(f"relative position bias {name}")
+
+
+def _read_attention(
+    attention: Any, window: tuple[int, int] | None = None, partition: Any = "window"
+) -> AttentionReading:
+    refuse_dropout(attention.attn_drop, "the attention weights")
+    description = WindowAttentionDescription(
+        attention.num_heads,
+        attention.dim_head,
+        window,
+        None if attention.fused_attn else attention.scale,
+        "heads_qkv" if attention.head_first else "qkv_heads",
+        partition,
+    )
+    return AttentionReading(description, _read_table(attention.rel_pos))
+
+
+def _check_bias(attention: Any, size: tuple[int, int], shared: Tensor | None) -> None:
+    """The cases in which timm adds another bias, or the same one to another arrangement."""
+    if shared is not None:
+        raise NotCovered("shared_rel_pos")
+    if attention.rel_pos is not None and tuple(attention.rel_pos.window_size) != tuple(size):
+        raise NotCovered(f"a map of {tuple(size)}: another one than the bias table is for")
+
+
+class _Attention(AttentionAdapter):
+    implementation = "timm"
+    children = ("qkv", "attn_drop", "proj", "proj_drop")
+    optional = ("rel_pos",)
+    leaves = "shared_rel_pos; in training: attention dropout"
+
+    def consumed(self, module: Any) -> Iterable[nn.Module]:
+        return [child for child in (module.attn_drop, module.rel_pos) if child is not None]
+
+    def read(self, module: Any) -> AttentionReading:
+        return _read_attention(module)
+
+    def _example_size(self, module: Any) -> tuple[int, int]:
+        return (3, 4) if module.rel_pos is None else tuple(module.rel_pos.window_size)
+
+
+class Attention2d(_Attention):
+    class_name = "Attention2d"
+    covers = "maps [B, C, H, W]; RelPosBias, RelPosBiasTf, RelPosMlp or no bias"
+
+    def compute(
+        self,
+        module: Any,
+        attention: AttentionReading,
+        *inputs: Any,
+        shared_rel_pos: Tensor | None = None,
+    ) -> Tensor:
+        x, *rest = inputs
+        _check_bias(module, x.shape[2:], rest[0] if rest else shared_rel_pos)
+        rows = attention.attend(module.qkv(x).permute(0, 2, 3, 1))
+        return module.proj_drop(module.proj(rows.permute(0, 3, 1, 2)))
+
+    def example(self, module: Any) -> tuple[Tensor, ...]:
+        height, width = self._example_size(module)
+        return (torch.randn(2, module.qkv.in_channels, height, width, dtype=torch.float64),)
+
+
+class AttentionCl(_Attention):
+    class_name = "AttentionCl"
+    covers = "windows [B, H, W, C]; RelPosBias, RelPosBiasTf, RelPosMlp or no bias"
+
+    def compute(
+        self,
+        module: Any,
+        attention: AttentionReading,
+        *inputs: Any,
+        shared_rel_pos: Tensor | None = None,
+    ) -> Tensor:
+        x, *rest = inputs
+        if x.dim() != 4:
+            raise NotCovered(f"an input of {x.dim()} dimensions")
+        _check_bias(module, x.shape[1:3], rest[0] if rest else shared_rel_pos)
+        return module.proj_drop(module.proj(attention.attend(module.qkv(x))))
+
+    def example(self, module: Any) -> tuple[Tensor, ...]:
+        height, width = self._example_size(module)
+        return (torch.randn(2, height, width, module.qkv.in_features, dtype=torch.float64),)
+
+
+class _PartitionAttention(AttentionAdapter):
+    """The block's attention without cutting the map into windows and back."""
+
+    implementation = "timm"
+    children = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
+    method = "_partition_attn"
+    attention: Adapter
+    covers = "window and grid partition, without copies"
+    leaves = "as its attention; projection dropout (then only its attention is fused)"
+
+    def consumed(self, module: Any) -> Iterable[nn.Module]:
+        return [module.attn, *self.attention.consumed(module.attn)]
+
+    def read(self, module: Any) -> AttentionReading:
+        if class_name(module.attn) != self.attention.class_name:
+            raise NotCovered(f"attention {class_name(module.attn)}")
+        self.attention.check_structure(module.attn)
+        if getattr(module.attn.proj_drop, "p", 0.0) > 0:
+            raise NotCovered("projection dropout, drawn window by window")
+        window = tuple(module.partition_size)
+        _check_bias(module.attn, window, None)
+        return _read_attention(module.attn, window, "window" if module.partition_block else "grid")
+
+    def _check_map(self, attention: AttentionReading, height: int, width: int) -> None:
+        window = attention.description.window_size
+        assert window is not None
+        if height % window[0] or width % window[1]:
+            raise NotCovered(f"a map of {height} x {width}, which windows {window} do not divide")
+
+
+class PartitionAttentionCl(_PartitionAttention):
+    class_name = "PartitionAttentionCl"
+    attention = AttentionCl()
+
+    def compute(
+        self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any
+    ) -> Tensor:
+        (x,) = inputs
+        self._check_map(attention, x.shape[1], x.shape[2])
+        inner = module.attn
+        return inner.proj_drop(inner.proj(attention.attend(inner.qkv(x))))
+
+    def example(self, module: Any) -> tuple[Tensor, ...]:
+        height, width = module.partition_size
+        channels = module.attn.qkv.in_features
+        return (torch.randn(1, 2 * height, 3 * width, channels, dtype=torch.float64),)
+
+
+class PartitionAttention2d(_PartitionAttention):
+    class_name = "PartitionAttention2d"
+    attention = Attention2d()
+
+    def compute(
+        self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any
+    ) -> Tensor:
+        (x,) = inputs
+        self._check_map(attention, x.shape[2], x.shape[3])
+        inner = module.attn
+        rows = attention.attend(inner.qkv(x).permute(0, 2, 3, 1))
+        return inner.proj_drop(inner.proj(rows.permute(0, 3, 1, 2)))
+
+    def example(self, module: Any) -> tuple[Tensor, ...]:
+        height, width = module.partition_size
+        channels = module.attn.qkv.in_channels
+        return (torch.randn(1, channels, 2 * height, 3 * width, dtype=torch.float64),)
+
+
+ADAPTERS = (
+    MbConvBlock(),
+    PartitionAttentionCl(),
+    PartitionAttention2d(),
+    Attention2d(),
+    AttentionCl(),
+)

@@ -1,0 +1,163 @@
+"""torchvision's MaxViT (torchvision/models/maxvit.py)."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moat_kernels.adapters.base import (
+    AttentionAdapter,
+    AttentionReading,
+    Bottleneck,
+    MBConvAdapter,
+)
+from moat_kernels.adapters.reading import (
+    NotCovered,
+    child_names,
+    class_name,
+    read_bottleneck,
+    read_drop_path,
+    read_gate,
+    read_swin_table,
+)
+from moat_kernels.ops.window_attention import WindowAttentionDescription
+
+
+class MBConv(MBConvAdapter):
+    implementation = "torchvision"
+    class_name = "MBConv"
+    children = ("proj", "stochastic_depth", "layers")
+    covers = "everything that MaxVit builds"
+    leaves = "stochastic depth by batch"
+
+    def recognises(self, module: nn.Module) -> bool:
+        layers = {"pre_norm", "conv_a", "conv_b", "squeeze_excitation", "conv_c"}
+        return super().recognises(module) and child_names(module.layers) == layers  # type: ignore[arg-type]
+
+    def read(self, block: Any) -> Bottleneck:
+        layers, gate = block.layers, block.layers.squeeze_excitation
+        first, second = layers.conv_a, layers.conv_b
+        for part in (first, second):
+            if child_names(part) != {"0", "1", "2"}:
+                raise NotCovered("a convolution that is not convolution, norm, activation")
+        if class_name(gate) != "SqueezeExcitation":
+            raise NotCovered(f"channel attention {class_name(gate)}")
+        pool = shortcut = None
+        if class_name(block.proj) == "Sequential":
+            *pools, shortcut = block.proj
+            if len(pools) > 1:
+                raise NotCovered("a shortcut of unknown structure")
+            pool = pools[0] if pools else None
+        elif class_name(block.proj) != "Identity":
+            raise NotCovered(f"{class_name(block.proj)} as shortcut")
+        return read_bottleneck(
+            pre_norm=layers.pre_norm,
+            expand=first[0],
+            expand_norm=first[1],
+            expand_activation=first[2],
+            depthwise=second[0],
+            depthwise_norm=second[1],
+            depthwise_activation=second[2],
+            gate=read_gate(gate.fc1, gate.activation, gate.fc2, gate.scale_activation),
+            project=layers.conv_c,
+            pool=pool,
+            shortcut=shortcut,
+            drop_path=read_drop_path(block.stochastic_depth),
+        )
+
+
+class RelativePositionalMultiHeadAttention(AttentionAdapter):
+    implementation = "torchvision"
+    class_name = "RelativePositionalMultiHeadAttention"
+    children = ("to_qkv", "merge")
+    tensors = ("relative_position_bias_table", "relative_position_index")
+    covers = "everything that MaxVit builds"
+
+    def consumed(self, module: nn.Module) -> Iterable[nn.Module]:
+        return []
+
+    def read(self, module: Any) -> AttentionReading:
+        window = (module.size, module.size)
+        description = WindowAttentionDescription(
+            module.n_heads, module.head_dim, None, float(module.scale_factor)
+        )
+        table = read_swin_table(module.relative_position_bias_table, window)
+        return AttentionReading(description, table)
+
+    def compute(
+        self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any
+    ) -> Tensor:
+        (x,) = inputs  # [B, windows, tokens, C]
+        qkv = module.to_qkv(x).flatten(0, 1).unflatten(1, (module.size, module.size))
+        return module.merge(attention.attend(qkv).view(*x.shape[:3], -1))
+
+    def example(self, module: Any) -> tuple[Tensor, ...]:
+        channels = module.to_qkv.in_features
+        return (torch.randn(1, 2, module.max_seq_len, channels, dtype=torch.float64),)
+
+
+class PartitionAttentionLayer(AttentionAdapter):
+    """The whole layer, without cutting the map into windows and back."""
+
+    implementation = "torchvision"
+    class_name = "PartitionAttentionLayer"
+    children = (
+        *("partition_op", "departition_op", "partition_swap", "departition_swap"),
+        *("attn_layer", "mlp_layer", "stochastic_dropout"),
+    )
+    covers = "window and grid partition, without copies"
+    leaves = "dropout in attn_layer or mlp_layer (then only its attention is fused)"
+    attention = RelativePositionalMultiHeadAttention()
+
+    def consumed(self, module: Any) -> Iterable[nn.Module]:
+        partition = (module.partition_op, module.partition_swap)
+        reverse = (module.departition_op, module.departition_swap)
+        return [*partition, *reverse, module.attn_layer, module.attn_layer[1]]
+
+    def read(self, module: Any) -> AttentionReading:
+        for layers in (module.attn_layer, module.mlp_layer):
+            for dropout in layers:
+                if getattr(dropout, "p", 0.0) > 0:
+                    raise NotCovered("dropout, drawn window by window")
+        inner = module.attn_layer[1]
+        if len(module.attn_layer) != 3 or class_name(inner) != self.attention.class_name:
+            raise NotCovered("attention of unknown structure")
+        self.attention.check_structure(inner)
+        reading = self.attention.read(inner)
+        description = WindowAttentionDescription(
+            inner.n_heads,
+            inner.head_dim,
+            (inner.size, inner.size),
+            float(inner.scale_factor),
+            partition="grid" if module.partition_type == "grid" else "window",
+        )
+        return AttentionReading(description, reading.bias_table)
+
+    def compute(
+        self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any
+    ) -> Tensor:
+        (x,) = inputs
+        height, width = module.grid_size
+        if tuple(x.shape[2:]) != (height, width) or height % module.p or width % module.p:
+            raise NotCovered(f"a map of {tuple(x.shape[2:])}, not the layer's {module.grid_size}")
+        norm, inner, dropout = module.attn_layer
+        tokens = (module.p, module.p)
+        if module.partition_type == "grid":
+            tokens = (height // module.p, width // module.p)
+        if tokens != (inner.size, inner.size):
+            raise NotCovered(f"windows of {tokens}, not the {inner.size} of the bias table")
+        x = x.permute(0, 2, 3, 1)
+        attended = dropout(inner.merge(attention.attend(inner.to_qkv(norm(x)))))
+        x = x + module.stochastic_dropout(attended)
+        x = x + module.stochastic_dropout(module.mlp_layer(x))
+        return x.permute(0, 3, 1, 2)
+
+    def example(self, module: Any) -> tuple[Tensor, ...]:
+        channels = module.attn_layer[1].to_qkv.in_features
+        return (torch.randn(1, channels, *module.grid_size, dtype=torch.float64),)
+
+
+ADAPTERS = (MBConv(), PartitionAttentionLayer(), RelativePositionalMultiHeadAttention())
