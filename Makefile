@@ -6,6 +6,7 @@ VENV := .venv
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
 EMULATION := $(shell find tests/support/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
 REQUIREMENTS := $(VENV)/.requirements-installed
+PEERS := $(VENV)/.peers-installed
 PACKAGE := $(VENV)/.package-installed
 EXTENSION := moat_kernels/_C.abi3.so
 BUILD_LOG := build/extension.log
@@ -21,10 +22,10 @@ help:
 demo: $(EXTENSION)
 	$(VENV)/bin/python examples/train_classifier.py --blocks both $(ARGS)
 
-test: $(EXTENSION)
+test: $(EXTENSION) $(PEERS)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
-bench: $(EXTENSION)
+bench: $(EXTENSION) $(PEERS)
 	$(VENV)/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
 
 lint: $(REQUIREMENTS)
@@ -54,6 +55,11 @@ $(PACKAGE): $(REQUIREMENTS) pyproject.toml setup.py
 $(REQUIREMENTS): requirements-dev.txt | $(VENV)/bin/python
 	@echo "Installing the packages of requirements-dev.txt into $(VENV) (a minute or two)"
 	@$(VENV)/bin/pip install -q --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(PEERS): requirements-peers.txt $(REQUIREMENTS)
+	@echo "Installing other people's models (requirements-peers.txt) into $(VENV) (seconds)"
+	@$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps -r requirements-peers.txt
 	@touch $@
 
 $(VENV)/bin/python:

@@ -11,6 +11,7 @@ from moat_kernels.adapters.base import Adapter
 from moat_kernels.adapters.fused import FusedModule, fused_class, is_changed, stock_class
 from moat_kernels.adapters.reading import NotCovered, NotCoveredInTraining
 from moat_kernels.adapters.registry import all_adapters
+from moat_kernels.adapters.timm import UNFUSED
 from moat_kernels.adapters.verification import verify
 from moat_kernels.modules import FusedAttention, FusedInvertedBottleneck
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
@@ -148,6 +149,8 @@ class _Fusion:
         """Raise NotCovered for a module that only its name, or its base class, makes look known."""
         if kind is nn.Sequential:
             return
+        if kind.__name__ in UNFUSED:
+            raise NotCovered(UNFUSED[kind.__name__])
         if named:
             raise NotCovered("a class of this name, but of unknown structure")
         for base in kind.__mro__[1:]:

@@ -12,6 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
+from moat_kernels.modules import _HOOKS
 from moat_kernels.normalization import BatchNorm2d
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
@@ -23,7 +24,6 @@ from moat_kernels.ops.mbconv.description import (
 )
 from moat_kernels.ops.spatial import Padding
 
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _ACTIVATIONS = {
     "GELU": "gelu",
     "GELUTanh": "gelu_tanh",
@@ -45,7 +45,7 @@ class NotCoveredInTraining(NotCovered):
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The module's class, without the subclass that parametrizations give it."""
     kind = type(module)
-    return kind.__bases__[0] if hasattr(module, "parametrizations") else kind
+    return kind.__bases__[0] if "parametrizations" in module._modules else kind
 
 
 def class_name(module: nn.Module) -> str:

@@ -248,6 +248,9 @@ class PartitionAttention2d(_PartitionAttention):
         return (torch.randn(1, channels, 2 * height, 3 * width, dtype=torch.float64),)
 
 
+# Blocks of the same models that no op computes.
+UNFUSED = {"ConvNeXtBlock": "its norm is a layer norm, after the depthwise convolution"}
+
 ADAPTERS = (
     MbConvBlock(),
     PartitionAttentionCl(),
