@@ -24,6 +24,7 @@ from moat_kernels.extension import load_extension
 from moat_kernels.functional import (
     MBConvDescription,
     MBConvParameters,
+    Norm,
     Pool,
     SqueezeExcite,
     mbconv,
@@ -247,15 +248,25 @@ def check_training(x: Tensor, case: Case, training: bool = True, **options) -> N
             assert_close(actual[name], value, tolerance[torch.float32], name)
 
 
-TRAINED = {name: case for name, case in COVERED.items() if case.description.project_norm is None}
-
-
 @pytest.mark.parametrize("recompute", ["none", "expand", "block"])
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
-@pytest.mark.parametrize("case", TRAINED.values(), ids=TRAINED)
+@pytest.mark.parametrize("case", COVERED.values(), ids=COVERED)
 def test_gradients_of_every_covered_choice(case: Case, training: bool, recompute: str) -> None:
     x = torch.randn(3, case.in_channels, 7, 6) + 1
     check_training(x, case, training, recompute=recompute)
+
+
+@pytest.mark.parametrize("recompute", ["none", "expand", "block"])
+@pytest.mark.parametrize("frozen", [True, False])
+def test_gradients_of_a_norm_after_a_strided_block(frozen: bool, recompute: str) -> None:
+    description = MBConvDescription(
+        stride=2,
+        pool=Pool(kernel_size=3),
+        squeeze_excite=SqueezeExcite(),
+        project_norm=Norm(eps=1e-5, momentum=0.1, unbiased=True, frozen=frozen),
+    )
+    case = Case(description, out_channels=8, shortcut_conv=True)
+    check_training(torch.randn(3, 6, 7, 6) + 1, case, recompute=recompute)
 
 
 # A single channel is left out: behind a batch norm its weight's gradient is but a trace of eps.
@@ -359,7 +370,11 @@ def test_what_is_not_covered_falls_back_in_silence_unless_asked_for() -> None:
         mbconv(x, parameters, MBConvDescription(), training=True)
 
 
-@pytest.mark.parametrize("description", [MBConvDescription(), GATED], ids=["plain", "se"])
+@pytest.mark.parametrize(
+    "description",
+    [MBConvDescription(), GATED, MBConvDescription(project_norm=Norm())],
+    ids=["plain", "se", "project_norm"],
+)
 def test_fake_results_have_the_shapes_of_real_ones(description: MBConvDescription) -> None:
     """torch.compile sees the kernels through their fakes."""
     case = Case(description, wide_channels=70)

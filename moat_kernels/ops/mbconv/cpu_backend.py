@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moat_kernels.ops.autocast import autocast_dtype
-from moat_kernels.ops.mbconv import cpu_training
+from moat_kernels.ops.mbconv import cpu_project_norm, cpu_training
 from moat_kernels.ops.mbconv.cpu_fakes import register_fakes
 from moat_kernels.ops.mbconv.cpu_training import KERNEL_SIZE
 from moat_kernels.ops.mbconv.description import (
@@ -65,8 +65,6 @@ def _unsupported_in_training(
         return "training in another dtype than float32"
     if autocast_dtype(x) is not None:
         return "training under autocast"
-    if description.project_norm is not None:
-        return "training with a project_norm"
     if x.shape[0] == 0:
         return "training with an empty batch"
     return ""
@@ -101,7 +99,8 @@ def forward(
     """Compute the block; norms are `frozen` where they do not measure the batch."""
     if recompute == "block" and _all_frozen(description):
         return Forward(_evaluate(x, parameters, description, drop_path_scale), {}, [])
-    return cpu_training.forward(x, parameters, description, recompute, _as_float(drop_path_scale))
+    training = cpu_training if description.project_norm is None else cpu_project_norm
+    return training.forward(x, parameters, description, recompute, _as_float(drop_path_scale))
 
 
 def backward(
@@ -115,7 +114,8 @@ def backward(
     needed: frozenset[str],
 ) -> dict[str, Tensor]:
     """Gradients by name, of "x" and of the parameters in `needed`."""
-    return cpu_training.backward(
+    training = cpu_training if description.project_norm is None else cpu_project_norm
+    return training.backward(
         grad, x, parameters, description, _as_float(drop_path_scale), saved, needed
     )
 
