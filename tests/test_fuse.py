@@ -97,13 +97,6 @@ def test_every_level_of_recompute(recompute: str) -> None:
     check_same(run(fused, x, training=True), run(stock, x, training=True))
 
 
-def test_random_numbers_are_not_consumed() -> None:
-    model = make_model()
-    state = torch.get_rng_state()
-    mk.fuse(model)
-    assert torch.equal(torch.get_rng_state(), state)
-
-
 @pytest.mark.parametrize("training", [True, False])
 def test_copies_and_pickles_stay_fused(training: bool) -> None:
     model, x = make_model(), make_input()
@@ -234,20 +227,6 @@ def test_norms_that_are_frozen_cumulative_or_without_statistics() -> None:
     check_same(run(block, x, training=True), run(stock, x, training=True))
 
 
-def test_changed_copies_of_known_code_are_left_alone() -> None:
-    """The same names and structure, other arithmetic: found by trying it out."""
-
-    class MBConv(nn.Module):
-        def forward(self, x: Tensor) -> Tensor:
-            return changzy00.MBConv.forward(self, 1.01 * x)
-
-    block = make_block()
-    block.__class__ = MBConv
-    reason = "its results differ from those of the code that its names are known from"
-    assert mk.fuse(block).skipped[0].reason == reason
-    assert type(block) is MBConv
-
-
 def test_subclasses_and_strangers_of_the_same_name_are_left_alone() -> None:
     class WithNoise(changzy00.MBConv):
         pass
@@ -255,12 +234,6 @@ def test_subclasses_and_strangers_of_the_same_name_are_left_alone() -> None:
     assert mk.fuse(WithNoise(16, 16)).skipped[0].reason == "a subclass of MBConv"
     stranger = type("MbConvBlock", (nn.Sequential,), {})(nn.Conv2d(3, 3, 1))
     assert mk.fuse(stranger).skipped[0].reason == "a class of this name, but of unknown structure"
-
-
-def test_weights_on_the_meta_device_are_left_alone() -> None:
-    with torch.device("meta"):
-        block = changzy00.MBConv(16, 16)
-    assert "meta device" in mk.fuse(block).skipped[0].reason
 
 
 def test_our_own_blocks() -> None:
@@ -341,12 +314,6 @@ def test_a_class_changed_after_fusing_is_not_undone() -> None:
     reason = "it was fused, and became a FSDPMBConv since"
     assert mk.fuse(model, recompute="block").skipped[0].reason == reason
     assert type(block) is kind
-
-
-def test_what_cannot_be_tried_out_is_left_alone() -> None:
-    block = make_block()
-    block.conv3 = nn.Conv2d(16, 16, 1).double()  # takes 64 channels
-    assert mk.fuse(block).skipped[0].reason.startswith("trying it out failed: ")
 
 
 def test_what_can_no_longer_be_fused_is_stock_after_fusing_again() -> None:

@@ -78,7 +78,7 @@ def refuse_dropout(dropout: nn.Module, what: str) -> None:
     if class_name(dropout) == "Identity":
         return
     if class_name(dropout) != "Dropout" or not isinstance(dropout, nn.Dropout):
-        raise NotCovered(f"{what} is a {class_name(dropout)}")
+        raise NotCovered(f"{class_name(dropout)} in place of the dropout of {what}")
     if dropout.p > 0 and dropout.training:
         raise NotCoveredInTraining(f"dropout of {what}, p={dropout.p:g}")
 

@@ -13,9 +13,11 @@ from support.tolerances import (
     relative_error,
 )
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moat_kernels import use_backend
 from moat_kernels.functional import MBConvDescription, Norm, mbconv
+from moat_kernels.ops.mbconv import front, torch_backend
 from moat_kernels.ops.mbconv.folding import covariance, projected_variance
 
 CASE = Case(in_channels=8, wide_channels=32, out_channels=8, biases=False)
@@ -102,3 +104,48 @@ def test_covariance_of_shifted_rows() -> None:
     weight = torch.randn(9, 6, dtype=torch.float64)
     expected = (rows @ weight.t()).var(0, correction=0)
     torch.testing.assert_close(projected_variance(weight, matrix), expected)
+
+
+@pytest.mark.parametrize("biases", [True, False])
+@pytest.mark.parametrize("expand_norm", [Norm(1e-2), None], ids=["norm", "no norm"])
+def test_what_follows_the_depthwise_stage_linearly_is_one_product(expand_norm, biases) -> None:
+    """Depthwise first, no second activation, eval: no tensor is wider than x."""
+    description = MBConvDescription(
+        order="depthwise_first", expand_activation="identity", expand_norm=expand_norm
+    )
+    case = Case(description, in_channels=8, wide_channels=32, out_channels=8, biases=biases)
+    x, parameters = shifted(1.0), make_parameters(case)
+    widths = set()
+
+    class Recorder(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if isinstance(result, Tensor):
+                widths.add(result.numel() / x.numel())
+            return result
+
+    with torch.no_grad(), use_backend("reference"):
+        expected = mbconv(x, parameters, description)
+    resolved = front.resolve_frozen(description, parameters, training=False)
+    with torch.no_grad(), Recorder():
+        actual = torch_backend.forward(x, parameters, resolved, "block", None).output
+    assert relative_error(actual, expected) < 1e-12
+    assert max(widths) == 1
+
+
+def test_weights_are_joined_only_for_rows_enough() -> None:
+    parameters = make_parameters(Case(wide_channels=24))
+    assert not torch_backend.joining_pays(3, parameters)
+    assert torch_backend.joining_pays(4, parameters)  # (24 + 4) * 36 < 4 * 24 * 12
+
+
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_gradients_of_one_product_are_those_of_its_parts(recompute: str) -> None:
+    description = MBConvDescription(order="depthwise_first", expand_activation="identity")
+    x, parameters = shifted(1.0), make_parameters(Case(description, 8, 32, 8))
+    with use_backend("reference"):
+        expected = run(x, parameters, description)
+    with use_backend("torch"):
+        actual = run(x, parameters, description, recompute=recompute)
+    for name, value in expected.items():
+        assert relative_error(actual[name], value) < 1e-9, name

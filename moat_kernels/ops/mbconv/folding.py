@@ -260,6 +260,26 @@ class FoldedExpand(Stage):
         return moments
 
 
+def joined_pointwise(
+    parameters: MBConvParameters, expand_norm: Norm | None
+) -> tuple[Tensor, Tensor]:
+    """Weight [C_out, C_in] and bias of expand, expand_norm (frozen, if any) and project in one."""
+    expand, project = parameters.expand_weight.flatten(1), parameters.project_weight.flatten(1)
+    dtype = statistics_dtype(expand.dtype)
+    expand, wide_project = expand.to(dtype), project.to(dtype)
+    shift = expand.new_zeros(expand.shape[0])
+    if parameters.expand_bias is not None:
+        shift = parameters.expand_bias.to(dtype)
+    if expand_norm is not None:
+        mean, variance = running_moments(parameters.expand_norm, dtype)
+        scale, bias = _affine(parameters.expand_norm, torch.rsqrt(variance + expand_norm.eps))
+        expand, shift = scale[:, None] * expand, (shift - mean) * scale + bias
+    bias = wide_project @ shift
+    if parameters.project_bias is not None:
+        bias = bias + parameters.project_bias
+    return (wide_project @ expand).to(project.dtype), bias.to(project.dtype)
+
+
 def _affine(parameters: NormParameters, inverse_std: Tensor) -> tuple[Tensor, Tensor]:
     """(weight / std, bias) of a norm, in the dtype of `inverse_std`."""
     scale, shift = inverse_std, torch.zeros_like(inverse_std)

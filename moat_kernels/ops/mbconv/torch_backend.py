@@ -19,11 +19,12 @@ import torch
 from torch import Tensor
 
 from moat_kernels.ops.mbconv.description import (
+    NORMS,
     MBConvDescription,
     MBConvParameters,
     Norm,
 )
-from moat_kernels.ops.mbconv.folding import FoldedExpand
+from moat_kernels.ops.mbconv.folding import FoldedExpand, joined_pointwise
 from moat_kernels.ops.mbconv.stages import (
     Activation,
     BatchNorm,
@@ -200,6 +201,35 @@ def build_bottleneck(
     return Chain(stages, checkpoints[recompute])
 
 
+def is_linear_after_depthwise(description: MBConvDescription) -> bool:
+    """Whether nothing but a linear map, with fixed statistics, follows the depthwise stage."""
+    norms = [getattr(description, name) for name in NORMS]
+    return (
+        description.order == "depthwise_first"
+        and description.expand_activation == "identity"
+        and description.squeeze_excite is None
+        and description.project_norm is None
+        and all(norm is None or norm.frozen for norm in norms)
+    )
+
+
+def joining_pays(rows: int, parameters: MBConvParameters) -> bool:
+    """Whether multiplying the two weights, at every call, costs less than it saves on `rows`."""
+    wide, channels = parameters.expand_weight.shape[:2]
+    out_channels = parameters.project_weight.shape[0]
+    return (wide + rows) * channels * out_channels < rows * wide * (channels + out_channels)
+
+
+def build_joined_bottleneck(parameters: MBConvParameters, description: MBConvDescription) -> Chain:
+    """The same function where `is_linear_after_depthwise`, without a tensor of E channels."""
+    stages = _norm("pre_norm", description.pre_norm, parameters)
+    stages += _activation(description.pre_activation)
+    stages += _depthwise_stages(parameters, description, gated=False)
+    stages += _activation(description.depthwise_activation)
+    stages.append(Linear("joined", *joined_pointwise(parameters, description.expand_norm)))
+    return Chain(stages, [])
+
+
 def build_shortcut(parameters: MBConvParameters, description: MBConvDescription) -> Chain:
     """The stages of the shortcut; none for the identity."""
     stages: list[Stage] = []
@@ -239,7 +269,15 @@ def forward(
     """Compute the block; norms that do not measure the batch are `frozen` in `description`."""
     x = x.contiguous(memory_format=torch.channels_last)
     rows = expand_rows(x, parameters, description)
-    bottleneck = build_bottleneck(parameters, description, rows, recompute)
+    joined = (
+        recompute == "block"
+        and is_linear_after_depthwise(description)
+        and joining_pays(rows, parameters)
+    )
+    if joined:
+        bottleneck = build_joined_bottleneck(parameters, description)
+    else:
+        bottleneck = build_bottleneck(parameters, description, rows, recompute)
     output, saved = bottleneck.forward(x)
     if description.residual:
         shortcut, _ = build_shortcut(parameters, description).forward(x)
@@ -249,7 +287,9 @@ def forward(
     moments: dict[str, tuple[Tensor, ...]] = {}
     for stage in bottleneck.stages:
         moments.update(stage.batch_moments())
-    return Forward(output, moments, [*bottleneck.statistics, *saved])
+    # Fixed statistics need not be saved: the backward pass takes the running ones again.
+    statistics = [] if joined else bottleneck.statistics
+    return Forward(output, moments, [*statistics, *saved])
 
 
 def backward(
