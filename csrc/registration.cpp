@@ -21,41 +21,30 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
       "cpu_mbconv_eval(Tensor x, Tensor?[] convolutions, Tensor?[] norms, float[] eps, "
       "Tensor? drop_path_scale, int stride, int[] padding, str[] activations, bool residual, "
       "str pool_kind, int[] pool, ScalarType dtype) -> Tensor");
-  // The passes of training; csrc/cpu/kernels/mbconv_train.h says what each computes.
-  const std::string settings = ", int[] geometry, str[] activations) -> ";
+  // Training; csrc/cpu/mbconv_train.h says what the settings hold, mbconv_train*.cpp what each op
+  // computes.
+  const std::string settings =
+      ", Tensor?[] weights, Tensor?[] norms, float[] eps, int[] modes, int[] geometry, "
+      "str[] activations) -> ";
   const auto define = [&](const std::string& arguments, const std::string& results) {
     library.def((arguments + settings + results).c_str());
   };
-  library.def("cpu_mbconv_moments(Tensor x) -> Tensor");
-  library.def("cpu_mbconv_rows(Tensor x, Tensor? shift, Tensor? scale) -> Tensor");
-  define("cpu_mbconv_expand(Tensor rows, Tensor weight, bool measures", "(Tensor, Tensor)");
-  define("cpu_mbconv_depthwise(Tensor z1, Tensor coefficients, Tensor weights, bool measures",
-         "(Tensor, Tensor)");
-  define("cpu_mbconv_pool(Tensor z2, Tensor coefficients", "Tensor");
+  define("cpu_mbconv_train_front(Tensor x, Tensor? statistics, bool keep_z1, ScalarType dtype",
+         "(Tensor, Tensor, Tensor, Tensor)");
+  define("cpu_mbconv_train_pool(Tensor z2, Tensor statistics", "Tensor");
   define(
-      "cpu_mbconv_project(Tensor z2, Tensor coefficients, Tensor? gate, Tensor weight, "
-      "Tensor? bias, Tensor? drop_path_scale, Tensor? addend",
+      "cpu_mbconv_train_project(Tensor z2, Tensor statistics, Tensor? gate, "
+      "Tensor? drop_path_scale, Tensor? addend",
       "Tensor");
   define(
-      "cpu_mbconv_backward_project(Tensor grad_rows, Tensor z2, Tensor coefficients, "
-      "Tensor? gate, Tensor weight",
+      "cpu_mbconv_train_backward_gated(Tensor grad, Tensor z2, Tensor statistics, Tensor gate, "
+      "Tensor? drop_path_scale",
       "(Tensor, Tensor, Tensor, Tensor)");
   define(
-      "cpu_mbconv_backward_gate(Tensor(a!) dy2, Tensor z2, Tensor coefficients, Tensor gate, "
-      "Tensor grad_mean",
-      "Tensor");
-  define(
-      "cpu_mbconv_backward_depthwise(Tensor dy2, Tensor z2, Tensor z1, Tensor coefficients, "
-      "Tensor weights",
-      "(Tensor, Tensor, Tensor)");
-  define(
-      "cpu_mbconv_backward_expand_weight(Tensor dpre, Tensor z1, Tensor coefficients, "
-      "Tensor rows",
-      "Tensor");
-  define(
-      "cpu_mbconv_backward_expand_input(Tensor dpre, Tensor z1, Tensor coefficients, "
-      "Tensor weight, Tensor rows, Tensor factor, Tensor offset, Tensor? addend",
-      "Tensor");
+      "cpu_mbconv_train_backward(Tensor grad, Tensor x, Tensor? z1, Tensor? z2, "
+      "Tensor(a!)? gated_gradient, Tensor? gate, Tensor? grad_mean, Tensor? statistics, "
+      "Tensor? drop_path_scale, Tensor? addend, bool needs_input",
+      "Tensor[]");
   // -> (output, log_sum_exp [B, heads, H, W]) and (gradient of qkv, gradient of bias_table as a
   // flat tensor, empty if not needed). heads_first: the channels are (heads, 3, head_dim).
   library.def(

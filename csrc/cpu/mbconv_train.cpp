@@ -1,413 +1,378 @@
-// The ops of training: how each pass is divided among threads. All divisions depend on the shape
-// only, and partial sums are added in the order of their index, so results do not depend on the
-// number of threads.
+// Training: what the ops share, and the ops of the forward pass.
 
-#include "cpu/kernels/mbconv_train.h"
+#include "cpu/mbconv_train.h"
 
 #include <torch/csrc/stable/library.h>
 
-#include <algorithm>
 #include <tuple>
 
-#include "cpu/parallel.h"
-#include "cpu/tensors.h"
-
 namespace moat_kernels::cpu {
+
 namespace {
 
-using Geometry = std::vector<int64_t>;
-using Names = std::vector<std::string>;
+// Sums of squares and products come in as many parts, for as many threads.
+constexpr int64_t kParts = 16;
 
-// geometry: batch, height, width, out height, out width, stride, top, left, C_in, E, C_out.
-// activations: expand, depthwise.
-TrainShape read_shape(const Geometry& geometry, const Names& activations) {
-  STD_TORCH_CHECK(geometry.size() == 11 && activations.size() == 2,
-                  "mbconv: wrong number of settings");
-  TrainShape shape;
-  shape.images = geometry[0];
-  shape.height = geometry[1];
-  shape.width = geometry[2];
-  shape.out_height = geometry[3];
-  shape.out_width = geometry[4];
-  shape.stride = geometry[5];
-  shape.top = geometry[6];
-  shape.left = geometry[7];
-  shape.in_channels = geometry[8];
-  shape.wide_channels = geometry[9];
-  shape.out_channels = geometry[10];
-  shape.expand_activation = parse_activation(activations[0]);
-  shape.depthwise_activation = parse_activation(activations[1]);
-  STD_TORCH_CHECK(shape.stride == 1 || shape.stride == 2, "stride must be 1 or 2");
-  return shape;
+NormTensors read_train_norm(const char* name, const TrainSettings& settings, int64_t index,
+                            int64_t channels) {
+  NormTensors norm;
+  STD_TORCH_CHECK(settings.modes[index] >= 0 && settings.modes[index] <= 2, name,
+                  ": unknown mode ", settings.modes[index]);
+  norm.mode = static_cast<NormMode>(settings.modes[index]);
+  norm.weight = float_data(name, settings.norms[4 * index], channels);
+  norm.bias = float_data(name, settings.norms[4 * index + 1], channels);
+  norm.mean = float_data(name, settings.norms[4 * index + 2], channels);
+  norm.variance = float_data(name, settings.norms[4 * index + 3], channels);
+  norm.eps = settings.eps[index];
+  STD_TORCH_CHECK(norm.mode != NormMode::frozen || (norm.mean && norm.variance), name,
+                  " is frozen but has no running statistics");
+  return norm;
 }
 
-int64_t panelled(int64_t columns) { return MOAT_KERNELS_DISPATCH(train_panelled)(columns); }
-
-Tensor doubles(const Tensor& like, std::vector<int64_t> sizes) {
-  return torch::stable::new_zeros(like, sizes, ScalarType::Double);
+TrainSettings checked(const TrainSettings& settings) {
+  STD_TORCH_CHECK(settings.weights.size() == kTrainWeights &&
+                      settings.norms.size() == 4 * kTrainNorms &&
+                      settings.eps.size() == kTrainNorms && settings.modes.size() == kTrainNorms,
+                  "mbconv: wrong number of tensors or settings");
+  return settings;
 }
+
+void store_scale(const Affine& affine, int64_t channel, std::vector<float>& scale,
+                 std::vector<float>& shift) {
+  scale[channel] = static_cast<float>(affine.scale(channel));
+  shift[channel] = static_cast<float>(affine.shift(channel));
+}
+
+Blocks all_blocks(const TrainShape& shape) { return {0, shape.blocks()}; }
+
+int64_t last_channel(const TrainShape& shape, const Blocks& blocks) {
+  return std::min(blocks.last * kWideChannels, shape.wide_channels);
+}
+
+}  // namespace
+
+TrainCall::TrainCall(const Tensor& like, const TrainSettings& settings)
+    : like(like),
+      shape(read_shape(settings.geometry, settings.activations)),
+      workers(thread_count()),
+      waves(wave_count(shape)),
+      norms{read_train_norm("pre_norm", checked(settings), kPreNorm, shape.in_channels),
+            read_train_norm("expand_norm", settings, kExpandNorm, shape.wide_channels),
+            read_train_norm("depthwise_norm", settings, kDepthwiseNorm, shape.wide_channels)},
+      pre(norms[kPreNorm], shape.in_channels),
+      expand_affine(norms[kExpandNorm], shape.wide_channels),
+      depthwise_affine(norms[kDepthwiseNorm], shape.wide_channels),
+      mean(shape.in_channels),
+      pre_scale(shape.in_channels),
+      pre_shift(shape.in_channels),
+      expand_constant(shape.wide_channels),
+      taps(9 * shape.padded_wide()),
+      scratch_size_(MOAT_KERNELS_DISPATCH(train_scratch)(shape)),
+      scratch_(float_buffer(like, workers * scratch_size_)),
+      expand_scale_(shape.padded_wide()),
+      expand_shift_(shape.padded_wide()),
+      depthwise_scale_(shape.padded_wide()),
+      depthwise_shift_(shape.padded_wide()) {
+  const int64_t sizes[kTrainWeights] = {shape.wide_channels * shape.in_channels,
+                                        shape.wide_channels * 9,
+                                        shape.out_channels * shape.wide_channels,
+                                        shape.wide_channels,
+                                        shape.wide_channels,
+                                        shape.out_channels};
+  for (int64_t index = 0; index < kTrainWeights; ++index) {
+    weights_[index] = float_data("weights", settings.weights[index], sizes[index]);
+  }
+  for (int64_t channel = 0; channel < shape.wide_channels; ++channel) {
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      taps[tap * shape.padded_wide() + channel] = weights_[kTrainDepthwise][channel * 9 + tap];
+    }
+  }
+}
+
+Tensor TrainCall::wide_tensor(int64_t pixels, ScalarType type) const {
+  return with_huge_pages(torch::stable::new_empty(
+      like, {shape.images, shape.blocks(), pixels, kWideChannels}, type));
+}
+
+Wide TrainCall::wide_of(const char* name, const Tensor& tensor, int64_t pixels) const {
+  STD_TORCH_CHECK(tensor.is_contiguous() &&
+                      tensor.numel() == shape.images * shape.padded_wide() * pixels,
+                  name, " must be contiguous with ", shape.images * shape.padded_wide() * pixels,
+                  " elements, got ", tensor.numel());
+  return {tensor.mutable_data_ptr(), element_type(name, tensor.scalar_type()), shape.blocks(), 0};
+}
+
+Tensor TrainCall::wave_buffer(int64_t pixels) const {
+  return float_buffer(like, shape.images * widest_wave(shape, waves) * pixels * kWideChannels);
+}
+
+Wide TrainCall::wave_of(const Tensor& buffer, const Blocks& blocks) const {
+  return {data_of(buffer), ElementType::float32, blocks.last - blocks.first, blocks.first};
+}
+
+Tensor TrainCall::make_rows(const Tensor& maps, int64_t pixels, int64_t channels,
+                            const float* shift, const float* scales, float* sums) const {
+  const float* data = float_data("maps", maps, shape.images * pixels * channels);
+  const int64_t columns = panelled(channels);
+  const Tensor result = float_buffer(like, shape.images * pixels * columns);
+  const int64_t strips = strip_count(pixels);
+  std::vector<double> parts(sums ? shape.images * strips * channels : 0);
+  const auto convert = MOAT_KERNELS_DISPATCH(train_rows);
+  for_each_task(shape.images * strips, workers, [&](int64_t index, int64_t) {
+    const PixelRange range = strip_at(index, pixels);
+    const int64_t first = range.image * pixels + range.first;
+    convert(data + first * channels, range.last - range.first, channels, shift,
+            scales ? scales[range.image] : 1.0f, data_of(result) + first * columns,
+            sums ? parts.data() + index * channels : nullptr);
+  });
+  for (int64_t channel = 0; sums && channel < channels; ++channel) {
+    double total = 0.0;
+    for (int64_t index = 0; index < shape.images * strips; ++index) {
+      total += parts[index * channels + channel];
+    }
+    sums[channel] = static_cast<float>(total);
+  }
+  return result;
+}
+
+// The mean over all images, and the biased variance, from each image's mean and deviations [B][2].
+std::pair<double, double> merge_moments(const double* moments, int64_t images, int64_t stride,
+                                        int64_t pixels) {
+  double mean = 0.0;
+  for (int64_t image = 0; image < images; ++image) mean += moments[image * 2 * stride];
+  mean /= static_cast<double>(images);
+  double total = 0.0;
+  for (int64_t image = 0; image < images; ++image) {
+    const double offset = moments[image * 2 * stride] - mean;
+    total += moments[(image * 2 + 1) * stride] + static_cast<double>(pixels) * offset * offset;
+  }
+  return {mean, total / static_cast<double>(images * pixels)};
+}
+
+void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure) {
+  const int64_t channels = shape.in_channels;
+  const int64_t pixels = shape.in_pixels();
+  const float* data = float_data("x", x, shape.images * pixels * channels);
+  double* input = input_statistics(shape, statistics);
+  if (measure) {
+    std::vector<double> moments(shape.images * 2 * channels);
+    const auto compute = MOAT_KERNELS_DISPATCH(train_moments);
+    for_each_task(shape.images, workers, [&](int64_t image, int64_t) {
+      compute(data + image * pixels * channels, pixels, channels,
+              moments.data() + image * 2 * channels);
+    });
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      std::tie(input[channel], input[channels + channel]) =
+          merge_moments(moments.data() + channel, shape.images, channels, pixels);
+    }
+  }
+  for (int64_t channel = 0; channel < channels; ++channel) {
+    // Rows are what a float32 mean leaves, so everything else starts from that, too.
+    mean[channel] = static_cast<float>(input[channel]);
+    pre.fold(channel, 0.0, input[channels + channel], static_cast<double>(mean[channel]));
+    store_scale(pre, channel, pre_scale, pre_shift);
+  }
+  rows = make_rows(x, pixels, channels, mean.data(), nullptr, nullptr);
+  packed_expand_ = float_buffer(like, shape.padded_wide() * channels);
+  const auto pack = MOAT_KERNELS_DISPATCH(train_pack);
+  const auto multiply = MOAT_KERNELS_DISPATCH(train_constants);
+  for_each_task(shape.blocks(), workers, [&](int64_t block, int64_t) {
+    const int64_t first = block * kWideChannels;
+    const int64_t count = std::min(kWideChannels, shape.wide_channels - first);
+    const float* part = weight(kTrainExpand) + first * channels;
+    pack(part, channels, count, channels, pre_scale.data(),
+         data_of(packed_expand_) + first * channels);
+    multiply(part, count, channels, pre_shift.data(), expand_constant.data() + first);
+  });
+  const float* bias = weight(kTrainExpandBias);
+  for (int64_t channel = 0; bias && channel < shape.wide_channels; ++channel) {
+    expand_constant[channel] += static_cast<double>(bias[channel]);
+  }
+}
+
+void TrainCall::expand(const Blocks& blocks, const Wide& z1, double* statistics, bool measure) {
+  measure = measure && expand_affine.measured();
+  const int64_t wide = shape.padded_wide();
+  const int64_t tasks = shape.images * strip_count(shape.in_pixels());
+  const int64_t parts = std::min(tasks, kParts);
+  std::vector<double> sums(measure ? parts * 2 * wide : 0);
+  const auto compute = MOAT_KERNELS_DISPATCH(train_expand);
+  for_each_task(parts, workers, [&](int64_t part, int64_t worker) {
+    for (int64_t task = tasks * part / parts; task < tasks * (part + 1) / parts; ++task) {
+      compute(shape, strip_at(task, shape.in_pixels()), blocks, data_of(rows),
+              data_of(packed_expand_), scratch_of(worker), z1,
+              measure ? sums.data() + part * 2 * wide : nullptr);
+    }
+  });
+  if (!measure) return;
+  double* results = expand_statistics(shape, statistics);
+  const double count = static_cast<double>(shape.images * shape.in_pixels());
+  for (int64_t i = blocks.first * kWideChannels; i < last_channel(shape, blocks); ++i) {
+    double total = 0.0;
+    double squares = 0.0;
+    for (int64_t part = 0; part < parts; ++part) {
+      total += sums[part * 2 * wide + i];
+      squares += sums[(part * 2 + 1) * wide + i];
+    }
+    const double center = total / count;
+    results[i] = center;
+    results[shape.wide_channels + i] = std::max(squares / count - center * center, 0.0);
+  }
+}
+
+void TrainCall::fold_expand(const Blocks& blocks, const double* statistics) {
+  const double* moments = statistics + 2 * shape.in_channels;
+  for (int64_t i = blocks.first * kWideChannels; i < last_channel(shape, blocks); ++i) {
+    expand_affine.fold(i, moments[i], moments[shape.wide_channels + i], expand_constant[i]);
+    store_scale(expand_affine, i, expand_scale_, expand_shift_);
+  }
+}
+
+void TrainCall::depthwise(const Blocks& blocks, const Wide& z1, const Wide& z2,
+                          double* statistics, bool measure) {
+  measure = measure && depthwise_affine.measured();
+  const int64_t wide = shape.padded_wide();
+  std::vector<double> moments(measure ? shape.images * 2 * wide : 0);
+  const auto compute = MOAT_KERNELS_DISPATCH(train_depthwise);
+  for_each_plane(blocks, [&](int64_t image, int64_t block, float* scratch) {
+    compute(shape, image, block, z1, expand_norm(), taps.data(), scratch, z2,
+            measure ? moments.data() + image * 2 * wide : nullptr);
+  });
+  if (!measure) return;
+  double* results = depthwise_statistics(shape, statistics);
+  for (int64_t i = blocks.first * kWideChannels; i < last_channel(shape, blocks); ++i) {
+    std::tie(results[i], results[shape.wide_channels + i]) =
+        merge_moments(moments.data() + i, shape.images, wide, shape.out_pixels());
+  }
+}
+
+void TrainCall::fold_depthwise(const Blocks& blocks, const double* statistics) {
+  const double* moments = statistics + 2 * shape.in_channels + 2 * shape.wide_channels;
+  const float* bias = weight(kTrainDepthwiseBias);
+  for (int64_t i = blocks.first * kWideChannels; i < last_channel(shape, blocks); ++i) {
+    depthwise_affine.fold(i, moments[i], moments[shape.wide_channels + i],
+                          bias ? static_cast<double>(bias[i]) : 0.0);
+    store_scale(depthwise_affine, i, depthwise_scale_, depthwise_shift_);
+  }
+}
+
+namespace {
 
 double* doubles_of(const Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
 
-Tensor wide_tensor(const Tensor& like, const TrainShape& shape, int64_t pixels) {
-  return float_tensor(like, {shape.images, shape.blocks(), pixels, kWideChannels});
+Tensor doubles(const Tensor& like, int64_t count) {
+  return torch::stable::new_zeros(like, {count}, ScalarType::Double);
 }
 
-const float* wide_data(const char* name, const Tensor& tensor, const TrainShape& shape,
-                       int64_t pixels) {
-  return float_data(name, tensor, shape.images * shape.padded_wide() * pixels);
+double* statistics_of(const Tensor& statistics, const TrainCall& call) {
+  STD_TORCH_CHECK(statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous() &&
+                      statistics.numel() == call.statistics_size(),
+                  "statistics must be float64 with ", call.statistics_size(), " elements");
+  return doubles_of(statistics);
 }
 
-// Strips of every image, in order.
-int64_t strip_count(int64_t pixels) { return (pixels + kTrainStripPixels - 1) / kTrainStripPixels; }
-
-PixelRange strip_at(int64_t index, int64_t pixels) {
-  const int64_t strips = strip_count(pixels);
-  const int64_t strip = index % strips;
-  return {index / strips, pixels * strip / strips, pixels * (strip + 1) / strips};
-}
-
-// Passes that sum over all pixels take one block and one group of images at a time.
-int64_t group_count(const TrainShape& shape) {
-  constexpr int64_t kTasks = 16;
-  return std::clamp<int64_t>((kTasks + shape.blocks() - 1) / shape.blocks(), 1, shape.images);
-}
-
-// weight [columns][E], packed by blocks of E as panels of columns.
-Tensor pack_blocks_of_depth(const Tensor& like, const TrainShape& shape, const float* weight,
-                            int64_t columns) {
-  const Tensor packed = float_buffer(like, shape.padded_wide() * panelled(columns));
-  const auto pack = MOAT_KERNELS_DISPATCH(train_pack);
-  for_each_task(shape.blocks(), thread_count(), [&](int64_t block, int64_t) {
-    const int64_t first = block * kWideChannels;
-    pack(weight + first, shape.wide_channels, columns,
-         std::min(kWideChannels, shape.wide_channels - first),
-         data_of(packed) + first * panelled(columns));
-  });
-  return packed;
-}
-
-// weight [E][columns], packed likewise.
-Tensor pack_transposed_blocks(const Tensor& like, const TrainShape& shape, const float* weight,
-                              int64_t columns) {
-  const Tensor packed = float_buffer(like, shape.padded_wide() * panelled(columns));
-  const auto pack = MOAT_KERNELS_DISPATCH(train_pack_transposed);
-  for_each_task(shape.blocks(), thread_count(), [&](int64_t block, int64_t) {
-    const int64_t first = block * kWideChannels;
-    pack(weight + first * columns, columns, columns,
-         std::min(kWideChannels, shape.wide_channels - first),
-         data_of(packed) + first * panelled(columns));
-  });
-  return packed;
-}
-
-// -> each image's mean and sum of squared deviations [B, 2, C]
-Tensor moments(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must be [B, H, W, C]");
-  const int64_t channels = x.size(3);
-  const int64_t pixels = x.size(1) * x.size(2);
-  const float* data = float_data("x", x, x.numel());
-  const Tensor result = doubles(x, {x.size(0), 2, channels});
-  const auto compute = MOAT_KERNELS_DISPATCH(train_moments);
-  for_each_task(x.size(0), thread_count(), [&](int64_t image, int64_t) {
-    compute(data + image * pixels * channels, pixels, channels,
-            doubles_of(result) + image * 2 * channels);
-  });
+// What the running statistics take: `statistics` with the constants that z1 and z2 lack.
+Tensor batch_moments(const TrainCall& call, const double* statistics) {
+  const TrainShape& shape = call.shape;
+  const Tensor result = float_tensor(call.like, {call.statistics_size()});
+  const double* wide = statistics + 2 * shape.in_channels;
+  float* out = data_of(result);
+  std::copy(statistics, statistics + call.statistics_size(), out);
+  out += 2 * shape.in_channels;
+  const float* bias = call.weight(kTrainDepthwiseBias);
+  for (int64_t i = 0; i < shape.wide_channels; ++i) {
+    const int64_t at = 2 * shape.wide_channels + i;
+    out[i] = static_cast<float>(wide[i] + call.expand_constant[i]);
+    if (bias) out[at] = static_cast<float>(wide[at] + static_cast<double>(bias[i]));
+  }
   return result;
 }
 
-Tensor rows(const Tensor& x, const std::optional<Tensor>& shift,
-            const std::optional<Tensor>& scale) {
-  STD_TORCH_CHECK(x.dim() == 4, "x must be [B, H, W, C]");
-  const int64_t channels = x.size(3);
-  const int64_t pixels = x.size(1) * x.size(2);
-  const float* data = float_data("x", x, x.numel());
-  const float* shifts = float_data("shift", shift, channels);
-  const float* scales = float_data("scale", scale, x.size(0));
-  const int64_t columns = panelled(channels);
-  const Tensor result = float_tensor(x, {x.size(0) * pixels, columns});
-  const auto convert = MOAT_KERNELS_DISPATCH(train_rows);
-  for_each_task(x.size(0) * strip_count(pixels), thread_count(), [&](int64_t index, int64_t) {
-    const PixelRange range = strip_at(index, pixels);
-    const int64_t first = range.image * pixels + range.first;
-    convert(data + first * channels, range.last - range.first, channels, shifts,
-            scales ? scales[range.image] : 1.0f, data_of(result) + first * columns);
-  });
-  return result;
+// From x to z2. -> z1 (empty unless kept), z2, statistics, batch_moments. With the statistics of an
+// earlier call nothing is measured, and the last two are empty.
+std::tuple<Tensor, Tensor, Tensor, Tensor> train_front(
+    const Tensor& x, const std::optional<Tensor>& given, bool keep_z1, ScalarType type,
+    const OptionalTensors& weights, const OptionalTensors& norms, const std::vector<double>& eps,
+    const std::vector<int64_t>& modes, const Geometry& geometry, const Names& activations) {
+  TrainCall call(x, {weights, norms, eps, modes, geometry, activations});
+  const TrainShape& shape = call.shape;
+  const Tensor statistics = given ? *given : doubles(x, call.statistics_size());
+  double* values = statistics_of(statistics, call);
+  const bool measure = !given;
+  call.prepare_input(x, values, measure);
+  const int64_t waves = keep_z1 ? 1 : call.waves;
+  const Tensor z1 = keep_z1 ? call.wide_tensor(shape.in_pixels(), type)
+                            : call.wave_buffer(shape.in_pixels());
+  const Tensor z2 = call.wide_tensor(shape.out_pixels(), type);
+  const Wide output = call.wide_of("z2", z2, shape.out_pixels());
+  for (int64_t wave = 0; wave < waves; ++wave) {
+    const Blocks blocks = wave_at(shape, wave, waves);
+    const Wide middle =
+        keep_z1 ? call.wide_of("z1", z1, shape.in_pixels()) : call.wave_of(z1, blocks);
+    call.expand(blocks, middle, values, measure);
+    call.fold_expand(blocks, values);
+    call.depthwise(blocks, middle, output, values, measure);
+  }
+  const Tensor nothing = float_buffer(x, 0);
+  if (given) return {keep_z1 ? z1 : nothing, z2, doubles(x, 0), nothing};
+  return {keep_z1 ? z1 : nothing, z2, statistics, batch_moments(call, values)};
 }
 
-std::tuple<Tensor, Tensor> expand(const Tensor& rows, const Tensor& weight, bool measures,
-                                  const Geometry& geometry, const Names& activations) {
-  const TrainShape shape = read_shape(geometry, activations);
-  const int64_t depth = shape.in_channels;
-  const float* data = float_data("rows", rows, shape.images * shape.in_pixels() * panelled(depth));
-  const float* weights = float_data("weight", weight, shape.wide_channels * depth);
-  const Tensor packed = float_buffer(rows, shape.padded_wide() * depth);
-  const auto pack = MOAT_KERNELS_DISPATCH(train_pack);
-  for_each_task(shape.blocks(), thread_count(), [&](int64_t block, int64_t) {
-    const int64_t first = block * kWideChannels;
-    pack(weights + first * depth, depth, std::min(kWideChannels, shape.wide_channels - first),
-         depth, data_of(packed) + first * depth);
-  });
-  const Tensor z1 = wide_tensor(rows, shape, shape.in_pixels());
-  const int64_t tasks = shape.images * strip_count(shape.in_pixels());
-  // Few enough partial sums to be cheap, enough of them to keep threads apart.
-  const int64_t groups = measures ? std::min<int64_t>(tasks, 16) : tasks;
-  const Tensor sums = doubles(rows, {measures ? groups : 0, 2, shape.padded_wide()});
-  const auto compute = MOAT_KERNELS_DISPATCH(train_expand);
-  for_each_task(groups, thread_count(), [&](int64_t group, int64_t) {
-    for (int64_t task = tasks * group / groups; task < tasks * (group + 1) / groups; ++task) {
-      compute(shape, strip_at(task, shape.in_pixels()), data, data_of(packed), data_of(z1),
-              measures ? doubles_of(sums) + group * 2 * shape.padded_wide() : nullptr);
-    }
-  });
-  return {z1, sums};
-}
-
-// Calls compute(image, block, scratch) for every image and block.
-template <class Function>
-void for_each_plane(const Tensor& like, const TrainShape& shape, const Function& compute) {
-  const int64_t workers = thread_count();
-  const int64_t size = MOAT_KERNELS_DISPATCH(train_stencil_scratch)(shape);
-  const Tensor scratch = float_buffer(like, workers * size);
-  for_each_task(shape.images * shape.blocks(), workers, [&](int64_t index, int64_t worker) {
-    compute(index / shape.blocks(), index % shape.blocks(), data_of(scratch) + worker * size);
-  });
-}
-
-std::tuple<Tensor, Tensor> depthwise(const Tensor& z1, const Tensor& coefficients,
-                                     const Tensor& weights, bool measures, const Geometry& geometry,
-                                     const Names& activations) {
-  const TrainShape shape = read_shape(geometry, activations);
+Tensor train_pool(const Tensor& z2, const Tensor& statistics, const OptionalTensors& weights,
+                  const OptionalTensors& norms, const std::vector<double>& eps,
+                  const std::vector<int64_t>& modes, const Geometry& geometry,
+                  const Names& activations) {
+  TrainCall call(z2, {weights, norms, eps, modes, geometry, activations});
+  const TrainShape& shape = call.shape;
+  call.fold_depthwise(all_blocks(shape), statistics_of(statistics, call));
+  const Wide in = call.wide_of("z2", z2, shape.out_pixels());
   const int64_t wide = shape.padded_wide();
-  const float* in = wide_data("z1", z1, shape, shape.in_pixels());
-  const float* scale = float_data("coefficients", coefficients, 2 * wide);
-  const float* taps = float_data("weights", weights, 9 * wide);
-  const Tensor z2 = wide_tensor(z1, shape, shape.out_pixels());
-  const Tensor moments = doubles(z1, {measures ? shape.images : 0, 2, wide});
-  const auto compute = MOAT_KERNELS_DISPATCH(train_depthwise);
-  for_each_plane(z1, shape, [&](int64_t image, int64_t block, float* scratch) {
-    compute(shape, image, block, in, scale, scale + wide, taps, scratch, data_of(z2),
-            measures ? doubles_of(moments) + image * 2 * wide : nullptr);
-  });
-  return {z2, moments};
-}
-
-Tensor pool(const Tensor& z2, const Tensor& coefficients, const Geometry& geometry,
-            const Names& activations) {
-  const TrainShape shape = read_shape(geometry, activations);
-  const int64_t wide = shape.padded_wide();
-  const float* in = wide_data("z2", z2, shape, shape.out_pixels());
-  const float* scale = float_data("coefficients", coefficients, 2 * wide);
   const Tensor means = float_tensor(z2, {shape.images, wide});
   const auto compute = MOAT_KERNELS_DISPATCH(train_pool);
-  for_each_plane(z2, shape, [&](int64_t image, int64_t block, float*) {
-    compute(shape, image, block, in, scale, scale + wide, data_of(means) + image * wide);
+  call.for_each_plane(all_blocks(shape), [&](int64_t image, int64_t block, float* scratch) {
+    compute(shape, image, block, in, call.depthwise_norm(), scratch, data_of(means) + image * wide);
   });
   return means;
 }
 
-// Calls compute(range, tiles) for every strip of an image of `pixels`; tiles hold a strip of 64 +
-// 16 channels twice, or once beside a strip of `columns`.
-template <class Function>
-void for_each_strip(const Tensor& like, const TrainShape& shape, int64_t pixels, int64_t columns,
-                    const Function& compute) {
-  const int64_t workers = thread_count();
-  const int64_t size = kTrainStripPixels * (2 * kWideChannels + panelled(columns));
-  const Tensor scratch = float_buffer(like, workers * size);
-  for_each_task(shape.images * strip_count(pixels), workers, [&](int64_t index, int64_t worker) {
-    compute(strip_at(index, pixels), data_of(scratch) + worker * size);
-  });
-}
-
-Tensor project(const Tensor& z2, const Tensor& coefficients, const std::optional<Tensor>& gate,
-               const Tensor& weight, const std::optional<Tensor>& bias,
-               const std::optional<Tensor>& drop_path_scale, const std::optional<Tensor>& addend,
-               const Geometry& geometry, const Names& activations) {
-  const TrainShape shape = read_shape(geometry, activations);
-  const int64_t wide = shape.padded_wide();
+Tensor train_project(const Tensor& z2, const Tensor& statistics, const std::optional<Tensor>& gate,
+                     const std::optional<Tensor>& drop_path_scale,
+                     const std::optional<Tensor>& addend, const OptionalTensors& weights,
+                     const OptionalTensors& norms, const std::vector<double>& eps,
+                     const std::vector<int64_t>& modes, const Geometry& geometry,
+                     const Names& activations) {
+  TrainCall call(z2, {weights, norms, eps, modes, geometry, activations});
+  const TrainShape& shape = call.shape;
+  call.fold_depthwise(all_blocks(shape), statistics_of(statistics, call));
   const int64_t pixels = shape.out_pixels();
   const int64_t channels = shape.out_channels;
-  const float* in = wide_data("z2", z2, shape, pixels);
-  const float* scale = float_data("coefficients", coefficients, 2 * wide);
-  const float* gates = float_data("gate", gate, shape.images * wide);
-  const float* weights = float_data("weight", weight, channels * shape.wide_channels);
-  const float* biases = float_data("bias", bias, channels);
+  const Wide in = call.wide_of("z2", z2, pixels);
+  const float* gates = float_data("gate", gate, shape.images * shape.padded_wide());
   const float* keep = float_data("drop_path_scale", drop_path_scale, shape.images);
   const float* extra = float_data("addend", addend, shape.images * pixels * channels);
-  const Tensor packed = pack_blocks_of_depth(z2, shape, weights, channels);
+  const Tensor packed = float_buffer(z2, shape.padded_wide() * panelled(channels));
+  const auto pack = MOAT_KERNELS_DISPATCH(train_pack);
+  for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
+    const int64_t first = block * kWideChannels;
+    pack(call.weight(kTrainProject) + first, shape.wide_channels, channels,
+         std::min(kWideChannels, shape.wide_channels - first), nullptr,
+         data_of(packed) + first * panelled(channels));
+  });
   const Tensor output =
       float_tensor(z2, {shape.images, shape.out_height, shape.out_width, channels});
   const auto compute = MOAT_KERNELS_DISPATCH(train_project);
-  for_each_strip(z2, shape, pixels, channels, [&](const PixelRange& range, float* tiles) {
-    compute(shape, range, in, scale, scale + wide, gates, data_of(packed), biases, keep, extra,
-            tiles, data_of(output));
+  call.for_each_strip(pixels, [&](const PixelRange& range, float* scratch) {
+    compute(shape, range, in, call.depthwise_norm(), gates, data_of(packed),
+            call.weight(kTrainProjectBias), keep, extra, scratch, data_of(output));
   });
   return output;
-}
-
-// Calls compute(block, first image, last image, group, tiles) for every block and group of images.
-template <class Function>
-void for_each_group(const Tensor& like, const TrainShape& shape, const Function& compute) {
-  const int64_t workers = thread_count();
-  const int64_t groups = group_count(shape);
-  const int64_t size = kTrainStripPixels * 3 * kWideChannels;
-  const Tensor scratch = float_buffer(like, workers * size);
-  for_each_task(groups * shape.blocks(), workers, [&](int64_t index, int64_t worker) {
-    const int64_t group = index % groups;
-    compute(index / groups, shape.images * group / groups, shape.images * (group + 1) / groups,
-            group, data_of(scratch) + worker * size);
-  });
-}
-
-// -> dy2, grad_weight [groups, E, panelled C_out], sums [groups, 2, E], grad_gate [B, E]
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward_project(
-    const Tensor& grad_rows, const Tensor& z2, const Tensor& coefficients,
-    const std::optional<Tensor>& gate, const Tensor& weight, const Geometry& geometry,
-    const Names& activations) {
-  const TrainShape shape = read_shape(geometry, activations);
-  const int64_t wide = shape.padded_wide();
-  const int64_t columns = panelled(shape.out_channels);
-  const int64_t groups = group_count(shape);
-  const float* grad =
-      float_data("grad_rows", grad_rows, shape.images * shape.out_pixels() * columns);
-  const float* in = wide_data("z2", z2, shape, shape.out_pixels());
-  const float* scale = float_data("coefficients", coefficients, 2 * wide);
-  const float* gates = float_data("gate", gate, shape.images * wide);
-  const float* weights = float_data("weight", weight, shape.out_channels * shape.wide_channels);
-  const Tensor packed = float_buffer(z2, wide * shape.out_channels);
-  const auto pack = MOAT_KERNELS_DISPATCH(train_pack_transposed);
-  for_each_task(shape.blocks(), thread_count(), [&](int64_t block, int64_t) {
-    const int64_t first = block * kWideChannels;
-    pack(weights + first, shape.wide_channels, std::min(kWideChannels, shape.wide_channels - first),
-         shape.out_channels, data_of(packed) + first * shape.out_channels);
-  });
-  const Tensor dy2 = wide_tensor(z2, shape, shape.out_pixels());
-  const Tensor grad_weight = float_tensor(z2, {groups, wide, columns});
-  const Tensor sums = doubles(z2, {groups, 2, wide});
-  const Tensor grad_gate =
-      torch::stable::new_zeros(z2, {gates ? shape.images : 0, wide}, ScalarType::Float);
-  const auto compute = MOAT_KERNELS_DISPATCH(train_backward_project);
-  for_each_group(
-      z2, shape, [&](int64_t block, int64_t first, int64_t last, int64_t group, float* tiles) {
-        compute(shape, block, first, last, grad, in, scale, scale + wide, gates,
-                data_of(packed) + block * kWideChannels * shape.out_channels, tiles, data_of(dy2),
-                data_of(grad_weight) + (group * wide + block * kWideChannels) * columns,
-                doubles_of(sums) + group * 2 * wide, data_of(grad_gate));
-      });
-  return {dy2, grad_weight, sums, grad_gate};
-}
-
-// Overwrites dy2. -> sums [B, 2, E]
-Tensor backward_gate(const Tensor& dy2, const Tensor& z2, const Tensor& coefficients,
-                     const Tensor& gate, const Tensor& grad_mean, const Geometry& geometry,
-                     const Names& activations) {
-  const TrainShape shape = read_shape(geometry, activations);
-  const int64_t wide = shape.padded_wide();
-  wide_data("dy2", dy2, shape, shape.out_pixels());
-  const float* in = wide_data("z2", z2, shape, shape.out_pixels());
-  const float* scale = float_data("coefficients", coefficients, 2 * wide);
-  const float* gates = float_data("gate", gate, shape.images * wide);
-  const float* means = float_data("grad_mean", grad_mean, shape.images * wide);
-  const Tensor sums = doubles(z2, {shape.images, 2, wide});
-  const auto compute = MOAT_KERNELS_DISPATCH(train_backward_gate);
-  for_each_plane(z2, shape, [&](int64_t image, int64_t block, float*) {
-    compute(shape, image, block, in, scale, scale + wide, gates, means, data_of(dy2),
-            doubles_of(sums) + image * 2 * wide);
-  });
-  return sums;
-}
-
-// -> dpre, sums [B, 2, E], grad_weights [B, 9, E]
-std::tuple<Tensor, Tensor, Tensor> backward_depthwise(const Tensor& dy2, const Tensor& z2,
-                                                      const Tensor& z1, const Tensor& coefficients,
-                                                      const Tensor& weights,
-                                                      const Geometry& geometry,
-                                                      const Names& activations) {
-  const TrainShape shape = read_shape(geometry, activations);
-  const int64_t wide = shape.padded_wide();
-  const float* gradient = wide_data("dy2", dy2, shape, shape.out_pixels());
-  const float* output = wide_data("z2", z2, shape, shape.out_pixels());
-  const float* input = wide_data("z1", z1, shape, shape.in_pixels());
-  const float* first = float_data("coefficients", coefficients, 5 * wide);
-  const float* const parts[5] = {first, first + wide, first + 2 * wide, first + 3 * wide,
-                                 first + 4 * wide};
-  const float* taps = float_data("weights", weights, 9 * wide);
-  const Tensor dpre = wide_tensor(z1, shape, shape.in_pixels());
-  const Tensor sums = doubles(z1, {shape.images, 2, wide});
-  const Tensor grad_weights = doubles(z1, {shape.images, 9, wide});
-  const auto compute = MOAT_KERNELS_DISPATCH(train_backward_depthwise);
-  for_each_plane(z1, shape, [&](int64_t image, int64_t block, float* scratch) {
-    compute(shape, image, block, gradient, output, input, parts, taps, scratch, data_of(dpre),
-            doubles_of(sums) + image * 2 * wide, doubles_of(grad_weights) + image * 9 * wide);
-  });
-  return {dpre, sums, grad_weights};
-}
-
-// -> grad_weight [groups, E, panelled C_in]
-Tensor backward_expand_weight(const Tensor& dpre, const Tensor& z1, const Tensor& coefficients,
-                              const Tensor& rows, const Geometry& geometry,
-                              const Names& activations) {
-  const TrainShape shape = read_shape(geometry, activations);
-  const int64_t wide = shape.padded_wide();
-  const int64_t columns = panelled(shape.in_channels);
-  const float* gradient = wide_data("dpre", dpre, shape, shape.in_pixels());
-  const float* input = wide_data("z1", z1, shape, shape.in_pixels());
-  const float* first_part = float_data("coefficients", coefficients, 3 * wide);
-  const float* const parts[3] = {first_part, first_part + wide, first_part + 2 * wide};
-  const float* data = float_data("rows", rows, shape.images * shape.in_pixels() * columns);
-  const Tensor grad_weight = float_tensor(z1, {group_count(shape), wide, columns});
-  const auto compute = MOAT_KERNELS_DISPATCH(train_backward_expand_weight);
-  for_each_group(z1, shape,
-                 [&](int64_t block, int64_t first, int64_t last, int64_t group, float* tile) {
-                   compute(shape, block, first, last, gradient, input, parts, data, tile,
-                           data_of(grad_weight) + (group * wide + block * kWideChannels) * columns);
-                 });
-  return grad_weight;
-}
-
-Tensor backward_expand_input(const Tensor& dpre, const Tensor& z1, const Tensor& coefficients,
-                             const Tensor& weight, const Tensor& rows, const Tensor& factor,
-                             const Tensor& offset, const std::optional<Tensor>& addend,
-                             const Geometry& geometry, const Names& activations) {
-  const TrainShape shape = read_shape(geometry, activations);
-  const int64_t wide = shape.padded_wide();
-  const int64_t channels = shape.in_channels;
-  const int64_t pixels = shape.in_pixels();
-  const float* gradient = wide_data("dpre", dpre, shape, pixels);
-  const float* input = wide_data("z1", z1, shape, pixels);
-  const float* first = float_data("coefficients", coefficients, 3 * wide);
-  const float* const parts[3] = {first, first + wide, first + 2 * wide};
-  const float* weights = float_data("weight", weight, shape.wide_channels * channels);
-  const float* data = float_data("rows", rows, shape.images * pixels * panelled(channels));
-  const float* factors = float_data("factor", factor, channels);
-  const float* offsets = float_data("offset", offset, channels);
-  const float* extra = float_data("addend", addend, shape.images * pixels * channels);
-  const Tensor packed = pack_transposed_blocks(z1, shape, weights, channels);
-  const Tensor dx = float_tensor(z1, {shape.images, shape.height, shape.width, channels});
-  const auto compute = MOAT_KERNELS_DISPATCH(train_backward_expand_input);
-  for_each_strip(z1, shape, pixels, channels, [&](const PixelRange& range, float* tiles) {
-    compute(shape, range, gradient, input, parts, data_of(packed), data, factors, offsets, extra,
-            tiles, data_of(dx));
-  });
-  return dx;
 }
 
 }  // namespace
 }  // namespace moat_kernels::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CPU, library) {
-  library.impl("cpu_mbconv_moments", TORCH_BOX(&moat_kernels::cpu::moments));
-  library.impl("cpu_mbconv_rows", TORCH_BOX(&moat_kernels::cpu::rows));
-  library.impl("cpu_mbconv_expand", TORCH_BOX(&moat_kernels::cpu::expand));
-  library.impl("cpu_mbconv_depthwise", TORCH_BOX(&moat_kernels::cpu::depthwise));
-  library.impl("cpu_mbconv_pool", TORCH_BOX(&moat_kernels::cpu::pool));
-  library.impl("cpu_mbconv_project", TORCH_BOX(&moat_kernels::cpu::project));
-  library.impl("cpu_mbconv_backward_project", TORCH_BOX(&moat_kernels::cpu::backward_project));
-  library.impl("cpu_mbconv_backward_gate", TORCH_BOX(&moat_kernels::cpu::backward_gate));
-  library.impl("cpu_mbconv_backward_depthwise", TORCH_BOX(&moat_kernels::cpu::backward_depthwise));
-  library.impl("cpu_mbconv_backward_expand_weight",
-               TORCH_BOX(&moat_kernels::cpu::backward_expand_weight));
-  library.impl("cpu_mbconv_backward_expand_input",
-               TORCH_BOX(&moat_kernels::cpu::backward_expand_input));
+  library.impl("cpu_mbconv_train_front", TORCH_BOX(&moat_kernels::cpu::train_front));
+  library.impl("cpu_mbconv_train_pool", TORCH_BOX(&moat_kernels::cpu::train_pool));
+  library.impl("cpu_mbconv_train_project", TORCH_BOX(&moat_kernels::cpu::train_project));
 }

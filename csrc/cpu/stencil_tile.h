@@ -21,6 +21,38 @@ inline int64_t forward_columns(const TrainShape& shape) {
 }
 inline int64_t backward_columns(const TrainShape& shape) { return shape.width + 2; }
 
+// Memory of a pass over one block of an image: the tile of rows, one line of pixels and one strip
+// of results or of z1, both as floats where the wide tensor holds another type.
+struct StencilScratch {
+  float* tile;
+  float* line;
+  float* strip;
+  int64_t size;  // floats
+};
+
+inline StencilScratch stencil_scratch(int64_t tile_pixels, int64_t line_pixels,
+                                      int64_t strip_pixels, float* memory) {
+  StencilScratch scratch;
+  scratch.tile = memory;
+  scratch.line = memory + tile_pixels * kTilePitch;
+  scratch.strip = scratch.line + line_pixels * kWideBlock;
+  scratch.size = tile_pixels * kTilePitch + (line_pixels + strip_pixels) * kWideBlock;
+  return scratch;
+}
+
+inline StencilScratch forward_scratch(const TrainShape& shape, float* memory) {
+  const int64_t columns = forward_columns(shape);
+  const int64_t strip = strip_rows(shape.out_height, shape.stride, columns);
+  const int64_t rows = (strip - 1) * shape.stride + 3;
+  return stencil_scratch(rows * columns, shape.width, strip * shape.out_width, memory);
+}
+
+inline StencilScratch backward_scratch(const TrainShape& shape, float* memory) {
+  const int64_t columns = backward_columns(shape);
+  const int64_t strip = strip_rows(shape.height, 1, columns);
+  return stencil_scratch((strip + 2) * columns, shape.out_width, strip * shape.width, memory);
+}
+
 struct StencilTile {
   float* data;
   int64_t columns, row_floats;

@@ -1,17 +1,18 @@
 #pragma once
 
-// Tensors of E channels as training keeps them: [images][blocks of kBlock
-// channels][pixels][kBlock], float. Each block of an image is contiguous, which is how every pass
-// reads it. Lanes beyond E in the last block hold anything and reach no result; vectors of
-// coefficients are padded to whole blocks.
+// Tensors of E channels as training keeps them: [images][blocks of kWideChannels
+// channels][pixels][kWideChannels], in float or a 16-bit type. Each block of an image is
+// contiguous, which is how every pass reads it. Lanes beyond E in the last block hold anything and
+// reach no result; vectors of coefficients are padded to whole blocks.
 
 #include "cpu/activation.h"
 #include "cpu/gemm.h"
-#include "cpu/mbconv_problem.h"
+#include "cpu/kernels/mbconv_train.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
 constexpr int64_t kWideBlock = kWideChannels;
+constexpr int64_t kStripPixels = kTrainStripPixels;
 // Floats from one pixel to the next in tiles; see mbconv_strip.h.
 constexpr int64_t kTilePitch = kWideBlock + 16;
 // Vectors handled together, so that whole cache lines are read and latencies overlap.
@@ -22,8 +23,33 @@ inline int64_t valid_channels(int64_t channels, int64_t block) {
   return smaller(kWideBlock, channels - block * kWideBlock);
 }
 
-inline int64_t wide_offset(int64_t blocks, int64_t pixels, int64_t image, int64_t block) {
-  return (image * blocks + block) * pixels * kWideBlock;
+// Elements before a block of an image of `pixels`.
+inline int64_t plane_offset(const Wide& wide, int64_t pixels, int64_t image, int64_t block) {
+  return (image * wide.blocks + block - wide.first) * pixels * kWideBlock;
+}
+
+inline float* floats_of(const Wide& wide) { return static_cast<float*>(wide.data); }
+
+// `pixels` pixels from an offset on as floats: where they lie, or converted into `buffer`.
+inline const float* read_pixels(const Wide& wide, int64_t offset, int64_t pixels, float* buffer) {
+  if (wide.type == ElementType::float32) return floats_of(wide) + offset;
+  const void* data = wide.data;
+  with_elements(wide.type, data, [&](auto* elements) __attribute__((always_inline)) {
+    widen(elements + offset, pixels * kWideBlock, buffer);
+  });
+  return buffer;
+}
+
+// Where to write pixels as floats: their place, or `buffer`, from which write_pixels converts them.
+inline float* place_of_pixels(const Wide& wide, int64_t offset, float* buffer) {
+  return wide.type == ElementType::float32 ? floats_of(wide) + offset : buffer;
+}
+
+inline void write_pixels(const Wide& wide, int64_t offset, int64_t pixels, const float* buffer) {
+  if (wide.type == ElementType::float32) return;
+  with_elements(wide.type, wide.data, [&](auto* elements) __attribute__((always_inline)) {
+    narrow(buffer, pixels * kWideBlock, elements + offset);
+  });
 }
 
 // Four vectors of one pixel.
@@ -74,10 +100,10 @@ inline void activate_pixels(const float* wide, int64_t pixels, const float* scal
 }
 
 // tile[pixel] = a * first + b * second + c, for `pixels` pixels of one block; pitch: floats from
-// one pixel of the tile to the next.
+// one pixel of the tile to the next. `copy`, which may be `first`, takes the same densely.
 inline void combine_pixels(const float* first, const float* second, int64_t pixels, const float* a,
-                           const float* b, const float* c, float* tile,
-                           int64_t pitch = kTilePitch) {
+                           const float* b, const float* c, float* tile, int64_t pitch,
+                           float* copy = nullptr) {
   for (int64_t lane = 0; lane < kWideBlock; lane += kLaneFloats) {
     const Lanes wa = load_lanes(a + lane);
     const Lanes wb = load_lanes(b + lane);
@@ -90,6 +116,7 @@ inline void combine_pixels(const float* first, const float* second, int64_t pixe
         value.v[i] = fma(load(first + at + i * kWidth), wa.v[i], base);
       });
       store_lanes(tile + pixel * pitch + lane, value);
+      if (copy) store_lanes(copy + at, value);
     }
   }
 }

@@ -16,8 +16,6 @@
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 namespace {
 
-constexpr int64_t kStripPixels = kTrainStripPixels;
-
 // One cache line of channels at a time.
 constexpr int kPair = 16 / kWidth > 1 ? 2 : 1;
 
@@ -59,20 +57,61 @@ template <Activation kind>
 void gated_backward(const float* z2, int64_t pixels, const float* scale, const float* shift,
                     const float* gate, const float* gradient, float* values, float* dy2,
                     float* gate_sums) {
-  for (int64_t lane = 0; lane < kWideBlock; lane += kWidth) {
-    const Vec a = load(scale + lane);
-    const Vec b = load(shift + lane);
-    const Vec factor = load(gate + lane);
-    Vec sum = {};
+  for (int64_t lane = 0; lane < kWideBlock; lane += kLaneFloats) {
+    const Lanes a = load_lanes(scale + lane);
+    const Lanes b = load_lanes(shift + lane);
+    const Lanes factor = load_lanes(gate + lane);
+    Lanes sum = {};
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-      Vec y[1] = {fma(load(z2 + pixel * kWideBlock + lane), a, b)};
-      activate<kind, 1>(y);
-      const Vec g = load(gradient + pixel * kTilePitch + lane);
-      store(values + pixel * kTilePitch + lane, y[0] * factor);
-      store(dy2 + pixel * kWideBlock + lane, g);
-      sum = fma(g, y[0], sum);
+      Lanes y = load_lanes(z2 + pixel * kWideBlock + lane);
+      unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
+        y.v[i] = fma(y.v[i], a.v[i], b.v[i]);
+      });
+      activate<kind, kLanes>(y.v);
+      const Lanes g = load_lanes(gradient + pixel * kTilePitch + lane);
+      store_lanes(dy2 + pixel * kWideBlock + lane, g);
+      unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
+        sum.v[i] = fma(g.v[i], y.v[i], sum.v[i]);
+        store(values + pixel * kTilePitch + lane + i * kWidth, y.v[i] * factor.v[i]);
+      });
     }
-    store(gate_sums + lane, load(gate_sums + lane) + sum);
+    unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
+      float* total = gate_sums + lane + i * kWidth;
+      store(total, load(total) + sum.v[i]);
+    });
+  }
+}
+
+// dy2 = (gate dy2 + grad_mean) act'(y) in place, and its sums.
+template <Activation kind>
+void gate_backward(const float* z2, int64_t pixels, const float* scale, const float* shift,
+                   const float* gate, const float* grad_mean, float* dy2, double* sums,
+                   double* products) {
+  for (int64_t lane = 0; lane < kWideBlock; lane += kPair * kWidth) {
+    Vec a[kPair], b[kPair], factor[kPair], offset[kPair];
+    Vec sum[kPair] = {};
+    Vec product[kPair] = {};
+    unroll<kPair>([&](auto i) __attribute__((always_inline)) {
+      a[i] = load(scale + lane + i * kWidth);
+      b[i] = load(shift + lane + i * kWidth);
+      factor[i] = load(gate + lane + i * kWidth);
+      offset[i] = load(grad_mean + lane + i * kWidth);
+    });
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      unroll<kPair>([&](auto i) __attribute__((always_inline)) {
+        const int64_t at = pixel * kWideBlock + lane + i * kWidth;
+        const Vec z = load(z2 + at);
+        const Vec slope = activate_and_slope<kind>(fma(z, a[i], b[i])).slope;
+        const Vec d = fma(factor[i], load(dy2 + at), offset[i]) * slope;
+        store(dy2 + at, d);
+        sum[i] += d;
+        product[i] = fma(d, z, product[i]);
+      });
+    }
+    for (int i = 0; i < kPair * kWidth; ++i) {
+      sums[lane + i] += static_cast<double>(sum[i / kWidth][i % kWidth]);
+      products[lane + i] += static_cast<double>(product[i / kWidth][i % kWidth]);
+    }
   }
 }
 
@@ -129,32 +168,35 @@ void accumulate_weight(const float* tile, const float* rows, int64_t pixels, int
 }  // namespace
 
 void train_backward_project(const TrainShape& shape, int64_t block, int64_t first, int64_t last,
-                            const float* grad_rows, const float* z2, const float* scale,
-                            const float* shift, const float* gate, const float* packed,
-                            float* tiles, float* dy2, float* grad_weight, double* sums,
-                            float* grad_gate) {
+                            const float* grad_rows, const Wide& z2, const ScaleShift& norm,
+                            const float* gate, const float* packed, float* scratch,
+                            const Wide& dy2, float* grad_weight, double* sums, float* grad_gate) {
   const int64_t columns = round_up(shape.out_channels, kPanel);
   const int64_t channel = block * kWideBlock;
-  float* gradient = tiles;
-  float* values = tiles + kStripPixels * kTilePitch;
+  const float* scale = norm.scale + channel;
+  const float* shift = norm.shift + channel;
+  float* gradient = scratch;
+  float* values = gradient + kStripPixels * kTilePitch;
+  float* line = values + kStripPixels * kTilePitch;
   for (int64_t image = first; image < last; ++image) {
-    const int64_t wide = wide_offset(shape.blocks(), shape.out_pixels(), image, block);
+    const int64_t z2_offset = plane_offset(z2, shape.out_pixels(), image, block);
+    float* d = floats_of(dy2) + plane_offset(dy2, shape.out_pixels(), image, block);
     for (int64_t pixel = 0; pixel < shape.out_pixels(); pixel += kStripPixels) {
       const int64_t count = smaller(kStripPixels, shape.out_pixels() - pixel);
       const float* rows = grad_rows + (image * shape.out_pixels() + pixel) * columns;
-      const float* z = z2 + wide + pixel * kWideBlock;
-      float* d = dy2 + wide + pixel * kWideBlock;
+      const float* z = read_pixels(z2, z2_offset + pixel * kWideBlock, count, line);
       gemm(count, kWideBlock, shape.out_channels, {rows, columns, 1}, packed,
            shape.out_channels * kPanel, kPanel, gradient, kTilePitch, false);
       with_activation(shape.depthwise_activation, [&](auto kind) __attribute__((always_inline)) {
         constexpr Activation kKind = decltype(kind)::value;
         if (gate) {
           const int64_t at = image * shape.padded_wide() + channel;
-          gated_backward<kKind>(z, count, scale + channel, shift + channel, gate + at, gradient,
-                                values, d, grad_gate + at);
+          gated_backward<kKind>(z, count, scale, shift, gate + at, gradient, values,
+                                d + pixel * kWideBlock, grad_gate + at);
         } else {
-          activation_backward<kKind>(z, count, scale + channel, shift + channel, gradient, values,
-                                     d, sums + channel, sums + shape.padded_wide() + channel);
+          activation_backward<kKind>(z, count, scale, shift, gradient, values,
+                                     d + pixel * kWideBlock, sums + channel,
+                                     sums + shape.padded_wide() + channel);
         }
       });
       accumulate_weight(values, rows, count, columns, image > first || pixel > 0, grad_weight);
@@ -162,53 +204,43 @@ void train_backward_project(const TrainShape& shape, int64_t block, int64_t firs
   }
 }
 
-void train_backward_gate(const TrainShape& shape, int64_t image, int64_t block, const float* z2,
-                         const float* scale, const float* shift, const float* gate,
-                         const float* grad_mean, float* dy2, double* sums) {
+void train_backward_gate(const TrainShape& shape, int64_t image, int64_t block, const Wide& z2,
+                         const ScaleShift& norm, const float* gate, const float* grad_mean,
+                         float* scratch, const Wide& dy2, double* sums) {
   const int64_t channel = block * kWideBlock;
-  const int64_t wide = wide_offset(shape.blocks(), shape.out_pixels(), image, block);
-  with_activation(shape.depthwise_activation, [&](auto kind) __attribute__((always_inline)) {
-    for (int64_t lane = 0; lane < kWideBlock; lane += kWidth) {
-      const Vec a = load(scale + channel + lane);
-      const Vec b = load(shift + channel + lane);
-      const Vec factor = load(gate + image * shape.padded_wide() + channel + lane);
-      const Vec offset = load(grad_mean + image * shape.padded_wide() + channel + lane);
-      for (int64_t first = 0; first < shape.out_pixels(); first += kStripPixels) {
-        Vec sum = {};
-        Vec product = {};
-        const int64_t last = smaller(first + kStripPixels, shape.out_pixels());
-        for (int64_t pixel = first; pixel < last; ++pixel) {
-          const int64_t at = wide + pixel * kWideBlock + lane;
-          const Vec z = load(z2 + at);
-          const Vec slope = activate_and_slope<decltype(kind)::value>(fma(z, a, b)).slope;
-          const Vec d = fma(factor, load(dy2 + at), offset) * slope;
-          store(dy2 + at, d);
-          sum += d;
-          product = fma(d, z, product);
-        }
-        for (int i = 0; i < kWidth; ++i) {
-          sums[channel + lane + i] += static_cast<double>(sum[i]);
-          sums[shape.padded_wide() + channel + lane + i] += static_cast<double>(product[i]);
-        }
-      }
-    }
-  });
+  const int64_t z2_offset = plane_offset(z2, shape.out_pixels(), image, block);
+  float* plane = floats_of(dy2) + plane_offset(dy2, shape.out_pixels(), image, block);
+  gate += image * shape.padded_wide() + channel;
+  grad_mean += image * shape.padded_wide() + channel;
+  for (int64_t first = 0; first < shape.out_pixels(); first += kStripPixels) {
+    const int64_t count = smaller(kStripPixels, shape.out_pixels() - first);
+    const float* z = read_pixels(z2, z2_offset + first * kWideBlock, count, scratch);
+    with_activation(shape.depthwise_activation, [&](auto kind) __attribute__((always_inline)) {
+      gate_backward<decltype(kind)::value>(
+          z, count, norm.scale + channel, norm.shift + channel, gate, grad_mean,
+          plane + first * kWideBlock, sums + channel, sums + shape.padded_wide() + channel);
+    });
+  }
 }
 
 void train_backward_depthwise(const TrainShape& shape, int64_t image, int64_t block,
-                              const float* dy2, const float* z2, const float* z1,
-                              const float* const coefficients[5], const float* weights,
-                              float* scratch, float* dpre, double* sums, double* grad_weights) {
+                              const Wide& dy2, const Wide& z2, const Wide& z1,
+                              const Combination& factors, const ScaleShift& norm,
+                              const float* weights, float* scratch, const Wide& dpre, double* sums,
+                              double* grad_weights) {
   const int64_t channel = block * kWideBlock;
-  const int64_t out_offset = wide_offset(shape.blocks(), shape.out_pixels(), image, block);
-  const int64_t in_offset = wide_offset(shape.blocks(), shape.in_pixels(), image, block);
+  const int64_t z1_offset = plane_offset(z1, shape.in_pixels(), image, block);
+  const int64_t z2_offset = plane_offset(z2, shape.out_pixels(), image, block);
+  const float* gradient = floats_of(dy2) + plane_offset(dy2, shape.out_pixels(), image, block);
+  float* out = floats_of(dpre) + plane_offset(dpre, shape.in_pixels(), image, block);
   const int64_t stride = shape.stride;
   float taps[kTaps * kWideBlock];
   for (int64_t tap = 0; tap < kTaps; ++tap) {
     __builtin_memcpy(taps + tap * kWideBlock, weights + tap * shape.padded_wide() + channel,
                      kWideBlock * sizeof(float));
   }
-  StencilTile tile(scratch, backward_columns(shape));
+  const StencilScratch memory = backward_scratch(shape, scratch);
+  StencilTile tile(memory.tile, backward_columns(shape));
   // Output column q is at q * stride - left + 2 of the tile; the first and last that are inside.
   const int64_t first_column = larger(divide_up(shape.left - 2, stride), 0);
   const int64_t last_column =
@@ -221,77 +253,75 @@ void train_backward_depthwise(const TrainShape& shape, int64_t image, int64_t bl
     const int64_t last = smaller(first + step, shape.height);
     tile.move_to(first + shape.top - 2, last + shape.top);
     tile.fill(inside, [&](int64_t row, float* line) __attribute__((always_inline)) {
-      const int64_t at = out_offset + (row / stride * shape.out_width + first_column) * kWideBlock;
-      combine_pixels(dy2 + at, z2 + at, last_column - first_column, coefficients[0] + channel,
-                     coefficients[1] + channel, coefficients[2] + channel,
+      const int64_t at = (row / stride * shape.out_width + first_column) * kWideBlock;
+      const int64_t pixels = last_column - first_column;
+      combine_pixels(gradient + at, read_pixels(z2, z2_offset + at, pixels, memory.line), pixels,
+                     factors.a + channel, factors.b + channel, factors.c + channel,
                      line + (first_column * stride - shape.left + 2) * kTilePitch,
                      stride * kTilePitch);
     });
-    const int64_t at = in_offset + first * shape.width * kWideBlock;
+    const int64_t at = first * shape.width * kWideBlock;
+    const float* z = read_pixels(z1, z1_offset + at, (last - first) * shape.width, memory.strip);
     with_activation(shape.expand_activation, [&](auto kind) __attribute__((always_inline)) {
       stencil_backward<decltype(kind)::value>(
-          tile, z1 + at, last - first, shape.width, coefficients[3] + channel,
-          coefficients[4] + channel, taps, dpre + at, sums + channel,
-          sums + shape.padded_wide() + channel, grad_weights + channel, shape.padded_wide());
+          tile, z, last - first, shape.width, norm.scale + channel, norm.shift + channel, taps,
+          out + at, sums + channel, sums + shape.padded_wide() + channel, grad_weights + channel,
+          shape.padded_wide());
     });
   }
 }
 
 void train_backward_expand_weight(const TrainShape& shape, int64_t block, int64_t first,
-                                  int64_t last, const float* dpre, const float* z1,
-                                  const float* const coefficients[3], const float* rows,
-                                  float* tile, float* grad_weight) {
+                                  int64_t last, const Wide& dpre, const Wide& z1,
+                                  const Combination& factors, const float* rows, float* scratch,
+                                  float* grad_weight) {
   const int64_t columns = round_up(shape.in_channels, kPanel);
   const int64_t channel = block * kWideBlock;
+  float* line = scratch + kStripPixels * kTilePitch;
   for (int64_t image = first; image < last; ++image) {
-    const int64_t wide = wide_offset(shape.blocks(), shape.in_pixels(), image, block);
+    const int64_t z1_offset = plane_offset(z1, shape.in_pixels(), image, block);
+    float* d = floats_of(dpre) + plane_offset(dpre, shape.in_pixels(), image, block);
     for (int64_t pixel = 0; pixel < shape.in_pixels(); pixel += kStripPixels) {
       const int64_t count = smaller(kStripPixels, shape.in_pixels() - pixel);
-      const int64_t at = wide + pixel * kWideBlock;
-      combine_pixels(dpre + at, z1 + at, count, coefficients[0] + channel,
-                     coefficients[1] + channel, coefficients[2] + channel, tile);
-      accumulate_weight(tile, rows + (image * shape.in_pixels() + pixel) * columns, count, columns,
-                        image > first || pixel > 0, grad_weight);
+      const float* z = read_pixels(z1, z1_offset + pixel * kWideBlock, count, line);
+      combine_pixels(d + pixel * kWideBlock, z, count, factors.a + channel, factors.b + channel,
+                     factors.c + channel, scratch, kTilePitch, d + pixel * kWideBlock);
+      accumulate_weight(scratch, rows + (image * shape.in_pixels() + pixel) * columns, count,
+                        columns, image > first || pixel > 0, grad_weight);
     }
   }
 }
 
 void train_backward_expand_input(const TrainShape& shape, const PixelRange& range,
-                                 const float* dpre, const float* z1,
-                                 const float* const coefficients[3], const float* packed,
-                                 const float* rows, const float* factor, const float* offset,
-                                 const float* addend, float* tile, float* dx) {
+                                 const Blocks& blocks, const Wide& dz1, const float* packed,
+                                 bool accumulate, float* sums, const InputEnd* end) {
   const int64_t channels = shape.in_channels;
   const int64_t columns = round_up(channels, kPanel);
   const int64_t count = range.last - range.first;
-  float* sums = tile + kStripPixels * kTilePitch;
-  for (int64_t block = 0; block < shape.blocks(); ++block) {
-    const int64_t channel = block * kWideBlock;
-    const int64_t at = wide_offset(shape.blocks(), shape.in_pixels(), range.image, block) +
-                       range.first * kWideBlock;
-    combine_pixels(dpre + at, z1 + at, count, coefficients[0] + channel, coefficients[1] + channel,
-                   coefficients[2] + channel, tile);
-    const int64_t depth = valid_channels(shape.wide_channels, block);
-    gemm(count, channels, depth, {tile, kTilePitch, 1}, packed + channel * columns, depth * kPanel,
-         kPanel, sums, columns, block > 0);
-  }
   const int64_t first = range.image * shape.in_pixels() + range.first;
-  rows += first * columns;
-  dx += first * channels;
-  if (addend) addend += first * channels;
+  sums += first * columns;
+  for (int64_t block = blocks.first; block < blocks.last; ++block) {
+    const float* d = floats_of(dz1) + plane_offset(dz1, shape.in_pixels(), range.image, block) +
+                     range.first * kWideBlock;
+    const int64_t depth = valid_channels(shape.wide_channels, block);
+    gemm(count, channels, depth, {d, kWideBlock, 1}, packed + block * kWideBlock * columns,
+         depth * kPanel, kPanel, sums, columns, accumulate || block > blocks.first);
+  }
+  if (!end) return;
   for (int64_t pixel = 0; pixel < count; ++pixel) {
     const float* sum = sums + pixel * columns;
-    const float* row = rows + pixel * columns;
-    float* out = dx + pixel * channels;
-    const float* extra = addend ? addend + pixel * channels : nullptr;
+    const float* row = end->rows + (first + pixel) * columns;
+    float* out = end->dx + (first + pixel) * channels;
+    const float* extra = end->addend ? end->addend + (first + pixel) * channels : nullptr;
     int64_t i = 0;
     for (; i + kWidth <= channels; i += kWidth) {
-      Vec value = fma(load(row + i), load(factor + i), load(sum + i) + load(offset + i));
+      Vec value =
+          fma(load(row + i), load(end->factor + i), load(sum + i) + load(end->offset + i));
       if (extra) value += load(extra + i);
       store(out + i, value);
     }
     for (; i < channels; ++i) {
-      out[i] = sum[i] + row[i] * factor[i] + offset[i] + (extra ? extra[i] : 0.0f);
+      out[i] = sum[i] + row[i] * end->factor[i] + end->offset[i] + (extra ? extra[i] : 0.0f);
     }
   }
 }

@@ -40,146 +40,87 @@ def _fake_eval(
     )
 
 
-def _panelled(channels: int) -> int:
-    """Channels rounded up to the kernels' panels, whose width depends on the instruction set."""
-    panel = {"baseline": 8, "avx2": 16, "avx512": 32}[torch.ops.moat_kernels.cpu_isa()]
-    return -(-channels // panel) * panel
-
-
-def _wide(like: Tensor, geometry: list[int], pixels: int) -> Tensor:
+def _wide(like: Tensor, geometry: list[int], pixels: int, dtype: torch.dtype) -> Tensor:
     blocks = padded_wide(geometry[9]) // WIDE_CHANNELS
-    return like.new_empty(geometry[0], blocks, pixels, WIDE_CHANNELS)
+    return like.new_empty(geometry[0], blocks, pixels, WIDE_CHANNELS, dtype=dtype)
 
 
-def _doubles(like: Tensor, *sizes: int) -> Tensor:
-    return like.new_empty(*sizes, dtype=torch.float64)
+def _statistics_size(geometry: list[int]) -> int:
+    return 2 * geometry[8] + 4 * geometry[9]
 
 
-def _groups(geometry: list[int]) -> int:
-    blocks = padded_wide(geometry[9]) // WIDE_CHANNELS
-    return max(min(-(-16 // blocks), geometry[0]), 1)
-
-
-def _fake_moments(x: Tensor) -> Tensor:
-    return _doubles(x, x.shape[0], 2, x.shape[3])
-
-
-def _fake_rows(x: Tensor, shift: Any, scale: Any) -> Tensor:
-    return x.new_empty(x.shape[0] * x.shape[1] * x.shape[2], _panelled(x.shape[3]))
-
-
-def _fake_expand(
-    rows: Tensor, weight: Tensor, measures: bool, geometry: list[int], activations: list[str]
-) -> tuple[Tensor, ...]:
-    pixels = geometry[1] * geometry[2]
-    groups = min(geometry[0] * -(-pixels // 256), 16) if measures else 0
-    sums = _doubles(rows, groups, 2, padded_wide(geometry[9]))
-    return _wide(rows, geometry, pixels), sums
-
-
-def _fake_depthwise(
-    z1: Tensor,
-    coefficients: Tensor,
-    weights: Tensor,
-    measures: bool,
+def _fake_front(
+    x: Tensor,
+    statistics: Tensor | None,
+    keep_z1: bool,
+    dtype: torch.dtype,
+    weights: Any,
+    norms: Any,
+    eps: Any,
+    modes: Any,
     geometry: list[int],
-    activations: list[str],
+    activations: Any,
 ) -> tuple[Tensor, ...]:
-    moments = _doubles(z1, geometry[0] if measures else 0, 2, padded_wide(geometry[9]))
-    return _wide(z1, geometry, geometry[3] * geometry[4]), moments
+    z1 = _wide(x, geometry, geometry[1] * geometry[2], dtype) if keep_z1 else x.new_empty(0)
+    size = _statistics_size(geometry) if statistics is None else 0
+    return (
+        z1,
+        _wide(x, geometry, geometry[3] * geometry[4], dtype),
+        x.new_empty(size, dtype=torch.float64),
+        x.new_empty(size),
+    )
 
 
-def _fake_pool(
-    z2: Tensor, coefficients: Tensor, geometry: list[int], activations: list[str]
-) -> Tensor:
-    return z2.new_empty(geometry[0], padded_wide(geometry[9]))
+def _fake_pool(z2: Tensor, statistics: Tensor, *settings: Any) -> Tensor:
+    geometry = settings[4]
+    return statistics.new_empty(geometry[0], padded_wide(geometry[9]), dtype=torch.float32)
 
 
 def _fake_project(
-    z2: Tensor,
-    coefficients: Tensor,
-    gate: Tensor | None,
-    weight: Tensor,
-    bias: Any,
+    z2: Tensor, statistics: Tensor, gate: Any, scale: Any, addend: Any, *settings: Any
+) -> Tensor:
+    geometry = settings[4]
+    sizes = (geometry[0], geometry[3], geometry[4], geometry[10])
+    return statistics.new_empty(sizes, dtype=torch.float32)
+
+
+def _fake_backward_gated(
+    grad: Tensor, z2: Tensor, statistics: Tensor, gate: Tensor, scale: Any, *settings: Any
+) -> tuple[Tensor, ...]:
+    geometry = settings[4]
+    wide, out_channels = geometry[9], geometry[10]
+    return (
+        torch.empty_like(z2, dtype=torch.float32),
+        grad.new_empty(out_channels, wide),
+        grad.new_empty(out_channels),
+        torch.empty_like(gate),
+    )
+
+
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    z1: Any,
+    z2: Any,
+    gated_gradient: Tensor | None,
+    gate: Any,
+    grad_mean: Any,
+    statistics: Any,
     scale: Any,
     addend: Any,
-    geometry: list[int],
-    activations: list[str],
-) -> Tensor:
-    return z2.new_empty(geometry[0], geometry[3], geometry[4], geometry[10])
-
-
-def _fake_backward_project(
-    grad_rows: Tensor,
-    z2: Tensor,
-    coefficients: Tensor,
-    gate: Tensor | None,
-    weight: Tensor,
-    geometry: list[int],
-    activations: list[str],
-) -> tuple[Tensor, ...]:
-    wide, groups = padded_wide(geometry[9]), _groups(geometry)
-    return (
-        torch.empty_like(z2),
-        z2.new_empty(groups, wide, _panelled(geometry[10])),
-        _doubles(z2, groups, 2, wide),
-        z2.new_empty(0 if gate is None else geometry[0], wide),
-    )
-
-
-def _fake_backward_gate(
-    dy2: Tensor,
-    z2: Tensor,
-    coefficients: Tensor,
-    gate: Tensor | None,
-    grad_mean: Tensor,
-    geometry: list[int],
-    activations: list[str],
-) -> Tensor:
-    return _doubles(z2, geometry[0], 2, padded_wide(geometry[9]))
-
-
-def _fake_backward_depthwise(
-    dy2: Tensor,
-    z2: Tensor,
-    z1: Tensor,
-    coefficients: Tensor,
-    weights: Tensor,
-    geometry: list[int],
-    activations: list[str],
-) -> tuple[Tensor, ...]:
-    wide = padded_wide(geometry[9])
-    return (
-        torch.empty_like(z1),
-        _doubles(z1, geometry[0], 2, wide),
-        _doubles(z1, geometry[0], 9, wide),
-    )
-
-
-def _fake_backward_expand_weight(
-    dpre: Tensor,
-    z1: Tensor,
-    coefficients: Tensor,
-    rows: Tensor,
-    geometry: list[int],
-    activations: list[str],
-) -> Tensor:
-    return z1.new_empty(_groups(geometry), padded_wide(geometry[9]), _panelled(geometry[8]))
-
-
-def _fake_backward_expand_input(
-    dpre: Tensor,
-    z1: Tensor,
-    coefficients: Tensor,
-    weight: Tensor,
-    rows: Tensor,
-    factor: Tensor,
-    offset: Tensor,
-    addend: Any,
-    geometry: list[int],
-    activations: list[str],
-) -> Tensor:
-    return z1.new_empty(geometry[0], geometry[1], geometry[2], geometry[8])
+    needs_input: bool,
+    *settings: Any,
+) -> list[Tensor]:
+    channels, wide, out_channels = settings[4][8:11]
+    gated = gated_gradient is not None
+    return [
+        torch.empty_like(x) if needs_input else x.new_empty(0),
+        *(x.new_empty(wide, channels), x.new_empty(wide)),
+        *(x.new_empty(wide, 9), x.new_empty(wide)),
+        x.new_empty(0) if gated else x.new_empty(out_channels, wide),
+        x.new_empty(0) if gated else x.new_empty(out_channels),
+        *(x.new_empty(size) for size in (channels, channels, wide, wide, wide, wide)),
+    ]
 
 
 def register_fakes() -> None:
@@ -188,17 +129,11 @@ def register_fakes() -> None:
         return
     fakes: dict[str, Callable[..., Any]] = {
         "eval": _fake_eval,
-        "moments": _fake_moments,
-        "rows": _fake_rows,
-        "expand": _fake_expand,
-        "depthwise": _fake_depthwise,
-        "pool": _fake_pool,
-        "project": _fake_project,
-        "backward_project": _fake_backward_project,
-        "backward_gate": _fake_backward_gate,
-        "backward_depthwise": _fake_backward_depthwise,
-        "backward_expand_weight": _fake_backward_expand_weight,
-        "backward_expand_input": _fake_backward_expand_input,
+        "train_front": _fake_front,
+        "train_pool": _fake_pool,
+        "train_project": _fake_project,
+        "train_backward_gated": _fake_backward_gated,
+        "train_backward": _fake_backward,
     }
     for name, fake in fakes.items():
         torch.library.register_fake(f"moat_kernels::cpu_mbconv_{name}", fake)
