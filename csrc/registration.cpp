@@ -16,6 +16,8 @@ std::string cpu_isa() { return MOAT_KERNELS_DISPATCH(isa_name)(); }
 
 STABLE_TORCH_LIBRARY(moat_kernels, library) {
   library.def("cpu_isa() -> str");
+  // Gives back memory that cpu/recycled_memory.h keeps. -> bytes
+  library.def("cpu_release_memory() -> int");
   // Maps are [B, H, W, C]; csrc/cpu/mbconv_arguments.h says what the lists hold.
   library.def(
       "cpu_mbconv_eval(Tensor x, Tensor?[] convolutions, Tensor?[] norms, float[] eps, "

@@ -15,6 +15,7 @@ from torch.torch_version import TorchVersion
 # What Python calls; a library that lacks one was built from older sources.
 NATIVE_OPS = (
     "cpu_isa",
+    "cpu_release_memory",
     "cpu_mbconv_eval",
     "cpu_mbconv_train_front",
     "cpu_mbconv_train_pool",

@@ -1,4 +1,4 @@
-"""Exact bytes that autograd keeps between the forward and the backward pass."""
+"""Bytes that autograd keeps between forward and backward, and memory that is kept for reuse."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from moat_kernels.extension import load_extension
 
 
 def saved_bytes(function: Callable[[], Any], excluded: Iterable[Tensor] = ()) -> int:
@@ -28,3 +30,12 @@ def saved_bytes(function: Callable[[], Any], excluded: Iterable[Tensor] = ()) ->
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def release_memory() -> int:
+    """Give memory that the native CPU kernels keep for the next training step back to the system.
+
+    Blocks above 2 MiB are kept, in all at most what was in use at a time; the system may take their
+    pages away when it runs short. Returns the number of bytes unmapped.
+    """
+    return torch.ops.moat_kernels.cpu_release_memory() if load_extension().usable else 0

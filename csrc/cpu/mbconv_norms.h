@@ -31,7 +31,11 @@ struct NormGradient {
 class Affine {
  public:
   Affine(const NormTensors& norm, int64_t channels)
-      : norm_(norm), centre_(channels), inverse_std_(channels), scale_(channels), shift_(channels) {}
+      : norm_(norm),
+        centre_(channels),
+        inverse_std_(channels),
+        scale_(channels),
+        shift_(channels) {}
 
   bool measured() const { return norm_.mode == NormMode::measured; }
   double scale(int64_t channel) const { return scale_[channel]; }

@@ -13,7 +13,7 @@ namespace moat_kernels::cpu {
 constexpr int64_t kWideChannels = 64;
 
 // Pixels that a pass of training takes at a time.
-constexpr int64_t kTrainStripPixels = 256;
+constexpr int64_t kTrainStripPixels = 128;
 
 struct BatchNorm {
   bool present = false;

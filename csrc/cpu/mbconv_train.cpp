@@ -10,14 +10,16 @@ namespace moat_kernels::cpu {
 
 namespace {
 
-// Sums of squares and products come in as many parts, for as many threads.
+// Statistics of z1 are summed in at most so many parts, and the work is divided into about so many
+// tasks, for threads to finish together.
 constexpr int64_t kParts = 16;
+constexpr int64_t kTasks = 64;
 
 NormTensors read_train_norm(const char* name, const TrainSettings& settings, int64_t index,
                             int64_t channels) {
   NormTensors norm;
-  STD_TORCH_CHECK(settings.modes[index] >= 0 && settings.modes[index] <= 2, name,
-                  ": unknown mode ", settings.modes[index]);
+  STD_TORCH_CHECK(settings.modes[index] >= 0 && settings.modes[index] <= 2, name, ": unknown mode ",
+                  settings.modes[index]);
   norm.mode = static_cast<NormMode>(settings.modes[index]);
   norm.weight = float_data(name, settings.norms[4 * index], channels);
   norm.bias = float_data(name, settings.norms[4 * index + 1], channels);
@@ -90,20 +92,20 @@ TrainCall::TrainCall(const Tensor& like, const TrainSettings& settings)
 }
 
 Tensor TrainCall::wide_tensor(int64_t pixels, ScalarType type) const {
-  return with_huge_pages(torch::stable::new_empty(
-      like, {shape.images, shape.blocks(), pixels, kWideChannels}, type));
+  return recycled_tensor(like, {shape.images, shape.blocks(), pixels, kWideChannels}, type);
 }
 
 Wide TrainCall::wide_of(const char* name, const Tensor& tensor, int64_t pixels) const {
-  STD_TORCH_CHECK(tensor.is_contiguous() &&
-                      tensor.numel() == shape.images * shape.padded_wide() * pixels,
-                  name, " must be contiguous with ", shape.images * shape.padded_wide() * pixels,
-                  " elements, got ", tensor.numel());
+  STD_TORCH_CHECK(
+      tensor.is_contiguous() && tensor.numel() == shape.images * shape.padded_wide() * pixels, name,
+      " must be contiguous with ", shape.images * shape.padded_wide() * pixels, " elements, got ",
+      tensor.numel());
   return {tensor.mutable_data_ptr(), element_type(name, tensor.scalar_type()), shape.blocks(), 0};
 }
 
 Tensor TrainCall::wave_buffer(int64_t pixels) const {
-  return float_buffer(like, shape.images * widest_wave(shape, waves) * pixels * kWideChannels);
+  const int64_t blocks = widest_wave(shape, waves);
+  return recycled_tensor(like, {shape.images, blocks, pixels, kWideChannels}, ScalarType::Float);
 }
 
 Wide TrainCall::wave_of(const Tensor& buffer, const Blocks& blocks) const {
@@ -114,12 +116,12 @@ Tensor TrainCall::make_rows(const Tensor& maps, int64_t pixels, int64_t channels
                             const float* shift, const float* scales, float* sums) const {
   const float* data = float_data("maps", maps, shape.images * pixels * channels);
   const int64_t columns = panelled(channels);
-  const Tensor result = float_buffer(like, shape.images * pixels * columns);
-  const int64_t strips = strip_count(pixels);
+  const Tensor result = recycled_tensor(like, {shape.images, pixels, columns}, ScalarType::Float);
+  const int64_t strips = strip_count(shape.images, pixels);
   std::vector<double> parts(sums ? shape.images * strips * channels : 0);
   const auto convert = MOAT_KERNELS_DISPATCH(train_rows);
   for_each_task(shape.images * strips, workers, [&](int64_t index, int64_t) {
-    const PixelRange range = strip_at(index, pixels);
+    const PixelRange range = strip_at(index, strips, pixels);
     const int64_t first = range.image * pixels + range.first;
     convert(data + first * channels, range.last - range.first, channels, shift,
             scales ? scales[range.image] : 1.0f, data_of(result) + first * columns,
@@ -193,20 +195,27 @@ void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure)
 void TrainCall::expand(const Blocks& blocks, const Wide& z1, double* statistics, bool measure) {
   measure = measure && expand_affine.measured();
   const int64_t wide = shape.padded_wide();
-  const int64_t tasks = shape.images * strip_count(shape.in_pixels());
-  const int64_t parts = std::min(tasks, kParts);
+  const int64_t strips = strip_count(shape.images, shape.in_pixels());
+  const int64_t ranges = shape.images * strips;
+  const int64_t parts = std::min(ranges, kParts);
+  const int64_t count = blocks.last - blocks.first;
+  const int64_t chunks = std::min((kTasks + parts - 1) / parts, count);
   std::vector<double> sums(measure ? parts * 2 * wide : 0);
   const auto compute = MOAT_KERNELS_DISPATCH(train_expand);
-  for_each_task(parts, workers, [&](int64_t part, int64_t worker) {
-    for (int64_t task = tasks * part / parts; task < tasks * (part + 1) / parts; ++task) {
-      compute(shape, strip_at(task, shape.in_pixels()), blocks, data_of(rows),
+  for_each_task(parts * chunks, workers, [&](int64_t task, int64_t worker) {
+    const int64_t part = task / chunks;
+    const int64_t chunk = task % chunks;
+    const Blocks some = {blocks.first + count * chunk / chunks,
+                         blocks.first + count * (chunk + 1) / chunks};
+    for (int64_t i = ranges * part / parts; i < ranges * (part + 1) / parts; ++i) {
+      compute(shape, strip_at(i, strips, shape.in_pixels()), some, data_of(rows),
               data_of(packed_expand_), scratch_of(worker), z1,
               measure ? sums.data() + part * 2 * wide : nullptr);
     }
   });
   if (!measure) return;
   double* results = expand_statistics(shape, statistics);
-  const double count = static_cast<double>(shape.images * shape.in_pixels());
+  const double values = static_cast<double>(shape.images * shape.in_pixels());
   for (int64_t i = blocks.first * kWideChannels; i < last_channel(shape, blocks); ++i) {
     double total = 0.0;
     double squares = 0.0;
@@ -214,9 +223,9 @@ void TrainCall::expand(const Blocks& blocks, const Wide& z1, double* statistics,
       total += sums[part * 2 * wide + i];
       squares += sums[(part * 2 + 1) * wide + i];
     }
-    const double center = total / count;
+    const double center = total / values;
     results[i] = center;
-    results[shape.wide_channels + i] = std::max(squares / count - center * center, 0.0);
+    results[shape.wide_channels + i] = std::max(squares / values - center * center, 0.0);
   }
 }
 
@@ -228,8 +237,8 @@ void TrainCall::fold_expand(const Blocks& blocks, const double* statistics) {
   }
 }
 
-void TrainCall::depthwise(const Blocks& blocks, const Wide& z1, const Wide& z2,
-                          double* statistics, bool measure) {
+void TrainCall::depthwise(const Blocks& blocks, const Wide& z1, const Wide& z2, double* statistics,
+                          bool measure) {
   measure = measure && depthwise_affine.measured();
   const int64_t wide = shape.padded_wide();
   std::vector<double> moments(measure ? shape.images * 2 * wide : 0);
@@ -301,8 +310,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_front(
   const bool measure = !given;
   call.prepare_input(x, values, measure);
   const int64_t waves = keep_z1 ? 1 : call.waves;
-  const Tensor z1 = keep_z1 ? call.wide_tensor(shape.in_pixels(), type)
-                            : call.wave_buffer(shape.in_pixels());
+  const Tensor z1 =
+      keep_z1 ? call.wide_tensor(shape.in_pixels(), type) : call.wave_buffer(shape.in_pixels());
   const Tensor z2 = call.wide_tensor(shape.out_pixels(), type);
   const Wide output = call.wide_of("z2", z2, shape.out_pixels());
   for (int64_t wave = 0; wave < waves; ++wave) {

@@ -10,6 +10,7 @@
 #include "cpu/kernels/mbconv_train.h"
 #include "cpu/mbconv_norms.h"
 #include "cpu/parallel.h"
+#include "cpu/recycled_memory.h"
 #include "cpu/tensors.h"
 
 namespace moat_kernels::cpu {
@@ -65,17 +66,20 @@ inline TrainShape read_shape(const Geometry& geometry, const Names& activations)
   return shape;
 }
 
-inline int64_t panelled(int64_t columns) {
-  return MOAT_KERNELS_DISPATCH(train_panelled)(columns);
+inline int64_t panelled(int64_t columns) { return MOAT_KERNELS_DISPATCH(train_panelled)(columns); }
+
+// Strips of each image: enough of them for threads to finish together, and none so short that
+// reading the weights takes longer than using them.
+inline int64_t strip_count(int64_t images, int64_t pixels) {
+  constexpr int64_t kTasks = 32;
+  constexpr int64_t kFewestPixels = 24;
+  const int64_t fitting = (pixels + kTrainStripPixels - 1) / kTrainStripPixels;
+  const int64_t wanted = std::min((kTasks + images - 1) / images, pixels / kFewestPixels);
+  return std::max(fitting, wanted);
 }
 
-// Strips of every image, in order.
-inline int64_t strip_count(int64_t pixels) {
-  return (pixels + kTrainStripPixels - 1) / kTrainStripPixels;
-}
-
-inline PixelRange strip_at(int64_t index, int64_t pixels) {
-  const int64_t strips = strip_count(pixels);
+// Strips of all images in order.
+inline PixelRange strip_at(int64_t index, int64_t strips, int64_t pixels) {
   const int64_t strip = index % strips;
   return {index / strips, pixels * strip / strips, pixels * (strip + 1) / strips};
 }
@@ -112,7 +116,8 @@ class TrainCall {
                  bool measure);
   void fold_depthwise(const Blocks& blocks, const double* statistics);
 
-  // rows = (grad or x - mean) * scale, [pixels][panelled]; sums [channels]: of its columns, or null.
+  // rows = (grad or x - mean) * scale, [pixels][panelled]; sums [channels]: of its columns, or
+  // null.
   Tensor make_rows(const Tensor& maps, int64_t pixels, int64_t channels, const float* shift,
                    const float* scales, float* sums) const;
 
@@ -125,12 +130,14 @@ class TrainCall {
   }
   template <class Function>
   void for_each_strip(int64_t pixels, const Function& compute) const {
-    for_each_task(shape.images * strip_count(pixels), workers, [&](int64_t index, int64_t worker) {
-      compute(strip_at(index, pixels), scratch_of(worker));
+    const int64_t strips = strip_count(shape.images, pixels);
+    for_each_task(shape.images * strips, workers, [&](int64_t index, int64_t worker) {
+      compute(strip_at(index, strips, pixels), scratch_of(worker));
     });
   }
 
-  // The memory of a wide tensor of all blocks, and of one that holds the blocks of a wave at a time.
+  // The memory of a wide tensor of all blocks, and of one that holds the blocks of a wave at a
+  // time.
   Tensor wide_tensor(int64_t pixels, ScalarType type) const;
   Wide wide_of(const char* name, const Tensor& tensor, int64_t pixels) const;
   Tensor wave_buffer(int64_t pixels) const;

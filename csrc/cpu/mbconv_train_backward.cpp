@@ -44,8 +44,8 @@ struct NormGradients {
 // gradient.
 struct NormBackward {
   int64_t parts, wide;
-  std::vector<double> sums;           // [parts][2][padded E]
-  std::vector<float> coefficients;    // [3][padded E]: see Combination
+  std::vector<double> sums;         // [parts][2][padded E]
+  std::vector<float> coefficients;  // [3][padded E]: see Combination
   NormGradients gradients;
 
   NormBackward(const TrainShape& shape, int64_t parts)
@@ -70,8 +70,7 @@ struct NormBackward {
         total += part(index)[i];
         product += part(index)[wide + i];
       }
-      const NormGradient gradient =
-          affine.gradient(i, total, product, static_cast<double>(count));
+      const NormGradient gradient = affine.gradient(i, total, product, static_cast<double>(count));
       coefficients[i] = static_cast<float>(affine.scale(i));
       coefficients[wide + i] = static_cast<float>(gradient.slope);
       coefficients[2 * wide + i] = static_cast<float>(gradient.constant);
@@ -140,13 +139,13 @@ class ProjectBackward {
            NormBackward& norm, float* grad_gate) {
     const TrainShape& shape = call_.shape;
     const auto compute = MOAT_KERNELS_DISPATCH(train_backward_project);
-    for_each_group(
-        call_, blocks, sums_.groups,
-        [&](int64_t block, int64_t first, int64_t last, int64_t group, float* scratch) {
-          compute(shape, block, first, last, data_of(rows_), z2, call_.depthwise_norm(), gate,
-                  data_of(packed_) + block * kWideChannels * shape.out_channels, scratch, dy2,
-                  sums_.at(group, block - blocks.first), norm.part(group), grad_gate);
-        });
+    for_each_group(call_, blocks, sums_.groups,
+                   [&](int64_t block, int64_t first, int64_t last, int64_t group, float* scratch) {
+                     compute(shape, block, first, last, data_of(rows_), z2, call_.depthwise_norm(),
+                             gate, data_of(packed_) + block * kWideChannels * shape.out_channels,
+                             scratch, dy2, sums_.at(group, block - blocks.first), norm.part(group),
+                             grad_gate);
+                   });
     const auto finish = MOAT_KERNELS_DISPATCH(train_finish_project_weight);
     for_each_task(blocks.last - blocks.first, call_.workers, [&](int64_t index, int64_t) {
       const int64_t channel = (blocks.first + index) * kWideChannels;
@@ -190,10 +189,10 @@ class ExpandBackward {
            call.pre_scale.data(), data_of(*packed_) + first * sums_.columns);
     });
     dx = floats(call, {shape.images, shape.height, shape.width, shape.in_channels});
-    sums_of_input_ = sums_.columns == shape.in_channels
-                         ? dx
-                         : float_buffer(call.like,
-                                        shape.images * shape.in_pixels() * sums_.columns);
+    sums_of_input_ =
+        sums_.columns == shape.in_channels
+            ? dx
+            : float_buffer(call.like, shape.images * shape.in_pixels() * sums_.columns);
   }
 
   // dpre becomes the gradient of z1.
@@ -279,8 +278,8 @@ double* backward_statistics(const Tensor& statistics, const TrainCall& call) {
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward_gated(
     const Tensor& grad, const Tensor& z2, const Tensor& statistics, const Tensor& gate,
     const std::optional<Tensor>& drop_path_scale, const OptionalTensors& weights,
-    const OptionalTensors& norms, const std::vector<double>& eps,
-    const std::vector<int64_t>& modes, const Geometry& geometry, const Names& activations) {
+    const OptionalTensors& norms, const std::vector<double>& eps, const std::vector<int64_t>& modes,
+    const Geometry& geometry, const Names& activations) {
   TrainCall call(z2, {weights, norms, eps, modes, geometry, activations});
   const TrainShape& shape = call.shape;
   call.waves = 1;
@@ -308,8 +307,8 @@ std::vector<Tensor> train_backward(
     const std::optional<Tensor>& gate, const std::optional<Tensor>& grad_mean,
     const std::optional<Tensor>& statistics, const std::optional<Tensor>& drop_path_scale,
     const std::optional<Tensor>& addend, bool needs_input, const OptionalTensors& weights,
-    const OptionalTensors& norms, const std::vector<double>& eps,
-    const std::vector<int64_t>& modes, const Geometry& geometry, const Names& activations) {
+    const OptionalTensors& norms, const std::vector<double>& eps, const std::vector<int64_t>& modes,
+    const Geometry& geometry, const Names& activations) {
   TrainCall call(x, {weights, norms, eps, modes, geometry, activations});
   const TrainShape& shape = call.shape;
   const int64_t in_pixels = shape.in_pixels();
@@ -358,8 +357,8 @@ std::vector<Tensor> train_backward(
     const Wide dpre = call.wave_of(dpre_buffer, blocks);
     const auto compute = MOAT_KERNELS_DISPATCH(train_backward_depthwise);
     call.for_each_plane(blocks, [&](int64_t image, int64_t block, float* scratch) {
-      compute(shape, image, block, dy2, second, first, depthwise_norm.factors(),
-              call.expand_norm(), call.taps.data(), scratch, dpre, expand_norm.part(image),
+      compute(shape, image, block, dy2, second, first, depthwise_norm.factors(), call.expand_norm(),
+              call.taps.data(), scratch, dpre, expand_norm.part(image),
               grad_taps.data() + image * 9 * shape.padded_wide());
     });
     expand_norm.fold(shape, blocks, call.expand_affine, shape.images * in_pixels);

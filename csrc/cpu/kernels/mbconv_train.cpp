@@ -1,5 +1,5 @@
-// The forward passes of the inverted bottleneck's training. Wide tensors (E channels) cross memory as
-// often as stands beside each pass; everything between is in tiles of 64 channels that stay in
+// The forward passes of the inverted bottleneck's training. Wide tensors (E channels) cross memory
+// as often as stands beside each pass; everything between is in tiles of 64 channels that stay in
 // cache, in float whatever the type of the wide tensors.
 //   expand               z1 = (x - mu) W'^T and its sums              writes z1
 //   depthwise            z2 = dw(act(a1 z1 + b1)) and its moments     reads z1, writes z2
@@ -152,8 +152,8 @@ void train_depthwise(const TrainShape& shape, int64_t image, int64_t block, cons
     tile.move_to(begin, begin + (last - first - 1) * shape.stride + 3);
     const auto inside = [&](int64_t row) { return row >= 0 && row < shape.height; };
     tile.fill(inside, [&](int64_t row, float* line) __attribute__((always_inline)) {
-      const float* in = read_pixels(z1, in_offset + row * shape.width * kWideBlock, shape.width,
-                                    memory.line);
+      const float* in =
+          read_pixels(z1, in_offset + row * shape.width * kWideBlock, shape.width, memory.line);
       with_activation(shape.expand_activation, [&](auto kind) __attribute__((always_inline)) {
         activate_pixels<decltype(kind)::value>(in, shape.width, norm.scale + channel,
                                                norm.shift + channel, nullptr,

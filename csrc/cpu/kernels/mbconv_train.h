@@ -66,7 +66,8 @@ MOAT_KERNELS_DECLARE_PER_ISA(
     int64_t train_panelled(int64_t columns);
     // Mean [C] and sum of squared deviations [C] of x [pixels][C].
     void train_moments(const float* x, int64_t pixels, int64_t channels, double* moments);
-    // rows = (x - shift) * scale, zeros beyond `channels`; sums[C] += rows. shift, sums may be null.
+    // rows = (x - shift) * scale, zeros beyond `channels`; sums[C] += rows. shift, sums may be
+    // null.
     void train_rows(const float* x, int64_t pixels, int64_t channels, const float* shift,
                     float scale, float* rows, double* sums);
     // weight [columns][depth] (times scale[depth], may be null) or, transposed, [depth][columns]

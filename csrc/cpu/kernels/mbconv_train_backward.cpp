@@ -64,9 +64,8 @@ void gated_backward(const float* z2, int64_t pixels, const float* scale, const f
     Lanes sum = {};
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {
       Lanes y = load_lanes(z2 + pixel * kWideBlock + lane);
-      unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
-        y.v[i] = fma(y.v[i], a.v[i], b.v[i]);
-      });
+      unroll<kLanes>([&](auto i)
+                         __attribute__((always_inline)) { y.v[i] = fma(y.v[i], a.v[i], b.v[i]); });
       activate<kind, kLanes>(y.v);
       const Lanes g = load_lanes(gradient + pixel * kTilePitch + lane);
       store_lanes(dy2 + pixel * kWideBlock + lane, g);
@@ -169,8 +168,8 @@ void accumulate_weight(const float* tile, const float* rows, int64_t pixels, int
 
 void train_backward_project(const TrainShape& shape, int64_t block, int64_t first, int64_t last,
                             const float* grad_rows, const Wide& z2, const ScaleShift& norm,
-                            const float* gate, const float* packed, float* scratch,
-                            const Wide& dy2, float* grad_weight, double* sums, float* grad_gate) {
+                            const float* gate, const float* packed, float* scratch, const Wide& dy2,
+                            float* grad_weight, double* sums, float* grad_gate) {
   const int64_t columns = round_up(shape.out_channels, kPanel);
   const int64_t channel = block * kWideBlock;
   const float* scale = norm.scale + channel;
@@ -216,9 +215,9 @@ void train_backward_gate(const TrainShape& shape, int64_t image, int64_t block, 
     const int64_t count = smaller(kStripPixels, shape.out_pixels() - first);
     const float* z = read_pixels(z2, z2_offset + first * kWideBlock, count, scratch);
     with_activation(shape.depthwise_activation, [&](auto kind) __attribute__((always_inline)) {
-      gate_backward<decltype(kind)::value>(
-          z, count, norm.scale + channel, norm.shift + channel, gate, grad_mean,
-          plane + first * kWideBlock, sums + channel, sums + shape.padded_wide() + channel);
+      gate_backward<decltype(kind)::value>(z, count, norm.scale + channel, norm.shift + channel,
+                                           gate, grad_mean, plane + first * kWideBlock,
+                                           sums + channel, sums + shape.padded_wide() + channel);
     });
   }
 }
@@ -315,8 +314,7 @@ void train_backward_expand_input(const TrainShape& shape, const PixelRange& rang
     const float* extra = end->addend ? end->addend + (first + pixel) * channels : nullptr;
     int64_t i = 0;
     for (; i + kWidth <= channels; i += kWidth) {
-      Vec value =
-          fma(load(row + i), load(end->factor + i), load(sum + i) + load(end->offset + i));
+      Vec value = fma(load(row + i), load(end->factor + i), load(sum + i) + load(end->offset + i));
       if (extra) value += load(extra + i);
       store(out + i, value);
     }

@@ -2,7 +2,8 @@
 
 With fixed statistics it is one operator: batch norms are folded into the weights, and strips of
 rows go through expand, depthwise and project in cache, in float32 whatever the dtype of x.
-Training, in float32, is a sequence of passes over wide tensors (cpu_training.py).
+Training is a sequence of passes over wide tensors, which are kept in the convolutions' dtype
+(cpu_training.py).
 """
 
 from __future__ import annotations
@@ -61,10 +62,14 @@ def _unsupported_in_training(
     x: Tensor, parameters: MBConvParameters, description: MBConvDescription
 ) -> str:
     tensors = _differentiable(x, parameters)
-    if any(tensor is not None and tensor.dtype != torch.float32 for tensor in tensors):
-        return "training in another dtype than float32"
-    if autocast_dtype(x) is not None:
-        return "training under autocast"
+    for tensor in tensors:
+        if tensor is not None and tensor.dtype not in DTYPES:
+            return f"training with parameters in {tensor.dtype}"
+    if description.project_norm is not None:
+        if any(tensor is not None and tensor.dtype != torch.float32 for tensor in tensors):
+            return "training with a project_norm in another dtype than float32"
+        if autocast_dtype(x) is not None:
+            return "training with a project_norm under autocast"
     if x.shape[0] == 0:
         return "training with an empty batch"
     return ""
@@ -100,7 +105,9 @@ def forward(
     if recompute == "block" and _all_frozen(description):
         return Forward(_evaluate(x, parameters, description, drop_path_scale), {}, [])
     training = cpu_training if description.project_norm is None else cpu_project_norm
-    return training.forward(x, parameters, description, recompute, _as_float(drop_path_scale))
+    result = training.forward(x, parameters, description, recompute, _as_float(drop_path_scale))
+    output = result.output.to(_output_dtype(x, parameters, description))
+    return Forward(output, result.moments, result.saved)
 
 
 def backward(

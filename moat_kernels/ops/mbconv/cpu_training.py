@@ -226,9 +226,7 @@ def backward(
         gated_gradient, grad_weight, grad_bias, grad_gate = native.cpu_mbconv_train_backward_gated(
             grad, z2, statistics, gate, drop_path_scale, *call.settings
         )
-        mean, gradients = gating.backward(
-            grad_gate[:, : call.wide], parameters, excite.activation
-        )
+        mean, gradients = gating.backward(grad_gate[:, : call.wide], parameters, excite.activation)
         grad_mean = _padded(mean / call.out_pixels)
 
     shortcut_grad = None

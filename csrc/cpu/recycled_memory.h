@@ -1,0 +1,20 @@
+#pragma once
+
+// Memory for large tensors that is used again. The system clears every page that it hands out,
+// which for a tensor that is written once and read twice costs about as much as writing it; the C
+// library gives large blocks back to the system at once, and gets them cleared anew in every
+// training step.
+//
+// A released block is kept, up to the most that was ever in use at a time: on a miss, as many bytes
+// of the oldest blocks are unmapped as the miss maps. The system may take kept pages away when it
+// needs memory (MADV_FREE).
+
+#include "cpu/tensors.h"
+
+namespace moat_kernels::cpu {
+
+// An uninitialised CPU tensor. Small ones come from PyTorch's allocator, and all where the system
+// is not Linux.
+Tensor recycled_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType type);
+
+}  // namespace moat_kernels::cpu
