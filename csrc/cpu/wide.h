@@ -76,27 +76,39 @@ inline void flush(const Lanes& sums, double* totals) {
   for (int64_t i = 0; i < kLaneFloats; ++i) totals[i] += static_cast<double>(values[i]);
 }
 
+// Calls function(first, last) over runs of pixels short enough that a run's lines are still in the
+// L1 cache for its next channels, and its pages open for the prefetcher.
+template <class Function>
+[[gnu::always_inline]] inline void for_pixel_runs(int64_t pixels, Function&& function) {
+  constexpr int64_t kRunPixels = 16;
+  for (int64_t first = 0; first < pixels; first += kRunPixels) {
+    function(first, smaller(first + kRunPixels, pixels));
+  }
+}
+
 // tile[pixel][kTilePitch] = act(scale * wide + shift) * factor for `pixels` pixels of one block;
 // factor may be null.
 template <Activation kind>
 inline void activate_pixels(const float* wide, int64_t pixels, const float* scale,
                             const float* shift, const float* factor, float* tile) {
-  for (int64_t lane = 0; lane < kWideBlock; lane += kLaneFloats) {
-    const Lanes a = load_lanes(scale + lane);
-    const Lanes b = load_lanes(shift + lane);
-    const Lanes f = factor ? load_lanes(factor + lane) : a;
-    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-      Lanes value = load_lanes(wide + pixel * kWideBlock + lane);
-      unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
-        value.v[i] = fma(value.v[i], a.v[i], b.v[i]);
-      });
-      activate<kind, kLanes>(value.v);
-      if (factor) {
-        unroll<kLanes>([&](auto i) __attribute__((always_inline)) { value.v[i] *= f.v[i]; });
+  for_pixel_runs(pixels, [&](int64_t first, int64_t last) __attribute__((always_inline)) {
+    for (int64_t lane = 0; lane < kWideBlock; lane += kLaneFloats) {
+      const Lanes a = load_lanes(scale + lane);
+      const Lanes b = load_lanes(shift + lane);
+      const Lanes f = factor ? load_lanes(factor + lane) : a;
+      for (int64_t pixel = first; pixel < last; ++pixel) {
+        Lanes value = load_lanes(wide + pixel * kWideBlock + lane);
+        unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
+          value.v[i] = fma(value.v[i], a.v[i], b.v[i]);
+        });
+        activate<kind, kLanes>(value.v);
+        if (factor) {
+          unroll<kLanes>([&](auto i) __attribute__((always_inline)) { value.v[i] *= f.v[i]; });
+        }
+        store_lanes(tile + pixel * kTilePitch + lane, value);
       }
-      store_lanes(tile + pixel * kTilePitch + lane, value);
     }
-  }
+  });
 }
 
 // tile[pixel] = a * first + b * second + c, for `pixels` pixels of one block; pitch: floats from
@@ -104,21 +116,23 @@ inline void activate_pixels(const float* wide, int64_t pixels, const float* scal
 inline void combine_pixels(const float* first, const float* second, int64_t pixels, const float* a,
                            const float* b, const float* c, float* tile, int64_t pitch,
                            float* copy = nullptr) {
-  for (int64_t lane = 0; lane < kWideBlock; lane += kLaneFloats) {
-    const Lanes wa = load_lanes(a + lane);
-    const Lanes wb = load_lanes(b + lane);
-    const Lanes wc = load_lanes(c + lane);
-    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-      const int64_t at = pixel * kWideBlock + lane;
-      Lanes value;
-      unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
-        const Vec base = fma(load(second + at + i * kWidth), wb.v[i], wc.v[i]);
-        value.v[i] = fma(load(first + at + i * kWidth), wa.v[i], base);
-      });
-      store_lanes(tile + pixel * pitch + lane, value);
-      if (copy) store_lanes(copy + at, value);
+  for_pixel_runs(pixels, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
+    for (int64_t lane = 0; lane < kWideBlock; lane += kLaneFloats) {
+      const Lanes wa = load_lanes(a + lane);
+      const Lanes wb = load_lanes(b + lane);
+      const Lanes wc = load_lanes(c + lane);
+      for (int64_t pixel = begin; pixel < end; ++pixel) {
+        const int64_t at = pixel * kWideBlock + lane;
+        Lanes value;
+        unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
+          const Vec base = fma(load(second + at + i * kWidth), wb.v[i], wc.v[i]);
+          value.v[i] = fma(load(first + at + i * kWidth), wa.v[i], base);
+        });
+        store_lanes(tile + pixel * pitch + lane, value);
+        if (copy) store_lanes(copy + at, value);
+      }
     }
-  }
+  });
 }
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

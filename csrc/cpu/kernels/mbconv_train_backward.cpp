@@ -24,30 +24,37 @@ template <Activation kind>
 void activation_backward(const float* z2, int64_t pixels, const float* scale, const float* shift,
                          const float* gradient, float* values, float* dy2, double* sums,
                          double* products) {
-  for (int64_t lane = 0; lane < kWideBlock; lane += kPair * kWidth) {
-    Vec a[kPair], b[kPair];
-    Vec sum[kPair] = {};
-    Vec product[kPair] = {};
-    unroll<kPair>([&](auto i) __attribute__((always_inline)) {
-      a[i] = load(scale + lane + i * kWidth);
-      b[i] = load(shift + lane + i * kWidth);
-    });
-    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+  float totals[2 * kWideBlock] = {};
+  for_pixel_runs(pixels, [&](int64_t first, int64_t last) __attribute__((always_inline)) {
+    for (int64_t lane = 0; lane < kWideBlock; lane += kPair * kWidth) {
+      Vec a[kPair], b[kPair], sum[kPair], product[kPair];
       unroll<kPair>([&](auto i) __attribute__((always_inline)) {
-        const int64_t at = lane + i * kWidth;
-        const Vec z = load(z2 + pixel * kWideBlock + at);
-        const ValueAndSlope y = activate_and_slope<kind>(fma(z, a[i], b[i]));
-        const Vec d = load(gradient + pixel * kTilePitch + at) * y.slope;
-        store(values + pixel * kTilePitch + at, y.value);
-        store(dy2 + pixel * kWideBlock + at, d);
-        sum[i] += d;
-        product[i] = fma(d, z, product[i]);
+        a[i] = load(scale + lane + i * kWidth);
+        b[i] = load(shift + lane + i * kWidth);
+        sum[i] = load(totals + lane + i * kWidth);
+        product[i] = load(totals + kWideBlock + lane + i * kWidth);
+      });
+      for (int64_t pixel = first; pixel < last; ++pixel) {
+        unroll<kPair>([&](auto i) __attribute__((always_inline)) {
+          const int64_t at = lane + i * kWidth;
+          const Vec z = load(z2 + pixel * kWideBlock + at);
+          const ValueAndSlope y = activate_and_slope<kind>(fma(z, a[i], b[i]));
+          const Vec d = load(gradient + pixel * kTilePitch + at) * y.slope;
+          store(values + pixel * kTilePitch + at, y.value);
+          store(dy2 + pixel * kWideBlock + at, d);
+          sum[i] += d;
+          product[i] = fma(d, z, product[i]);
+        });
+      }
+      unroll<kPair>([&](auto i) __attribute__((always_inline)) {
+        store(totals + lane + i * kWidth, sum[i]);
+        store(totals + kWideBlock + lane + i * kWidth, product[i]);
       });
     }
-    for (int i = 0; i < kPair * kWidth; ++i) {
-      sums[lane + i] += static_cast<double>(sum[i / kWidth][i % kWidth]);
-      products[lane + i] += static_cast<double>(product[i / kWidth][i % kWidth]);
-    }
+  });
+  for (int64_t i = 0; i < kWideBlock; ++i) {
+    sums[i] += static_cast<double>(totals[i]);
+    products[i] += static_cast<double>(totals[kWideBlock + i]);
   }
 }
 
@@ -114,19 +121,22 @@ void gate_backward(const float* z2, int64_t pixels, const float* scale, const fl
   }
 }
 
-// `rows` rows of dpre from a tile of dz2 at the resolution of z1, which starts two rows above.
+// `rows` rows of dpre from a tile of dz2 at the resolution of z1, which starts two rows above. Row
+// by row, so that all of its channels are read while they are in the L1 cache.
 template <Activation kind>
 void stencil_backward(const StencilTile& tile, const float* z1, int64_t rows, int64_t width,
                       const float* scale, const float* shift, const float* taps, float* dpre,
                       double* sums, double* products, double* grad_weights, int64_t tap_stride) {
-  for (int64_t lane = 0; lane < kWideBlock; lane += kWidth) {
-    const Vec a = load(scale + lane);
-    const Vec b = load(shift + lane);
-    Vec sum = {};
-    Vec product = {};
-    Vec grad_taps[kTaps] = {};
-    for (int64_t row = 0; row < rows; ++row) {
+  float totals[(kTaps + 2) * kWideBlock] = {};  // of the taps' gradients, dpre and dpre * z1
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t lane = 0; lane < kWideBlock; lane += kWidth) {
+      const Vec a = load(scale + lane);
+      const Vec b = load(shift + lane);
       const float* line = tile.data + row * tile.row_floats + lane;
+      Vec sum[kTaps + 2];
+      unroll<kTaps + 2>([&](auto i) __attribute__((always_inline)) {
+        sum[i] = load(totals + i * kWideBlock + lane);
+      });
       for (int64_t column = 0; column < width; ++column) {
         const int64_t at = (row * width + column) * kWideBlock + lane;
         const Vec z = load(z1 + at);
@@ -137,23 +147,24 @@ void stencil_backward(const StencilTile& tile, const float* z1, int64_t rows, in
           constexpr int64_t j = tap % 3;
           const Vec d = load(line + (2 - i) * tile.row_floats + (column + 2 - j) * kTilePitch);
           partial[j] = fma(d, load(taps + tap * kWideBlock + lane), partial[j]);
-          grad_taps[tap] = fma(d, h.value, grad_taps[tap]);
+          sum[tap] = fma(d, h.value, sum[tap]);
         });
         const Vec d = (partial[0] + partial[1] + partial[2]) * h.slope;
         store(dpre + at, d);
-        sum += d;
-        product = fma(d, z, product);
+        sum[kTaps] += d;
+        sum[kTaps + 1] = fma(d, z, sum[kTaps + 1]);
       }
+      unroll<kTaps + 2>([&](auto i) __attribute__((always_inline)) {
+        store(totals + i * kWideBlock + lane, sum[i]);
+      });
     }
-    for (int i = 0; i < kWidth; ++i) {
-      sums[lane + i] += static_cast<double>(sum[i]);
-      products[lane + i] += static_cast<double>(product[i]);
+  }
+  for (int64_t i = 0; i < kWideBlock; ++i) {
+    for (int64_t tap = 0; tap < kTaps; ++tap) {
+      grad_weights[tap * tap_stride + i] += static_cast<double>(totals[tap * kWideBlock + i]);
     }
-    unroll<kTaps>([&](auto tap) __attribute__((always_inline)) {
-      for (int i = 0; i < kWidth; ++i) {
-        grad_weights[tap * tap_stride + lane + i] += static_cast<double>(grad_taps[tap][i]);
-      }
-    });
+    sums[i] += static_cast<double>(totals[kTaps * kWideBlock + i]);
+    products[i] += static_cast<double>(totals[(kTaps + 1) * kWideBlock + i]);
   }
 }
 
@@ -162,6 +173,20 @@ void accumulate_weight(const float* tile, const float* rows, int64_t pixels, int
                        bool accumulate, float* weights_gradient) {
   gemm(kWideBlock, columns, pixels, {tile, 1, kTilePitch}, rows, kPanel, columns, weights_gradient,
        columns, accumulate);
+}
+
+// Calls function(image, images, pixel, count) over the images [first, last): strips of `count`
+// pixels of one image, or several whole images that make up a strip.
+template <class Function>
+[[gnu::always_inline]] inline void for_wide_strips(int64_t first, int64_t last, int64_t pixels,
+                                                   Function&& function) {
+  const int64_t together = larger(kStripPixels / pixels, 1);
+  for (int64_t image = first; image < last; image += together) {
+    for (int64_t pixel = 0; pixel < pixels; pixel += kStripPixels) {
+      function(image, smaller(together, last - image), pixel,
+               smaller(kStripPixels, pixels - pixel));
+    }
+  }
 }
 
 }  // namespace
@@ -177,30 +202,35 @@ void train_backward_project(const TrainShape& shape, int64_t block, int64_t firs
   float* gradient = scratch;
   float* values = gradient + kStripPixels * kTilePitch;
   float* line = values + kStripPixels * kTilePitch;
-  for (int64_t image = first; image < last; ++image) {
-    const int64_t z2_offset = plane_offset(z2, shape.out_pixels(), image, block);
-    float* d = floats_of(dy2) + plane_offset(dy2, shape.out_pixels(), image, block);
-    for (int64_t pixel = 0; pixel < shape.out_pixels(); pixel += kStripPixels) {
-      const int64_t count = smaller(kStripPixels, shape.out_pixels() - pixel);
-      const float* rows = grad_rows + (image * shape.out_pixels() + pixel) * columns;
-      const float* z = read_pixels(z2, z2_offset + pixel * kWideBlock, count, line);
-      gemm(count, kWideBlock, shape.out_channels, {rows, columns, 1}, packed,
-           shape.out_channels * kPanel, kPanel, gradient, kTilePitch, false);
-      with_activation(shape.depthwise_activation, [&](auto kind) __attribute__((always_inline)) {
-        constexpr Activation kKind = decltype(kind)::value;
-        if (gate) {
-          const int64_t at = image * shape.padded_wide() + channel;
-          gated_backward<kKind>(z, count, scale, shift, gate + at, gradient, values,
-                                d + pixel * kWideBlock, grad_gate + at);
-        } else {
-          activation_backward<kKind>(z, count, scale, shift, gradient, values,
-                                     d + pixel * kWideBlock, sums + channel,
-                                     sums + shape.padded_wide() + channel);
+  for_wide_strips(
+      first, last, shape.out_pixels(),
+      [&](int64_t image, int64_t images, int64_t pixel,
+          int64_t count) __attribute__((always_inline)) {
+        const float* rows = grad_rows + (image * shape.out_pixels() + pixel) * columns;
+        gemm(images * count, kWideBlock, shape.out_channels, {rows, columns, 1}, packed,
+             shape.out_channels * kPanel, kPanel, gradient, kTilePitch, false);
+        for (int64_t i = 0; i < images; ++i) {
+          const int64_t z2_offset = plane_offset(z2, shape.out_pixels(), image + i, block);
+          const float* z = read_pixels(z2, z2_offset + pixel * kWideBlock, count, line);
+          const int64_t dy2_offset = plane_offset(dy2, shape.out_pixels(), image + i, block);
+          float* d = floats_of(dy2) + dy2_offset + pixel * kWideBlock;
+          const float* g = gradient + i * count * kTilePitch;
+          float* h = values + i * count * kTilePitch;
+          with_activation(
+              shape.depthwise_activation, [&](auto kind) __attribute__((always_inline)) {
+                constexpr Activation kKind = decltype(kind)::value;
+                if (gate) {
+                  const int64_t at = (image + i) * shape.padded_wide() + channel;
+                  gated_backward<kKind>(z, count, scale, shift, gate + at, g, h, d, grad_gate + at);
+                } else {
+                  activation_backward<kKind>(z, count, scale, shift, g, h, d, sums + channel,
+                                             sums + shape.padded_wide() + channel);
+                }
+              });
         }
+        accumulate_weight(values, rows, images * count, columns, image > first || pixel > 0,
+                          grad_weight);
       });
-      accumulate_weight(values, rows, count, columns, image > first || pixel > 0, grad_weight);
-    }
-  }
 }
 
 void train_backward_gate(const TrainShape& shape, int64_t image, int64_t block, const Wide& z2,
@@ -277,18 +307,21 @@ void train_backward_expand_weight(const TrainShape& shape, int64_t block, int64_
   const int64_t columns = round_up(shape.in_channels, kPanel);
   const int64_t channel = block * kWideBlock;
   float* line = scratch + kStripPixels * kTilePitch;
-  for (int64_t image = first; image < last; ++image) {
-    const int64_t z1_offset = plane_offset(z1, shape.in_pixels(), image, block);
-    float* d = floats_of(dpre) + plane_offset(dpre, shape.in_pixels(), image, block);
-    for (int64_t pixel = 0; pixel < shape.in_pixels(); pixel += kStripPixels) {
-      const int64_t count = smaller(kStripPixels, shape.in_pixels() - pixel);
-      const float* z = read_pixels(z1, z1_offset + pixel * kWideBlock, count, line);
-      combine_pixels(d + pixel * kWideBlock, z, count, factors.a + channel, factors.b + channel,
-                     factors.c + channel, scratch, kTilePitch, d + pixel * kWideBlock);
-      accumulate_weight(scratch, rows + (image * shape.in_pixels() + pixel) * columns, count,
-                        columns, image > first || pixel > 0, grad_weight);
-    }
-  }
+  for_wide_strips(
+      first, last, shape.in_pixels(),
+      [&](int64_t image, int64_t images, int64_t pixel, int64_t count)
+          __attribute__((always_inline)) {
+            for (int64_t i = 0; i < images; ++i) {
+              const int64_t z1_offset = plane_offset(z1, shape.in_pixels(), image + i, block);
+              const float* z = read_pixels(z1, z1_offset + pixel * kWideBlock, count, line);
+              float* d = floats_of(dpre) + plane_offset(dpre, shape.in_pixels(), image + i, block) +
+                         pixel * kWideBlock;
+              combine_pixels(d, z, count, factors.a + channel, factors.b + channel,
+                             factors.c + channel, scratch + i * count * kTilePitch, kTilePitch, d);
+            }
+            accumulate_weight(scratch, rows + (image * shape.in_pixels() + pixel) * columns,
+                              images * count, columns, image > first || pixel > 0, grad_weight);
+          });
 }
 
 void train_backward_expand_input(const TrainShape& shape, const PixelRange& range,
