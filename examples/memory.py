@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from training import Settings, Trainer
 
-from moat_kernels.memory import saved_bytes
+from moat_kernels.memory import release_memory, saved_bytes
 
 MEBIBYTE = 2**20
 PEAK_ON_CPU = (
@@ -80,6 +80,7 @@ def _measure_in_this_process(blocks: str, settings: Settings) -> int:
     trainer.update(images, labels)
     trainer.optimizer.zero_grad(set_to_none=True)
     gc.collect()
+    release_memory()
     # Linux forgets the peak so far; where it may not, the first step's peak is the same.
     with suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import moat_kernels as mk
-from moat_kernels.memory import saved_bytes
+from moat_kernels.memory import release_memory, saved_bytes
 from moat_kernels.ops.backends import backend_status
 
 CHANNELS, BATCH, SIZE = 32, 8, 32
@@ -87,3 +87,24 @@ def test_whole_model_against_stock() -> None:
             for model in (stock, fused)
         ]
     assert sizes[1] <= 0.35 * sizes[0]
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no native kernels")
+def test_memory_kept_for_the_next_step_is_bounded_and_given_back() -> None:
+    """Twice the wide tensors (E = 4 C) and as much again for their gradients, at most."""
+    block = mk.FusedMBConv(CHANNELS, CHANNELS, se_ratio=None, recompute="none")
+
+    def kept_after_steps(*batches: int) -> int:
+        for batch in batches:
+            x = torch.randn(batch, CHANNELS, SIZE, SIZE)
+            block(x).sum().backward()
+        return release_memory()
+
+    release_memory()
+    with mk.use_backend("cpu"):
+        once = kept_after_steps(BATCH)
+        assert 2 * 4 * UNIT <= once <= 5 * 4 * UNIT
+        assert kept_after_steps(BATCH, BATCH, BATCH) == once
+        # Blocks of another size are not kept beside those of the largest step.
+        assert kept_after_steps(BATCH, BATCH // 2, BATCH, BATCH // 4) <= once
+    assert release_memory() == 0

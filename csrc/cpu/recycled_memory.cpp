@@ -19,8 +19,8 @@ struct Block {
 
 class KeptBlocks {
  public:
-  // A block of `size` bytes, null if there is no memory. A process that was forked while another
-  // thread held the lock never gets it, and does without kept blocks.
+  // A block of `size` bytes, null if there is no memory. Nobody waits for the lock: a process that
+  // was forked while another thread held it never gets it, and does without kept blocks.
   void* take(size_t size) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
     if (lock) {
@@ -48,8 +48,8 @@ class KeptBlocks {
   }
 
   size_t release() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return unmap_oldest(SIZE_MAX);
+    const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
+    return lock ? unmap_oldest(SIZE_MAX) : 0;
   }
 
  private:

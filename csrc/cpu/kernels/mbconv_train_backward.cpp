@@ -1,10 +1,11 @@
 // The backward passes of the inverted bottleneck's training. With g = dout and y = scale z + shift
-// (the depthwise and expand norm with the batch's statistics), wide tensors cross memory so:
-//   backward_project     dy2 = (g W2) act'(y2), dW2 = act(y2)^T g       reads z2, writes dy2
-//   backward_gate        with squeeze-excite only: dy2 in place         reads z2, dy2, writes dy2
-//   backward_depthwise   dz2 from dy2 and z2, dpre = dw^T(dz2) act'(y1) reads dy2, z2, z1, writes
-//   dpre backward_expand      dz1 from dpre and z1; dW1 = dz1^T x, dx = dz1 W1   reads dpre, z1
-//   twice
+// (the depthwise and expand norm with the batch's statistics):
+//   backward_project        dy2 = (g W2) act'(y2), dW2 = act(y2)^T g
+//   backward_gate           with squeeze-excite only: dy2 in place
+//   backward_depthwise      dz2 from dy2 and z2, dpre = dw^T(dz2) act'(y1)
+//   backward_expand_weight  dz1 from dpre and z1 in place, dW1 = dz1^T x
+//   backward_expand_input   dx = dz1 W1
+// Of the wide tensors z1 and z2 cross memory; the gradients are those of one wave of blocks.
 // A pass whose result is a sum over pixels is divided by blocks of channels, never by pixels alone,
 // so that its sums have one order whatever the number of threads.
 

@@ -1,0 +1,89 @@
+"""Training by the native CPU kernels in 16-bit types and under autocast."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from support.mbconv_cases import Case, make_parameters, map_tensors, run
+from support.tolerances import LOW_PRECISION_FACTOR, assert_close, relative_error
+
+from moat_kernels import FallbackWarning, use_backend
+from moat_kernels.extension import load_extension
+from moat_kernels.functional import MBConvDescription, Pool, SqueezeExcite, mbconv
+from moat_kernels.memory import saved_bytes
+from moat_kernels.ops.mbconv import front
+
+pytestmark = pytest.mark.skipif(
+    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
+)
+
+STRIDE_2 = MBConvDescription(stride=2, pool=Pool(kernel_size=3))
+GATED = MBConvDescription(squeeze_excite=SqueezeExcite())
+
+
+@pytest.mark.parametrize("recompute", ["none", "expand", "block"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(
+    "description", [MBConvDescription(), STRIDE_2, GATED], ids=["1", "2", "se"]
+)
+def test_training_in_low_precision(
+    dtype: torch.dtype, description: MBConvDescription, recompute: str
+) -> None:
+    """At most LOW_PRECISION_FACTOR times as far from float64 as stock modules in that dtype."""
+    case = Case(description, 24, 96, 24)
+    parameters = make_parameters(case, dtype)
+    x = torch.randn(3, 24, 17, 12).to(dtype)
+    exact = map_tensors(
+        parameters, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor
+    )
+    with use_backend("reference"):
+        expected = run(x.double(), exact, description, training=True)
+        stock = run(x, parameters, description, dtype, training=True)
+    with use_backend("cpu"), warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        actual = run(x, parameters, description, dtype, training=True, recompute=recompute)
+    for name, value in expected.items():
+        if value.abs().max() < 1e-9:  # zero but for rounding
+            continue
+        # One rounding to `dtype` of the result itself is granted beside the factor.
+        allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value)
+        assert_close(actual[name], value, allowed + torch.finfo(dtype).eps, name)
+        assert actual[name].dtype == stock[name].dtype
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_low_precision_halves_what_is_saved(dtype: torch.dtype) -> None:
+    """16 and 2 * 64 channels of two bytes per pixel, and little else."""
+    case = Case(in_channels=16, wide_channels=64, out_channels=16)
+    parameters = make_parameters(case, dtype)
+    parameters.expand_weight.requires_grad_()
+    tensors = [tensor for tensor in front.flatten(parameters)[0] if tensor is not None]
+    x = torch.randn(4, 16, 32, 32).to(dtype, memory_format=torch.channels_last)
+    with use_backend("cpu"):
+        saved = saved_bytes(lambda: mbconv(x, parameters, case.description, training=True), tensors)
+    per_pixel = saved / (4 * 32 * 32)
+    assert 2 * (16 + 128) <= per_pixel < 2 * (16 + 128) + 2
+
+
+def test_training_under_autocast() -> None:
+    """As far from float64 as stock modules under autocast, in the same dtypes."""
+    case = Case(STRIDE_2, 16, 64, 24, shortcut_conv=True)
+    parameters = make_parameters(case, torch.float32)
+    exact = map_tensors(
+        parameters, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor
+    )
+    x = torch.randn(3, 16, 10, 8)
+    with use_backend("reference"):
+        expected = run(x.double(), exact, case.description, training=True)
+        with torch.autocast("cpu", torch.bfloat16):
+            stock = run(x, parameters, case.description, training=True)
+    with use_backend("cpu"), torch.autocast("cpu", torch.bfloat16):
+        actual = run(x, parameters, case.description, training=True)
+    for name, value in expected.items():
+        assert actual[name].dtype == stock[name].dtype, name
+        if value.abs().max() < 1e-9:  # zero but for rounding
+            continue
+        allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value)
+        assert_close(actual[name], value, allowed + torch.finfo(torch.bfloat16).eps, name)
