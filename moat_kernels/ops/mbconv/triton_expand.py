@@ -13,7 +13,7 @@ from abc import ABC, abstractmethod
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.mbconv.cpu_training import make_affine
+from moat_kernels.ops.mbconv.affine import make_affine
 from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
 from moat_kernels.ops.mbconv.folding import FoldedExpand
 from moat_kernels.ops.mbconv.torch_backend import FOLDING_ROWS_PER_CHANNEL
@@ -56,7 +56,7 @@ class Expand(ABC):
         """activation(z1), measuring what is not known yet. Only complete ones activate."""
 
     @abstractmethod
-    def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def moments(self) -> dict[str, tuple[Tensor, ...]]:
         """(mean, biased variance) of each norm that measured the batch, by name."""
 
     @abstractmethod
@@ -141,7 +141,7 @@ class CovarianceExpand(Expand):
             self._fold()
         return expand(self.rows, self.weight, self.bias, activation, measure=False)[0]
 
-    def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def moments(self) -> dict[str, tuple[Tensor, ...]]:
         return self.stage.batch_moments()
 
     def backward(
@@ -249,7 +249,7 @@ class MeasuredExpand(Expand):
             self._fold_expand()
         return z1
 
-    def moments(self) -> dict[str, tuple[Tensor, Tensor]]:
+    def moments(self) -> dict[str, tuple[Tensor, ...]]:
         moments = {}
         if self._measures("pre_norm"):
             moments["pre_norm"] = (self.statistics[0], self.statistics[1])

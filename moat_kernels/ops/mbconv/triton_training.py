@@ -19,8 +19,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.mbconv.cpu_training import Affine, Gate, make_affine
+from moat_kernels.ops.mbconv.affine import Affine, make_affine
 from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
+from moat_kernels.ops.mbconv.gate import Gate
 from moat_kernels.ops.mbconv.torch_backend import Forward, build_shortcut
 from moat_kernels.ops.mbconv.triton_expand import Expand, make_expand
 from moat_kernels.ops.mbconv.triton_kernels.depthwise import Stencil, depthwise
