@@ -250,7 +250,7 @@ class MeasuredExpand(Expand):
         return z1
 
     def moments(self) -> dict[str, tuple[Tensor, ...]]:
-        moments = {}
+        moments: dict[str, tuple[Tensor, ...]] = {}
         if self._measures("pre_norm"):
             moments["pre_norm"] = (self.statistics[0], self.statistics[1])
         if self._measures("expand_norm"):
