@@ -130,7 +130,9 @@ def _compile(source: Path, architectures: tuple[int, ...], flags: tuple[str, ...
         assert result.returncode == 0, result.stderr
         instructions = {}
         for architecture in architectures:
-            (ptx,) = Path(directory).glob(f"*compute_{architecture}.ptx")
+            # The name tells the architecture only if there are several.
+            suffix = f".compute_{architecture}" if len(architectures) > 1 else ""
+            ptx = Path(directory) / f"{source.stem}{suffix}.ptx"
             instructions[architecture] = _read_ptx(ptx.read_text())
     return [
         Kernel(**kernel, **instructions[kernel["architecture"]][kernel["name"]])

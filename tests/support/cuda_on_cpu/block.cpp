@@ -22,9 +22,11 @@ struct Barrier {
   int arrived = 0;
   int live = 0;
   long generation = 0;
+  int released = 0;  // how many the last release let go
 
   void release_if_complete() {
     if (arrived == 0 || arrived < live) return;
+    released = arrived;
     arrived = 0;
     ++generation;
   }
@@ -32,7 +34,6 @@ struct Barrier {
 
 struct Warp {
   Barrier barrier;
-  int size = 0;
   alignas(16) std::byte deposits[2][kWarpSize][kDepositBytes];
 };
 
@@ -108,27 +109,59 @@ void start_threads(Block& started) {
     thread.number = number;
     thread.index = {number % started.size.x, row % started.size.y, row / started.size.y};
     thread.fiber = std::make_unique<Fiber>(&run_thread);
-    Warp& warp = started.warps[number / kWarpSize];
-    ++warp.barrier.live;
-    ++warp.size;
+    ++started.warps[number / kWarpSize].barrier.live;
   }
 }
 
-bool run_block(Block& running, std::mt19937* shuffle) {
-  block = &running;
-  start_threads(running);
-  std::vector<Thread*> order;
-  for (Thread& thread : running.threads) order.push_back(&thread);
+// Runs each of these threads once, as far as it goes; false if none can run.
+bool run_once(Block& running, const std::vector<Thread*>& threads) {
+  bool advanced = false;
+  for (Thread* thread : threads) {
+    if (!thread->can_run() || !running.failure.empty()) continue;
+    advanced = true;
+    running.current = thread;
+    thread->fiber->resume();
+  }
+  return advanced;
+}
+
+std::vector<Thread*> threads_between(Block& running, std::size_t first, std::size_t last) {
+  std::vector<Thread*> threads;
+  for (std::size_t i = first; i < std::min(last, running.threads.size()); ++i) {
+    threads.push_back(&running.threads[i]);
+  }
+  return threads;
+}
+
+// One warp runs ahead of the others, to the next barrier of the block or until chance picks
+// another one; its threads take turns in shuffled order.
+void run_shuffled(Block& running, std::mt19937& random) {
+  std::vector<std::vector<Thread*>> warps;
+  for (std::size_t i = 0; i < running.warps.size(); ++i) {
+    warps.push_back(threads_between(running, i * kWarpSize, (i + 1) * kWarpSize));
+  }
   bool advanced = true;
   while (advanced && running.failure.empty()) {
     advanced = false;
-    if (shuffle) std::shuffle(order.begin(), order.end(), *shuffle);
-    for (Thread* thread : order) {
-      if (!thread->can_run()) continue;
-      advanced = true;
-      running.current = thread;
-      thread->fiber->resume();
-      if (!running.failure.empty()) break;
+    std::shuffle(warps.begin(), warps.end(), random);
+    for (std::vector<Thread*>& warp : warps) {
+      do {
+        std::shuffle(warp.begin(), warp.end(), random);
+        if (!run_once(running, warp)) break;
+        advanced = true;
+      } while (random() % 8);
+    }
+  }
+}
+
+bool run_block(Block& running, std::mt19937* random) {
+  block = &running;
+  start_threads(running);
+  const std::vector<Thread*> order = threads_between(running, 0, running.threads.size());
+  if (random) {
+    run_shuffled(running, *random);
+  } else {
+    while (run_once(running, order)) {
     }
   }
   const bool finished = std::all_of(order.begin(), order.end(), [](Thread* t) { return t->done; });
@@ -166,13 +199,9 @@ Index block_index() { return block->index; }
 int lane() { return block->current->number % kWarpSize; }
 
 void sync_block(const char* file, int line) {
-  static std::string skipped;
-  const char* wanted = std::getenv("CUDA_ON_CPU_SKIP_BARRIER");
-  skipped = wanted ? wanted : "";
-  if (!skipped.empty()) {
+  if (const char* skipped = std::getenv("CUDA_ON_CPU_SKIP_BARRIER")) {
     const std::string path = std::string(file) + ":" + std::to_string(line);
-    const std::size_t slash = path.rfind('/');
-    if (path.substr(slash == std::string::npos ? 0 : slash + 1) == skipped) return;
+    if (path.substr(path.rfind('/') + 1) == skipped) return;
   }
   wait_at(block->barrier);
 }
@@ -181,13 +210,13 @@ void sync_warp() { wait_at(block->warp().barrier); }
 
 const std::byte* deposit(const void* data, std::size_t bytes) {
   Warp& warp = block->warp();
-  if (bytes > kDepositBytes || warp.barrier.live != warp.size || warp.size != kWarpSize) {
+  auto& table = warp.deposits[block->current->deposits++ % 2];
+  std::memcpy(table[lane()], data, std::min(bytes, kDepositBytes));
+  sync_warp();
+  if (bytes > kDepositBytes || warp.barrier.released != kWarpSize) {
     block->failure = "a warp acts together, but not with all of its 32 threads";
     block->current->fiber->suspend();
   }
-  auto& table = warp.deposits[block->current->deposits++ % 2];
-  std::memcpy(table[lane()], data, bytes);
-  sync_warp();
   return table[0];
 }
 

@@ -2,8 +2,6 @@
 
 // A function with its own stack, which can be left and entered again.
 
-#include <ucontext.h>
-
 #include <memory>
 
 namespace cuda_on_cpu {
@@ -11,18 +9,20 @@ namespace cuda_on_cpu {
 class Fiber {
  public:
   explicit Fiber(void (*function)());
+  ~Fiber();
   Fiber(const Fiber&) = delete;
 
-  // Runs until the function suspends or returns.
+  // Runs until the function suspends or returns; not to be called again once it has returned.
   void resume();
   // Called from within: back to whoever resumed.
   void suspend();
 
  private:
-  static void start(unsigned high, unsigned low);
+  struct Context;
 
-  std::unique_ptr<char[]> stack_;
-  ucontext_t inside_, outside_;
+  static void run();
+
+  std::unique_ptr<Context> context_;
   void (*function_)();
 };
 
