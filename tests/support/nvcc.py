@@ -122,7 +122,7 @@ def _compile(source: Path, architectures: tuple[int, ...], flags: tuple[str, ...
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     with tempfile.TemporaryDirectory() as directory:
         result = subprocess.run(
-            ["nvcc", *FLAGS, *flags, *targets, str(source), "-o", "kernels.fatbin"],
+            ["nvcc", *FLAGS, *targets, str(source), "-o", "kernels.fatbin"],
             cwd=directory,
             capture_output=True,
             text=True,
@@ -140,19 +140,15 @@ def _compile(source: Path, architectures: tuple[int, ...], flags: tuple[str, ...
     ]
 
 
-def compile_kernels(
-    source: Path,
-    architectures: tuple[int, ...] = ARCHITECTURES,
-    flags: tuple[str, ...] = (),
-) -> list[Kernel]:
+def compile_kernels(source: Path, architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
     """The kernels of `source` for some architectures, compiled anew where anything has changed."""
-    parts = [nvcc_version(), *map(str, architectures), *FLAGS, *flags]
+    parts = [nvcc_version(), *map(str, architectures), *FLAGS]
     parts += (f.read_text() for f in (source, *HEADERS))
     parts.append(Path(__file__).read_text())
     key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
     cached = ROOT / "build" / "nvcc" / f"{source.stem}-{key}.json"
     if not cached.exists():
-        kernels = _compile(source, architectures, flags)
+        kernels = _compile(source, architectures)
         cached.parent.mkdir(parents=True, exist_ok=True)
         cached.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
     return [Kernel(**fields) for fields in json.loads(cached.read_text())]
