@@ -1,7 +1,8 @@
 """The stencil passes of the inverted bottleneck by CUDA C++ kernels (csrc/cuda), where built.
 
-They take the place of the Triton kernels of the same names, with the same arguments and results.
-Never run on a GPU so far: the tests run the same sources on the host, and compile them by nvcc.
+Names, arguments and results are those of the Triton kernels that they can take the place of; no
+backend chooses them until a GPU has shown where they are faster. They have never run on one: the
+tests run the same sources on the host, and compile them by nvcc.
 """
 
 from __future__ import annotations
