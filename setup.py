@@ -5,8 +5,8 @@ a namespace of that instruction set; csrc/cpu/isa.cpp chooses between them at ru
 
 The kernels are optional: where they cannot be built, one line says why and the package installs
 without them. MOAT_KERNELS_SKIP_EXT=1 leaves them out on purpose; CXX and MAX_JOBS work as usual.
-MOAT_KERNELS_SANITIZE=address or =thread builds them for `make sanitize`, with GCC's sanitizers of
-memory and undefined behaviour or of threads.
+MOAT_KERNELS_SANITIZE=address or =thread builds them for `make sanitize`, with GCC's
+AddressSanitizer and UndefinedBehaviorSanitizer or with its ThreadSanitizer.
 
 Beside a CUDA build of torch, and with nvcc (CUDA_HOME, or on PATH), the library gets the CUDA
 kernels too, for the architectures of TORCH_CUDA_ARCH_LIST, unless MOAT_KERNELS_SKIP_CUDA=1 is set.
@@ -278,7 +278,7 @@ def extension_arguments() -> dict:
         extension.depends += CUDA_KERNEL_SOURCES
         for flag in toolkit_flags("INCLUDES"):
             extension.extra_compile_args.append(flag.replace("-I", "-isystem", 1))
-        extension.extra_link_args += toolkit_flags("LIBRARIES")
+        extension.extra_link_args = [*extension.extra_link_args, *toolkit_flags("LIBRARIES")]
         extension.libraries += ["cudart", "torch_cuda"]
     return {
         "ext_modules": [extension],

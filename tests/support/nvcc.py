@@ -118,7 +118,7 @@ def _read_ptxas(text: str) -> list[dict]:
     return kernels
 
 
-def _compile(source: Path, architectures: tuple[int, ...], flags: tuple[str, ...]) -> list[Kernel]:
+def _compile(source: Path, architectures: tuple[int, ...]) -> list[Kernel]:
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     with tempfile.TemporaryDirectory() as directory:
         result = subprocess.run(
