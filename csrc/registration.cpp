@@ -18,9 +18,9 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
   library.def("cpu_isa() -> str");
   // Maps are [B, H, W, C]; csrc/cpu/mbconv_arguments.h says what the lists hold.
   library.def(
-      "cpu_mbconv_eval(Tensor x, Tensor?[] convolutions, Tensor?[] norms, float[] eps, "
-      "Tensor? drop_path_scale, int stride, int[] padding, str[] activations, bool residual, "
-      "str pool_kind, int[] pool, ScalarType dtype) -> Tensor");
+      "cpu_mbconv_eval(Tensor x, Tensor?[] convolutions, Tensor?[] norms, "
+      "Tensor? drop_path_scale, float[] eps, int stride, int[] padding, str[] activations, "
+      "bool residual, str pool_kind, int[] pool, ScalarType dtype) -> Tensor");
   // The passes of training; csrc/cpu/kernels/mbconv_train.h says what each computes.
   const std::string settings = ", int[] geometry, str[] activations) -> ";
   const auto define = [&](const std::string& arguments, const std::string& results) {

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
+import torch
 from torch import Tensor, nn
 
 from moat_kernels.ops.mbconv.description import Norm, NormParameters
 from moat_kernels.ops.mbconv.reference import batch_norm
 from moat_kernels.ops.mbconv.running import update_norm
+from moat_kernels.tensor_access import tensor_of
+
+_cached_norm = lru_cache(maxsize=256)(Norm)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -31,16 +37,15 @@ class BatchNorm2d(nn.BatchNorm2d):
 
     def description(self) -> Norm:
         """This norm for `functional.mbconv`; frozen if only this module is in eval mode."""
-        tracked = self.running_mean is not None
-        return Norm(
-            self.eps, self.momentum, self.unbiased_running_var, tracked and not self.training
-        )
+        tracked = self._buffers["running_mean"] is not None
+        frozen = tracked and not self.training
+        # torch.compile would only warn about a cache.
+        norm = Norm if torch.compiler.is_compiling() else _cached_norm
+        return norm(self.eps, self.momentum, self.unbiased_running_var, frozen)
 
     def tensors(self) -> NormParameters:
         """This norm's tensors for `functional.mbconv`."""
-        return NormParameters(
-            self.weight, self.bias, self.running_mean, self.running_var, self.num_batches_tracked
-        )
+        return NormParameters(*[tensor_of(self, name) for name in NormParameters._fields])
 
     def forward(self, input: Tensor) -> Tensor:
         self._check_input_dim(input)

@@ -170,12 +170,24 @@ struct Run {
   }
 };
 
-Tensor mbconv_eval(const Tensor& x, const OptionalTensors& convolutions,
-                   const OptionalTensors& norms, const std::vector<double>& eps,
-                   const std::optional<Tensor>& drop_path_scale, int64_t stride,
-                   const std::vector<int64_t>& padding, const std::vector<std::string>& activations,
-                   bool residual, const std::string& pool_kind, const std::vector<int64_t>& pool,
+// Tensors of any floating-point type and strides; where they are not what the kernels read, a
+// converted copy.
+void make_readable(OptionalTensors& tensors) {
+  for (std::optional<Tensor>& tensor : tensors) {
+    if (tensor.has_value()) tensor = as_floats(*tensor);
+  }
+}
+
+Tensor mbconv_eval(Tensor x, OptionalTensors convolutions, OptionalTensors norms,
+                   std::optional<Tensor> drop_path_scale, const std::vector<double>& eps,
+                   int64_t stride, const std::vector<int64_t>& padding,
+                   const std::vector<std::string>& activations, bool residual,
+                   const std::string& pool_kind, const std::vector<int64_t>& pool,
                    ScalarType dtype) {
+  x = torch::stable::contiguous(x);
+  make_readable(convolutions);
+  make_readable(norms);
+  if (drop_path_scale.has_value()) drop_path_scale = as_floats(*drop_path_scale);
   MBConvProblem problem = read_problem(x, convolutions, norms, eps, stride, padding, activations);
   problem.residual = residual;
   if (residual) problem.pool = read_pool(pool_kind, pool, problem);

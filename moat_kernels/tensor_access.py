@@ -1,0 +1,18 @@
+"""Parameters and buffers of modules, read quickly."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+
+def tensor_of(module: nn.Module | None, name: str) -> Tensor | None:
+    """`module.name`: a parameter, a buffer, or what a parametrization computes; None of None.
+
+    nn.Module looks attributes up in Python, which takes a microsecond or more for each.
+    """
+    if module is None:
+        return None
+    for tensors in (module._parameters, module._buffers):
+        if name in tensors:
+            return tensors[name]
+    return getattr(module, name)
