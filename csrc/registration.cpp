@@ -16,7 +16,8 @@ std::string cpu_isa() { return MOAT_KERNELS_DISPATCH(isa_name)(); }
 
 STABLE_TORCH_LIBRARY(moat_kernels, library) {
   library.def("cpu_isa() -> str");
-  // Maps are [B, H, W, C]; csrc/cpu/mbconv_arguments.h says what the lists hold.
+  // Maps are [B, C, H, W], the result in channels_last; csrc/cpu/mbconv_arguments.h says what the
+  // lists hold.
   library.def(
       "cpu_mbconv_eval(Tensor x, Tensor?[] convolutions, Tensor?[] norms, "
       "Tensor? drop_path_scale, float[] eps, int stride, int[] padding, str[] activations, "

@@ -8,6 +8,7 @@
 
 #include "cpu/mbconv_arguments.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace moat_kernels::cpu {
 namespace {
@@ -63,31 +64,65 @@ MBConvTask task_at(const MBConvProblem& problem, const Partition& partition, int
   return task;
 }
 
+// The parts of a call's scratch memory, in floats.
+struct Layout {
+  int64_t packed = 0;    // weights
+  int64_t workers = 0;   // what each worker needs, one after the other
+  int64_t partials = 0;  // by_blocks: [batch, block parts, pixels, result columns]
+  int64_t gated = 0;     // gated: see there
+  int64_t end = 0;
+};
+
 // A call in progress.
 struct Run {
   const MBConvProblem& problem;
-  const Tensor& like;
   int64_t workers;
   int64_t blocks;
   Partition partition;
   int64_t scratch_size;
-  Tensor packed_buffer;
-  Tensor scratch_buffer;
+  Layout layout;
+  Scratch memory;
   float* packed;
 
   Run(const MBConvProblem& problem, const Tensor& like)
       : problem(problem),
-        like(like),
         workers(thread_count()),
         blocks(MOAT_KERNELS_DISPATCH(mbconv_eval_blocks)(problem)),
         partition(choose_partition(problem, blocks, workers)),
         scratch_size(MOAT_KERNELS_DISPATCH(mbconv_eval_scratch_size)(problem)),
-        packed_buffer(float_buffer(
-            like, MOAT_KERNELS_DISPATCH(mbconv_eval_packed_size)(problem, !partition.packs))),
-        scratch_buffer(float_buffer(like, workers * scratch_size)),
-        packed(data_of(packed_buffer)) {}
+        layout(make_layout()),
+        memory(like, layout.end),
+        packed(memory.data() + layout.packed) {}
 
-  float* scratch(int64_t worker) const { return data_of(scratch_buffer) + worker * scratch_size; }
+  Layout make_layout() const {
+    Layout result;
+    const auto take = [&](int64_t floats) {
+      const int64_t begin = result.end;
+      result.end += (floats + 15) / 16 * 16;  // whole cache lines
+      return begin;
+    };
+    result.packed = take(MOAT_KERNELS_DISPATCH(mbconv_eval_packed_size)(problem, !partition.packs));
+    result.workers = take(workers * scratch_size);
+    result.partials = take(
+        partition.block_parts > 1 ? problem.batch * partition.block_parts * partial_size() : 0);
+    result.gated =
+        take(problem.squeeze_excite.present
+                 ? images_at_once() * (gated_size() + (1 + partition.row_parts) * gate_size())
+                 : 0);
+    return result;
+  }
+
+  float* scratch(int64_t worker) const {
+    return memory.data() + layout.workers + worker * scratch_size;
+  }
+
+  int64_t partial_row() const {
+    return problem.out_width * MOAT_KERNELS_DISPATCH(mbconv_eval_result_columns)(problem);
+  }
+  int64_t partial_size() const { return problem.out_height * partial_row(); }
+  int64_t gated_size() const { return MOAT_KERNELS_DISPATCH(mbconv_eval_gated_size)(problem); }
+  int64_t gate_size() const { return MOAT_KERNELS_DISPATCH(mbconv_eval_gate_size)(problem); }
+  int64_t images_at_once() const { return std::min(problem.batch, workers); }
 
   void pack() const {
     MOAT_KERNELS_DISPATCH(mbconv_eval_fold)(problem, packed);
@@ -106,13 +141,10 @@ struct Run {
 
   // Blocks of channels in parallel: each part sums its own, then the sums are added in order.
   void by_blocks() const {
-    const int64_t row =
-        problem.out_width * MOAT_KERNELS_DISPATCH(mbconv_eval_result_columns)(problem);
-    const int64_t part_stride = problem.out_height * row;
-    const Tensor partial_buffer =
-        float_buffer(like, problem.batch * partition.block_parts * part_stride);
+    const int64_t row = partial_row();
+    const int64_t part_stride = partial_size();
     const auto partials = [&](int64_t image) {
-      return data_of(partial_buffer) + image * partition.block_parts * part_stride;
+      return memory.data() + layout.partials + image * partition.block_parts * part_stride;
     };
     const auto compute = MOAT_KERNELS_DISPATCH(mbconv_eval_bottleneck);
     const int64_t tasks = problem.batch * partition.row_parts * partition.block_parts;
@@ -133,12 +165,11 @@ struct Run {
 
   // Images in groups, as many as there are threads: all of a group up to the gate, then the rest.
   void gated() const {
-    const int64_t gated_size = MOAT_KERNELS_DISPATCH(mbconv_eval_gated_size)(problem);
-    const int64_t gate_size = MOAT_KERNELS_DISPATCH(mbconv_eval_gate_size)(problem);
-    const int64_t group = std::min(problem.batch, workers);
+    const int64_t gated_size = this->gated_size();
+    const int64_t gate_size = this->gate_size();
+    const int64_t group = images_at_once();
     const int64_t parts = partition.row_parts;
-    const Tensor buffer = float_buffer(like, group * (gated_size + gate_size + parts * gate_size));
-    float* const gated = data_of(buffer);
+    float* const gated = memory.data() + layout.gated;
     float* const gates = gated + group * gated_size;
     float* const sums = gates + group * gate_size;
     const auto stencil = MOAT_KERNELS_DISPATCH(mbconv_eval_stencil);
@@ -184,7 +215,7 @@ Tensor mbconv_eval(Tensor x, OptionalTensors convolutions, OptionalTensors norms
                    const std::vector<std::string>& activations, bool residual,
                    const std::string& pool_kind, const std::vector<int64_t>& pool,
                    ScalarType dtype) {
-  x = torch::stable::contiguous(x);
+  x = torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
   make_readable(convolutions);
   make_readable(norms);
   if (drop_path_scale.has_value()) drop_path_scale = as_floats(*drop_path_scale);
@@ -192,8 +223,9 @@ Tensor mbconv_eval(Tensor x, OptionalTensors convolutions, OptionalTensors norms
   problem.residual = residual;
   if (residual) problem.pool = read_pool(pool_kind, pool, problem);
   problem.drop_path_scale = float_data("drop_path_scale", drop_path_scale, problem.batch);
-  const Tensor output = torch::stable::new_empty(
-      x, {problem.batch, problem.out_height, problem.out_width, problem.out_channels}, dtype);
+  const Tensor output = torch::stable::empty(
+      {problem.batch, problem.out_channels, problem.out_height, problem.out_width}, dtype,
+      std::nullopt, x.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
   problem.output = output.mutable_data_ptr();
   problem.output_type = element_type("dtype", dtype);
   if (output.numel() == 0) return output;

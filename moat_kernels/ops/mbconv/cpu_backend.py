@@ -133,15 +133,14 @@ def _evaluate(
     norms: list[Tensor | None] = []
     for name in NORMS:
         norms += getattr(parameters, name)[:4]
-    output = torch.ops.moat_kernels.cpu_mbconv_eval.default(
-        x.permute(0, 2, 3, 1),
+    return torch.ops.moat_kernels.cpu_mbconv_eval.default(
+        x,
         [getattr(parameters, name) for name in WEIGHTS],
         norms,
         drop_path_scale,
         *settings,
         _output_dtype(x, parameters, description),
     )
-    return output.permute(0, 3, 1, 2)
 
 
 @functools.lru_cache(maxsize=1024)
