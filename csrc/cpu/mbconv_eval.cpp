@@ -50,11 +50,27 @@ Partition choose_partition(const MBConvProblem& problem, int64_t blocks, int64_t
   return partition;
 }
 
+// Pixels that make the best of a block's weights once they are in cache.
+constexpr int64_t kGroupPixels = 256;
+
+// Small maps of a large batch go through the tiles together.
+int64_t choose_images_per_tile(const MBConvProblem& problem, int64_t threads) {
+  const int64_t fitting = kGroupPixels / (problem.out_height * problem.out_width);
+  const int64_t share = problem.batch / threads;
+  if (fitting < 2 || share < 2 || problem.squeeze_excite.present ||
+      !MOAT_KERNELS_DISPATCH(mbconv_eval_groups)(problem)) {
+    return 1;
+  }
+  const int64_t groups = (share + fitting - 1) / fitting;
+  return (share + groups - 1) / groups;
+}
+
 MBConvTask task_at(const MBConvProblem& problem, const Partition& partition, int64_t blocks,
                    int64_t index) {
   const int64_t block_part = index % partition.block_parts;
   const int64_t row_part = index / partition.block_parts % partition.row_parts;
   MBConvTask task;
+  task.images = 1;
   task.image = index / partition.block_parts / partition.row_parts;
   task.first_row = problem.out_height * row_part / partition.row_parts;
   task.last_row = problem.out_height * (row_part + 1) / partition.row_parts;
@@ -134,8 +150,13 @@ struct Run {
 
   void fused() const {
     const auto compute = MOAT_KERNELS_DISPATCH(mbconv_eval_fused);
-    for_each_task(problem.batch * partition.row_parts, workers, [&](int64_t index, int64_t worker) {
-      compute(problem, packed, task_at(problem, partition, blocks, index), scratch(worker));
+    const int64_t images = partition.row_parts == 1 ? problem.images_per_tile : 1;
+    const int64_t groups = (problem.batch + images - 1) / images;
+    for_each_task(groups * partition.row_parts, workers, [&](int64_t index, int64_t worker) {
+      MBConvTask task = task_at(problem, partition, blocks, index);
+      task.image *= images;
+      task.images = std::min(images, problem.batch - task.image);
+      compute(problem, packed, task, scratch(worker));
     });
   }
 
@@ -230,6 +251,7 @@ Tensor mbconv_eval(Tensor x, OptionalTensors convolutions, OptionalTensors norms
   problem.output_type = element_type("dtype", dtype);
   if (output.numel() == 0) return output;
 
+  problem.images_per_tile = choose_images_per_tile(problem, thread_count());
   const Run run(problem, x);
   run.pack();
   if (problem.squeeze_excite.present) {

@@ -19,6 +19,12 @@ inline std::atomic<Tensor*>& kept_scratch() {
   return kept;
 }
 
+// Frees the kept block; the bytes that it had.
+inline int64_t release_scratch() {
+  const std::unique_ptr<Tensor> block(kept_scratch().exchange(nullptr));
+  return block ? block->numel() * static_cast<int64_t>(sizeof(float)) : 0;
+}
+
 // `floats` uninitialised floats: the kept block if no other call has it and it is large enough.
 class Scratch {
  public:
