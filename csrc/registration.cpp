@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/kernels/isa_name.h"
+#include "cpu/scratch.h"
 
 namespace {
 
@@ -16,12 +17,15 @@ std::string cpu_isa() { return MOAT_KERNELS_DISPATCH(isa_name)(); }
 
 STABLE_TORCH_LIBRARY(moat_kernels, library) {
   library.def("cpu_isa() -> str");
+  library.def("cpu_release_scratch() -> int");
   // Maps are [B, C, H, W], the result in channels_last; csrc/cpu/mbconv_arguments.h says what the
   // lists hold.
   library.def(
       "cpu_mbconv_eval(Tensor x, Tensor?[] convolutions, Tensor?[] norms, "
       "Tensor? drop_path_scale, float[] eps, int stride, int[] padding, str[] activations, "
       "bool residual, str pool_kind, int[] pool, ScalarType dtype) -> Tensor");
+  // [B, C_in, H, W] in any format -> channels_last; csrc/cpu/stem_eval.cpp lists the tensors.
+  library.def("cpu_stem_eval(Tensor x, Tensor?[] tensors, float eps) -> Tensor");
   // The passes of training; csrc/cpu/kernels/mbconv_train.h says what each computes.
   const std::string settings = ", int[] geometry, str[] activations) -> ";
   const auto define = [&](const std::string& arguments, const std::string& results) {
@@ -71,6 +75,7 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CompositeExplicitAutograd, library) {
   library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  library.impl("cpu_release_scratch", TORCH_BOX(&moat_kernels::cpu::release_scratch));
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -15,7 +15,9 @@ from torch.torch_version import TorchVersion
 # What Python calls; a library that lacks one was built from older sources.
 NATIVE_OPS = (
     "cpu_isa",
+    "cpu_release_scratch",
     "cpu_mbconv_eval",
+    "cpu_stem_eval",
     "cpu_mbconv_moments",
     "cpu_mbconv_rows",
     "cpu_mbconv_expand",

@@ -1,4 +1,4 @@
-"""Exact bytes that autograd keeps between the forward and the backward pass."""
+"""Memory: what autograd keeps for the backward pass, and what the native kernels keep."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from moat_kernels.extension import load_extension
 
 
 def saved_bytes(function: Callable[[], Any], excluded: Iterable[Tensor] = ()) -> int:
@@ -28,3 +30,11 @@ def saved_bytes(function: Callable[[], Any], excluded: Iterable[Tensor] = ()) ->
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def release_scratch() -> int:
+    """Free the scratch memory that the native CPU kernels keep between calls; the bytes it had.
+
+    It is one block of at most 32 MiB per process, as large as a call has needed so far.
+    """
+    return torch.ops.moat_kernels.cpu_release_scratch() if load_extension().usable else 0
