@@ -68,7 +68,7 @@ class FusedStem(Stem):
         norm, tensors = self.norm_0.description(), self.norm_0.tensors()
         if (
             norm.frozen
-            and (modules["conv_0"].stride, modules["conv_1"].stride) == ((2, 2), (1, 1))
+            and (self.conv_0.stride, self.conv_1.stride) == ((2, 2), (1, 1))
             and stem.covers(x, weights[:2], tensors, weights[2:])
         ):
             reason = obstacle(self, ("conv_0", "norm_0", "conv_1"))

@@ -145,11 +145,15 @@ class MBConvBlock(nn.Module):
 
     def description(self) -> MBConvDescription:
         """This block's inverted bottleneck for `functional.mbconv`."""
-        norms = (self.pre_norm, self.expand_norm, self.depthwise_norm)
         # torch.compile would only warn about a cache.
         make = _description if torch.compiler.is_compiling() else _cached_description
         return make(
-            self.stride, *[norm.description() for norm in norms], self.se is not None, self.pool
+            self.stride,
+            self.pre_norm.description(),
+            self.expand_norm.description(),
+            self.depthwise_norm.description(),
+            self.se is not None,
+            self.pool,
         )
 
     def tensors(self) -> MBConvParameters:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from torch import Tensor, nn
+from typing import Any
+
+from torch import nn
 
 
-def tensor_of(module: nn.Module | None, name: str) -> Tensor | None:
+def tensor_of(module: nn.Module | None, name: str) -> Any:
     """`module.name`: a parameter, a buffer, or what a parametrization computes; None of None.
 
     nn.Module looks attributes up in Python, which takes a microsecond or more for each.

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import moat_kernels as mk
-from moat_kernels.memory import saved_bytes
+from moat_kernels.memory import release_scratch, saved_bytes
 from moat_kernels.ops.backends import backend_status
 
 CHANNELS, BATCH, SIZE = 32, 8, 32
@@ -87,3 +87,14 @@ def test_whole_model_against_stock() -> None:
             for model in (stock, fused)
         ]
     assert sizes[1] <= 0.35 * sizes[0]
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="native kernels are not usable here")
+def test_scratch_memory_is_kept_within_bounds_and_freed_on_demand() -> None:
+    block = mk.FusedMBConv(8, 8).eval()
+    with torch.no_grad():
+        block(torch.randn(1, 8, 32, 32))
+        small = release_scratch()
+        block(torch.randn(1, 8, 600, 600))  # its gated map alone takes 44 MiB
+    assert 0 < small < 2**20
+    assert release_scratch() == 0

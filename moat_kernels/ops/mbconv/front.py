@@ -124,7 +124,7 @@ def _signature(
     """All that `_make_plan` looks at."""
     tensors = [x, drop_path_scale]
     for value in parameters:
-        if type(value) is NormParameters:
+        if isinstance(value, NormParameters):
             tensors += value
         else:
             tensors.append(value)
