@@ -1,7 +1,7 @@
-"""The inverted bottleneck (stride 1, no SE): eval, and a training step (forward and backward).
+"""The inverted bottleneck: eval, and a training step (forward and backward; stride 1, no SE).
 
-The floor is the time of the block's bare matrix products by torch.mm: two in eval, six in training
-(three for each 1x1 convolution).
+The floor is the time of the block's bare matrix products by torch.mm: two in eval (three where the
+shortcut is projected), six in training (three for each 1x1 convolution).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from functools import lru_cache
 import pytest
 import torch
 from interleaved import Contender, Group
-from shapes import BLOCK_SHAPES, EXPAND_RATIO, TRAINING_BATCH
+from shapes import BLOCK_SHAPES, EXPAND_RATIO, OTHER_BLOCKS, TRAINING_BATCH
 from torch import Tensor
 
 import moat_kernels as mk
@@ -41,6 +41,19 @@ def bare_products(rows: int, channels: int, training: bool) -> Contender:
             torch.mm(wide_rows.t(), narrow_rows)  # ... and of its weight
             torch.mm(wide_rows, expand.t())
             torch.mm(narrow_rows.t(), wide_rows)
+
+    return Contender(call)
+
+
+def bare_eval_products(sizes: list[tuple[int, int, int]]) -> Contender:
+    """Products of [rows, depth] and [depth, columns] matrices, one after the other."""
+    operands = [
+        (torch.randn(rows, depth), torch.randn(depth, columns)) for rows, depth, columns in sizes
+    ]
+
+    def call() -> None:
+        for left, right in operands:
+            torch.mm(left, right)
 
     return Contender(call)
 
@@ -103,6 +116,33 @@ def make_group(size: int, channels: int, batch: int, training: bool) -> Group:
     return Group(name, contenders, flops, floor="floor")
 
 
+@lru_cache(maxsize=1)
+def make_other_group(
+    size: int, in_channels: int, out_channels: int, stride: int, gated: bool, batch: int
+) -> Group:
+    """Eval of a block with stride or gate; `size` is that of its output."""
+    torch.manual_seed(0)
+    options = {"stride": stride, "se_ratio": 0.25 if gated else None}
+    x = torch.randn(batch, in_channels, stride * size, stride * size)
+    channels_last = x.to(memory_format=torch.channels_last)
+    wide, rows = EXPAND_RATIO * out_channels, batch * size * size
+    products = [(rows * stride**2, in_channels, wide), (rows, wide, out_channels)]
+    if in_channels != out_channels:
+        products.append((rows, in_channels, out_channels))
+    contenders = {"floor": bare_eval_products(products)}
+    stock = mk.reference.MBConvBlock(in_channels, out_channels, **options).eval()
+    for name, memory_format in STOCK.items():
+        contenders[name] = eval_contender(stock, x.contiguous(memory_format=memory_format), None)
+    for name in FUSED:
+        block = mk.FusedMBConv(in_channels, out_channels, **options)
+        block.load_state_dict(stock.state_dict())
+        contenders[name] = eval_contender(block.eval(), channels_last, name)
+    flops = sum(2 * rows * depth * columns for rows, depth, columns in products)
+    kind = f"stride {stride}{', squeeze-excite' if gated else ''}"
+    name = f"mbconv eval {size}x{size}x{out_channels} {kind} batch {batch}"
+    return Group(name, contenders, flops, floor="floor")
+
+
 @pytest.mark.parametrize("contender", EVAL)
 @pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.full)])
 @pytest.mark.parametrize(("size", "channels"), BLOCK_SHAPES)
@@ -114,3 +154,20 @@ def test_eval(measure, size: int, channels: int, batch: int, contender: str) -> 
 @pytest.mark.parametrize(("size", "channels"), BLOCK_SHAPES)
 def test_training(measure, size: int, channels: int, contender: str) -> None:
     measure(make_group(size, channels, TRAINING_BATCH, training=True), contender)
+
+
+@pytest.mark.parametrize("contender", EVAL)
+@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.full)])
+@pytest.mark.parametrize(("size", "in_channels", "out_channels", "stride", "gated"), OTHER_BLOCKS)
+def test_eval_of_other_blocks(
+    measure,
+    size: int,
+    in_channels: int,
+    out_channels: int,
+    stride: int,
+    gated: bool,
+    batch: int,
+    contender: str,
+) -> None:
+    group = make_other_group(size, in_channels, out_channels, stride, gated, batch)
+    measure(group, contender)

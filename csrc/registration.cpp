@@ -7,6 +7,7 @@
 #include <string>
 
 #include "cpu/kernels/isa_name.h"
+#include "cpu/scratch.h"
 
 namespace {
 
@@ -16,15 +17,19 @@ std::string cpu_isa() { return MOAT_KERNELS_DISPATCH(isa_name)(); }
 
 STABLE_TORCH_LIBRARY(moat_kernels, library) {
   library.def("cpu_isa() -> str");
-  // Gives back memory that cpu/recycled_memory.h keeps. -> bytes
+  // Give back memory that cpu/recycled_memory.h and cpu/scratch.h keep. -> bytes
   library.def("cpu_release_memory() -> int");
-  // Maps are [B, H, W, C]; csrc/cpu/mbconv_arguments.h says what the lists hold.
+  library.def("cpu_release_scratch() -> int");
+  // Maps are [B, C, H, W], the result in channels_last; csrc/cpu/mbconv_arguments.h says what the
+  // lists hold.
   library.def(
-      "cpu_mbconv_eval(Tensor x, Tensor?[] convolutions, Tensor?[] norms, float[] eps, "
-      "Tensor? drop_path_scale, int stride, int[] padding, str[] activations, bool residual, "
-      "str pool_kind, int[] pool, ScalarType dtype) -> Tensor");
-  // Training; csrc/cpu/mbconv_train.h says what the settings hold, mbconv_train*.cpp what each op
-  // computes.
+      "cpu_mbconv_eval(Tensor x, Tensor?[] convolutions, Tensor?[] norms, "
+      "Tensor? drop_path_scale, float[] eps, int stride, int[] padding, str[] activations, "
+      "bool residual, str pool_kind, int[] pool, ScalarType dtype) -> Tensor");
+  // [B, C_in, H, W] in any format -> channels_last; csrc/cpu/stem_eval.cpp lists the tensors.
+  library.def("cpu_stem_eval(Tensor x, Tensor?[] tensors, float eps) -> Tensor");
+  // Training; maps are [B, H, W, C]. csrc/cpu/mbconv_train.h says what the settings hold,
+  // mbconv_train*.cpp what each op computes.
   const std::string settings =
       ", Tensor?[] weights, Tensor?[] norms, float[] eps, int[] modes, int[] geometry, "
       "str[] activations) -> ";
@@ -61,6 +66,7 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
 
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CompositeExplicitAutograd, library) {
   library.impl("cpu_isa", TORCH_BOX(&cpu_isa));
+  library.impl("cpu_release_scratch", TORCH_BOX(&moat_kernels::cpu::release_scratch));
 }
 
 PyMODINIT_FUNC PyInit__C() {

@@ -16,7 +16,9 @@ from torch.torch_version import TorchVersion
 NATIVE_OPS = (
     "cpu_isa",
     "cpu_release_memory",
+    "cpu_release_scratch",
     "cpu_mbconv_eval",
+    "cpu_stem_eval",
     "cpu_mbconv_train_front",
     "cpu_mbconv_train_pool",
     "cpu_mbconv_train_project",

@@ -33,9 +33,13 @@ def saved_bytes(function: Callable[[], Any], excluded: Iterable[Tensor] = ()) ->
 
 
 def release_memory() -> int:
-    """Give memory that the native CPU kernels keep for the next training step back to the system.
+    """Give the memory that the native CPU kernels keep between calls back to the system.
 
-    Blocks above 2 MiB are kept, in all at most what was in use at a time; the system may take their
-    pages away when it runs short. Returns the number of bytes unmapped.
+    For training, blocks above 2 MiB are kept, in all at most what was in use at a time; the system
+    may take their pages away when it runs short. For eval it is one block of at most 32 MiB per
+    process, as large as a call has needed so far. Returns the number of bytes freed.
     """
-    return torch.ops.moat_kernels.cpu_release_memory() if load_extension().usable else 0
+    if not load_extension().usable:
+        return 0
+    native = torch.ops.moat_kernels
+    return native.cpu_release_memory() + native.cpu_release_scratch()

@@ -11,8 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moat_kernels.modules import FusedMBConv, FusedMOATBlock
-from moat_kernels.normalization import BatchNorm2d
+from moat_kernels.modules import FusedMBConv, FusedMOATBlock, obstacle
+from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
+from moat_kernels.ops import stem
+from moat_kernels.ops.backends import warn_once
 from moat_kernels.reference import (
     MBConvBlock,
     MOATBlock,
@@ -20,6 +22,7 @@ from moat_kernels.reference import (
     check_positive_integers,
     initialize,
 )
+from moat_kernels.tensor_access import tensor_of
 from moat_kernels.variants import get_preprocessing, get_variant, list_models
 
 __all__ = ["MOAT", "create_model", "get_preprocessing", "list_models"]
@@ -50,6 +53,27 @@ class Stem(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.conv_1(F.gelu(self.norm_0(self.conv_0(x))))
+
+
+class FusedStem(Stem):
+    """`Stem` in one pass where a native kernel covers the call; the output is in channels_last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        reason = obstacle(self, ("conv_0", "norm_0", "conv_1"))
+        if reason:
+            warn_once(f"{type(self).__name__}: {reason}; running unfused")
+        elif self.conv_0.stride == (2, 2) and self.conv_1.stride == (1, 1):
+            modules = self._modules
+            weights = [
+                tensor_of(modules[name], part)
+                for name in ("conv_0", "conv_1")
+                for part in ("weight", "bias")
+            ]
+            norm, tensors = describe_norm(self.norm_0), norm_tensors(self.norm_0)
+            if norm.frozen and stem.covers(x, weights[:2], tensors, weights[2:]):
+                return stem.stem(x, weights[:2], tensors, norm.eps, weights[2:])
+        # The blocks that follow would each convert to channels_last and back.
+        return super().forward(x.contiguous(memory_format=torch.channels_last))
 
 
 class MOAT(nn.Module):
@@ -86,7 +110,7 @@ class MOAT(nn.Module):
         self.fused = fused
         self.features_only = features_only
         self.num_features = widths[-1]
-        self.stem = Stem(stem_width)
+        self.stem = FusedStem(stem_width) if fused else Stem(stem_width)
         self.stages = nn.ModuleList()
         # Block i of n survives with 1 - rate * i / n: the first always, the last never quite at
         # the full rate (official code divides by n, not n - 1).
@@ -145,8 +169,6 @@ class MOAT(nn.Module):
         if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != 3:
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x must be [B, 3, H, W], got {found}")
-        if self.fused:  # otherwise each block converts to channels_last and back
-            x = x.contiguous(memory_format=torch.channels_last)
         outputs = [self.stem(x)]
         for stage in self.stages:
             x = outputs[-1]

@@ -36,8 +36,8 @@ def obstacle(owner: nn.Module, names: tuple[str, ...]) -> str:
     quantisation) must run as itself.
     """
     for name in names:
-        child = getattr(owner, name)
-        if child is None:
+        child = owner._modules[name] if name in owner._modules else getattr(owner, name)
+        if child is None or _is_plain(child):
             continue
         for path, module in child.named_modules(prefix=name):
             if ".parametrizations" in path:
@@ -52,6 +52,18 @@ def obstacle(owner: nn.Module, names: tuple[str, ...]) -> str:
 def refuse_scripting(module: nn.Module) -> NoReturn:
     """torch.jit.script asks each module for what to script instead of it."""
     raise RuntimeError(f"{type(module).__name__}: {NO_TORCHSCRIPT}")
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Stock all the way down, without hooks or parametrizations: the usual case, told quickly."""
+    return (
+        type(module) in _STOCK_CLASSES
+        and not module._forward_hooks
+        and not module._forward_pre_hooks
+        and not module._backward_hooks
+        and not module._backward_pre_hooks
+        and all(child is None or _is_plain(child) for child in module._modules.values())
+    )
 
 
 def _is_parametrized(module: nn.Module) -> bool:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
 from moat_kernels.ops.mbconv.description import Norm, NormParameters
 from moat_kernels.ops.mbconv.reference import batch_norm
 from moat_kernels.ops.mbconv.running import update_norm
 from moat_kernels.ops.synchronization import group_name, world_name
+from moat_kernels.tensor_access import tensor_of
 
 Module = TypeVar("Module", bound=nn.Module)
+
+_cached_norm = lru_cache(maxsize=256)(Norm)
 
 
 class BatchNorm2d(nn.BatchNorm2d):
@@ -118,11 +123,13 @@ def describe_norm(module: nn.Module) -> Norm:
     if module.training and isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
         chosen = module.process_group
         group = world_name() if chosen is None else group_name(chosen)
-    return Norm(
+    # torch.compile would only warn about a cache.
+    make = Norm if torch.compiler.is_compiling() else _cached_norm
+    return make(
         eps=module.eps,
         momentum=module.momentum,
         unbiased=module.unbiased_running_var if isinstance(module, BatchNorm2d) else True,
-        frozen=module.running_mean is not None and not module.training,
+        frozen=module._buffers["running_mean"] is not None and not module.training,
         process_group=group,
     )
 
@@ -132,10 +139,4 @@ def norm_tensors(module: nn.Module) -> NormParameters:
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
     if module.training and not module.track_running_stats:
         return NormParameters(module.weight, module.bias)
-    return NormParameters(
-        module.weight,
-        module.bias,
-        module.running_mean,
-        module.running_var,
-        module.num_batches_tracked,
-    )
+    return NormParameters(*[tensor_of(module, name) for name in NormParameters._fields])

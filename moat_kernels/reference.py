@@ -8,6 +8,8 @@ width.
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -17,6 +19,7 @@ from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
+    Norm,
     Pool,
     SqueezeExcite,
 )
@@ -24,6 +27,7 @@ from moat_kernels.ops.mbconv.reference import pool_map
 from moat_kernels.ops.spatial import pad_map, resolve_padding, split_padding
 from moat_kernels.ops.window_attention import WindowAttentionDescription, resize_table
 from moat_kernels.ops.window_attention.reference import window_attention
+from moat_kernels.tensor_access import tensor_of
 
 INITIAL_STD = 0.02  # of every weight: a plain normal, not truncated; biases start at 0
 
@@ -141,32 +145,53 @@ class MBConvBlock(nn.Module):
 
     def description(self) -> MBConvDescription:
         """This block's inverted bottleneck for `functional.mbconv`."""
-        return MBConvDescription(
-            stride=self.stride,
-            pre_norm=describe_norm(self.pre_norm),
-            expand_norm=describe_norm(self.expand_norm),
-            depthwise_norm=describe_norm(self.depthwise_norm),
-            squeeze_excite=None if self.se is None else SqueezeExcite(),
-            pool=self.pool,
+        # torch.compile would only warn about a cache.
+        make = _description if torch.compiler.is_compiling() else _cached_description
+        return make(
+            self.stride,
+            describe_norm(self.pre_norm),
+            describe_norm(self.expand_norm),
+            describe_norm(self.depthwise_norm),
+            self.se is not None,
+            self.pool,
         )
 
     def tensors(self) -> MBConvParameters:
         """This block's parameters and buffers for `functional.mbconv`."""
+        modules = self._modules
+        shrink, shortcut = modules["shrink_conv"], modules.get("shortcut_conv")
+        se = {} if self.se is None else self.se._modules
         return MBConvParameters(
-            expand_weight=self.expand_conv.weight,
-            depthwise_weight=self.depthwise_conv.weight,
-            project_weight=self.shrink_conv.weight,
-            project_bias=self.shrink_conv.bias,
+            expand_weight=tensor_of(modules["expand_conv"], "weight"),
+            depthwise_weight=tensor_of(modules["depthwise_conv"], "weight"),
+            project_weight=tensor_of(shrink, "weight"),
+            project_bias=tensor_of(shrink, "bias"),
             pre_norm=norm_tensors(self.pre_norm),
             expand_norm=norm_tensors(self.expand_norm),
             depthwise_norm=norm_tensors(self.depthwise_norm),
-            se_reduce_weight=None if self.se is None else self.se.reduce.weight,
-            se_reduce_bias=None if self.se is None else self.se.reduce.bias,
-            se_expand_weight=None if self.se is None else self.se.expand.weight,
-            se_expand_bias=None if self.se is None else self.se.expand.bias,
-            shortcut_weight=None if self.shortcut_conv is None else self.shortcut_conv.weight,
-            shortcut_bias=None if self.shortcut_conv is None else self.shortcut_conv.bias,
+            se_reduce_weight=tensor_of(se.get("reduce"), "weight"),
+            se_reduce_bias=tensor_of(se.get("reduce"), "bias"),
+            se_expand_weight=tensor_of(se.get("expand"), "weight"),
+            se_expand_bias=tensor_of(se.get("expand"), "bias"),
+            shortcut_weight=tensor_of(shortcut, "weight"),
+            shortcut_bias=tensor_of(shortcut, "bias"),
         )
+
+
+def _description(
+    stride: int, pre: Norm, expand: Norm, depthwise: Norm, gated: bool, pool: Pool | None
+) -> MBConvDescription:
+    return MBConvDescription(
+        stride=stride,
+        pre_norm=pre,
+        expand_norm=expand,
+        depthwise_norm=depthwise,
+        squeeze_excite=SqueezeExcite() if gated else None,
+        pool=pool,
+    )
+
+
+_cached_description = lru_cache(maxsize=256)(_description)
 
 
 class Attention(nn.Module):

@@ -7,12 +7,15 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+from moat_kernels.memory import release_memory
+
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)
+    release_memory()  # what an earlier test left there hides what this one does not write
     yield
     torch.use_deterministic_algorithms(False)
 

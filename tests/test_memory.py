@@ -108,3 +108,15 @@ def test_memory_kept_for_the_next_step_is_bounded_and_given_back() -> None:
         # Blocks of another size are not kept beside those of the largest step.
         assert kept_after_steps(BATCH, BATCH // 2, BATCH, BATCH // 4) <= once
     assert release_memory() == 0
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="native kernels are not usable here")
+def test_scratch_memory_is_kept_within_bounds_and_freed_on_demand() -> None:
+    block = mk.FusedMBConv(8, 8).eval()
+    release_memory()
+    with torch.no_grad():
+        block(torch.randn(1, 8, 32, 32))
+        small = release_memory()
+        block(torch.randn(1, 8, 600, 600))  # its gated map alone takes 44 MiB
+    assert 0 < small < 2**20
+    assert release_memory() == 0

@@ -41,23 +41,23 @@ inline BatchNorm read_norm(const char* name, const OptionalTensors& norms, int64
   return norm;
 }
 
-// x: [batch, height, width, C_in]. norms: weight, bias, mean and variance of pre_norm, expand_norm,
-// depthwise_norm and project_norm; a norm without mean is absent. padding: top, bottom, left,
-// right. activations: expand, depthwise, squeeze-excite.
+// x: [batch, C_in, height, width] in channels_last. norms: weight, bias, mean and variance of
+// pre_norm, expand_norm, depthwise_norm and project_norm; a norm without mean is absent. padding:
+// top, bottom, left, right. activations: expand, depthwise, squeeze-excite.
 inline MBConvProblem read_problem(const Tensor& x, const OptionalTensors& convolutions,
                                   const OptionalTensors& norms, const std::vector<double>& eps,
                                   int64_t stride, const std::vector<int64_t>& padding,
                                   const std::vector<std::string>& activations) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.is_contiguous(), "x must be contiguous [B, H, W, C]");
+  STD_TORCH_CHECK(x.dim() == 4, "x must be [B, C, H, W]");
   STD_TORCH_CHECK(convolutions.size() == kConvolutionTensors && norms.size() == 16 &&
                       eps.size() == 4 && padding.size() == 4 && activations.size() == 3,
                   "mbconv: wrong number of tensors or settings");
   STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
   MBConvProblem problem;
   problem.batch = x.size(0);
-  problem.height = x.size(1);
-  problem.width = x.size(2);
-  problem.in_channels = x.size(3);
+  problem.in_channels = x.size(1);
+  problem.height = x.size(2);
+  problem.width = x.size(3);
   problem.wide_channels = convolutions[kExpandWeight]->size(0);
   problem.out_channels = convolutions[kProjectWeight]->size(0);
   problem.stride = stride;

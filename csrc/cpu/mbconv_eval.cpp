@@ -8,6 +8,7 @@
 
 #include "cpu/mbconv_arguments.h"
 #include "cpu/parallel.h"
+#include "cpu/scratch.h"
 
 namespace moat_kernels::cpu {
 namespace {
@@ -49,11 +50,27 @@ Partition choose_partition(const MBConvProblem& problem, int64_t blocks, int64_t
   return partition;
 }
 
+// Pixels that make the best of a block's weights once they are in cache.
+constexpr int64_t kGroupPixels = 256;
+
+// Small maps of a large batch go through the tiles together.
+int64_t choose_images_per_tile(const MBConvProblem& problem, int64_t threads) {
+  const int64_t fitting = kGroupPixels / (problem.out_height * problem.out_width);
+  const int64_t share = problem.batch / threads;
+  if (fitting < 2 || share < 2 || problem.squeeze_excite.present ||
+      !MOAT_KERNELS_DISPATCH(mbconv_eval_groups)(problem)) {
+    return 1;
+  }
+  const int64_t groups = (share + fitting - 1) / fitting;
+  return (share + groups - 1) / groups;
+}
+
 MBConvTask task_at(const MBConvProblem& problem, const Partition& partition, int64_t blocks,
                    int64_t index) {
   const int64_t block_part = index % partition.block_parts;
   const int64_t row_part = index / partition.block_parts % partition.row_parts;
   MBConvTask task;
+  task.images = 1;
   task.image = index / partition.block_parts / partition.row_parts;
   task.first_row = problem.out_height * row_part / partition.row_parts;
   task.last_row = problem.out_height * (row_part + 1) / partition.row_parts;
@@ -63,31 +80,65 @@ MBConvTask task_at(const MBConvProblem& problem, const Partition& partition, int
   return task;
 }
 
+// The parts of a call's scratch memory, in floats.
+struct Layout {
+  int64_t packed = 0;    // weights
+  int64_t workers = 0;   // what each worker needs, one after the other
+  int64_t partials = 0;  // by_blocks: [batch, block parts, pixels, result columns]
+  int64_t gated = 0;     // gated: see there
+  int64_t end = 0;
+};
+
 // A call in progress.
 struct Run {
   const MBConvProblem& problem;
-  const Tensor& like;
   int64_t workers;
   int64_t blocks;
   Partition partition;
   int64_t scratch_size;
-  Tensor packed_buffer;
-  Tensor scratch_buffer;
+  Layout layout;
+  Scratch memory;
   float* packed;
 
   Run(const MBConvProblem& problem, const Tensor& like)
       : problem(problem),
-        like(like),
         workers(thread_count()),
         blocks(MOAT_KERNELS_DISPATCH(mbconv_eval_blocks)(problem)),
         partition(choose_partition(problem, blocks, workers)),
         scratch_size(MOAT_KERNELS_DISPATCH(mbconv_eval_scratch_size)(problem)),
-        packed_buffer(float_buffer(
-            like, MOAT_KERNELS_DISPATCH(mbconv_eval_packed_size)(problem, !partition.packs))),
-        scratch_buffer(float_buffer(like, workers * scratch_size)),
-        packed(data_of(packed_buffer)) {}
+        layout(make_layout()),
+        memory(like, layout.end),
+        packed(memory.data() + layout.packed) {}
 
-  float* scratch(int64_t worker) const { return data_of(scratch_buffer) + worker * scratch_size; }
+  Layout make_layout() const {
+    Layout result;
+    const auto take = [&](int64_t floats) {
+      const int64_t begin = result.end;
+      result.end += (floats + 15) / 16 * 16;  // whole cache lines
+      return begin;
+    };
+    result.packed = take(MOAT_KERNELS_DISPATCH(mbconv_eval_packed_size)(problem, !partition.packs));
+    result.workers = take(workers * scratch_size);
+    result.partials = take(
+        partition.block_parts > 1 ? problem.batch * partition.block_parts * partial_size() : 0);
+    result.gated =
+        take(problem.squeeze_excite.present
+                 ? images_at_once() * (gated_size() + (1 + partition.row_parts) * gate_size())
+                 : 0);
+    return result;
+  }
+
+  float* scratch(int64_t worker) const {
+    return memory.data() + layout.workers + worker * scratch_size;
+  }
+
+  int64_t partial_row() const {
+    return problem.out_width * MOAT_KERNELS_DISPATCH(mbconv_eval_result_columns)(problem);
+  }
+  int64_t partial_size() const { return problem.out_height * partial_row(); }
+  int64_t gated_size() const { return MOAT_KERNELS_DISPATCH(mbconv_eval_gated_size)(problem); }
+  int64_t gate_size() const { return MOAT_KERNELS_DISPATCH(mbconv_eval_gate_size)(problem); }
+  int64_t images_at_once() const { return std::min(problem.batch, workers); }
 
   void pack() const {
     MOAT_KERNELS_DISPATCH(mbconv_eval_fold)(problem, packed);
@@ -99,20 +150,22 @@ struct Run {
 
   void fused() const {
     const auto compute = MOAT_KERNELS_DISPATCH(mbconv_eval_fused);
-    for_each_task(problem.batch * partition.row_parts, workers, [&](int64_t index, int64_t worker) {
-      compute(problem, packed, task_at(problem, partition, blocks, index), scratch(worker));
+    const int64_t images = partition.row_parts == 1 ? problem.images_per_tile : 1;
+    const int64_t groups = (problem.batch + images - 1) / images;
+    for_each_task(groups * partition.row_parts, workers, [&](int64_t index, int64_t worker) {
+      MBConvTask task = task_at(problem, partition, blocks, index);
+      task.image *= images;
+      task.images = std::min(images, problem.batch - task.image);
+      compute(problem, packed, task, scratch(worker));
     });
   }
 
   // Blocks of channels in parallel: each part sums its own, then the sums are added in order.
   void by_blocks() const {
-    const int64_t row =
-        problem.out_width * MOAT_KERNELS_DISPATCH(mbconv_eval_result_columns)(problem);
-    const int64_t part_stride = problem.out_height * row;
-    const Tensor partial_buffer =
-        float_buffer(like, problem.batch * partition.block_parts * part_stride);
+    const int64_t row = partial_row();
+    const int64_t part_stride = partial_size();
     const auto partials = [&](int64_t image) {
-      return data_of(partial_buffer) + image * partition.block_parts * part_stride;
+      return memory.data() + layout.partials + image * partition.block_parts * part_stride;
     };
     const auto compute = MOAT_KERNELS_DISPATCH(mbconv_eval_bottleneck);
     const int64_t tasks = problem.batch * partition.row_parts * partition.block_parts;
@@ -133,12 +186,11 @@ struct Run {
 
   // Images in groups, as many as there are threads: all of a group up to the gate, then the rest.
   void gated() const {
-    const int64_t gated_size = MOAT_KERNELS_DISPATCH(mbconv_eval_gated_size)(problem);
-    const int64_t gate_size = MOAT_KERNELS_DISPATCH(mbconv_eval_gate_size)(problem);
-    const int64_t group = std::min(problem.batch, workers);
+    const int64_t gated_size = this->gated_size();
+    const int64_t gate_size = this->gate_size();
+    const int64_t group = images_at_once();
     const int64_t parts = partition.row_parts;
-    const Tensor buffer = float_buffer(like, group * (gated_size + gate_size + parts * gate_size));
-    float* const gated = data_of(buffer);
+    float* const gated = memory.data() + layout.gated;
     float* const gates = gated + group * gated_size;
     float* const sums = gates + group * gate_size;
     const auto stencil = MOAT_KERNELS_DISPATCH(mbconv_eval_stencil);
@@ -170,22 +222,36 @@ struct Run {
   }
 };
 
-Tensor mbconv_eval(const Tensor& x, const OptionalTensors& convolutions,
-                   const OptionalTensors& norms, const std::vector<double>& eps,
-                   const std::optional<Tensor>& drop_path_scale, int64_t stride,
-                   const std::vector<int64_t>& padding, const std::vector<std::string>& activations,
-                   bool residual, const std::string& pool_kind, const std::vector<int64_t>& pool,
+// Tensors of any floating-point type and strides; where they are not what the kernels read, a
+// converted copy.
+void make_readable(OptionalTensors& tensors) {
+  for (std::optional<Tensor>& tensor : tensors) {
+    if (tensor.has_value()) tensor = as_floats(*tensor);
+  }
+}
+
+Tensor mbconv_eval(Tensor x, OptionalTensors convolutions, OptionalTensors norms,
+                   std::optional<Tensor> drop_path_scale, const std::vector<double>& eps,
+                   int64_t stride, const std::vector<int64_t>& padding,
+                   const std::vector<std::string>& activations, bool residual,
+                   const std::string& pool_kind, const std::vector<int64_t>& pool,
                    ScalarType dtype) {
+  x = torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
+  make_readable(convolutions);
+  make_readable(norms);
+  if (drop_path_scale.has_value()) drop_path_scale = as_floats(*drop_path_scale);
   MBConvProblem problem = read_problem(x, convolutions, norms, eps, stride, padding, activations);
   problem.residual = residual;
   if (residual) problem.pool = read_pool(pool_kind, pool, problem);
   problem.drop_path_scale = float_data("drop_path_scale", drop_path_scale, problem.batch);
-  const Tensor output = torch::stable::new_empty(
-      x, {problem.batch, problem.out_height, problem.out_width, problem.out_channels}, dtype);
+  const Tensor output = torch::stable::empty(
+      {problem.batch, problem.out_channels, problem.out_height, problem.out_width}, dtype,
+      std::nullopt, x.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
   problem.output = output.mutable_data_ptr();
   problem.output_type = element_type("dtype", dtype);
   if (output.numel() == 0) return output;
 
+  problem.images_per_tile = choose_images_per_tile(problem, thread_count());
   const Run run(problem, x);
   run.pack();
   if (problem.squeeze_excite.present) {

@@ -67,6 +67,10 @@ struct MBConvProblem {
   bool residual = false;
   Pool pool;
   const float* drop_path_scale = nullptr;  // [batch]; null: ones
+
+  // Images that a tile of the eval kernels holds side by side; more than one only where
+  // mbconv_eval_groups allows it.
+  int64_t images_per_tile = 1;
 };
 
 }  // namespace moat_kernels::cpu

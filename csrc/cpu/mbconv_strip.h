@@ -41,16 +41,23 @@ inline int64_t strip_rows(const MBConvProblem& problem) {
   return divide_up(problem.out_height, divide_up(problem.out_height, fitting));
 }
 
+// Whether a tile may hold several images: all of each, so that their pixels follow one another.
+inline bool holds_whole_images(const MBConvProblem& problem) {
+  const Rows rows = input_rows(problem, 0, problem.out_height);
+  return strip_rows(problem) >= problem.out_height && rows.first <= 0 &&
+         rows.last >= problem.height;
+}
+
 // Scratch memory of one worker.
 struct Tiles {
-  float* expanded;   // [input rows of a strip][tile_columns][kPitch], zero outside the image
-  float* stencil;    // [output pixels of a strip][kPitch]
-  float* carried;    // [blocks][carried_rows][tile_columns][kPitch]
-  float* input;      // [input pixels of a strip][C_in], unless x is float
-  float* pooled;     // [output pixels of a strip][C_in]
-  float* result;     // [output pixels of a strip][panelled C_out]
-  float* weights;    // one block's weights, where they are packed or scaled on the spot
-  int32_t* offsets;  // [input pixels of a strip] -> their place in `expanded`
+  float* expanded;  // [images][input rows of a strip][tile_columns][kPitch], zero outside the image
+  float* stencil;   // [images][output pixels of a strip][kPitch]
+  float* carried;   // [blocks][carried_rows][tile_columns][kPitch]
+  float* input;     // [images][input pixels of a strip][C_in], unless x is float
+  float* pooled;    // [output pixels of a strip][C_in]
+  float* result;    // [images][output pixels of a strip][panelled C_out]
+  float* weights;   // one block's weights, where they are packed or scaled on the spot
+  int32_t* offsets;  // [images][input pixels of a strip] -> their place in `expanded`
 };
 
 inline int64_t tiles_size(const MBConvProblem& problem, float* memory, Tiles* tiles) {
@@ -64,17 +71,18 @@ inline int64_t tiles_size(const MBConvProblem& problem, float* memory, Tiles* ti
     end += round_up(floats, 16);
     return begin;
   };
+  const int64_t images = problem.images_per_tile;
   Tiles result;
-  result.expanded = take(in_rows * row);
-  result.stencil = take(pixels * kPitch);
+  result.expanded = take(images * in_rows * row);
+  result.stencil = take(images * pixels * kPitch);
   result.carried =
       take(rows < problem.out_height ? block_count(problem) * carried_rows(problem) * row : 0);
   const bool widens = problem.x_type != ElementType::float32;
-  result.input = take(widens ? in_rows * problem.width * problem.in_channels : 0);
+  result.input = take(widens ? images * in_rows * problem.width * problem.in_channels : 0);
   result.pooled = take(problem.residual ? pixels * problem.in_channels : 0);
-  result.result = take(pixels * panelled(problem.out_channels));
+  result.result = take(images * pixels * panelled(problem.out_channels));
   result.weights = take(block_floats(problem));
-  result.offsets = reinterpret_cast<int32_t*>(take(in_rows * problem.width));
+  result.offsets = reinterpret_cast<int32_t*>(take(images * in_rows * problem.width));
   if (tiles) *tiles = result;
   // Squeeze-excite keeps its reduced channels there.
   return larger(end, problem.squeeze_excite.channels);
@@ -138,22 +146,29 @@ inline void clear(float* values, int64_t count) {
   __builtin_memset(values, 0, static_cast<size_t>(count) * sizeof(float));
 }
 
-// A worker's way through consecutive strips of one image.
+// A worker's way through consecutive strips of one image, or the one strip of several.
 struct StripWalk {
   const MBConvProblem& problem;
   const Tiles& tiles;
   int64_t image;
+  int64_t images;
   int64_t row_floats;
   bool has_carried = false;
   Rows expanded_rows = {};  // rows of x that this strip expands
   Rows tile_rows = {};      // rows of the padded input in the tile
   const float* x = nullptr;
 
-  StripWalk(const MBConvProblem& problem, const Tiles& tiles, int64_t image)
-      : problem(problem), tiles(tiles), image(image), row_floats(tile_columns(problem) * kPitch) {
+  StripWalk(const MBConvProblem& problem, const Tiles& tiles, int64_t image, int64_t images)
+      : problem(problem),
+        tiles(tiles),
+        image(image),
+        images(images),
+        row_floats(tile_columns(problem) * kPitch) {
     const int64_t rows = (strip_rows(problem) - 1) * problem.stride + 3;
-    clear(tiles.expanded, rows * row_floats);
+    clear(tiles.expanded, images * rows * row_floats);
   }
+
+  int64_t tile_floats() const { return tile_rows.count() * row_floats; }
 
   // Starts the strip of output rows [first, last), which follows the strip before it, if any.
   void enter(int64_t first, int64_t last) {
@@ -161,13 +176,16 @@ struct StripWalk {
     const int64_t fresh = tile_rows.first + (has_carried ? carried_rows(problem) : 0);
     expanded_rows.first = smaller(larger(fresh, 0), problem.height);
     expanded_rows.last = larger(smaller(tile_rows.last, problem.height), expanded_rows.first);
-    const int64_t pixels = expanded_rows.count() * problem.width;
+    const int64_t pixels = images * expanded_rows.count() * problem.width;
     x = float_pixels(problem, image, expanded_rows.first * problem.width, pixels, tiles.input);
     int32_t* offset = tiles.offsets;
-    for (int64_t row = expanded_rows.first; row < expanded_rows.last; ++row) {
-      const int64_t begin = (row - tile_rows.first) * row_floats + problem.left * kPitch;
-      for (int64_t column = 0; column < problem.width; ++column) {
-        *offset++ = static_cast<int32_t>(begin + column * kPitch);
+    for (int64_t i = 0; i < images; ++i) {
+      for (int64_t row = expanded_rows.first; row < expanded_rows.last; ++row) {
+        const int64_t begin =
+            i * tile_floats() + (row - tile_rows.first) * row_floats + problem.left * kPitch;
+        for (int64_t column = 0; column < problem.width; ++column) {
+          *offset++ = static_cast<int32_t>(begin + column * kPitch);
+        }
       }
     }
   }
@@ -185,13 +203,14 @@ struct StripWalk {
       __builtin_memcpy(tiles.expanded, carried, carried_bytes);
       cleared += carried_rows(problem);
     }
-    for (int64_t row = cleared; row < tile_rows.last; ++row) {
+    // The borders of several images are left as they were cleared at the start.
+    for (int64_t row = cleared; row < tile_rows.last && images == 1; ++row) {
       if (row < expanded_rows.first || row >= expanded_rows.last) {
         clear(tiles.expanded + (row - tile_rows.first) * row_floats, row_floats);
       }
     }
     with_activation(problem.expand_activation, [&](auto kind) __attribute__((always_inline)) {
-      expand_pixels<decltype(kind)::value>(x, expanded_rows.count() * problem.width,
+      expand_pixels<decltype(kind)::value>(x, images * expanded_rows.count() * problem.width,
                                            problem.in_channels, channels, weights.expand,
                                            weights.expand_bias, tiles.offsets, tiles.expanded);
     });
@@ -201,8 +220,11 @@ struct StripWalk {
     }
     const int64_t rows = (tile_rows.count() - 3) / problem.stride + 1;
     const DepthwiseShape shape = {rows, problem.out_width, channels, kPitch, row_floats, kPitch};
-    depthwise(shape, problem.stride, problem.depthwise_activation, tiles.expanded,
-              weights.depthwise, weights.depthwise_bias, stencil);
+    for (int64_t i = 0; i < images; ++i) {
+      depthwise(shape, problem.stride, problem.depthwise_activation,
+                tiles.expanded + i * tile_floats(), weights.depthwise, weights.depthwise_bias,
+                stencil + i * rows * problem.out_width * kPitch);
+    }
   }
 };
 

@@ -40,6 +40,13 @@ inline const float* float_data(const char* name, const std::optional<Tensor>& te
   return static_cast<const float*>(tensor->const_data_ptr());
 }
 
+// The tensor as a contiguous float32 one: itself, if it is that already.
+inline Tensor as_floats(const Tensor& tensor) {
+  const bool is_float = tensor.scalar_type() == ScalarType::Float;
+  const Tensor floats = is_float ? tensor : torch::stable::to(tensor, ScalarType::Float);
+  return floats.is_contiguous() ? floats : torch::stable::contiguous(floats);
+}
+
 // Asks for huge pages where a tensor spans some: PyTorch's allocator gives large memory back to the
 // system, and touching it anew, 4 KB at a time, costs several times what writing it does.
 inline Tensor with_huge_pages(Tensor tensor) {

@@ -164,6 +164,16 @@ def choose_backend(
     return chosen if chosen == "reference" else _where_operators_are_known(op, chosen)
 
 
+def is_eager() -> bool:
+    """Whether a call runs as it is: not compiled, exported, transformed or traced."""
+    return not (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or torch.onnx.is_in_onnx_export()
+        or torch.jit.is_tracing()
+    )
+
+
 def _where_operators_are_known(op: str, chosen: str) -> str:
     """`chosen`, or "reference" in an ONNX export, which knows standard operators only.
 

@@ -19,6 +19,7 @@ from support.tolerances import (
 
 from moat_kernels import use_backend
 from moat_kernels.functional import MBConvDescription, Norm, Pool, mbconv
+from moat_kernels.ops.mbconv import front
 from moat_kernels.ops.mbconv.front import flatten
 
 RECOMPUTE_LEVELS = ["none", "expand", "block"]
@@ -318,3 +319,34 @@ def test_bad_descriptions_name_the_field(make, message: str) -> None:
 def test_descriptions_survive_encoding() -> None:
     for case in CASES.values():
         assert MBConvDescription.decode(case.description.encode()) == case.description
+
+
+def test_a_checked_call_vouches_only_for_calls_like_it() -> None:
+    """What is remembered of a call covers shapes, dtypes and settings, nothing less."""
+    case = Case()
+    parameters = make_parameters(case, torch.float32)
+    x = torch.randn(2, case.in_channels, 8, 8)
+    with torch.no_grad():
+        mbconv(x, parameters, case.description)
+        with pytest.raises(ValueError, match=r"depthwise_weight must be \["):
+            transposed = parameters.expand_weight.transpose(0, 1).contiguous()
+            mbconv(x, parameters._replace(expand_weight=transposed), case.description)
+        with pytest.raises(ValueError, match="recompute must be one of"):
+            mbconv(x, parameters, case.description, recompute="some")
+        with pytest.raises(ValueError, match="project_bias must have shape"):
+            mbconv(x, parameters._replace(project_bias=torch.ones(1)), case.description)
+        with pytest.raises(TypeError, match="project_bias must be a tensor"):
+            mbconv(x, parameters._replace(project_bias=[1.0]), case.description)
+        assert mbconv(x.double(), parameters, case.description).dtype == torch.float64
+    assert mbconv(x.requires_grad_(), parameters, case.description).requires_grad
+
+
+def test_few_plans_are_remembered() -> None:
+    case = Case()
+    parameters = make_parameters(case, torch.float32)
+    with torch.no_grad():
+        for width in range(1, front._MOST_PLANS + 10):
+            front._plan(
+                torch.empty(1, 6, 1, width), parameters, case.description, False, "auto", None
+            )
+    assert 0 < len(front._plans) <= front._MOST_PLANS

@@ -128,6 +128,19 @@ def test_any_division_among_threads(
     check_eval(torch.randn(batch, 6, height, 8), case, threads=4)
 
 
+@pytest.mark.parametrize("size", [(1, 1), (5, 9), (8, 8), (28, 4)])
+@pytest.mark.parametrize("padding", ["tf_same", (0, 1, 2, 0), (2, 0, 0, 1)])
+@pytest.mark.parametrize("batch", [4, 9])
+def test_any_small_maps_of_a_large_batch(batch: int, padding, size: tuple[int, int]) -> None:
+    """Several images in a tile, the last tile with fewer; each as if it were alone."""
+    description = MBConvDescription(padding=padding, residual=False)
+    if min(size) + 1 < 3 and padding != "tf_same":
+        description = MBConvDescription(residual=False)
+    case = Case(description, wide_channels=70)
+    for threads in (1, 2):
+        check_eval(torch.randn(batch, 6, *size), case, threads=threads)
+
+
 def test_deep_and_wide_products() -> None:
     check_eval(torch.randn(2, 800, 3, 4), Case(MBConvDescription(), 800, 400, 800))
 

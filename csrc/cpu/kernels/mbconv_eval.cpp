@@ -41,10 +41,11 @@ void project(const MBConvProblem& problem, int64_t block, const float* stencil, 
 template <class SumsOf, class Done>
 void walk(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
           const Tiles& tiles, SumsOf&& sums_of, Done&& done) {
-  StripWalk strips(problem, tiles, task.image);
+  StripWalk strips(problem, tiles, task.image, task.images);
   const int64_t step = strip_rows(problem);
   for (int64_t first = task.first_row; first < task.last_row; first += step) {
     const int64_t last = smaller(first + step, task.last_row);
+    const int64_t pixels = task.images * (last - first) * problem.out_width;
     const bool carries = last < task.last_row;
     strips.enter(first, last);
     float* sums = sums_of(first);
@@ -55,8 +56,8 @@ void walk(const MBConvProblem& problem, const float* packed, const MBConvTask& t
         weights = divide_block(problem, tiles.weights);
       }
       strips.compute(block, weights, block - task.first_block, carries, tiles.stencil);
-      project(problem, block, tiles.stencil, (last - first) * problem.out_width, weights.project,
-              block > task.first_block, sums);
+      project(problem, block, tiles.stencil, pixels, weights.project, block > task.first_block,
+              sums);
     }
     strips.has_carried = true;
     done(first, last, sums);
@@ -90,6 +91,8 @@ int64_t mbconv_eval_gate_size(const MBConvProblem& problem) {
 
 int64_t mbconv_eval_strip_rows(const MBConvProblem& problem) { return strip_rows(problem); }
 
+bool mbconv_eval_groups(const MBConvProblem& problem) { return holds_whole_images(problem); }
+
 void mbconv_eval_fold(const MBConvProblem& problem, float* packed) { fold_shared(problem, packed); }
 
 void mbconv_eval_pack(const MBConvProblem& problem, int64_t block, float* packed) {
@@ -102,7 +105,10 @@ void mbconv_eval_fused(const MBConvProblem& problem, const float* packed, const 
   walk(
       problem, packed, task, tiles, [&](int64_t) { return tiles.result; },
       [&](int64_t first, int64_t last, float* sums) {
-        finish_rows(problem, packed, task.image, first, last, sums, tiles.pooled);
+        const int64_t size = (last - first) * problem.out_width * panelled(problem.out_channels);
+        for (int64_t i = 0; i < task.images; ++i) {
+          finish_rows(problem, packed, task.image + i, first, last, sums + i * size, tiles.pooled);
+        }
       });
 }
 
@@ -137,7 +143,7 @@ void mbconv_eval_stencil(const MBConvProblem& problem, const float* packed, cons
   const int64_t pixels = problem.out_height * problem.out_width;
   const int64_t step = strip_rows(problem);
   clear(sums, mbconv_eval_gate_size(problem));
-  StripWalk strips(problem, tiles, task.image);
+  StripWalk strips(problem, tiles, task.image, 1);
   for (int64_t first = task.first_row; first < task.last_row; first += step) {
     const int64_t last = smaller(first + step, task.last_row);
     strips.enter(first, last);

@@ -5,10 +5,10 @@
 
 namespace moat_kernels::cpu {
 
-// A piece of the output of one image: rows [first_row, last_row), and of the sum over the E
-// channels the blocks [first_block, last_block).
+// A piece of the output of one image, or of `images` whole ones: rows [first_row, last_row), and of
+// the sum over the E channels the blocks [first_block, last_block).
 struct MBConvTask {
-  int64_t image, first_row, last_row, first_block, last_block;
+  int64_t image, images, first_row, last_row, first_block, last_block;
   bool
       packs;  // a block's weights when it comes to it: best where no other task or strip needs them
 };
@@ -36,6 +36,7 @@ MOAT_KERNELS_DECLARE_PER_ISA(
     int64_t mbconv_eval_gated_size(const MBConvProblem& problem);
     int64_t mbconv_eval_gate_size(const MBConvProblem& problem);
     int64_t mbconv_eval_strip_rows(const MBConvProblem& problem);
+    bool mbconv_eval_groups(const MBConvProblem& problem);
     void mbconv_eval_fold(const MBConvProblem& problem, float* packed);
     void mbconv_eval_pack(const MBConvProblem& problem, int64_t block, float* packed);
     void mbconv_eval_bottleneck(const MBConvProblem& problem, const float* packed,

@@ -8,6 +8,9 @@ Training is a sequence of passes over wide tensors, which are kept in the convol
 
 from __future__ import annotations
 
+import functools
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -20,7 +23,6 @@ from moat_kernels.ops.mbconv.description import (
     WEIGHTS,
     MBConvDescription,
     MBConvParameters,
-    Pool,
 )
 from moat_kernels.ops.mbconv.torch_backend import Forward
 from moat_kernels.ops.spatial import resolve_padding
@@ -133,28 +135,43 @@ def _evaluate(
     description: MBConvDescription,
     drop_path_scale: Tensor | None,
 ) -> Tensor:
-    pool_kind, pool = _pool_arguments(description.pool, x)
-    output = torch.ops.moat_kernels.cpu_mbconv_eval(
-        x.permute(0, 2, 3, 1).contiguous(),
-        [_as_float(getattr(parameters, name)) for name in WEIGHTS],
-        [_as_float(tensor) for name in NORMS for tensor in getattr(parameters, name)[:4]],
+    cached = isinstance(x.shape[2], int) and isinstance(x.shape[3], int)  # symbols have no hash
+    settings = (_settings if cached else _settings.__wrapped__)(description, *x.shape[2:])
+    norms: list[Tensor | None] = []
+    for name in NORMS:
+        norms += getattr(parameters, name)[:4]
+    return torch.ops.moat_kernels.cpu_mbconv_eval.default(
+        x,
+        [getattr(parameters, name) for name in WEIGHTS],
+        norms,
+        drop_path_scale,
+        *settings,
+        _output_dtype(x, parameters, description),
+    )
+
+
+@functools.lru_cache(maxsize=1024)
+def _settings(description: MBConvDescription, height: int, width: int) -> tuple[Any, ...]:
+    """The description as the native op takes it, for a map of `height` x `width`."""
+    gate, pool = description.squeeze_excite, description.pool
+    pool_settings = [0]  # AOTInductor of torch 2.13 would pass an empty list as None
+    if pool is not None:
+        size = (pool.kernel_size, pool.kernel_size)
+        padding = resolve_padding(pool.padding, height, width, size, pool.stride)
+        pool_settings = [pool.kernel_size, pool.stride, *padding, int(pool.count_include_pad)]
+    return (
         [norm.eps if (norm := getattr(description, name)) else 0.0 for name in NORMS],
-        _as_float(drop_path_scale),
         description.stride,
-        resolve_padding(
-            description.padding, x.shape[2], x.shape[3], KERNEL_SIZE, description.stride
-        ),
+        resolve_padding(description.padding, height, width, KERNEL_SIZE, description.stride),
         [
             description.expand_activation,
             description.depthwise_activation,
-            description.squeeze_excite.activation if description.squeeze_excite else "identity",
+            gate.activation if gate else "identity",
         ],
         description.residual,
-        pool_kind,
-        pool,
-        _output_dtype(x, parameters, description),
+        pool.kind if pool else "",
+        pool_settings,
     )
-    return output.permute(0, 3, 1, 2)
 
 
 def _as_float(tensor: Tensor | None) -> Tensor | None:
@@ -170,14 +187,6 @@ def _output_dtype(
         return dtype
     shortcut = parameters.shortcut_weight
     return torch.promote_types(dtype, x.dtype if shortcut is None else shortcut.dtype)
-
-
-def _pool_arguments(pool: Pool | None, x: Tensor) -> tuple[str, list[int]]:
-    if pool is None:
-        return "", [0]  # AOTInductor of torch 2.13 would pass an empty list as None
-    size = (pool.kernel_size, pool.kernel_size)
-    padding = resolve_padding(pool.padding, x.shape[2], x.shape[3], size, pool.stride)
-    return pool.kind, [pool.kernel_size, pool.stride, *padding, int(pool.count_include_pad)]
 
 
 register_fakes()

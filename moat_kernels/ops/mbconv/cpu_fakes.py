@@ -20,8 +20,8 @@ def _fake_eval(
     x: Tensor,
     convolutions: Any,
     norms: Any,
-    eps: Any,
     scale: Any,
+    eps: Any,
     stride: Any,
     padding: Any,
     acts: Any,
@@ -31,12 +31,14 @@ def _fake_eval(
     dtype: Any,
 ) -> Tensor:
     top, bottom, left, right = padding
-    return x.new_empty(
+    return torch.empty(
         x.shape[0],
-        output_size(x.shape[1], top, bottom, KERNEL_SIZE[0], stride),
-        output_size(x.shape[2], left, right, KERNEL_SIZE[1], stride),
         convolutions[2].shape[0],
+        output_size(x.shape[2], top, bottom, KERNEL_SIZE[0], stride),
+        output_size(x.shape[3], left, right, KERNEL_SIZE[1], stride),
         dtype=dtype,
+        device=x.device,
+        memory_format=torch.channels_last,
     )
 
 

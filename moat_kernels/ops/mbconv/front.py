@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moat_kernels.ops.autocast import autocast_dtype, without_autocast
-from moat_kernels.ops.backends import choose_backend
+from moat_kernels.ops.backends import choose_backend, is_eager, requested_backend
 from moat_kernels.ops.mbconv import cpu_backend, reference, torch_backend, triton_backend
 from moat_kernels.ops.mbconv.checks import check_mbconv
 from moat_kernels.ops.mbconv.description import (
@@ -54,6 +56,99 @@ def mbconv(
     autocast's dtype, the norms' statistics in float32. Raises ValueError or TypeError naming the
     argument. Not differentiable twice, nor with respect to `drop_path_scale`.
     """
+    plan = _plan(x, parameters, description, training, recompute, drop_path_scale)
+    if plan.backend == "reference":
+        output, moments = reference.mbconv(x, parameters, plan.description, drop_path_scale)
+    elif plan.is_plain and not is_in_torch_dispatch_mode():
+        implementation = IMPLEMENTATIONS[plan.backend]
+        result = implementation.forward(x, parameters, plan.description, "block", drop_path_scale)
+        return _in_format_of(result.output, x)
+    else:
+        output, moments = _fused(
+            x, parameters, plan.description, recompute, plan.backend, drop_path_scale
+        )
+    update_running_statistics(x, output, parameters, plan.description, moments)
+    return output
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """How a call is computed: what follows from shapes, dtypes, devices and settings alone.
+
+    description: with `frozen` resolved. is_plain: an eager call that measures no batch and needs
+        no gradient, which skips the operator: dispatching to Python takes 0.1 ms.
+    """
+
+    description: MBConvDescription
+    backend: str
+    is_plain: bool
+
+
+# Plans of checked calls by `_signature`. Threads may race to add the same plan, which is harmless.
+_plans: dict[tuple[Any, ...], _Plan] = {}
+_MOST_PLANS = 1024
+
+
+def _plan(
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    training: bool,
+    recompute: str,
+    drop_path_scale: Tensor | None,
+) -> _Plan:
+    """The plan of a call, made once for all calls alike; raises as `mbconv` does."""
+    arguments = (x, parameters, description, training, recompute, drop_path_scale)
+    if not is_eager() or type(x) is not Tensor:  # sizes may be symbols
+        return _make_plan(*arguments)
+    try:
+        signature = _signature(*arguments)
+        plan = _plans.get(signature)
+    except (AttributeError, TypeError):  # an argument of a wrong type, which the checks name
+        return _make_plan(*arguments)
+    if plan is None:
+        plan = _make_plan(*arguments)
+        if len(_plans) >= _MOST_PLANS:
+            _plans.clear()
+        _plans[signature] = plan
+    return plan
+
+
+def _signature(
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    training: bool,
+    recompute: str,
+    drop_path_scale: Tensor | None,
+) -> tuple[Any, ...]:
+    """All that `_make_plan` looks at."""
+    tensors = [x, drop_path_scale]
+    for value in parameters:
+        if isinstance(value, NormParameters):
+            tensors += value
+        else:
+            tensors.append(value)
+    return (
+        description,
+        training,
+        recompute,
+        requested_backend(),
+        autocast_dtype(x),
+        torch.is_grad_enabled(),
+        *[t if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors],
+    )
+
+
+def _make_plan(
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    training: bool,
+    recompute: str,
+    drop_path_scale: Tensor | None,
+) -> _Plan:
+    """Check a call and choose who computes it."""
     check_mbconv(x, parameters, description, training, recompute, drop_path_scale)
     description = resolve_frozen(description, parameters, training)
     backend = choose_backend(
@@ -62,12 +157,14 @@ def mbconv(
         IMPLEMENTATIONS,
         lambda implementation: _unsupported(implementation, x, parameters, description),
     )
-    if backend == "reference":
-        output, moments = reference.mbconv(x, parameters, description, drop_path_scale)
-    else:
-        output, moments = _fused(x, parameters, description, recompute, backend, drop_path_scale)
-    update_running_statistics(x, output, parameters, description, moments)
-    return output
+    is_plain = not (
+        not is_eager()
+        or type(x) is not Tensor
+        or autocast_dtype(x) is not None
+        or any(_moment_count(description, name) for name in NORMS)
+        or _needs_gradient(x, flatten(parameters)[0])
+    )
+    return _Plan(description, backend, is_plain)
 
 
 def _unsupported(
@@ -145,9 +242,7 @@ def _fused(
     if torch.compiler.is_exporting() and not any(counts.values()):
         # What runs without Python holds operators of PyTorch and of the native extension only.
         return _forward_op(x, tensors, running, drop_path_scale, *choices, False)[0], {}
-    if torch.is_grad_enabled() and any(
-        tensor is not None and tensor.requires_grad for tensor in (x, *tensors)
-    ):
+    if _needs_gradient(x, tensors):
         output, *measured = _MBConv.apply(
             x, drop_path_scale, choices, sum(counts.values()), *tensors, *running
         )
@@ -158,6 +253,12 @@ def _fused(
     remaining = iter(measured)
     moments = {name: tuple(islice(remaining, count)) for name, count in counts.items() if count}
     return output, moments
+
+
+def _needs_gradient(x: Tensor, tensors: Sequence[Tensor | None]) -> bool:
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *tensors)
+    )
 
 
 def _is_frozen(description: MBConvDescription, index: int) -> bool:

@@ -1,0 +1,20 @@
+"""Parameters and buffers of modules, read quickly."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+
+def tensor_of(module: nn.Module | None, name: str) -> Any:
+    """`module.name`: a parameter, a buffer, or what a parametrization computes; None of None.
+
+    nn.Module looks attributes up in Python, which takes a microsecond or more for each.
+    """
+    if module is None:
+        return None
+    for tensors in (module._parameters, module._buffers):
+        if name in tensors:
+            return tensors[name]
+    return getattr(module, name)
