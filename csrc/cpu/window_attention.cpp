@@ -20,10 +20,15 @@ namespace {
 constexpr int64_t kPairsOfChunkAndHead = 256;
 constexpr int64_t kTokensPerChunk = 400;
 
-// Forward, with fewer units than this per thread, the queries are divided, too, into blocks of at
-// least kFewestQueries; each block packs the keys again.
+// With fewer units than this per thread, heads are taken one by one. If these are too few, too, the
+// forward pass divides the queries into blocks of at least kFewestQueries; each block packs the
+// keys again.
 constexpr int64_t kUnitsPerThread = 4;
 constexpr int64_t kFewestQueries = 48;
+
+// Channels of the heads that are read together: enough to stream from memory, and few enough for
+// the operands of 196 tokens to stay in L2, or near it.
+constexpr int64_t kChannelsPerUnit = 128;
 
 // What the threads take at a time, as a fraction of a thread's share.
 constexpr int64_t kTasksPerThread = 8;
@@ -40,6 +45,13 @@ int64_t count_chunks(const WindowAttention& problem) {
   const int64_t by_tokens = divide_up(windows * most_tokens(problem), kTokensPerChunk);
   const int64_t by_units = divide_up(kPairsOfChunkAndHead, problem.heads);
   return std::min(windows, std::max(by_tokens, by_units));
+}
+
+// Results do not depend on it.
+int64_t count_heads_per_unit(const WindowAttention& problem) {
+  const int64_t by_channels = std::min(problem.heads, kChannelsPerUnit / problem.head_dim);
+  const int64_t by_threads = problem.chunks * problem.heads / (kUnitsPerThread * thread_count());
+  return std::max<int64_t>(1, std::min(by_channels, by_threads));
 }
 
 AttentionMap map_of(const char* name, const Tensor& tensor, const WindowAttention& problem,
@@ -75,11 +87,17 @@ void describe(WindowAttention& problem, const Tensor& qkv, const std::optional<T
   problem.grid = grid;
   problem.scale = static_cast<float>(scale);
   problem.chunks = count_chunks(problem);
+  problem.heads_per_unit = count_heads_per_unit(problem);
   problem.part_stride = heads_first ? head_dim : heads * head_dim;
   problem.head_stride = heads_first ? 3 * head_dim : head_dim;
   problem.qkv = map_of("qkv", qkv, problem, 3 * heads * head_dim, qkv.scalar_type());
   problem.bias_table = float_data("bias_table", bias_table,
                                   heads * (2 * window_height - 1) * (2 * window_width - 1));
+}
+
+// (Chunk of windows, group of heads).
+int64_t count_groups(const WindowAttention& problem) {
+  return problem.chunks * divide_up(problem.heads, problem.heads_per_unit);
 }
 
 // Calls kernel(problem, first unit, last unit, scratch) from all threads until all units are done.
@@ -108,11 +126,11 @@ std::tuple<Tensor, Tensor> window_attention_forward(Tensor qkv, std::optional<Te
       qkv, {problem.batch, heads, problem.height, problem.width}, ScalarType::Float);
   problem.output = map_of("output", output, problem, heads * head_dim, qkv.scalar_type());
   problem.log_sum_exp = data_of(log_sum_exp);
-  const int64_t pairs = problem.chunks * heads;
-  if (pairs > 0) {
-    const int64_t wanted = divide_up(kUnitsPerThread * thread_count(), pairs);
+  const int64_t groups = count_groups(problem);
+  if (groups > 0) {
+    const int64_t wanted = divide_up(kUnitsPerThread * thread_count(), groups);
     problem.query_blocks = std::clamp<int64_t>(most_tokens(problem) / kFewestQueries, 1, wanted);
-    run(problem, pairs * problem.query_blocks,
+    run(problem, groups * problem.query_blocks,
         MOAT_KERNELS_DISPATCH(window_attention_forward_scratch)(problem), qkv,
         MOAT_KERNELS_DISPATCH(window_attention_forward));
   }
@@ -153,7 +171,7 @@ std::tuple<Tensor, Tensor> window_attention_backward(
   problem.log_sum_exp = const_cast<float*>(float_data(
       "log_sum_exp", log_sum_exp, problem.batch * heads * problem.height * problem.width));
   if (problem.chunks > 0) {
-    run(problem, problem.chunks * heads,
+    run(problem, count_groups(problem),
         MOAT_KERNELS_DISPATCH(window_attention_backward_scratch)(problem), qkv,
         MOAT_KERNELS_DISPATCH(window_attention_backward));
   }

@@ -33,6 +33,8 @@ struct WindowAttention {
   float scale;
   // The batch's windows are cut into this many chunks of consecutive ones.
   int64_t chunks;
+  // And the heads into groups of at most this many.
+  int64_t heads_per_unit;
   // Channels of qkv from q to k to v of a head, and from one head to the next.
   int64_t part_stride;
   int64_t head_stride;
@@ -59,14 +61,14 @@ struct WindowAttentionBackward : WindowAttention {
 
 }  // namespace moat_kernels::cpu
 
-// Computes units begin to end (exclusive), a unit being (chunk of windows, head, block of queries),
-// and the floats of scratch memory that it needs.
+// Computes units begin to end (exclusive), a unit being (chunk of windows, group of heads, block of
+// queries), and the floats of scratch memory that it needs.
 MOAT_KERNELS_DECLARE_PER_ISA(
     void window_attention_forward(const WindowAttentionForward& problem, int64_t begin, int64_t end,
                                   float* scratch);
     int64_t window_attention_forward_scratch(const WindowAttentionForward& problem);)
 
-// The same backward, a unit being (chunk of windows, head).
+// The same backward, a unit being (chunk of windows, group of heads).
 MOAT_KERNELS_DECLARE_PER_ISA(
     void window_attention_backward(const WindowAttentionBackward& problem, int64_t begin,
                                    int64_t end, float* scratch);

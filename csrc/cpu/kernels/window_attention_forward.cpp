@@ -2,14 +2,18 @@
 //
 //   output = softmax(scale Q K^T + bias) V,  log_sum_exp = log2(sum(exp(scale Q K^T + bias)))
 //
-// Reads qkv and writes the output once. K^T and V of one window and head stay in L1 or L2 while its
-// queries pass by in blocks of 6: their scores [6, tokens] are the only scores that exist.
+// Reads qkv and writes the output once. K^T and V of one window and head stay in L2 while its
+// queries pass by in blocks: their scores [24, tokens] are the only scores that exist. A few heads
+// are read together, as their channels lie side by side and alone are too short to stream.
 
 #include "cpu/kernels/window_attention.h"
 #include "cpu/kernels/window_attention_tiles.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 namespace {
+
+// A block of queries, in tiles: a panel of keys or values serves all of them from L1.
+constexpr int64_t kBlockTiles = 4;
 
 // kRows floats, rounded up to vectors.
 constexpr int kRowLanes = (kRows + kWidth - 1) / kWidth * kWidth;
@@ -35,158 +39,189 @@ template <int rows, class Function>
 
 // One thread's working memory.
 struct Buffers {
-  float* strips;
-  float* values;
+  float* strips;   // Per head, as are the next three.
+  float* queries;  // Then the outputs.
   float* keys;     // K^T in panels.
-  float* queries;  // One block of rows, as are the scores and the outputs.
-  float* scores;
-  float* outputs;
+  float* values;
+  float* scores;       // One block of queries.
+  float* maxima;       // A vector per query of a block.
+  float* log_sum_exp;  // Per query of a head.
+  int32_t* runs;       // Where a query's bias starts in the strips.
+  int64_t strips_size;
+  int64_t matrix_size;
   int64_t size;
 };
 
-Buffers buffers_in(float* memory, const WindowAttention& problem) {
+Buffers buffers_in(float* memory, const WindowAttentionForward& problem) {
   const int64_t tokens = round_up(most_tokens(problem), kPanel);
   const int64_t length = round_up(problem.head_dim, kWidth);
+  const int64_t heads = problem.heads_per_unit;
   Scratch scratch{memory};
   Buffers buffers;
-  buffers.strips = scratch.take(largest_strips(problem).size());
-  buffers.values = scratch.take(tokens * length);
-  buffers.keys = scratch.take(tokens * length);
-  buffers.queries = scratch.take(kRows * length);
-  buffers.scores = scratch.take(kRows * tokens);
-  buffers.outputs = scratch.take(kRows * length);
+  buffers.strips_size = round_up(largest_strips(problem).size(), kPanel);
+  buffers.matrix_size = tokens * length;
+  buffers.strips = scratch.take(heads * buffers.strips_size);
+  buffers.queries = scratch.take(heads * buffers.matrix_size);
+  buffers.keys = scratch.take(heads * buffers.matrix_size);
+  buffers.values = scratch.take(heads * buffers.matrix_size);
+  buffers.scores = scratch.take(kBlockTiles * kRows * tokens);
+  buffers.maxima = scratch.take(kBlockTiles * kRows * kWidth);
+  buffers.log_sum_exp = scratch.take(tokens);
+  buffers.runs = reinterpret_cast<int32_t*>(scratch.take(tokens));
   buffers.size = scratch.used;
   return buffers;
 }
 
+// One head of one window, its operands in scratch memory.
+template <class HeadDim>
 struct HeadForward {
-  const WindowAttentionForward& problem;
-  const Buffers& buffers;
-  const Window& window;
-  const BiasStrips& strips;
-  int64_t head;
+  HeadDim head_dim;
+  int64_t tokens;
+  const float* bias;    // In strips, or null.
+  const int32_t* runs;  // Per query, where its bias starts in these.
+  float* queries;
+  const float* keys;
+  const float* values;
+  float* scores;
+  float* maxima;
+  float* log_sum_exp;  // Per query.
 
-  int64_t tokens() const { return window.tokens(); }
-  int64_t scores_stride() const { return round_up(tokens(), kPanel); }
-  HeadRows rows() const { return {problem, window}; }
-  int64_t row_length() const { return rows().row_length(); }
+  int64_t scores_stride() const { return round_up(tokens, kPanel); }
+  [[gnu::always_inline]] int64_t row_length() const { return round_up(head_dim, kWidth); }
 
-  void load_keys_and_values() const {
-    const int64_t channel = head * problem.head_stride + problem.part_stride;
-    // The keys' rows pass through the values' memory.
-    float* rows_of_keys = buffers.values;
-    rows().read(problem.qkv, channel, 0, tokens(), 1.0f, rows_of_keys);
-    const int64_t padded = round_up(tokens(), kPanel);
-    for (int64_t i = tokens() * row_length(); i < padded * row_length(); i += kWidth) {
-      store(rows_of_keys + i, Vec{});
-    }
-    pack(rows_of_keys, row_length(), padded, problem.head_dim, nullptr, nullptr, buffers.keys);
-    rows().read(problem.qkv, channel + problem.part_stride, 0, tokens(), 1.0f, buffers.values);
-  }
-
-  // scores = queries K^T + bias (in units of ln 2), and the largest of every row.
-  template <int rows>
-  [[gnu::always_inline]] void score(const float* const (&bias)[rows],
-                                    float (&largest)[kRowLanes]) const {
-    Vec maxima[rows];
-    unroll<rows>([&](auto i)
-                     __attribute__((always_inline)) { maxima[i] = broadcast(-__builtin_inff()); });
-    for_panels(tokens(), [&](auto vectors, int64_t key) __attribute__((always_inline)) {
-      constexpr int kVectorsHere = decltype(vectors)::value;
-      Vec sums[rows][kVectorsHere];
-      unroll<rows * kVectorsHere>([&](auto i) __attribute__((always_inline)) {
-        constexpr int r = i / kVectorsHere;
-        constexpr int v = i % kVectorsHere;
-        sums[r][v] = problem.bias_table ? load(bias[r] + key + v * kWidth) : Vec{};
-      });
-      multiply_short<rows, kVectorsHere>(buffers.queries, row_length(),
-                                         buffers.keys + key * problem.head_dim, kPanel,
-                                         problem.head_dim, sums);
-      const bool whole = key + kVectorsHere * kWidth <= tokens();
-      unroll<rows * kVectorsHere>([&](auto i) __attribute__((always_inline)) {
-        constexpr int r = i / kVectorsHere;
-        constexpr int v = i % kVectorsHere;
-        if (!whole) {
-          sums[r][v] = keep_lanes(sums[r][v], tokens() - key - v * kWidth, -__builtin_inff());
-        }
-        maxima[r] = maximum(sums[r][v], maxima[r]);
-        store(buffers.scores + r * scores_stride() + key + v * kWidth, sums[r][v]);
+  // scores = queries K^T + bias (in units of ln 2) for a panel of keys, and maxima per lane.
+  template <int rows, int vectors>
+  [[gnu::always_inline]] void score(int64_t query, int64_t row, int64_t key) const {
+    Vec sums[rows][vectors];
+    unroll<rows>([&](auto r) __attribute__((always_inline)) {
+      unroll<vectors>([&](auto v) __attribute__((always_inline)) {
+        sums[r][v] = bias ? load(bias + runs[query + r] + key + v * kWidth) : Vec{};
       });
     });
-    reduce_rows<rows>(maxima, largest, [](Vec a, Vec b) { return maximum(a, b); });
+    multiply_rows<kSteps<HeadDim>, rows, vectors>(queries + query * row_length(), row_length(),
+                                                  keys + key * head_dim, kPanel, head_dim, sums);
+    const bool whole = key + vectors * kWidth <= tokens;
+    unroll<rows>([&](auto r) __attribute__((always_inline)) {
+      float* maximum_so_far = maxima + (row + r) * kWidth;
+      Vec largest = key == 0 ? broadcast(-__builtin_inff()) : load(maximum_so_far);
+      unroll<vectors>([&](auto v) __attribute__((always_inline)) {
+        if (!whole) {
+          sums[r][v] = keep_lanes(sums[r][v], tokens - key - v * kWidth, -__builtin_inff());
+        }
+        largest = maximum(sums[r][v], largest);
+        store(scores + (row + r) * scores_stride() + key + v * kWidth, sums[r][v]);
+      });
+      store(maximum_so_far, largest);
+    });
   }
 
-  // scores = 2^(scores - largest), and the sum of every row.
+  // scores = 2^(scores - their largest); the sum of every row, and its log_sum_exp.
   template <int rows>
-  [[gnu::always_inline]] void exponentiate(const float (&largest)[kRowLanes],
+  [[gnu::always_inline]] void exponentiate(int64_t query, int64_t row,
                                            float (&total)[kRowLanes]) const {
-    Vec sums[rows] = {};
-    const int64_t stride = scores_stride();
-    for (int64_t key = 0; key < tokens(); key += kWidth) {
-      unroll<rows>([&](auto i) __attribute__((always_inline)) {
-        float* scores = buffers.scores + i * stride + key;
-        const Vec weights = exponential2(load(scores) - largest[i]);
-        store(scores, weights);
-        sums[i] += weights;
+    Vec values_of_rows[rows];
+    unroll<rows>([&](auto r) __attribute__((always_inline)) {
+      values_of_rows[r] = load(maxima + (row + r) * kWidth);
+    });
+    float largest[kRowLanes];
+    reduce_rows<rows>(values_of_rows, largest, [](Vec a, Vec b) { return maximum(a, b); });
+    unroll<rows>([&](auto r) __attribute__((always_inline)) { values_of_rows[r] = Vec{}; });
+    float* first = scores + row * scores_stride();
+    for (int64_t key = 0; key < tokens; key += kWidth) {
+      unroll<rows>([&](auto r) __attribute__((always_inline)) {
+        float* score = first + r * scores_stride() + key;
+        const Vec weights = exponential2(load(score) - largest[r]);
+        store(score, weights);
+        values_of_rows[r] += weights;
       });
     }
-    reduce_rows<rows>(sums, total, [](Vec a, Vec b) { return a + b; });
+    reduce_rows<rows>(values_of_rows, total, [](Vec a, Vec b) { return a + b; });
+    float logarithms[kRowLanes];
+    for (int i = 0; i < rows; i += kWidth) {
+      store(logarithms + i, load(largest + i) + logarithm2(load(total + i)));
+    }
+    for (int r = 0; r < rows; ++r) log_sum_exp[query + r] = logarithms[r];
   }
 
-  // outputs = scores V / total.
+  // output = scores V / total, in the place of the queries.
   template <int rows>
-  [[gnu::always_inline]] void average(const float (&total)[kRowLanes]) const {
-    for_panels(problem.head_dim, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
+  [[gnu::always_inline]] void average(int64_t query, int64_t row,
+                                      const float (&total)[kRowLanes]) const {
+    for_columns(head_dim, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
       constexpr int kVectorsHere = decltype(vectors)::value;
       Vec sums[rows][kVectorsHere] = {};
-      multiply_short<rows, kVectorsHere>(buffers.scores, scores_stride(), buffers.values + column,
-                                         row_length(), tokens(), sums);
+      multiply_rows<kSteps<HeadDim>, rows, kVectorsHere>(scores + row * scores_stride(),
+                                                         scores_stride(), values + column,
+                                                         row_length(), tokens, sums);
       unroll<rows>([&](auto r) __attribute__((always_inline)) {
         const float factor = 1.0f / total[r];
         unroll<kVectorsHere>([&](auto v) __attribute__((always_inline)) {
-          store(buffers.outputs + r * row_length() + column + v * kWidth, sums[r][v] * factor);
+          store(queries + (query + r) * row_length() + column + v * kWidth, sums[r][v] * factor);
         });
       });
     });
   }
 
-  // Asks for the outputs, and for the rows of the next head, which lie beside this one's.
-  void prefetch(int64_t begin, int64_t end) const {
-    const HeadRows all = rows();
-    all.prefetch<true>(problem.output, head * problem.head_dim, begin, end);
-    if (head + 1 == problem.heads) return;
-    for (int64_t part = 0; part < 3; ++part) {
-      const int64_t channel = (head + 1) * problem.head_stride + part * problem.part_stride;
-      all.prefetch<false>(problem.qkv, channel, begin, end);
-    }
-  }
-
-  template <int rows>
-  void attend(int64_t query) const {
-    prefetch(query, query + rows);
-    this->rows().read(problem.qkv, head * problem.head_stride, query, query + rows,
-                      problem.scale * kLog2E, buffers.queries);
-    const float* bias[rows] = {};
-    if (problem.bias_table) {
-      for (int i = 0; i < rows; ++i) bias[i] = buffers.strips + strips.run(query + i);
-    }
-    float largest[kRowLanes];
-    float total[kRowLanes];
-    score<rows>(bias, largest);
-    exponentiate<rows>(largest, total);
-    average<rows>(total);
-    this->rows().write(problem.output, head * problem.head_dim, query, query + rows, 1.0f,
-                       buffers.outputs);
-    for (int i = 0; i < rows; i += kWidth) {
-      store(total + i, load(largest + i) + logarithm2(load(total + i)));
-    }
-    float* log_sum_exp = problem.log_sum_exp +
-                         (window.image * problem.heads + head) * problem.height * problem.width;
-    for_tokens(window, query, query + rows, [&](int64_t token, int64_t row, int64_t column) {
-      log_sum_exp[row * problem.width + column] = total[token - query];
+  // Tiles begin to end of the queries from `first` on.
+  void attend(int64_t first, RowTiles tiles, int64_t begin, int64_t end) const {
+    const int64_t block = tiles.start(begin);
+    for_keys(head_dim, tokens, [&](auto vectors, int64_t key) __attribute__((always_inline)) {
+      tiles.for_each(begin, end, [&](auto rows, int64_t row) __attribute__((always_inline)) {
+        score<decltype(rows)::value, decltype(vectors)::value>(first + row, row - block, key);
+      });
+    });
+    tiles.for_each(begin, end, [&](auto rows, int64_t row) __attribute__((always_inline)) {
+      float total[kRowLanes];
+      exponentiate<decltype(rows)::value>(first + row, row - block, total);
+      average<decltype(rows)::value>(first + row, row - block, total);
     });
   }
 };
+
+// Queries first to last of some heads of a window.
+template <class HeadDim>
+void attend_window(const WindowAttentionForward& problem, const Buffers& buffers,
+                   const Window& window, HeadDim head_dim, int64_t first_head, int64_t heads,
+                   int64_t first, int64_t last) {
+  const HeadRows<HeadDim> rows = {problem, window, head_dim, heads, buffers.matrix_size};
+  const int64_t tokens = window.tokens();
+  const int64_t channel = first_head * problem.head_stride;
+  // The keys' rows pass through the values' memory.
+  rows.read(problem.qkv, channel + problem.part_stride, problem.head_stride, 0, tokens, 1.0f,
+            buffers.values);
+  for (int64_t head = 0; head < heads; ++head) {
+    pack_rows(buffers.values + head * buffers.matrix_size, tokens, head_dim,
+              buffers.keys + head * buffers.matrix_size);
+  }
+  rows.read(problem.qkv, channel + 2 * problem.part_stride, problem.head_stride, 0, tokens, 1.0f,
+            buffers.values);
+  rows.read(problem.qkv, channel, problem.head_stride, first, last, problem.scale * kLog2E,
+            buffers.queries);
+  for (int64_t head = 0; head < heads; ++head) {
+    const HeadForward<HeadDim> attention = {
+        head_dim,
+        tokens,
+        problem.bias_table ? buffers.strips + head * buffers.strips_size : nullptr,
+        buffers.runs,
+        buffers.queries + head * buffers.matrix_size,
+        buffers.keys + head * buffers.matrix_size,
+        buffers.values + head * buffers.matrix_size,
+        buffers.scores,
+        buffers.maxima,
+        buffers.log_sum_exp};
+    const RowTiles tiles = {last - first};
+    for (int64_t tile = 0; tile < tiles.count(); tile += kBlockTiles) {
+      attention.attend(first, tiles, tile, smaller(tile + kBlockTiles, tiles.count()));
+    }
+    float* log_sum_exp = problem.log_sum_exp + (window.image * problem.heads + first_head + head) *
+                                                   problem.height * problem.width;
+    for_tokens(window, first, last, [&](int64_t token, int64_t row, int64_t column) {
+      log_sum_exp[row * problem.width + column] = buffers.log_sum_exp[token];
+    });
+  }
+  rows.write(problem.output, first_head * problem.head_dim, problem.head_dim, first, last, 1.0f,
+             buffers.queries);
+}
 
 }  // namespace
 
@@ -197,26 +232,31 @@ int64_t window_attention_forward_scratch(const WindowAttentionForward& problem) 
 void window_attention_forward(const WindowAttentionForward& problem, int64_t begin, int64_t end,
                               float* scratch) {
   const Buffers buffers = buffers_in(scratch, problem);
+  const int64_t groups = divide_up(problem.heads, problem.heads_per_unit);
   BiasStrips strips;
-  int64_t head_of_strips = -1;
+  int64_t group_of_strips = -1;
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t block = unit % problem.query_blocks;
-    const int64_t head = unit / problem.query_blocks % problem.heads;
-    const int64_t chunk = unit / problem.query_blocks / problem.heads;
+    const int64_t group = unit / problem.query_blocks % groups;
+    const int64_t chunk = unit / problem.query_blocks / groups;
+    const int64_t first_head = problem.heads * group / groups;
+    const int64_t heads = problem.heads * (group + 1) / groups - first_head;
     for (int64_t index = first_window(problem, chunk); index < first_window(problem, chunk + 1);
          ++index) {
       const Window window = window_at(problem, index);
-      if (problem.bias_table && !(head == head_of_strips && strips.fit(window))) {
+      if (problem.bias_table && !(group == group_of_strips && strips.fit(window))) {
         strips = BiasStrips(window);
-        strips.expand(problem, problem.bias_table + head * table_size(problem), buffers.strips);
-        head_of_strips = head;
+        strips.list_runs(buffers.runs);
+        for (int64_t head = 0; head < heads; ++head) {
+          strips.expand(problem, problem.bias_table + (first_head + head) * table_size(problem),
+                        buffers.strips + head * buffers.strips_size);
+        }
+        group_of_strips = group;
       }
-      const HeadForward attention = {problem, buffers, window, strips, head};
-      attention.load_keys_and_values();
       const int64_t first = window.tokens() * block / problem.query_blocks;
       const int64_t last = window.tokens() * (block + 1) / problem.query_blocks;
-      for_row_blocks(last - first, [&](auto rows, int64_t query) __attribute__((always_inline)) {
-        attention.attend<decltype(rows)::value>(first + query);
+      with_head_dim(problem.head_dim, [&](auto head_dim) {
+        attend_window(problem, buffers, window, head_dim, first_head, heads, first, last);
       });
     }
   }

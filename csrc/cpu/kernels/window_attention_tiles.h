@@ -47,21 +47,118 @@ constexpr float kLn2 = 0.693147181f;
   return fma(series * f, broadcast(2.0f * kLog2E), n) + (x - x);
 }
 
-// sums += A B for a block of rows and one panel of B, like `multiply`. Depths here are short (32 at
-// MOAT's heads) and the callers large: GCC keeps all sums in registers only in a loop this small.
-template <int rows, int vectors>
-[[gnu::always_inline]] inline void multiply_short(const float* a, int64_t row_stride,
-                                                  const float* b, int64_t b_stride, int64_t depth,
-                                                  Vec (&sums)[rows][vectors]) {
-  const float* a3 = a + 3 * row_stride;
-  for (; depth > 0; --depth) {
-    multiply_step<rows, vectors>(a, a3, row_stride, b, sums);
-    ++a;
-    ++a3;
-    b += b_stride;
-    asm volatile("" : "+r"(a), "+r"(a3), "+r"(b));
+// Heads of this size, MOAT's, have loops of constant lengths and strides: `with_head_dim`.
+constexpr int64_t kUsualHeadDim = 32;
+
+// Calls function(head_dim), a std::integral_constant if it is the usual one.
+template <class Function>
+inline void with_head_dim(int64_t head_dim, Function&& function) {
+  if (head_dim == kUsualHeadDim) {
+    function(std::integral_constant<int64_t, kUsualHeadDim>{});
+  } else {
+    function(head_dim);
   }
 }
+
+// Steps of depth per iteration of a product's loop: code for unusual sizes is kept short.
+template <class HeadDim>
+constexpr int kSteps = 4;
+template <>
+inline constexpr int kSteps<int64_t> = 1;
+
+// Calls function(std::integral_constant<int, vectors>, first_column) over panels of a head's
+// columns.
+template <class HeadDim, class Function>
+[[gnu::always_inline]] inline void for_columns(HeadDim head_dim, Function&& function) {
+  if constexpr (kSteps<HeadDim> > 1 && kUsualHeadDim % kPanel == 0) {
+    for (int64_t first = 0; first < head_dim; first += kPanel) {
+      function(std::integral_constant<int, kVectors>{}, first);
+    }
+  } else {
+    for_panels(head_dim, function);
+  }
+}
+
+// The same over panels of keys, whose memory is padded to whole ones.
+template <class HeadDim, class Function>
+[[gnu::always_inline]] inline void for_keys(HeadDim, int64_t keys, Function&& function) {
+  if constexpr (kSteps<HeadDim> > 1) {
+    for_panels(keys, function);
+  } else {
+    for (int64_t first = 0; first < keys; first += kPanel) {
+      function(std::integral_constant<int, kVectors>{}, first);
+    }
+  }
+}
+
+// sums += A B for a tile of rows and vectors of columns, some steps of depth per iteration:
+// A[i, k] is a[i * row_stride + k], row k of B starts at b + k * b_stride.
+template <int steps, int rows, int vectors>
+[[gnu::always_inline]] inline void multiply_rows(const float* a, int64_t row_stride, const float* b,
+                                                 int64_t b_stride, int64_t depth,
+                                                 Vec (&sums)[rows][vectors]) {
+  const float* a3 = a + 3 * row_stride;
+  const auto advance = [&](int64_t count) __attribute__((always_inline)) {
+    a += count;
+    a3 += count;
+    b += count * b_stride;
+    // Two pointers and multiples of one stride address all rows; GCC would keep one for each.
+    asm volatile("" : "+r"(a), "+r"(a3), "+r"(b));
+  };
+  for (int64_t k = depth / steps; k > 0; --k) {
+    unroll<steps>([&](auto step) __attribute__((always_inline)) {
+      multiply_step<rows, vectors>(a + step, a3 + step, row_stride, b + step * b_stride, sums);
+    });
+    advance(steps);
+  }
+  for (int64_t k = depth % steps; k > 0; --k) {
+    multiply_step<rows, vectors>(a, a3, row_stride, b, sums);
+    advance(1);
+  }
+}
+
+// The same with A transposed: A[i, k] is a[i + k * depth_stride].
+template <int steps, int rows, int vectors>
+[[gnu::always_inline]] inline void multiply_columns(const float* a, int64_t depth_stride,
+                                                    const float* b, int64_t b_stride, int64_t depth,
+                                                    Vec (&sums)[rows][vectors]) {
+  const auto advance = [&](int64_t count) __attribute__((always_inline)) {
+    a += count * depth_stride;
+    b += count * b_stride;
+    asm volatile("" : "+r"(a), "+r"(b));
+  };
+  for (int64_t k = depth / steps; k > 0; --k) {
+    unroll<steps>([&](auto step) __attribute__((always_inline)) {
+      const float* column = a + step * depth_stride;
+      multiply_step<rows, vectors>(column, column + 3, 1, b + step * b_stride, sums);
+    });
+    advance(steps);
+  }
+  for (int64_t k = depth % steps; k > 0; --k) {
+    multiply_step<rows, vectors>(a, a + 3, 1, b, sums);
+    advance(1);
+  }
+}
+
+// Rows cut into tiles of at most kRows, as even as possible.
+struct RowTiles {
+  int64_t rows;
+
+  int64_t count() const { return divide_up(rows, kRows); }
+  int64_t start(int64_t tile) const { return rows * tile / count(); }
+
+  // Calls function(std::integral_constant<int, rows>, first_row) for tiles begin to end.
+  template <class Function>
+  [[gnu::always_inline]] void for_each(int64_t begin, int64_t end, Function&& function) const {
+    for (int64_t tile = begin; tile < end; ++tile) {
+      const int64_t first = start(tile);
+      // One block, hence one call.
+      for_row_blocks(start(tile + 1) - first,
+                     [&](auto tile_rows, int64_t)
+                         __attribute__((always_inline)) { function(tile_rows, first); });
+    }
+  }
+};
 
 template <int... i>
 [[gnu::always_inline]] inline IntVec lane_numbers(std::integer_sequence<int, i...>) {
@@ -144,82 +241,78 @@ inline int64_t pixel_offset(const AttentionMap& map, int64_t image, int64_t row,
   return image * map.batch_stride + row * map.row_stride + column * map.column_stride;
 }
 
-// Which channels of a map belong to a head, as tokens x head_dim matrices in scratch memory, of
-// row_length() floats a row: head_dim rounded up to vectors, the rest zeros.
+// Matrices tokens x head_dim of some consecutive heads in scratch memory, one after the other:
+// row_length floats a row (head_dim rounded up to vectors, the rest zeros), matrix_size a head.
+template <class HeadDim>
 struct HeadRows {
   const WindowAttention& problem;
   const Window& window;
+  HeadDim head_dim;
+  int64_t heads;
+  int64_t matrix_size;
 
-  int64_t row_length() const { return round_up(problem.head_dim, kWidth); }
+  [[gnu::always_inline]] int64_t row_length() const { return round_up(head_dim, kWidth); }
 
-  // destination[token - begin] = factor * channels `channel` ... of the map.
-  void read(const AttentionMap& map, int64_t channel, int64_t begin, int64_t end, float factor,
-            float* destination) const {
-    // Stores wait for their cache lines one after the other unless these were asked for: rows
-    // ahead.
-    constexpr int64_t kAhead = 8;
+  // destination[head][token] = factor * channels `channel + head * head_stride` ... of the map's
+  // tokens begin to end.
+  void read(const AttentionMap& map, int64_t channel, int64_t head_stride, int64_t begin,
+            int64_t end, float factor, float* destination) const {
     with_elements(problem.element, static_cast<const void*>(map.data), [&](auto* elements) {
       const int64_t length = row_length();
-      for_tokens(window, begin, end, [&](int64_t, int64_t row, int64_t column) {
+      for_tokens(window, begin, end, [&](int64_t token, int64_t row, int64_t column) {
         auto* source = elements + pixel_offset(map, window.image, row, column) + channel;
-        prefetch_row<true>(destination + kAhead * length, length * sizeof(float));
-        if (length == problem.head_dim) {
-          for (int64_t i = 0; i < length; i += kWidth) {
-            store(destination + i, load(source + i) * factor);
+        float* to = destination + token * length;
+        for (int64_t head = 0; head < heads; ++head) {
+          if (length == head_dim) {
+            for (int64_t i = 0; i < length; i += kWidth) {
+              store(to + i, load(source + i) * factor);
+            }
+          } else {
+            store(to + length - kWidth, Vec{});
+            widen(source, head_dim, to);
+            for (int64_t i = 0; i < length; i += kWidth) store(to + i, load(to + i) * factor);
           }
-        } else {
-          store(destination + length - kWidth, Vec{});
-          widen(source, problem.head_dim, destination);
-          for (int64_t i = 0; i < length; i += kWidth) {
-            store(destination + i, load(destination + i) * factor);
-          }
+          source += head_stride;
+          to += matrix_size;
         }
-        destination += length;
       });
     });
   }
 
   // The inverse of `read`, rounding; the source is destroyed.
-  void write(const AttentionMap& map, int64_t channel, int64_t begin, int64_t end, float factor,
-             float* source) const {
+  void write(const AttentionMap& map, int64_t channel, int64_t head_stride, int64_t begin,
+             int64_t end, float factor, float* source) const {
     with_elements(problem.element, static_cast<void*>(map.data), [&](auto* elements) {
       const int64_t length = row_length();
-      for_tokens(window, begin, end, [&](int64_t, int64_t row, int64_t column) {
+      for_tokens(window, begin, end, [&](int64_t token, int64_t row, int64_t column) {
         auto* destination = elements + pixel_offset(map, window.image, row, column) + channel;
-        if (length == problem.head_dim) {
-          for (int64_t i = 0; i < length; i += kWidth) {
-            store(destination + i, load(source + i) * factor);
+        float* from = source + token * length;
+        for (int64_t head = 0; head < heads; ++head) {
+          if (length == head_dim) {
+            for (int64_t i = 0; i < length; i += kWidth) {
+              store(destination + i, load(from + i) * factor);
+            }
+          } else {
+            for (int64_t i = 0; i < length; i += kWidth) {
+              store(from + i, load(from + i) * factor);
+            }
+            narrow(from, head_dim, destination);
           }
-        } else {
-          for (int64_t i = 0; i < length; i += kWidth) {
-            store(source + i, load(source + i) * factor);
-          }
-          narrow(source, problem.head_dim, destination);
+          destination += head_stride;
+          from += matrix_size;
         }
-        source += length;
       });
     });
   }
-
-  // Asks for what `read`, or `write`, will touch.
-  template <bool for_write>
-  void prefetch(const AttentionMap& map, int64_t channel, int64_t begin, int64_t end) const {
-    const int64_t element_size = problem.element == ElementType::float32 ? 4 : 2;
-    for_tokens(window, begin, end, [&](int64_t, int64_t row, int64_t column) {
-      const int64_t offset = pixel_offset(map, window.image, row, column) + channel;
-      prefetch_row<for_write>(map.data + offset * element_size, problem.head_dim * element_size);
-    });
-  }
-
- private:
-  template <bool for_write>
-  [[gnu::always_inline]] static void prefetch_row(const void* start, int64_t bytes) {
-    constexpr int64_t kLine = 64;
-    for (int64_t byte = 0; byte < bytes; byte += kLine) {
-      __builtin_prefetch(static_cast<const char*>(start) + byte, for_write);
-    }
-  }
 };
+
+// Packs the rows of one head, the matrix's padding included, into panels of its transpose.
+inline void pack_rows(float* matrix, int64_t tokens, int64_t head_dim, float* packed) {
+  const int64_t length = round_up(head_dim, kWidth);
+  const int64_t padded = round_up(tokens, kPanel);
+  for (int64_t i = tokens * length; i < padded * length; i += kWidth) store(matrix + i, Vec{});
+  pack(matrix, length, padded, head_dim, nullptr, nullptr, packed);
+}
 
 // Bias without a tokens x tokens tensor. For queries in column j of a window, strip j holds the
 // bias by key row - query row (2 * rows - 1 of them) and key column: the bias of query (i, j) on
@@ -237,11 +330,13 @@ struct BiasStrips {
   // Floats of all strips, with room to read or add whole vectors beyond the last run.
   int64_t size() const { return columns * (2 * rows - 1) * columns + kPanel; }
 
-  // Where the run of a query starts.
-  int64_t run(int64_t query) const {
-    const int64_t i = query / columns;
-    const int64_t j = query % columns;
-    return (j * (2 * rows - 1) + rows - 1 - i) * columns;
+  // Where the run of each query starts.
+  void list_runs(int32_t* runs) const {
+    for (int64_t i = 0; i < rows; ++i) {
+      for (int64_t j = 0; j < columns; ++j) {
+        *runs++ = static_cast<int32_t>((j * (2 * rows - 1) + rows - 1 - i) * columns);
+      }
+    }
   }
 
   // Calls function(strip_offset, table_offset) for every slice of `columns` floats.
