@@ -1,13 +1,12 @@
-"""Every kernel that a MOAT launches in training, compiled for GPUs that are not there.
+"""The kernels that MOATs launch in training, compiled for GPUs that are not there.
 
-`collect` runs the launchers for all nine variants at their training resolutions, batch 1 and 64;
-`format_tables` is docs/gpu_kernels.md.
+`collect` runs an op's launchers; `format_tables` is docs/gpu_kernels.md.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from moat_kernels.functional import WindowAttentionDescription
 from moat_kernels.ops.window_attention import triton_backend as window_attention
 from moat_kernels.variants import get_variant
 from support.compile_only_driver import NVIDIA, Launch, Usage, compile_only, nvidia_usage
+from support.mbconv_launches import launch_mbconv
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "gpu_kernels.md"
 BATCHES = (1, 64)
@@ -66,14 +66,45 @@ def launch_window_attention(dtype: torch.dtype) -> None:
                 window_attention.backward(output, qkv, table, description, output, saved, True)
 
 
-OPS = {"window_attention": launch_window_attention}
+@dataclass(frozen=True)
+class Op:
+    """What is compiled of an op.
+
+    launch: runs its launchers on meta tensors of a dtype. scope: which ones, in words.
+    without_product: its kernels that multiply no matrices. exact_float32: whether float32 products
+        leave the tensor cores alone.
+    """
+
+    launch: Callable[[torch.dtype], None]
+    scope: str
+    without_product: frozenset[str]
+    exact_float32: bool
+
+
+OPS = {
+    "window_attention": Op(
+        launch_window_attention,
+        "the nine variants at their own resolutions, batch 1 and 64",
+        frozenset({"fold_table_kernel"}),
+        exact_float32=True,
+    ),
+    # The first stage (squeeze-excite, statistics by covariance) and the last (few rows per
+    # channel). The nine variants launch the same kernels, some with smaller tiles; compiling all
+    # of them, 86 per GPU, takes a minute per GPU.
+    "mbconv": Op(
+        lambda dtype: launch_mbconv(dtype, ["moat_0"], stages=(0, 3), batches=(64,)),
+        "the first and the last stage of MOAT-0, batch 64",
+        frozenset({"depthwise_kernel", "depthwise_backward_kernel", "pool_kernel"}),
+        exact_float32=False,
+    ),
+}
 
 
 @functools.cache
 def collect(op: str, arch: int, dtype: torch.dtype) -> tuple[Compiled, ...]:
     """The different kernels that `op` launches, compiled for compute capability `arch`."""
     with compile_only(arch) as launches:
-        OPS[op](dtype)
+        OPS[op].launch(dtype)
     distinct = {launch.key: launch for launch in launches}
     return tuple(Compiled(launch, nvidia_usage(launch, arch)) for launch in distinct.values())
 
@@ -98,13 +129,13 @@ def format_tables() -> str:
         "# What the GPU kernels compile to",
         "",
         "Written by `python benchmarks/gpu_kernels.py`, which needs no GPU; the tests compare.",
-        "Every kernel that the nine variants launch in training at their own resolutions, batch 1",
-        "and 64, with the launch tables' block sizes: warps a block, registers a thread, shared",
-        "memory a block, the share of a multiprocessor's warps that fit. None spills.",
+        "Every kernel launched in training, with the launch tables' block sizes: warps a block,",
+        "registers a thread, shared memory a block, share of a multiprocessor's warps that fit.",
+        "None spills. Where launches differ in less than their block sizes, the last one stands.",
         "None of this was run on a GPU, and it says nothing about speed.",
     ]
     for op in OPS:
-        lines += ["", f"## {op}", ""]
+        lines += ["", f"## {op}", "", f"In {OPS[op].scope}.", ""]
         lines.append(f"| kernel, blocks | dtype | {' | '.join(f'sm_{a}' for a in NVIDIA)} |")
         lines.append("|---" * (2 + len(NVIDIA)) + "|")
         lines += _rows(op)

@@ -22,15 +22,13 @@ from support.gpu_kernels import (
     format_tables,
 )
 
-# Kernels without a matrix product.
-NO_PRODUCT = {"fold_table_kernel"}
-
 each_op = pytest.mark.parametrize("op", OPS)
 each_compilation = pytest.mark.parametrize(("arch", "dtype"), COMPILED, ids=str)
 
 
-def multiplies_in_low_precision(kernel: Compiled, dtype: torch.dtype) -> bool:
-    return dtype != torch.float32 and kernel.launch.kernel not in NO_PRODUCT
+def multiplies_on_tensor_cores(op: str, kernel: Compiled, dtype: torch.dtype) -> bool:
+    exact = dtype == torch.float32 and OPS[op].exact_float32
+    return not exact and kernel.launch.kernel not in OPS[op].without_product
 
 
 @each_op
@@ -48,15 +46,28 @@ def test_nothing_spills_and_shared_memory_fits(op: str, arch: int, dtype: torch.
 def test_products_are_on_tensor_cores(op: str, arch: int, dtype: torch.dtype) -> None:
     for kernel in collect(op, arch, dtype):
         on_tensor_cores = kernel.usage.tensor_core_instructions > 0
-        assert on_tensor_cores == multiplies_in_low_precision(kernel, dtype), kernel
+        assert on_tensor_cores == multiplies_on_tensor_cores(op, kernel, dtype), kernel
 
 
 @each_op
 def test_amd(op: str) -> None:
     with compile_only(AMD) as launches:
-        OPS[op](torch.bfloat16)
+        OPS[op].launch(torch.bfloat16)
     for launch in {launch.key: launch for launch in launches}.values():
         assert amd_vector_spills(launch) == 0, launch.kernel
+
+
+def test_every_kernel_of_mbconv_is_among_them() -> None:
+    names = {kernel.launch.kernel for kernel in collect("mbconv", 80, torch.bfloat16)}
+    assert names == OPS["mbconv"].without_product | {
+        "covariance_kernel",
+        "expand_kernel",
+        "project_kernel",
+        "project_input_kernel",
+        "project_weight_kernel",
+        "expand_weight_kernel",
+        "expand_input_kernel",
+    }
 
 
 def test_the_table_is_current() -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moat_kernels.ops.triton_support.launching import architecture
 from moat_kernels.ops.triton_support.launching import launch as launch_kernel
 
 
@@ -52,7 +53,7 @@ _GEMMS: dict[tuple[str, int], GemmBlocks] = {
     ("project_input", 2): GemmBlocks(128, 64, 32, 8, 3),
     ("project_input", 4): GemmBlocks(64, 64, 32, 4, 2),
     ("project_weight", 2): GemmBlocks(64, 64, 64, 8, 2),
-    ("project_weight", 4): GemmBlocks(64, 64, 32, 8, 2),
+    ("project_weight", 4): GemmBlocks(64, 64, 16, 8, 2),
     ("expand_weight", 2): GemmBlocks(64, 64, 64, 4, 2),
     ("expand_weight", 4): GemmBlocks(64, 64, 32, 4, 2),
     ("expand_input", 2): GemmBlocks(128, 128, 32, 8, 3),
@@ -112,8 +113,15 @@ def reduction_splits(count: int, tiles: int, step: int) -> tuple[int, int]:
 
 
 def dot_precision(like: Tensor) -> str:
-    """How float32 tiles are multiplied: as PyTorch would, or by three TF32 products for each."""
-    return "tf32" if torch.backends.cuda.matmul.allow_tf32 else "tf32x3"
+    """How float32 tiles are multiplied: as PyTorch would, or by three TF32 products for each.
+
+    16-bit tiles are multiplied in one way only. AMD's GPUs have no TF32: there it is exact.
+    """
+    if like.dtype != torch.float32:
+        return "ieee"
+    if torch.backends.cuda.matmul.allow_tf32:
+        return "tf32"
+    return "tf32x3" if architecture(like.device) else "ieee"
 
 
 @dataclass(frozen=True)
