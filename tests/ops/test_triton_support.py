@@ -5,10 +5,12 @@ from __future__ import annotations
 import subprocess
 import sys
 
+import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moat_kernels.ops.triton_support import launching
+from moat_kernels.ops.triton_support.traffic import Part, Pass, record_passes
 
 
 class _Kernel:
@@ -16,6 +18,7 @@ class _Kernel:
 
     def __init__(self) -> None:
         self.launches: list[tuple] = []
+        self.fn = test_the_package_imports_without_triton  # a kernel's name is its function's
 
     def __getitem__(self, grid: tuple[int, ...]):
         return lambda *arguments, **options: self.launches.append((grid, arguments, options))
@@ -28,17 +31,43 @@ def test_the_package_imports_without_triton() -> None:
 
 def test_launch_passes_on_grid_arguments_and_options() -> None:
     kernel, x = _Kernel(), torch.zeros(3)
-    launching.launch(kernel, (2, 1), x, 7, num_warps=8)
+    launching.launch(kernel, (2, 1), x, 7, reads=(x,), writes=(), num_warps=8)
     (launch,) = kernel.launches
     assert launch == ((2, 1), (x, 7), {"num_warps": 8, "enable_fp_fusion": True})
 
 
 def test_nothing_is_launched_for_an_empty_grid_or_fake_tensors() -> None:
     kernel = _Kernel()
-    launching.launch(kernel, (0, 4), torch.zeros(3))
+    launching.launch(kernel, (0, 4), torch.zeros(3), reads=(), writes=())
     with FakeTensorMode():
-        launching.launch(kernel, (1,), torch.zeros(3))
+        launching.launch(kernel, (1,), torch.zeros(3), reads=(), writes=())
     assert not kernel.launches
+
+
+def passes_of(**options) -> list[Pass]:
+    with FakeTensorMode(), record_passes() as passes:
+        x, y = torch.zeros(4, 3, dtype=torch.bfloat16), torch.zeros(6)
+        launching.launch(
+            *(_Kernel(), (1,), x, y, 7, None),
+            reads=(x, None, x),
+            writes=(Part(y, 2, 3),),
+            **options,
+        )
+    return passes
+
+
+def test_a_recorded_pass_adds_up_what_crosses_memory() -> None:
+    (one,) = passes_of(flops=5, PRECISION="ieee")
+    assert [(*crossing.shape, crossing.bytes) for crossing in one.reads] == [(4, 3, 24)]
+    assert [crossing.bytes for crossing in one.writes] == [16]
+    assert (one.bytes, one.flops, one.arithmetic) == (40, 5, "bfloat16")
+    assert passes_of()[0].arithmetic == "float32"
+
+
+def test_a_tensor_that_no_one_declared_is_named() -> None:
+    x, y = torch.zeros(3), torch.zeros(2, 5)
+    with record_passes(), pytest.raises(ValueError, match=r"argument 1, .* shape \(2, 5\)"):
+        launching.launch(_Kernel(), (1,), x, y, reads=(x,), writes=(y[:1],))
 
 
 def test_other_devices_and_dtypes_are_refused_with_a_reason(monkeypatch) -> None:

@@ -38,7 +38,9 @@ def centre_kernel(x, out, SIZE: tl.constexpr):
 def compile_product(arch: int | str, size: int, dtype: torch.dtype):
     a = torch.empty(size, size, dtype=dtype, device="meta")
     with compile_only(arch) as launches:
-        launch(product_kernel, (1,), a, a, a.float(), SIZE=size, num_warps=1)
+        launch(
+            *(product_kernel, (1,), a, a, a.float()), reads=(), writes=(), SIZE=size, num_warps=1
+        )
     (only,) = launches
     return only
 
@@ -60,7 +62,7 @@ def test_another_targets_code_is_refused() -> None:
 def test_spilling_shows(size: int, spills: bool) -> None:
     x = torch.empty(size, device="meta")
     with compile_only(80) as launches:
-        launch(centre_kernel, (1,), x, x, SIZE=size, num_warps=1)
+        launch(centre_kernel, (1,), x, x, reads=(), writes=(), SIZE=size, num_warps=1)
     assert (nvidia_usage(launches[0], 80).stack > 0) == spills
 
 

@@ -30,16 +30,12 @@ from moat_kernels.functional import (
     mbconv,
 )
 from moat_kernels.ops.mbconv import front, triton_backend, triton_launch
+from moat_kernels.ops.triton_support.traffic import Pass, record_passes
 
 pytest.importorskip("triton")
 
 from moat_kernels.ops.mbconv.triton_kernels.covariance import covariance
-from moat_kernels.ops.mbconv.triton_launch import (
-    GemmBlocks,
-    Pass,
-    StencilBlocks,
-    record_passes,
-)
+from moat_kernels.ops.mbconv.triton_launch import GemmBlocks, StencilBlocks
 
 # 84 rows of 6 channels measure expand_norm directly, 112 by covariance.
 FEW_ROWS, MANY_ROWS = (2, 7, 6), (2, 7, 8)
@@ -246,7 +242,7 @@ def wide_crossings(passes: list[Pass], wide: int) -> int:
     return sum(
         len(shape) == 2 and shape[1] == wide and shape[0] > wide
         for one in passes
-        for shape in (*one.reads, *one.writes)
+        for shape in (crossing.shape for crossing in (*one.reads, *one.writes))
     )
 
 
@@ -272,6 +268,33 @@ def test_how_often_wide_tensors_cross_memory(
             grad = torch.empty_like(result.output)
             triton_backend.backward(grad, mode.from_tensor(x), *arguments, result.saved, needed)
         assert wide_crossings(passes, 64) == backward
+
+
+def test_products_of_each_pass() -> None:
+    """Two products of 2 N C E each way a product of the bottleneck goes, and C x C algebra."""
+    case = Case(MBConvDescription(), 16, 64, 16)
+    parameters = make_parameters(case, torch.bfloat16)
+    x = torch.randn(8, 16, 32, 32).bfloat16()
+    description = front.resolve_frozen(case.description, parameters, training=True)
+    with FakeTensorMode() as mode, record_passes() as passes:
+        arguments = (map_tensors(parameters, mode.from_tensor), description, "none", None)
+        result = triton_backend.forward(mode.from_tensor(x), *arguments)
+        needed = frozenset(("x", *front.PARAMETER_NAMES))
+        grad = torch.empty_like(result.output)
+        triton_backend.backward(grad, mode.from_tensor(x), *arguments, result.saved, needed)
+    rows = 8 * 32 * 32
+    product = 2 * rows * 16 * 64
+    assert {one.kernel: (one.flops, one.arithmetic) for one in passes} == {
+        "covariance_kernel": (rows * 16 * 17, "bfloat16"),
+        "expand_kernel": (product, "bfloat16"),
+        "depthwise_kernel": (18 * rows * 64, "float32"),
+        "project_kernel": (product, "bfloat16"),
+        "project_weight_kernel": (product, "bfloat16"),
+        "project_input_kernel": (product, "bfloat16"),
+        "depthwise_backward_kernel": (36 * rows * 64, "float32"),
+        "expand_weight_kernel": (product, "bfloat16"),
+        "expand_input_kernel": (product + 2 * rows * 16 * 16, "bfloat16"),
+    }
 
 
 @pytest.mark.parametrize("name", ["x", "expand_weight", "shortcut_bias"])

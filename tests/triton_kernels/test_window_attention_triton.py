@@ -17,12 +17,14 @@ from support.tolerances import (
     relative_error,
 )
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moat_kernels import FallbackWarning, use_backend
 from moat_kernels.functional import WindowAttentionDescription, window_attention
 
 pytest.importorskip("triton")
 
+from moat_kernels.ops.triton_support.traffic import record_passes
 from moat_kernels.ops.window_attention import triton_backend
 
 WHOLE = WindowAttentionDescription(heads=2, head_dim=16)
@@ -236,6 +238,30 @@ def test_a_head_dim_without_kernels_falls_back_visibly(device: str) -> None:
         pytest.warns(FallbackWarning, match="'triton' does not cover head_dim 24"),
     ):
         window_attention(qkv, table, description)
+
+
+def test_bytes_and_products_of_each_pass() -> None:
+    """Beside packed qkv (3 C): C-wide maps, two float32 per query and head, slabs and the table."""
+    description = WindowAttentionDescription(2, 16, (4, 4))
+    with FakeTensorMode():
+        qkv, table = torch.empty(3, 8, 8, 96), torch.empty(2, 7, 7)
+        with record_passes() as passes:
+            output, saved = triton_backend.forward(qkv, table, description)
+            grad = torch.empty_like(output)
+            triton_backend.backward(grad, qkv, table, description, output, saved, True)
+    rows, table_bytes = 3 * 8 * 8, 4 * 2 * 7 * 7
+    wide, statistic = 4 * rows * 32, 4 * rows * 2
+    slabs = 4 * 12 * 2 * 16 * 16  # one for each of the 12 windows
+    assert {one.kernel: one.bytes for one in passes} == {
+        "forward_kernel": 3 * wide + table_bytes + wide + statistic,
+        "query_gradient_kernel": 5 * wide + table_bytes + statistic + wide + statistic,
+        "key_value_gradient_kernel": 4 * wide + table_bytes + 2 * statistic + 2 * wide,
+        "bias_gradient_kernel": 4 * wide + table_bytes + 2 * statistic + slabs,
+        "fold_table_kernel": slabs + table_bytes,
+    }
+    product = 2 * 12 * 2 * 16 * 16 * 16
+    assert [one.flops // product for one in passes] == [2, 3, 4, 2, 0]
+    assert {one.arithmetic for one in passes} == {"float32"}
 
 
 def test_fake_tensors_give_the_same_shapes_and_layouts(device: str) -> None:

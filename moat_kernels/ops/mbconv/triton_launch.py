@@ -1,4 +1,4 @@
-"""How the Triton kernels of `mbconv` are launched: tile sizes by op, dtype and shape; traffic.
+"""How the Triton kernels of `mbconv` are launched: tile sizes by op, dtype and shape.
 
 The tables are static and meant to be read. They were chosen so that the compiled kernels spill no
 registers and fit the shared memory of sm_80 to sm_120; no entry was timed on a GPU.
@@ -6,9 +6,7 @@ registers and fit the shared memory of sm_80 to sm_120; no entry was timed on a 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator, Sequence
-from contextvars import ContextVar
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +15,7 @@ from torch import Tensor
 
 from moat_kernels.ops.triton_support.launching import architecture
 from moat_kernels.ops.triton_support.launching import launch as launch_kernel
+from moat_kernels.ops.triton_support.traffic import Touched
 
 
 @dataclass(frozen=True)
@@ -124,29 +123,6 @@ def dot_precision(like: Tensor) -> str:
     return "tf32x3" if architecture(like.device) else "ieee"
 
 
-@dataclass(frozen=True)
-class Pass:
-    """One kernel's DRAM traffic, as shapes: what it reads once, and what it writes."""
-
-    kernel: str
-    reads: tuple[torch.Size, ...]
-    writes: tuple[torch.Size, ...]
-
-
-_passes: ContextVar[list[Pass] | None] = ContextVar("mbconv_triton_passes", default=None)
-
-
-@contextlib.contextmanager
-def record_passes() -> Iterator[list[Pass]]:
-    """Collect the passes launched inside the `with` block; fake tensors launch nothing else."""
-    passes: list[Pass] = []
-    token = _passes.set(passes)
-    try:
-        yield passes
-    finally:
-        _passes.reset(token)
-
-
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -154,14 +130,19 @@ def launch(
     constants: dict[str, Any],
     blocks: GemmBlocks | StencilBlocks,
     *,
-    reads: Sequence[Tensor],
-    writes: Sequence[Tensor],
+    reads: Sequence[Touched],
+    writes: Sequence[Touched],
+    flops: int = 0,
 ) -> None:
-    """Run `kernel`, which crosses DRAM once with each of `reads` and `writes`."""
-    passes = _passes.get()
-    if passes is not None:
-        shapes = [tuple(tensor.shape for tensor in tensors) for tensors in (reads, writes)]
-        passes.append(Pass(kernel.fn.__name__, *shapes))
+    """Run `kernel`; the last three as `launching.launch` explains them."""
     launch_kernel(
-        kernel, grid, *arguments, **constants, num_warps=blocks.warps, num_stages=blocks.stages
+        kernel,
+        grid,
+        *arguments,
+        reads=reads,
+        writes=writes,
+        flops=flops,
+        **constants,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
     )

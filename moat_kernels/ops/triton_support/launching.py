@@ -6,12 +6,15 @@ import contextlib
 import functools
 import importlib.metadata
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.torch_version import TorchVersion
+
+from moat_kernels.ops.triton_support import traffic
 
 MINIMUM_TRITON = "3.7"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -56,13 +59,28 @@ def _architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
-def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) -> None:
+def launch(
+    kernel: Any,
+    grid: tuple[int, ...],
+    *arguments: Any,
+    reads: Sequence[traffic.Touched],
+    writes: Sequence[traffic.Touched],
+    flops: int = 0,
+    **options: Any,
+) -> None:
     """Run `kernel` on `grid` programs, on the device of the first argument, a tensor.
 
-    options: its compile-time arguments, num_warps and num_stages. Does nothing for an empty grid,
-    and for fake tensors, whose results are never read.
+    reads, writes: what crosses DRAM, once; every tensor among the arguments is in one of them (None
+    where it is optional and absent). flops: of products, in the dtype of the first argument and
+    PRECISION, or of stencils. options: its compile-time arguments, num_warps and num_stages. Does
+    nothing for an empty grid, and for fake tensors, whose results are never read.
     """
-    if 0 in grid or isinstance(arguments[0], FakeTensor):
+    if 0 in grid:
+        return
+    if traffic.recording():
+        unit = _arithmetic(arguments[0].dtype, options.get("PRECISION"))
+        traffic.record(kernel.fn.__name__, arguments, reads, writes, flops, unit)
+    if isinstance(arguments[0], FakeTensor):
         return
     options.setdefault("enable_fp_fusion", True)
     device = arguments[0].device
@@ -73,3 +91,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *arguments: Any, **options: Any) 
 
 def _run(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict[str, Any]) -> None:
     kernel[grid](*arguments, **options)
+
+
+def _arithmetic(dtype: torch.dtype, precision: str | None) -> str:
+    """Where a kernel multiplies: see `traffic.Pass`. Those without products have no precision."""
+    if precision is None:
+        return "float32"
+    if dtype != torch.float32:
+        return str(dtype).removeprefix("torch.")
+    return "float32" if precision == "ieee" else precision

@@ -16,6 +16,7 @@ from moat_kernels.ops.triton_support.launching import (
     launch,
     unsupported_tensor,
 )
+from moat_kernels.ops.triton_support.traffic import Part
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 from moat_kernels.ops.window_attention.partition import window_counts
 from moat_kernels.ops.window_attention.position_bias import table_size
@@ -48,7 +49,7 @@ class _Call:
         self.qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
         # Kernels without a table take any pointer in its place.
         self.table = self.qkv if bias_table is None else bias_table.contiguous()
-        self.batch, self.heads = batch, heads
+        self.batch, self.heads, self.head_dim = batch, heads, head_dim
         self.map = (height, width)
         self.window = description.window_for(height, width)
         self.tokens = self.window[0] * self.window[1]
@@ -88,6 +89,11 @@ class _Call:
         """Blocks of `size` tokens in a window."""
         return -(-self.tokens // size)
 
+    def product_flops(self, products: int) -> int:
+        """Of so many products of two matrices for each window, [tokens, head_dim, tokens]."""
+        pairs = self.windows * self.heads * self.tokens**2
+        return 2 * products * pairs * self.head_dim
+
     def statistic(self) -> Tensor:
         """An empty float32 per query, [B, heads, H, W]."""
         return self.qkv.new_empty(self.batch, self.heads, *self.map, dtype=torch.float32)
@@ -111,6 +117,9 @@ def forward(
         output,
         log_sum_exp,
         *call.geometry,
+        reads=(call.qkv, call.table),
+        writes=(output, log_sum_exp),
+        flops=call.product_flops(2),
         HAS_TABLE=call.has_table,
         **options,
     )
@@ -146,6 +155,9 @@ def backward(
         grad_qkv,
         delta,
         *call.geometry,
+        reads=(grad, output, log_sum_exp, call.qkv, call.table),
+        writes=(Part(grad_qkv, 1, 3), delta),
+        flops=call.product_flops(3),
         HAS_TABLE=call.has_table,
         **options,
     )
@@ -160,6 +172,9 @@ def backward(
         call.table,
         grad_qkv,
         *call.geometry,
+        reads=(grad, log_sum_exp, delta, call.qkv, call.table),
+        writes=(Part(grad_qkv, 2, 3),),
+        flops=call.product_flops(4),
         HAS_TABLE=call.has_table,
         **options,
     )
@@ -187,6 +202,9 @@ def _table_gradient(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tenso
         slabs,
         *call.geometry,
         call.batch,
+        reads=(grad, log_sum_exp, delta, call.qkv, call.table),
+        writes=(slabs,),
+        flops=call.product_flops(2),
         **options,
     )
     rows, columns = table_size(call.window)
@@ -199,6 +217,8 @@ def _table_gradient(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tenso
         splits,
         call.heads,
         *call.window,
+        reads=(slabs,),
+        writes=(grad_table,),
         BLOCK_COLUMNS=16,
         BLOCK_OFFSETS=32,
         num_warps=4,

@@ -78,8 +78,9 @@ def covariance(rows: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
         (rows, pilot, sums, products, count, channels, chunk),
         {"BLOCK_C": blocks.rows, "BLOCK_ROWS": blocks.depth, "PRECISION": dot_precision(rows)},
         blocks,
-        reads=(rows,),
-        writes=(products,),
+        reads=(rows, pilot),
+        writes=(sums, products),
+        flops=count * channels * (channels + 1),
     )
     mean = sums.sum(0, dtype=torch.float64) / count
     return mean, torch.addr(products.sum(0, dtype=torch.float64) / count, mean, mean, alpha=-1)

@@ -257,8 +257,9 @@ def depthwise(
             "OUTPUT_ACTIVATION": output_activation,
         },
         blocks,
-        reads=(z,),
-        writes=(output,),
+        reads=(z, affine, taps, bias),
+        writes=(output, moments),
+        flops=2 * 9 * output.numel(),
     )
     if moments is None:
         return output, None

@@ -168,7 +168,8 @@ def depthwise_backward(
             "ACTIVATION": activation,
         },
         blocks,
-        reads=(grad, z2, z1),
-        writes=(output,),
+        reads=(grad, z2, factors, z1, affine, taps),
+        writes=(output, sums),
+        flops=2 * 2 * 9 * grad.numel(),
     )
     return output, sums.sum(0, dtype=torch.float64)

@@ -89,8 +89,9 @@ def expand(
             "PRECISION": dot_precision(rows),
         },
         blocks,
-        reads=(rows, weight),
-        writes=(output,),
+        reads=(rows, weight, bias),
+        writes=(output, moments),
+        flops=2 * count * wide * channels,
     )
     if moments is None:
         return output, None

@@ -110,8 +110,9 @@ def expand_weight(
             "PRECISION": dot_precision(grad),
         },
         blocks,
-        reads=(grad, rows) if z is None else (grad, z, rows),
+        reads=(grad, z, factors, rows, centre),
         writes=(partial,),
+        flops=2 * count * wide * channels,
     )
     return partial.sum(0)
 
@@ -122,7 +123,7 @@ def expand_input_kernel(
     z_ptr,  # [N, E]: z1, or None
     factors_ptr,  # [3, E] float32: a, b, c, given with z1
     weight_ptr,  # [E, C]
-    rows_ptr,  # [N, C]
+    rows_ptr,  # [N, C], given with affine
     correction_ptr,  # [C, C] in the dtype of rows, or None
     affine_ptr,  # [2, C] float32: slope and constant; or None
     addend_ptr,  # [N, C], or None
@@ -204,11 +205,12 @@ def expand_input(
     (count, wide), channels = grad.shape, rows.shape[1]
     blocks = gemm_blocks("expand_input", grad, count, channels, wide)
     output = rows.new_empty((count, channels), dtype=dtype)
+    corrected = None if affine is None else rows
     launch(
         expand_input_kernel,
         (triton.cdiv(count, blocks.rows) * triton.cdiv(channels, blocks.columns),),
         (
-            *(grad, z, factors, weight, rows, correction, affine, addend, output),
+            *(grad, z, factors, weight, corrected, correction, affine, addend, output),
             *(count, wide, channels),
         ),
         {
@@ -218,9 +220,8 @@ def expand_input(
             "PRECISION": dot_precision(grad),
         },
         blocks,
-        reads=tuple(
-            tensor for tensor in (grad, z, weight, rows, correction, addend) if tensor is not None
-        ),
+        reads=(grad, z, factors, weight, corrected, correction, affine, addend),
         writes=(output,),
+        flops=2 * count * channels * (wide + (0 if correction is None else channels)),
     )
     return output

@@ -84,8 +84,8 @@ def pool(z: Tensor, affine: Tensor | None, activation: str, pixels: int) -> Tens
             "ACTIVATION": activation,
         },
         blocks,
-        reads=(z,),
-        writes=(),
+        reads=(z, affine),
+        writes=(sums,),
     )
     return sums.sum(1) / pixels
 
@@ -193,7 +193,8 @@ def project(
             "PRECISION": dot_precision(z),
         },
         blocks,
-        reads=(z, weight) if shortcut is None else (z, weight, shortcut),
+        reads=(z, affine, gate, weight, bias, drop_path_scale, shortcut),
         writes=(output,),
+        flops=2 * count * wide * channels,
     )
     return output

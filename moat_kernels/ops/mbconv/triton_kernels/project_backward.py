@@ -120,8 +120,9 @@ def project_input(
             "PRECISION": dot_precision(z),
         },
         blocks,
-        reads=(grad, weight, z),
-        writes=(output,),
+        reads=(grad, weight, z, affine, gate, grad_mean),
+        writes=(output, sums),
+        flops=2 * count * wide * channels,
     )
     return output, sums.sum(0, dtype=torch.float64)
 
@@ -132,7 +133,7 @@ def project_weight_kernel(
     z_ptr,  # [M, E]
     affine_ptr,  # [3, E] float32: scale, shift and centre
     gate_ptr,  # [B, E] float32, or None
-    weight_ptr,  # [C_out, E]
+    weight_ptr,  # [C_out, E], given with the gate
     partial_ptr,  # [splits, C_out, E] float32
     grad_gate_ptr,  # [B, channel blocks, E] float32, given with the gate
     count,
@@ -220,11 +221,12 @@ def project_weight(
         splits, parts_per_split = reduction_splits(batch, tiles, 1)
         grad_gate = z.new_empty((batch, channel_blocks, wide), dtype=torch.float32)
     partial = z.new_empty((splits, channels, wide), dtype=torch.float32)
+    gated_weight = None if gate is None else weight
     launch(
         project_weight_kernel,
         (tiles, splits),
         (
-            *(grad, z, affine, gate, weight, partial, grad_gate),
+            *(grad, z, affine, gate, gated_weight, partial, grad_gate),
             *(count, wide, channels, part, parts_per_split),
         ),
         {
@@ -235,7 +237,8 @@ def project_weight(
             "PRECISION": dot_precision(z),
         },
         blocks,
-        reads=(grad, z),
-        writes=(partial,),
+        reads=(grad, z, affine, gate, gated_weight),
+        writes=(partial, grad_gate),
+        flops=2 * count * wide * channels,
     )
     return partial.sum(0), None if grad_gate is None else grad_gate.sum(1)
