@@ -12,7 +12,7 @@ from moat_kernels.ops.mbconv.description import Norm, NormParameters
 from moat_kernels.ops.mbconv.reference import batch_norm
 from moat_kernels.ops.mbconv.running import update_norm
 from moat_kernels.ops.synchronization import group_name, world_name
-from moat_kernels.tensor_access import tensor_of
+from moat_kernels.tensor_access import plain_class, tensor_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -75,41 +75,97 @@ class SyncBatchNorm(BatchNorm2d):
         self.process_group = process_group
 
 
+class BatchNormAct2d(BatchNorm2d):
+    """BatchNorm2d followed by its children `drop` and `act`, as timm's class of this name."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
+
+
+class SyncBatchNormAct2d(BatchNormAct2d, SyncBatchNorm):
+    """SyncBatchNorm followed by its children `drop` and `act`."""
+
+
 def convert_sync_batchnorm(module: Module, process_group: Any = None) -> Module:
     """Make the batch norms inside `module` synchronise over `process_group` (None: the world).
 
-    This package's BatchNorm2d becomes SyncBatchNorm, which keeps its choice of the running
-    variance and runs on CPUs too. Others become torch.nn.SyncBatchNorm, as
-    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` would make *all* of them: with PyTorch's
-    unbiased running variance, on GPUs only. Fused blocks stay fused either way.
+    Norms of two-dimensional maps become SyncBatchNorm of this package, which runs on any device,
+    also under DistributedDataParallel, and keeps each norm's choice of the running variance:
+    PyTorch's for torch.nn.BatchNorm2d. timm's BatchNormAct2d keeps its activation, which
+    `torch.nn.SyncBatchNorm.convert_sync_batchnorm` would silently drop. BatchNorm1d and 3d become
+    torch.nn.SyncBatchNorm. Fused blocks stay fused, by PyTorch's conversion too.
 
     Returns `module`, changed in place; a new module if it is itself a norm. Parameters and buffers
-    stay the same objects. Call it before wrapping the model in DistributedDataParallel.
+    stay the same objects. Call it before wrapping the model in DistributedDataParallel. Raises
+    TypeError, before anything is changed, for batch norms of unknown subclasses and parametrized
+    ones.
     """
-    if isinstance(module, BatchNorm2d):
-        return _synchronized(module, process_group)  # type: ignore[return-value]
-    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+    for path, inner in module.named_modules():
+        if _is_batch_norm(inner) and not _is_convertible(inner):
+            raise TypeError(
+                f"{path or 'module'} is a {type(inner).__name__}, whose own forward, children or "
+                "parametrizations a synchronised batch norm would lose"
+            )
+    return _convert(module, process_group)
+
+
+def _convert(module: Module, process_group: Any) -> Module:
+    if _is_batch_norm(module):
+        if isinstance(module, nn.BatchNorm2d):
+            return _synchronized(module, process_group)  # type: ignore[return-value]
+        if isinstance(module, nn.SyncBatchNorm):
+            return module
         return nn.SyncBatchNorm.convert_sync_batchnorm(module, process_group)
     for name, child in module.named_children():
-        converted = convert_sync_batchnorm(child, process_group)
+        converted = _convert(child, process_group)
         if converted is not child:
             setattr(module, name, converted)
     return module
 
 
-def _synchronized(norm: BatchNorm2d, process_group: Any) -> SyncBatchNorm:
-    converted = SyncBatchNorm(
+def _is_batch_norm(module: nn.Module) -> bool:
+    return isinstance(module, nn.modules.batchnorm._BatchNorm)
+
+
+def has_activation(norm: nn.Module) -> bool:
+    """Whether a batch norm drops and activates too: timm's BatchNormAct2d and its like."""
+    names = ("BatchNormAct2d", "SyncBatchNormAct", "SyncBatchNormAct2d")
+    return plain_class(norm).__name__ in names and {"drop", "act"} == norm._modules.keys() - {
+        "parametrizations"
+    }
+
+
+def _is_convertible(norm: nn.Module) -> bool:
+    stock = nn.modules.batchnorm._BatchNorm.forward, BatchNorm2d.forward, nn.SyncBatchNorm.forward
+    if "parametrizations" in norm._modules:
+        return False
+    return has_activation(norm) or (type(norm).forward in stock and not norm._modules)
+
+
+def is_unbiased(norm: nn.Module) -> bool:
+    """Whether a batch norm module keeps PyTorch's unbiased running variance."""
+    return norm.unbiased_running_var if isinstance(norm, BatchNorm2d) else True
+
+
+def _synchronized(norm: nn.BatchNorm2d, process_group: Any) -> SyncBatchNorm:
+    kind = SyncBatchNormAct2d if has_activation(norm) else SyncBatchNorm
+    converted = kind(
         norm.num_features,
         norm.eps,
         norm.momentum,
         norm.affine,
         norm.track_running_stats,
-        norm.unbiased_running_var,
+        is_unbiased(norm),
         process_group=process_group,
     )
     converted._parameters.update(norm._parameters)
     converted._buffers.update(norm._buffers)
-    return converted.train(norm.training)
+    converted._modules.update(norm._modules)
+    converted.training = norm.training
+    return converted
 
 
 def describe_norm(module: nn.Module) -> Norm:
@@ -128,7 +184,7 @@ def describe_norm(module: nn.Module) -> Norm:
     return make(
         eps=module.eps,
         momentum=module.momentum,
-        unbiased=module.unbiased_running_var if isinstance(module, BatchNorm2d) else True,
+        unbiased=is_unbiased(module),
         frozen=module._buffers["running_mean"] is not None and not module.training,
         process_group=group,
     )

@@ -1,4 +1,4 @@
-"""Parameters and buffers of modules, read quickly."""
+"""Modules seen through their parametrizations, and their tensors read quickly."""
 
 from __future__ import annotations
 
@@ -18,3 +18,9 @@ def tensor_of(module: nn.Module | None, name: str) -> Any:
         if name in tensors:
             return tensors[name]
     return getattr(module, name)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, without the subclass that parametrizations give it."""
+    kind = type(module)
+    return kind.__bases__[0] if "parametrizations" in module._modules else kind

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from support.small_model import make_model
-from torch import nn
+from support.tolerances import BACKEND_OUTPUT, assert_close
+from torch import Tensor, nn
 
 import moat_kernels as mk
-from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm
+from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm, SyncBatchNormAct2d
 
 
 def test_conversion_keeps_tensors_settings_and_modes() -> None:
@@ -26,10 +29,49 @@ def test_conversion_keeps_tensors_settings_and_modes() -> None:
 
 
 def test_conversion_of_norms_that_are_not_ours() -> None:
-    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm1d(4), nn.LayerNorm(4))
+    model = nn.Sequential(nn.BatchNorm2d(4), nn.BatchNorm1d(4), nn.LayerNorm(4), BatchNorm2d(4))
     kinds = [type(module) for module in mk.convert_sync_batchnorm(model)]
-    assert kinds == [nn.SyncBatchNorm, nn.SyncBatchNorm, nn.LayerNorm]
-    assert type(mk.convert_sync_batchnorm(BatchNorm2d(4))) is SyncBatchNorm
+    assert kinds == [SyncBatchNorm, nn.SyncBatchNorm, nn.LayerNorm, SyncBatchNorm]
+    assert [model[0].unbiased_running_var, model[3].unbiased_running_var] == [True, False]
+    assert type(mk.convert_sync_batchnorm(nn.BatchNorm2d(4))) is SyncBatchNorm
+    already = nn.SyncBatchNorm(4)
+    assert mk.convert_sync_batchnorm(already) is already
+
+
+class BatchNormAct2d(nn.BatchNorm2d):
+    """A norm with its activation inside, as timm's."""
+
+    def __init__(self, num_features: int) -> None:
+        super().__init__(num_features)
+        self.drop, self.act = nn.Identity(), nn.ReLU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(x)))
+
+
+def test_conversion_keeps_the_activation_inside_a_norm() -> None:
+    norm = BatchNormAct2d(4).double()
+    converted = mk.convert_sync_batchnorm(norm)
+    assert type(converted) is SyncBatchNormAct2d
+    assert list(converted.state_dict()) == list(norm.state_dict())
+    x = torch.randn(3, 4, 5, 6).double()
+    for training in (True, False):
+        expected = copy.deepcopy(norm).train(training)(x)  # the two share their buffers
+        assert_close(converted.train(training)(x), expected, BACKEND_OUTPUT[torch.float64])
+
+
+def test_norms_that_a_conversion_would_change_are_refused() -> None:
+    class Doubled(nn.BatchNorm2d):
+        def forward(self, x: Tensor) -> Tensor:
+            return 2 * super().forward(x)
+
+    model = nn.Sequential(nn.BatchNorm2d(4), Doubled(4))
+    with pytest.raises(TypeError, match="1 is a Doubled, whose own forward"):
+        mk.convert_sync_batchnorm(model)
+    assert type(model[0]) is nn.BatchNorm2d
+    model[1] = nn.utils.parametrizations.weight_norm(nn.BatchNorm2d(4))
+    with pytest.raises(TypeError, match="1 is a ParametrizedBatchNorm2d"):
+        mk.convert_sync_batchnorm(model)
 
 
 def test_state_dict_is_the_same() -> None:

@@ -13,7 +13,13 @@ from typing import Any, Literal, NamedTuple
 from torch import Tensor, nn
 
 from moat_kernels.modules import _HOOKS
-from moat_kernels.normalization import BatchNorm2d
+from moat_kernels.normalization import (
+    BatchNorm2d,
+    SyncBatchNorm,
+    describe_norm,
+    has_activation,
+    norm_tensors,
+)
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
@@ -23,6 +29,7 @@ from moat_kernels.ops.mbconv.description import (
     SqueezeExcite,
 )
 from moat_kernels.ops.spatial import Padding
+from moat_kernels.tensor_access import plain_class
 
 _ACTIVATIONS = {
     "GELU": "gelu",
@@ -32,6 +39,7 @@ _ACTIVATIONS = {
     "ReLU": "relu",
     "Identity": "identity",
 }
+_NORMS = (nn.BatchNorm2d, nn.SyncBatchNorm, BatchNorm2d, SyncBatchNorm)
 
 
 class NotCovered(Exception):
@@ -40,12 +48,6 @@ class NotCovered(Exception):
 
 class NotCoveredInTraining(NotCovered):
     """The same, but only while the module is in training mode."""
-
-
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class, without the subclass that parametrizations give it."""
-    kind = type(module)
-    return kind.__bases__[0] if "parametrizations" in module._modules else kind
 
 
 def class_name(module: nn.Module) -> str:
@@ -102,33 +104,20 @@ class NormReading(NamedTuple):
 
 
 def read_norm(module: nn.Module | None) -> NormReading:
-    """torch.nn.BatchNorm2d, ours, or timm's BatchNormAct2d; None is no norm."""
+    """A batch norm of maps: torch.nn's, ours, or timm's with an activation; synchronised or not.
+
+    None is no norm.
+    """
     if module is None:
         return NormReading(None, NormParameters(), "identity")
-    kind, activation = plain_class(module), "identity"
-    if kind.__name__ == "BatchNormAct2d":
+    activation = "identity"
+    if has_activation(module):
         if class_name(module.drop) != "Identity":  # type: ignore[arg-type]
             raise NotCovered(f"{class_name(module.drop)} inside a norm")  # type: ignore[arg-type]
         activation = read_activation(module.act)  # type: ignore[arg-type]
-    elif kind not in (nn.BatchNorm2d, BatchNorm2d):
-        raise NotCovered(f"{kind.__name__} in place of a batch norm")
-    assert isinstance(module, nn.BatchNorm2d)
-    if isinstance(module, BatchNorm2d):
-        return NormReading(module.description(), module.tensors(), activation)
-    tracked = module.running_mean is not None
-    if module.training and not module.track_running_stats:
-        tracked = False
-    tensors = NormParameters(
-        module.weight,
-        module.bias,
-        module.running_mean if tracked else None,
-        module.running_var if tracked else None,
-        module.num_batches_tracked if tracked else None,
-    )
-    frozen = tracked and not module.training
-    return NormReading(
-        Norm(module.eps, module.momentum, unbiased=True, frozen=frozen), tensors, activation
-    )
+    elif plain_class(module) not in _NORMS:
+        raise NotCovered(f"{class_name(module)} in place of a batch norm")
+    return NormReading(describe_norm(module), norm_tensors(module), activation)
 
 
 def _pair(value: Any) -> tuple[Any, Any]:

@@ -12,6 +12,12 @@ from torch import Tensor, nn
 from moat_kernels.adapters.base import Adapter
 from moat_kernels.adapters.fused import stock_class
 from moat_kernels.adapters.reading import NotCovered, NotCoveredInTraining
+from moat_kernels.normalization import (
+    BatchNorm2d,
+    BatchNormAct2d,
+    SyncBatchNorm,
+    has_activation,
+)
 from moat_kernels.ops.backends import use_backend
 
 # float64, values of order one: what is the same differs by 1e-13, another eps by 1e-4.
@@ -45,7 +51,7 @@ def _clone(module: nn.Module, clones: dict[nn.Module, nn.Module]) -> nn.Module:
     """
     if module in clones:
         return clones[module]
-    kind = stock_class(module)
+    kind = _local_class(module)
     clones[module] = clone = kind.__new__(kind)
     attributes = clone.__dict__
     for name, value in module.__dict__.items():
@@ -61,7 +67,16 @@ def _clone(module: nn.Module, clones: dict[nn.Module, nn.Module]) -> nn.Module:
         name: value if value is None else _clone(value, clones)
         for name, value in module._modules.items()
     }
+    if isinstance(module, nn.SyncBatchNorm):
+        attributes["unbiased_running_var"] = True
     return clone
+
+
+def _local_class(module: nn.Module) -> type[nn.Module]:
+    """The stock class; of a synchronised norm one that needs neither other ranks nor a GPU."""
+    if not isinstance(module, nn.SyncBatchNorm | SyncBatchNorm):
+        return stock_class(module)
+    return BatchNormAct2d if has_activation(module) else BatchNorm2d
 
 
 def _double(tensor: Tensor) -> Tensor:

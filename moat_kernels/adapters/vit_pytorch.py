@@ -31,7 +31,12 @@ _PATTERN = (*_CONVOLUTIONS, "SqueezeExcitation", "Conv2d", "BatchNorm2d")
 
 
 def _follows_pattern(module: nn.Module) -> bool:
-    return isinstance(module, nn.Sequential) and tuple(map(class_name, module)) == _PATTERN
+    if not isinstance(module, nn.Sequential):
+        return False
+    names = tuple(
+        "BatchNorm2d" if class_name(m) == "SyncBatchNorm" else class_name(m) for m in module
+    )
+    return names == _PATTERN
 
 
 def _read_se(module: Any) -> Gate:
