@@ -1,18 +1,20 @@
 """A user's story: from a stock model's checkpoint through fast training back into a stock model.
 
-DistributedDataParallel over two processes, synchronised batch norm, autocast to bfloat16 and
-torch.compile, over fused blocks.
+`fuse`, DistributedDataParallel over two processes, synchronised batch norm, autocast to bfloat16
+and torch.compile; then `unfuse`, and the trained checkpoint in a stock model.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.foreign_models import RESOLUTION, make_foreign_model
 from support.ranks import Ranks
-from support.small_model import CLASSES, RESOLUTION, make_model
+from support.small_model import CLASSES, make_model
 from support.tolerances import BACKEND_OUTPUT, assert_close
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
@@ -44,26 +46,44 @@ def train(model: nn.Module, batches: list[tuple[Tensor, Tensor]]) -> list[float]
     return losses
 
 
-def train_fused(before: Path, after: Path, rank: int) -> tuple[list[float], Tensor]:
+def make_stock(name: str) -> nn.Module:
+    """This package's plain model, or somebody else's."""
+    return (
+        make_model(fused=False).float() if name == "reference" else make_foreign_model(name).float()
+    )
+
+
+def train_fused(name: str, before: Path, after: Path, rank: int) -> tuple[list[float], Tensor]:
     """One process of the training; its losses, and what the trained model makes of all images."""
-    model = make_model(torch.float32)
+    model = make_stock(name)
     model.load_state_dict(torch.load(before, weights_only=True))
+    assert mk.fuse(model).fused
     mk.convert_sync_batchnorm(model)
+    torch._dynamo.reset()
     parallel = torch.compile(DistributedDataParallel(model), backend="aot_eager")
     batches = make_batches()
     losses = train(parallel, [(x[rank::RANKS], labels[rank::RANKS]) for x, labels in batches])
     if rank == 0:
         torch.save(model.state_dict(), after)
     with torch.no_grad():
-        return losses, model.eval()(batches[0][0])
+        fused = model.eval()(batches[0][0])
+        assert mk.unfuse(model)
+        assert_close(model(batches[0][0]), fused, BACKEND_OUTPUT[torch.float32], "after unfuse")
+    return losses, fused
 
 
-def test_from_a_stock_checkpoint_and_back(tmp_path: Path) -> None:
-    stock = make_model(torch.float32, fused=False)
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    with Ranks(RANKS, tmp_path_factory.mktemp("pair")) as started:
+        yield started
+
+
+@pytest.mark.parametrize("name", ["reference", "timm coatnet", "RooKichenn"])
+def test_from_a_stock_checkpoint_and_back(pair: Ranks, tmp_path: Path, name: str) -> None:
+    stock = make_stock(name)
     torch.save(stock.state_dict(), tmp_path / "before.pt")
-    with Ranks(RANKS, tmp_path) as ranks:
-        paths = (tmp_path / "before.pt", tmp_path / "after.pt")
-        results = ranks.run(train_fused, *paths, each=range(RANKS))
+    paths = (tmp_path / "before.pt", tmp_path / "after.pt")
+    results = pair.run(train_fused, name, *paths, each=range(RANKS))
     losses = [sum(both) / RANKS for both in zip(*(one for one, _ in results), strict=True)]
     assert losses[-1] < losses[0]
     # bfloat16 keeps 8 bits; what is trained with it drifts apart step by step.
