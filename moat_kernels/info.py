@@ -16,6 +16,7 @@ import torch
 
 import moat_kernels
 from moat_kernels.extension import build_record, load_extension
+from moat_kernels.ops.triton_support import user_table
 
 # Names as Linux prints them in /proc/cpuinfo: those that decide which kernel runs, and how fast.
 _CPU_FEATURES = (
@@ -29,7 +30,9 @@ def collect() -> dict[str, Any]:
     """The facts a measurement or a bug report needs, made of JSON's types only.
 
     Keys: `versions` (None where not installed), `extension`, `cpu`, `gpus` (one entry per CUDA
-    device, memory in bytes) and `backends` (by name: `usable`, and `reason` where not).
+    device, memory in bytes), `launch_table` (the user's: its `path` and, by the GPU's name, how
+    many `launches` are used and why others are `ignored`) and `backends` (by name: `usable`, and
+    `reason` where not).
     """
     # Here, because the registry itself asks about the extension.
     from moat_kernels.ops.backends import backend_status
@@ -45,6 +48,7 @@ def collect() -> dict[str, Any]:
         "extension": _extension(),
         "cpu": _cpu(),
         "gpus": _gpus(),
+        "launch_table": _launch_table(),
         "backends": {
             name: {"usable": status.usable, "reason": status.reason}
             for name, status in backend_status().items()
@@ -79,11 +83,22 @@ def format_text(facts: dict[str, Any]) -> str:
         lines.append(f"{'CUDA kernels':<14}{built}")
     else:
         lines.append(f"{'extension':<14}not usable: {extension['reason']}")
+    table = facts["launch_table"]
+    lines += [
+        f"{'launch table':<14}{_used_launches(table['path'], gpu)}"
+        for gpu in table["gpus"].values()
+    ] or [f"{'launch table':<14}the static one: there is no GPU"]
     lines.append("backends")
     for name, backend in facts["backends"].items():
         state = "usable" if backend["usable"] else f"not usable: {backend['reason']}"
         lines.append(f"  {name:<12}{state}")
     return "\n".join(lines)
+
+
+def _used_launches(path: str, gpu: dict[str, Any]) -> str:
+    used = f"{gpu['launches']} launches of {path}" if gpu["launches"] else "the static one"
+    ignored = "".join(f"; ignored: {reason}" for reason in gpu["ignored"])
+    return f"{used}{ignored}"
 
 
 def _installed_version(package: str) -> str | None:
@@ -149,6 +164,14 @@ def _gpus() -> list[dict[str, Any]]:
         }
         for gpu in properties
     ]
+
+
+def _launch_table() -> dict[str, Any]:
+    gpus = {}
+    for gpu in _gpus():
+        section = user_table.read(gpu["name"])
+        gpus[gpu["name"]] = {"launches": len(section.launches), "ignored": list(section.ignored)}
+    return {"path": str(user_table.path()), "gpus": gpus}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -7,11 +7,12 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from moat_kernels.memory import release_memory
-
 
 @pytest.fixture(autouse=True)
 def poisoned_memory() -> Iterator[None]:
+    # Not above: it imports Triton, which tests/triton_kernels/conftest.py tells to interpret first.
+    from moat_kernels.memory import release_memory
+
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)

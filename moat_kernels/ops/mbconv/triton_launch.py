@@ -1,7 +1,7 @@
-"""How the Triton kernels of `mbconv` are launched: tile sizes by op, dtype and shape.
+"""How the kernels of `mbconv` are launched: its launch table.
 
-The tables are static and meant to be read. They were chosen so that the compiled kernels spill no
-registers and fit the shared memory of sm_80 to sm_120; no entry was timed on a GPU.
+The entries were chosen so that the compiled kernels spill no registers and fit the shared memory of
+sm_80 to sm_120; none was timed on a GPU. `python -m moat_kernels.tune` does that.
 """
 
 from __future__ import annotations
@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moat_kernels.ops.triton_support.launch_table import ANY_SIZE, STAGES, WARPS, LaunchTable
 from moat_kernels.ops.triton_support.launching import architecture
 from moat_kernels.ops.triton_support.launching import launch as launch_kernel
 from moat_kernels.ops.triton_support.traffic import Touched
@@ -40,33 +41,63 @@ class StencilBlocks:
     stages: int = 1
 
 
-# By kernel and bytes per element. Rows and columns are those of the kernel's result, depth is what
-# is summed over.
-_GEMMS: dict[tuple[str, int], GemmBlocks] = {
-    ("covariance", 2): GemmBlocks(64, 64, 64, 4, 3),
-    ("covariance", 4): GemmBlocks(64, 64, 32, 4, 2),
-    ("expand", 2): GemmBlocks(128, 128, 32, 8, 3),
-    ("expand", 4): GemmBlocks(64, 64, 32, 4, 2),
-    ("project", 2): GemmBlocks(128, 128, 32, 8, 2),
-    ("project", 4): GemmBlocks(64, 64, 32, 4, 2),
-    ("project_input", 2): GemmBlocks(128, 64, 32, 8, 3),
-    ("project_input", 4): GemmBlocks(64, 64, 32, 4, 2),
-    ("project_weight", 2): GemmBlocks(64, 64, 64, 8, 2),
-    ("project_weight", 4): GemmBlocks(64, 64, 16, 8, 2),
-    ("expand_weight", 2): GemmBlocks(64, 64, 64, 4, 2),
-    ("expand_weight", 4): GemmBlocks(64, 64, 32, 4, 2),
-    ("expand_input", 2): GemmBlocks(128, 128, 32, 8, 3),
-    ("expand_input", 4): GemmBlocks(64, 64, 32, 4, 2),
-}
+@dataclass(frozen=True)
+class Implementation:
+    """Whose kernels compute a pass: "triton", or "cuda" (csrc/cuda, where they are built)."""
 
-_STENCILS: dict[tuple[str, int], StencilBlocks] = {
-    ("depthwise", 2): StencilBlocks(8, 64, 16, 8),
-    ("depthwise", 4): StencilBlocks(8, 64, 16, 8),
-    ("depthwise_backward", 2): StencilBlocks(8, 64, 16, 8),
-    ("depthwise_backward", 4): StencilBlocks(8, 64, 16, 8),
-    ("pool", 2): StencilBlocks(32, 64, 512, 4),
-    ("pool", 4): StencilBlocks(32, 64, 512, 4),
-}
+    kernels: str
+
+
+# Of products, rows and columns are those of the kernel's result, depth is what is summed over.
+LAUNCHES = LaunchTable(
+    "mbconv",
+    {
+        ("covariance", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 3),
+        ("covariance", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+        ("expand", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 3),
+        ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+        ("project", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 2),
+        ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+        ("project_input", 2, ANY_SIZE): GemmBlocks(128, 64, 32, 8, 3),
+        ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+        ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 8, 2),
+        ("project_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
+        ("expand_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 2),
+        ("expand_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+        ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 3),
+        ("expand_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+        ("depthwise", 2, ANY_SIZE): StencilBlocks(8, 64, 16, 8),
+        ("depthwise", 4, ANY_SIZE): StencilBlocks(8, 64, 16, 8),
+        ("depthwise_backward", 2, ANY_SIZE): StencilBlocks(8, 64, 16, 8),
+        ("depthwise_backward", 4, ANY_SIZE): StencilBlocks(8, 64, 16, 8),
+        ("pool", 2, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
+        ("pool", 4, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
+        # Passes that CUDA C++ kernels cover too (depthwise_passes.py): Triton's until a GPU has
+        # been seen to be faster with the others. None has run either.
+        **{
+            (name, size, ANY_SIZE): Implementation("triton")
+            for name in (
+                "depthwise_pass",
+                "depthwise_backward_pass",
+                "expand_depthwise_pass",
+                "expand_depthwise_backward_pass",
+            )
+            for size in (2, 4)
+        },
+    },
+    choices={
+        "rows": (16, 32, 64, 128, 256),
+        "columns": (16, 32, 64, 128, 256),
+        "depth": (16, 32, 64, 128),
+        "width": (4, 8, 16, 32, 64),
+        "channels": (16, 32, 64, 128, 256),
+        "band": (2, 4, 8, 16, 32, 64, 128, 256, 512),
+        "warps": WARPS,
+        "stages": STAGES,
+        "kernels": ("triton", "cuda"),
+    },
+    exceptions={},
+)
 
 # A product of two 16-bit or TF32 tiles takes at least 16 along each axis.
 _SMALLEST = 16
@@ -76,7 +107,7 @@ _REDUCTION_PROGRAMS = 512
 
 def gemm_blocks(kernel: str, like: Tensor, rows: int, columns: int, depth: int) -> GemmBlocks:
     """The tile for a [rows, columns] result summed over `depth`, in the dtype of `like`."""
-    blocks = _GEMMS[kernel, like.element_size()]
+    blocks = LAUNCHES.choose(kernel, like, (rows, columns, depth))
     return GemmBlocks(
         _fit(blocks.rows, rows),
         _fit(blocks.columns, columns),
@@ -86,9 +117,12 @@ def gemm_blocks(kernel: str, like: Tensor, rows: int, columns: int, depth: int) 
     )
 
 
-def stencil_blocks(kernel: str, like: Tensor, channels: int) -> StencilBlocks:
-    """The tile of a pass over a map of `channels`, in the dtype of `like`."""
-    blocks = _STENCILS[kernel, like.element_size()]
+def stencil_blocks(kernel: str, like: Tensor, channels: int, *sizes: int) -> StencilBlocks:
+    """The tile of a pass over maps of `channels`, in the dtype of `like`.
+
+    sizes: what else tells one problem from another: images, pixels, stride.
+    """
+    blocks = LAUNCHES.choose(kernel, like, (channels, *sizes))
     return StencilBlocks(
         blocks.width, _fit(blocks.channels, channels), blocks.band, blocks.warps, blocks.stages
     )

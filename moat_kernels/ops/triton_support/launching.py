@@ -6,7 +6,8 @@ import contextlib
 import functools
 import importlib.metadata
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -59,6 +60,14 @@ def _architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+@functools.cache
+def device_name(device: torch.device) -> str:
+    """The GPU's name as its driver tells it; empty where there is no GPU that torch can use."""
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return ""
+    return torch.cuda.get_device_name(device)
+
+
 def launch(
     kernel: Any,
     grid: tuple[int, ...],
@@ -86,11 +95,14 @@ def launch(
     device = arguments[0].device
     guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
     with guard:
-        _run(kernel, grid, arguments, options)
+        compiled = _run(kernel, grid, arguments, options)
+    seen = _compiled.get()
+    if seen is not None:
+        seen.append(compiled)
 
 
-def _run(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict[str, Any]) -> None:
-    kernel[grid](*arguments, **options)
+def _run(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict[str, Any]) -> Any:
+    return kernel[grid](*arguments, **options)
 
 
 def _arithmetic(dtype: torch.dtype, precision: str | None) -> str:
@@ -100,3 +112,17 @@ def _arithmetic(dtype: torch.dtype, precision: str | None) -> str:
     if dtype != torch.float32:
         return str(dtype).removeprefix("torch.")
     return "float32" if precision == "ieee" else precision
+
+
+_compiled: ContextVar[list[Any] | None] = ContextVar("moat_kernels_compiled", default=None)
+
+
+@contextlib.contextmanager
+def collect_compiled() -> Iterator[list[Any]]:
+    """What the kernels launched inside the `with` block were compiled to (None: interpreted)."""
+    compiled: list[Any] = []
+    token = _compiled.set(compiled)
+    try:
+        yield compiled
+    finally:
+        _compiled.reset(token)

@@ -11,19 +11,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.triton_support.launching import (
-    architecture,
-    launch,
-    unsupported_tensor,
-)
+from moat_kernels.ops.triton_support.launching import launch, unsupported_tensor
 from moat_kernels.ops.triton_support.traffic import Part
+from moat_kernels.ops.triton_support.tuning import tunable
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 from moat_kernels.ops.window_attention.partition import window_counts
 from moat_kernels.ops.window_attention.position_bias import table_size
-from moat_kernels.ops.window_attention.triton_launches import (
+from moat_kernels.ops.window_attention.triton_launch import (
     BIAS_GRADIENT_PROGRAMS,
-    Launch,
-    launch_for,
+    AttentionBlocks,
+    attention_blocks,
 )
 
 HEAD_DIMS = (16, 32, 64)
@@ -55,9 +52,9 @@ class _Call:
         self.tokens = self.window[0] * self.window[1]
         rows, columns = window_counts(height, width, self.window)
         self.windows = batch * rows * columns
-        packed = (heads * head_dim, head_dim)  # strides of (q, k, v) and of heads
-        if description.qkv_layout == "heads_qkv":
-            packed = (head_dim, 3 * head_dim)
+        self.parts_first = description.qkv_layout == "qkv_heads"
+        # Strides of (q, k, v) and of heads.
+        packed = (heads * head_dim, head_dim) if self.parts_first else (head_dim, 3 * head_dim)
         self.geometry = (
             *self.qkv.stride()[:3],
             *packed,
@@ -74,15 +71,17 @@ class _Call:
         }
         self.has_table = bias_table is not None
 
-    def configure(self, kernel: str) -> tuple[Launch, dict[str, Any]]:
+    def configure(self, kernel: str) -> tuple[AttentionBlocks, dict[str, Any]]:
         """A kernel's launch, and the same as its options."""
-        chosen = launch_for(kernel, self.qkv.dtype, self.tokens, architecture(self.qkv.device))
+        chosen = attention_blocks(
+            *(kernel, self.qkv, self.windows, self.tokens, self.heads, self.head_dim)
+        )
         return chosen, {
             **self.constants,
-            "BLOCK_QUERIES": chosen.block_queries,
-            "BLOCK_KEYS": chosen.block_keys,
-            "num_warps": chosen.num_warps,
-            "num_stages": chosen.num_stages,
+            "BLOCK_QUERIES": chosen.queries,
+            "BLOCK_KEYS": chosen.keys,
+            "num_warps": chosen.warps,
+            "num_stages": chosen.stages,
         }
 
     def blocks(self, size: int) -> int:
@@ -94,11 +93,19 @@ class _Call:
         pairs = self.windows * self.heads * self.tokens**2
         return 2 * products * pairs * self.head_dim
 
+    def part(self, packed: Tensor, index: int) -> Tensor:
+        """q, k or v (index 0, 1 or 2) of every head in a map packed as qkv is."""
+        shape = (3, self.heads) if self.parts_first else (self.heads, 3)
+        return packed.unflatten(3, (*shape, self.head_dim)).select(
+            3 if self.parts_first else 4, index
+        )
+
     def statistic(self) -> Tensor:
         """An empty float32 per query, [B, heads, H, W]."""
         return self.qkv.new_empty(self.batch, self.heads, *self.map, dtype=torch.float32)
 
 
+@tunable
 def forward(
     qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
 ) -> tuple[Tensor, list[Tensor]]:
@@ -111,7 +118,7 @@ def forward(
     chosen, options = call.configure("forward")
     launch(
         forward_kernel,
-        (call.blocks(chosen.block_queries) * call.windows, call.heads),
+        (call.blocks(chosen.queries) * call.windows, call.heads),
         call.qkv,
         call.table,
         output,
@@ -136,17 +143,29 @@ def backward(
     needs_table: bool,
 ) -> tuple[Tensor, Tensor | None]:
     """Gradients of qkv and of the bias table."""
-    from moat_kernels.ops.window_attention import triton_kernels_backward as kernels
-
     call = _Call(qkv, bias_table, description)
     grad = grad.contiguous()
     (log_sum_exp,) = saved
-    delta = call.statistic()
     grad_qkv = qkv.new_empty(qkv.shape)
+    _, delta = _query_gradient(call, grad, output, log_sum_exp, grad_qkv)
+    _key_value_gradient(call, grad, log_sum_exp, delta, grad_qkv)
+    if bias_table is None or not needs_table:
+        return grad_qkv, None
+    return grad_qkv, _table_gradient(call, grad, log_sum_exp, delta)
+
+
+@tunable
+def _query_gradient(
+    call: _Call, grad: Tensor, output: Tensor, log_sum_exp: Tensor, grad_qkv: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(gradient of the queries, written into grad_qkv, and delta of every query)."""
+    from moat_kernels.ops.window_attention import triton_kernels_backward as kernels
+
+    delta = call.statistic()
     chosen, options = call.configure("query")
     launch(
         kernels.query_gradient_kernel,
-        (call.blocks(chosen.block_queries) * call.windows, call.heads),
+        (call.blocks(chosen.queries) * call.windows, call.heads),
         grad,
         output,
         log_sum_exp,
@@ -161,10 +180,20 @@ def backward(
         HAS_TABLE=call.has_table,
         **options,
     )
+    return call.part(grad_qkv, 0), delta
+
+
+@tunable
+def _key_value_gradient(
+    call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor, grad_qkv: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of keys and values, written into grad_qkv."""
+    from moat_kernels.ops.window_attention import triton_kernels_backward as kernels
+
     chosen, options = call.configure("key_value")
     launch(
         kernels.key_value_gradient_kernel,
-        (call.blocks(chosen.block_keys) * call.windows, call.heads),
+        (call.blocks(chosen.keys) * call.windows, call.heads),
         grad,
         log_sum_exp,
         delta,
@@ -178,17 +207,16 @@ def backward(
         HAS_TABLE=call.has_table,
         **options,
     )
-    if bias_table is None or not needs_table:
-        return grad_qkv, None
-    return grad_qkv, _table_gradient(call, grad, log_sum_exp, delta)
+    return call.part(grad_qkv, 1), call.part(grad_qkv, 2)
 
 
+@tunable
 def _table_gradient(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -> Tensor:
     """[heads, 2*wh-1, 2*ww-1], float32, summed in a fixed order."""
     from moat_kernels.ops.window_attention import triton_kernels_backward as kernels
 
     chosen, options = call.configure("bias")
-    tiles = call.blocks(chosen.block_queries) * call.blocks(chosen.block_keys)
+    tiles = call.blocks(chosen.queries) * call.blocks(chosen.keys)
     splits = max(1, min(call.windows, BIAS_GRADIENT_PROGRAMS // (tiles * call.heads)))
     slabs = delta.new_empty(splits, call.heads, call.tokens, call.tokens)
     launch(

@@ -1,0 +1,9 @@
+"""The launch tables of all ops, by the op's name."""
+
+from __future__ import annotations
+
+from moat_kernels.ops.mbconv.triton_launch import LAUNCHES as MBCONV
+from moat_kernels.ops.triton_support.launch_table import LaunchTable
+from moat_kernels.ops.window_attention.triton_launch import LAUNCHES as WINDOW_ATTENTION
+
+LAUNCH_TABLES: dict[str, LaunchTable] = {table.op: table for table in (MBCONV, WINDOW_ATTENTION)}

@@ -1,0 +1,78 @@
+"""How the Triton kernels of window attention are launched: its launch table.
+
+Chosen by counting registers and shared memory (docs/gpu_kernels.md has what each compiles to);
+none has been timed on a GPU. `python -m moat_kernels.tune` does that.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from moat_kernels.ops.triton_support.launch_table import STAGES, WARPS, LaunchTable
+
+
+@dataclass(frozen=True)
+class AttentionBlocks:
+    """A program's tile of scores, [queries, keys]; warps and pipeline stages."""
+
+    queries: int
+    keys: int
+    warps: int
+    stages: int
+
+
+# Of windows up to 64 tokens (7 x 7 and 8 x 8) one tile is the whole window.
+SMALL_WINDOW = 64
+SMALL, LARGE = "small window", "large window"
+
+# A program keeps its block of queries and walks over keys, of "key_value" the other way round.
+LAUNCHES = LaunchTable(
+    "window_attention",
+    {
+        ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
+        ("forward", 2, LARGE): AttentionBlocks(128, 32, 8, 2),
+        ("query", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
+        ("query", 2, LARGE): AttentionBlocks(128, 32, 8, 2),
+        ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 2),
+        ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 2),
+        ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
+        ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 2),
+        ("forward", 4, SMALL): AttentionBlocks(64, 32, 4, 1),
+        ("forward", 4, LARGE): AttentionBlocks(64, 32, 4, 1),
+        ("query", 4, SMALL): AttentionBlocks(32, 32, 4, 2),
+        ("query", 4, LARGE): AttentionBlocks(32, 32, 4, 2),
+        ("key_value", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
+        ("key_value", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
+        ("bias", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
+        ("bias", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
+    },
+    choices={
+        "queries": (16, 32, 64, 128),
+        "keys": (16, 32, 64, 128),
+        "warps": WARPS,
+        "stages": STAGES,
+    },
+    exceptions={
+        10: {  # with two stages a register spills
+            ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 1),
+            ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 1),
+        },
+    },
+)
+
+# Programs that sum the table's gradient: enough for several on each multiprocessor of any GPU. A
+# constant, so that the order of summation is the same on all of them.
+BIAS_GRADIENT_PROGRAMS = 1024
+
+
+def attention_blocks(
+    kernel: str, like: Tensor, windows: int, tokens: int, heads: int, head_dim: int
+) -> AttentionBlocks:
+    """The tile of `kernel` ("forward", "query", "key_value" or "bias"), in `like`'s dtype."""
+    size = SMALL if tokens <= SMALL_WINDOW else LARGE
+    blocks: AttentionBlocks = LAUNCHES.choose(
+        kernel, like, (windows * heads, tokens, head_dim), size
+    )
+    return blocks
