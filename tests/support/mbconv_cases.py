@@ -206,7 +206,7 @@ def run(
     if cotangent is None:
         generator = torch.Generator().manual_seed(1)
         cotangent = torch.randn(output.shape, generator=generator, dtype=torch.float64)
-    output.backward(cotangent.to(output.dtype))
+    output.backward(cotangent.to(output))
     results = {"output": output.detach(), "x": x.grad}
     tensors, running = flatten(parameters)
     for name, tensor in zip(PARAMETER_NAMES, tensors, strict=True):

@@ -14,7 +14,7 @@ from moat_kernels.ops.spatial import output_size, pad_map, resolve_padding
 
 @dataclass(frozen=True)
 class Map:
-    """A map before and after the depthwise convolution; see cuda_kernels.Stencil."""
+    """A map before and after the depthwise convolution; see ops/mbconv/stencil.py."""
 
     batch: int
     height: int

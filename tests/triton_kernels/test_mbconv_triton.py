@@ -10,6 +10,7 @@ import warnings
 import pytest
 import torch
 from support.mbconv_cases import CASES, Case, make_parameters, map_tensors, run
+from support.mbconv_passes import training_passes, wide_crossings
 from support.tolerances import (
     BACKEND_GRADIENT,
     BACKEND_OUTPUT,
@@ -19,7 +20,6 @@ from support.tolerances import (
     relative_error,
 )
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moat_kernels import FallbackWarning, use_backend
 from moat_kernels.functional import (
@@ -30,12 +30,12 @@ from moat_kernels.functional import (
     mbconv,
 )
 from moat_kernels.ops.mbconv import front, triton_backend, triton_launch
-from moat_kernels.ops.triton_support.traffic import Pass, record_passes
 
 pytest.importorskip("triton")
 
 from moat_kernels.ops.mbconv.triton_kernels.covariance import covariance
 from moat_kernels.ops.mbconv.triton_launch import GemmBlocks, StencilBlocks
+from moat_kernels.ops.triton_support.launch_table import choosing
 
 # 84 rows of 6 channels measure expand_norm directly, 112 by covariance.
 FEW_ROWS, MANY_ROWS = (2, 7, 6), (2, 7, 8)
@@ -121,18 +121,22 @@ def test_more_than_one_tile_along_every_axis(
     stride: int, gated: bool, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With tiles small enough for few steps of the interpreter."""
-    gemms = dict.fromkeys(triton_launch._GEMMS, GemmBlocks(16, 16, 16, 4, 1))
-    stencils = dict.fromkeys(triton_launch._STENCILS, StencilBlocks(4, 16, 2, 4))
-    monkeypatch.setattr(triton_launch, "_GEMMS", gemms)
-    monkeypatch.setattr(triton_launch, "_STENCILS", stencils)
+    small = {
+        GemmBlocks: GemmBlocks(16, 16, 16, 4, 1),
+        StencilBlocks: StencilBlocks(4, 16, 2, 4),
+    }
     monkeypatch.setattr(triton_launch, "_REDUCTION_PROGRAMS", 8)
     gate = SqueezeExcite() if gated else None
     padding = (2, 0, 1, 3)
     description = MBConvDescription(
         stride=stride, padding=padding, residual=False, squeeze_excite=gate
     )
-    check((2, 5, 6), Case(description, 17, 20, 18), device, training=True)
-    check((2, 5, 6), Case(description, 3, 20, 18), device, training=True)
+    with (
+        choosing(lambda _, static: small.get(type(static), static)),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        check((2, 5, 6), Case(description, 17, 20, 18), device, training=True)
+        check((2, 5, 6), Case(description, 3, 20, 18), device, training=True)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 1), (1, 1, 9)], ids=str)
@@ -237,15 +241,6 @@ def test_covariance_of_data_far_from_zero(device: str) -> None:
     assert_close(matrix, matrix.t(), 1e-6)
 
 
-def wide_crossings(passes: list[Pass], wide: int) -> int:
-    """How often E-wide rows cross DRAM."""
-    return sum(
-        len(shape) == 2 and shape[1] == wide and shape[0] > wide
-        for one in passes
-        for shape in (crossing.shape for crossing in (*one.reads, *one.writes))
-    )
-
-
 @pytest.mark.parametrize(
     ("recompute", "forward", "backward"), [("none", 4, 9), ("expand", 4, 10), ("block", 4, 12)]
 )
@@ -255,36 +250,17 @@ def test_how_often_wide_tensors_cross_memory(
 ) -> None:
     """Stock PyTorch: 14 times forward, 24 backward. A gate's mean needs one more read, forward."""
     case = Case(GATED if gated else MBConvDescription(), 16, 64, 16)
-    parameters = make_parameters(case, torch.bfloat16)
-    x = torch.randn(8, 16, 32, 32).bfloat16().to(memory_format=torch.channels_last)
-    description = front.resolve_frozen(case.description, parameters, training=True)
-    needed = frozenset(("x", *front.PARAMETER_NAMES))
-    with FakeTensorMode() as mode:
-        arguments = (map_tensors(parameters, mode.from_tensor), description, recompute, None)
-        with record_passes() as passes:
-            result = triton_backend.forward(mode.from_tensor(x), *arguments)
-        assert wide_crossings(passes, 64) == forward + gated
-        with record_passes() as passes:
-            grad = torch.empty_like(result.output)
-            triton_backend.backward(grad, mode.from_tensor(x), *arguments, result.saved, needed)
-        assert wide_crossings(passes, 64) == backward
+    passes = training_passes(case, torch.bfloat16, recompute, 8, 32, 32)
+    assert [wide_crossings(each, 64) for each in passes] == [forward + gated, backward]
 
 
 def test_products_of_each_pass() -> None:
     """Two products of 2 N C E each way a product of the bottleneck goes, and C x C algebra."""
     case = Case(MBConvDescription(), 16, 64, 16)
-    parameters = make_parameters(case, torch.bfloat16)
-    x = torch.randn(8, 16, 32, 32).bfloat16()
-    description = front.resolve_frozen(case.description, parameters, training=True)
-    with FakeTensorMode() as mode, record_passes() as passes:
-        arguments = (map_tensors(parameters, mode.from_tensor), description, "none", None)
-        result = triton_backend.forward(mode.from_tensor(x), *arguments)
-        needed = frozenset(("x", *front.PARAMETER_NAMES))
-        grad = torch.empty_like(result.output)
-        triton_backend.backward(grad, mode.from_tensor(x), *arguments, result.saved, needed)
+    forward, backward = training_passes(case, torch.bfloat16, "none", 8, 32, 32)
     rows = 8 * 32 * 32
     product = 2 * rows * 16 * 64
-    assert {one.kernel: (one.flops, one.arithmetic) for one in passes} == {
+    assert {one.kernel: (one.flops, one.arithmetic) for one in forward + backward} == {
         "covariance_kernel": (rows * 16 * 17, "bfloat16"),
         "expand_kernel": (product, "bfloat16"),
         "depthwise_kernel": (18 * rows * 64, "float32"),

@@ -1,40 +1,28 @@
 """The stencil passes of the inverted bottleneck by CUDA C++ kernels (csrc/cuda), where built.
 
-Names, arguments and results are those of the Triton kernels that they can take the place of; no
-backend chooses them until a GPU has shown where they are faster. They have never run on one: the
-tests run the same sources on the host, and compile them by nvcc.
+Names and arguments are those of the Triton kernels that they can take the place of;
+depthwise_passes.py chooses. They have never run on a GPU: the tests run the same sources on the
+host, and compile them by nvcc.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
-
 import torch
 from torch import Tensor
 
+from moat_kernels.ops.mbconv.stencil import Stencil
 from moat_kernels.ops.registration import LIBRARY
+from moat_kernels.ops.triton_support.launching import architecture
 
 # Blocks that a launch aims at: several times what a GPU holds at once, so that the last ones leave
 # little of it idle, yet few enough that their partial sums are small beside the maps.
 TARGET_BLOCKS = 4096
 ACTIVATIONS = ("identity", "gelu")
 # The first with bfloat16 and asynchronous copies.
-OLDEST_CAPABILITY = (8, 0)
-# Channels that 16 bytes hold.
+OLDEST_ARCHITECTURE = 80
+ALIGNMENT = 16  # bytes, of what is loaded at once
+# Channels that those hold.
 CHANNEL_MULTIPLE = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
-
-
-class Stencil(Protocol):
-    """Geometry of the convolution: maps before and after, stride (1 or 2), padding (top, left)."""
-
-    batch: int
-    height: int
-    width: int
-    out_height: int
-    out_width: int
-    stride: int
-    top: int
-    left: int
 
 
 def built() -> bool:
@@ -75,8 +63,8 @@ def _has_kernel(device_type: str) -> bool:
 def _unsupported_device(device: torch.device) -> str:
     if not _has_kernel(device.type):
         return f"CUDA kernels on {device.type}"
-    if device.type == "cuda" and torch.cuda.get_device_capability(device) < OLDEST_CAPABILITY:
-        return f"a GPU older than compute capability {OLDEST_CAPABILITY[0]}.{OLDEST_CAPABILITY[1]}"
+    if 0 < architecture(device) < OLDEST_ARCHITECTURE:
+        return f"a GPU older than sm_{OLDEST_ARCHITECTURE}"
     return ""
 
 
@@ -88,6 +76,8 @@ def _unsupported_rows(rows: Tensor, name: str) -> str:
         return f"{name} = {rows.shape[1]}, not a multiple of {multiple}, in {rows.dtype}"
     if not rows.numel():
         return "an empty tensor"
+    if rows.storage_offset() * rows.element_size() % ALIGNMENT:
+        return f"rows that do not begin at a multiple of {ALIGNMENT} bytes"
     return ""
 
 

@@ -1,14 +1,16 @@
 """The inverted bottleneck by Triton kernels on GPUs, in float32, bfloat16 and float16.
 
-Only wide tensors go through kernels (triton_kernels/); norms are folded into their neighbours
-(triton_expand.py, triton_training.py). Triton is imported when the first call is computed.
+Only wide tensors go through kernels (triton_kernels/, and cuda_kernels.py by the choice that
+depthwise_passes.py makes); norms are folded into their neighbours (triton_expand.py,
+triton_training.py). Triton is imported when the first call is computed.
 """
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from moat_kernels.ops.mbconv import torch_backend
+# cuda_kernels defines its operators when the package is imported, not while a call is traced.
+from moat_kernels.ops.mbconv import cuda_kernels, torch_backend  # noqa: F401
 from moat_kernels.ops.mbconv.description import NORMS, MBConvDescription, MBConvParameters
 from moat_kernels.ops.mbconv.torch_backend import Forward
 from moat_kernels.ops.triton_support.launching import DTYPES, unsupported_tensor

@@ -20,7 +20,6 @@ from moat_kernels.ops.mbconv.torch_backend import FOLDING_ROWS_PER_CHANNEL
 from moat_kernels.ops.mbconv.triton_kernels.covariance import covariance
 from moat_kernels.ops.mbconv.triton_kernels.expand import expand
 from moat_kernels.ops.mbconv.triton_kernels.expand_backward import expand_input, expand_weight
-from moat_kernels.ops.mbconv.triton_kernels.moments import merge_moments
 
 # Rows whose mean the covariance is first taken around: enough to be within a fraction of the
 # standard deviation of the mean of all.
@@ -52,8 +51,12 @@ class Expand(ABC):
         """Take over what an earlier call measured."""
 
     @abstractmethod
-    def forward(self, activation: str) -> Tensor:
-        """activation(z1), measuring what is not known yet. Only complete ones activate."""
+    def measure(self) -> None:
+        """Measure x for rows, weight and bias: instead of `restore`, in the first call."""
+
+    @abstractmethod
+    def forward(self) -> Tensor:
+        """z1, measuring it where its statistics are asked for and not known yet."""
 
     @abstractmethod
     def moments(self) -> dict[str, tuple[Tensor, ...]]:
@@ -63,7 +66,7 @@ class Expand(ABC):
     def backward(
         self,
         grad: Tensor,
-        z1: Tensor,
+        z1: Tensor | None,
         total: Tensor,
         product: Tensor,
         addend: Tensor | None,
@@ -71,7 +74,8 @@ class Expand(ABC):
     ) -> dict[str, Tensor]:
         """Gradients by name, of "x" (plus addend [N, C]) and parameters, from that of y1.
 
-        total, product: sums of grad and grad * z1, float64 [E].
+        z1: what `forward` gave; complete ones do not need it. total, product: sums of grad and
+        grad * z1, float64 [E].
         """
 
 
@@ -103,7 +107,17 @@ class CovarianceExpand(Expand):
             centred = self.x - pilot if self.stage.centred else self.x
             self.rows = centred.to(self.stage.weight.dtype)
 
-    def _measure(self) -> None:
+    def measure(self) -> None:
+        if self.stage.centred:
+            self._measure_rows()
+        else:
+            self._shift(self.x)
+            self.stage.statistics = tuple(
+                self.x.new_empty(0, dtype=torch.float32) for _ in range(4)
+            )
+        self._fold()
+
+    def _measure_rows(self) -> None:
         step = max(1, self.x.shape[0] // PILOT_ROWS)
         pilot = self.x[::step].mean(0, dtype=torch.float32)
         self._shift(pilot)
@@ -129,17 +143,8 @@ class CovarianceExpand(Expand):
         # By the rounded weight, so that a large mean cancels.
         self.bias = bias - self.weight.float() @ self.centre
 
-    def forward(self, activation: str) -> Tensor:
-        if not self.stage.statistics:
-            if self.stage.centred:
-                self._measure()
-            else:
-                self._shift(self.x)
-                self.stage.statistics = tuple(
-                    self.x.new_empty(0, dtype=torch.float32) for _ in range(4)
-                )
-            self._fold()
-        return expand(self.rows, self.weight, self.bias, activation, measure=False)[0]
+    def forward(self) -> Tensor:
+        return expand(self.rows, self.weight, self.bias, "identity", measure=False)[0]
 
     def moments(self) -> dict[str, tuple[Tensor, ...]]:
         return self.stage.batch_moments()
@@ -147,7 +152,7 @@ class CovarianceExpand(Expand):
     def backward(
         self,
         grad: Tensor,
-        z1: Tensor,
+        z1: Tensor | None,
         total: Tensor,
         product: Tensor,
         addend: Tensor | None,
@@ -234,17 +239,18 @@ class MeasuredExpand(Expand):
         bias = self.parameters.expand_bias
         return constant if bias is None else constant + bias
 
-    def forward(self, activation: str) -> Tensor:
-        measure = not self.statistics
-        if measure:
-            variance, mean = torch.var_mean(self.x.float(), 0, correction=0)
-            self.statistics = (mean, variance)
-            self._fold_pre()
-        measure = measure and self._measures("expand_norm")
-        z1, partial = expand(self.rows, self.weight, self.bias, activation, measure)
-        if len(self.statistics) == 2:
+    def measure(self) -> None:
+        variance, mean = torch.var_mean(self.x.float(), 0, correction=0)
+        self.statistics = (mean, variance)
+        self._fold_pre()
+
+    def forward(self) -> Tensor:
+        known = len(self.statistics) == self.statistics_count
+        measure = not known and self._measures("expand_norm")
+        z1, moments = expand(self.rows, self.weight, self.bias, "identity", measure)
+        if not known:
             zeros = torch.zeros_like(self.bias)
-            moments = (zeros, zeros.clone()) if partial is None else merge_moments(*partial)
+            moments = (zeros, zeros.clone()) if moments is None else moments
             self.statistics += tuple(moment.float() for moment in moments)
             self._fold_expand()
         return z1
@@ -260,7 +266,7 @@ class MeasuredExpand(Expand):
     def backward(
         self,
         grad: Tensor,
-        z1: Tensor,
+        z1: Tensor | None,
         total: Tensor,
         product: Tensor,
         addend: Tensor | None,

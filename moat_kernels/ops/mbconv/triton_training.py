@@ -19,14 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moat_kernels.ops.mbconv import depthwise_passes as passes
 from moat_kernels.ops.mbconv.affine import Affine, make_affine
 from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
 from moat_kernels.ops.mbconv.gate import Gate
+from moat_kernels.ops.mbconv.stencil import Stencil
 from moat_kernels.ops.mbconv.torch_backend import Forward, build_shortcut
 from moat_kernels.ops.mbconv.triton_expand import Expand, make_expand
-from moat_kernels.ops.mbconv.triton_kernels.depthwise import Stencil, depthwise
-from moat_kernels.ops.mbconv.triton_kernels.depthwise_backward import depthwise_backward
-from moat_kernels.ops.mbconv.triton_kernels.moments import merge_moments
 from moat_kernels.ops.mbconv.triton_kernels.project import pool, project
 from moat_kernels.ops.mbconv.triton_kernels.project_backward import project_input, project_weight
 from moat_kernels.ops.spatial import output_size, resolve_padding
@@ -68,19 +67,27 @@ class Call:
         return make_expand(self.rows, self.parameters, self.description)
 
     def depthwise(
-        self, z1: Tensor, affine: Tensor | None, activated: bool, measure: bool
+        self, z1: Tensor, affine: Tensor | None, measure: bool
     ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """z2 and, to measure, its tiles' moments; `activated`: of act(y1) instead of z1."""
-        return depthwise(
-            z1,
-            affine,
-            "identity" if activated else self.description.expand_activation,
-            self.taps,
-            None,
-            "identity",
-            self.stencil,
-            measure,
+        """z2 and, to measure, its moments."""
+        activation = self.description.expand_activation
+        return passes.depthwise(
+            z1, affine, activation, self.taps, None, "identity", self.stencil, measure
         )
+
+    def expand_depthwise(
+        self, expand: Expand, measure: bool
+    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+        """The same of an expand convolution whose z1 is complete, without keeping that."""
+        return passes.expand_depthwise(
+            *(expand.rows, expand.weight, expand.bias, self.description.expand_activation),
+            *(self.taps, None, "identity", self.stencil, measure),
+        )
+
+    def fuses_backward(self, expand: Expand) -> bool:
+        """Whether the backward pass of the depthwise convolution computes z1 itself."""
+        activation = self.description.expand_activation
+        return passes.fuses_backward(expand.rows, expand.weight, activation, self.stencil)
 
     def measures_depthwise(self) -> bool:
         norm = self.description.depthwise_norm
@@ -162,13 +169,15 @@ def evaluate(
 ) -> Tensor:
     """The block with fixed statistics: every norm folded, every activation computed once."""
     call = Call(x, parameters, description, drop_path_scale)
-    h1 = call.expand().forward(description.expand_activation)
+    expand = call.expand()
+    expand.measure()
     zeros = call.taps.new_zeros(call.taps.shape[1])
     norm = call.fold_depthwise((zeros, zeros))
-    h2, _ = depthwise(
-        h1,
-        None,
-        "identity",
+    h2, _ = passes.expand_depthwise(
+        expand.rows,
+        expand.weight,
+        expand.bias,
+        description.expand_activation,
         (call.taps * norm.scale).float(),
         norm.shift.float(),
         description.depthwise_activation,
@@ -191,13 +200,18 @@ def forward(
     """Compute the block and save what `recompute` says, beside the statistics."""
     call = Call(x, parameters, description, drop_path_scale)
     expand = call.expand()
-    # Nobody needs z1 again: activate it once instead of three times in the stencil.
-    activated = recompute != "none" and expand.complete
-    z1 = expand.forward(description.expand_activation if activated else "identity")
-    z2, partial = call.depthwise(z1, expand.affine, activated, call.measures_depthwise())
+    expand.measure()
+    keep = []
+    if recompute != "none" and expand.complete:
+        z2, measured = call.expand_depthwise(expand, call.measures_depthwise())
+    else:
+        z1 = expand.forward()
+        z2, measured = call.depthwise(z1, expand.affine, call.measures_depthwise())
+        keep = [z1]
     zeros = call.taps.new_zeros(call.taps.shape[1])
-    depthwise_moments = (zeros, zeros.clone()) if partial is None else merge_moments(*partial)
-    depthwise_moments = (depthwise_moments[0].float(), depthwise_moments[1].float())
+    depthwise_moments = (zeros, zeros.clone())
+    if measured is not None:
+        depthwise_moments = (measured[0].float(), measured[1].float())
     norm = call.fold_depthwise(depthwise_moments)
     affine = _stencil_affine(norm)
     squeezed, gate = zeros.new_empty(0), None
@@ -209,7 +223,7 @@ def forward(
     if call.measures_depthwise():
         constant = 0.0 if parameters.depthwise_bias is None else parameters.depthwise_bias
         moments["depthwise_norm"] = (depthwise_moments[0] + constant, depthwise_moments[1])
-    wide = {"none": [z1, z2], "expand": [z2], "block": []}[recompute]
+    wide = {"none": [*keep, z2], "expand": [z2], "block": []}[recompute]
     return Forward(output, moments, [*expand.statistics, *depthwise_moments, squeezed, *wide])
 
 
@@ -227,12 +241,23 @@ def backward(
     expand = call.expand()
     zeros = call.taps.new_zeros(call.taps.shape[1])
     (mean, variance, squeezed), wide = (zeros, zeros, zeros.new_empty(0)), []
-    if saved:  # `evaluate` saves nothing
+    if saved:
         count = expand.statistics_count
         expand.restore(tuple(saved[:count]))
         (mean, variance, squeezed), wide = saved[count : count + 3], saved[count + 3 :]
-    z1 = wide[0] if len(wide) == 2 else expand.forward("identity")
-    z2 = wide[-1] if wide else call.depthwise(z1, expand.affine, False, False)[0]
+    else:  # by `evaluate`
+        expand.measure()
+    z1 = wide[0] if len(wide) == 2 else None
+    z2 = wide[-1] if wide else None
+    # Where nothing else needs z1, the last pass that does computes it.
+    if z1 is None and not (expand.complete and (z2 is not None or call.fuses_backward(expand))):
+        z1 = expand.forward()
+    if z2 is None:
+        z2, _ = (
+            call.expand_depthwise(expand, measure=False)
+            if z1 is None
+            else call.depthwise(z1, expand.affine, measure=False)
+        )
     norm = call.fold_depthwise((mean, variance))
     affine = _stencil_affine(norm)
     activation = description.depthwise_activation
@@ -273,16 +298,14 @@ def backward(
     gradients["depthwise_norm_weight"] = grad_scale
     gradients["depthwise_norm_bias"] = total
     gradients["depthwise_bias"] = grad_bias
-    dy1, sums = depthwise_backward(
-        dy2,
-        z2,
-        torch.stack(factors).float(),
-        z1,
-        expand.affine,
-        description.expand_activation,
-        call.taps,
-        call.stencil,
-    )
+    grad_norm = (dy2, z2, torch.stack(factors).float())
+    convolution = (description.expand_activation, call.taps, call.stencil)
+    if z1 is None:
+        dy1, sums = passes.expand_depthwise_backward(
+            *grad_norm, expand.rows, expand.weight, expand.bias, *convolution
+        )
+    else:
+        dy1, sums = passes.depthwise_backward(*grad_norm, z1, expand.affine, *convolution)
     gradients["depthwise_weight"] = sums[:9].t()
     gradients |= expand.backward(dy1, z1, sums[9], sums[10], shortcut_grad, needed)
     if "x" in needed:

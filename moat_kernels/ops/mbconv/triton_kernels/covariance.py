@@ -13,6 +13,7 @@ from moat_kernels.ops.mbconv.triton_launch import (
     launch,
     reduction_splits,
 )
+from moat_kernels.ops.triton_support.tuning import tunable
 
 
 @triton.jit
@@ -64,6 +65,7 @@ def covariance_kernel(
         tl.store(mirrored, tl.trans(products), mask=tl.trans(mask))
 
 
+@tunable
 def covariance(rows: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
     """(mean [C], biased covariance [C, C]) in float64 of rows [N, C] - pilot [C]."""
     count, channels = rows.shape

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
+from moat_kernels.ops.mbconv.stencil import Stencil
 from moat_kernels.ops.mbconv.triton_kernels.affine import load_affine
-from moat_kernels.ops.mbconv.triton_kernels.moments import store_moments
+from moat_kernels.ops.mbconv.triton_kernels.moments import merge_moments, store_moments
 from moat_kernels.ops.mbconv.triton_launch import launch, stencil_blocks
 from moat_kernels.ops.triton_support.activations import activate
-
-
-@dataclass(frozen=True)
-class Stencil:
-    """Geometry of the convolution: maps before and after, stride (1 or 2), padding (top, left)."""
-
-    batch: int
-    height: int
-    width: int
-    out_height: int
-    out_width: int
-    stride: int
-    top: int
-    left: int
+from moat_kernels.ops.triton_support.tuning import tunable
 
 
 @triton.jit
@@ -216,6 +202,7 @@ def depthwise_kernel(
         store_moments(moments_ptr, tile, channel, channels, tile_mean, deviation)
 
 
+@tunable
 def depthwise(
     z: Tensor,
     affine: Tensor | None,
@@ -229,10 +216,10 @@ def depthwise(
     """output_activation(convolution of activation(z scale + shift) by taps, + bias).
 
     z: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E]; bias: float32 [E].
-    Returns ([B*H_out*W_out, E], None or its tiles' (moments [P, 2, E], counts [P])).
+    Returns ([B*H_out*W_out, E], None or its mean and biased variance, float64 [E] each).
     """
     channels = z.shape[1]
-    blocks = stencil_blocks("depthwise", z, channels)
+    blocks = stencil_blocks("depthwise", z, channels, *stencil.sizes)
     out_height, out_width = stencil.out_height, stencil.out_width
     bands, column_blocks = (
         triton.cdiv(out_height, blocks.band),
@@ -266,7 +253,7 @@ def depthwise(
     heights = _block_sizes(out_height, blocks.band, z.device)
     widths = _block_sizes(out_width, blocks.width, z.device)
     counts = torch.outer(heights, widths).flatten().repeat(stencil.batch)
-    return output, (moments, counts)
+    return output, merge_moments(moments, counts)
 
 
 def _block_sizes(size: int, block: int, device: torch.device) -> Tensor:

@@ -7,9 +7,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moat_kernels.ops.mbconv.triton_kernels.moments import store_tile_moments
+from moat_kernels.ops.mbconv.triton_kernels.moments import merge_moments, store_tile_moments
 from moat_kernels.ops.mbconv.triton_launch import dot_precision, gemm_blocks, launch
 from moat_kernels.ops.triton_support.activations import activate
+from moat_kernels.ops.triton_support.tuning import tunable
 
 
 @triton.jit
@@ -65,12 +66,13 @@ def expand_kernel(
         store_tile_moments(moments_ptr, row_block, column, wide, value, valid, size)
 
 
+@tunable
 def expand(
     rows: Tensor, weight: Tensor, bias: Tensor, activation: str, measure: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """act(rows [N, C] weight [E, C]^T + bias [E]) and, to measure, its blocks' moments.
+    """act(rows [N, C] weight [E, C]^T + bias [E]) and, to measure, its moments.
 
-    Returns ([N, E] in the dtype of the weight, None or (moments [P, 2, E], counts [P])).
+    Returns ([N, E] in the dtype of rows, None or mean and biased variance, float64 [E] each).
     """
     (count, channels), wide = rows.shape, weight.shape[0]
     blocks = gemm_blocks("expand", rows, count, wide, channels)
@@ -96,4 +98,4 @@ def expand(
     if moments is None:
         return output, None
     starts = torch.arange(row_blocks, device=rows.device) * blocks.rows
-    return output, (moments, (count - starts).clamp(max=blocks.rows))
+    return output, merge_moments(moments, (count - starts).clamp(max=blocks.rows))

@@ -17,6 +17,7 @@ from moat_kernels.ops.mbconv.triton_launch import (
     launch,
     reduction_splits,
 )
+from moat_kernels.ops.triton_support.tuning import tunable
 
 
 @triton.jit
@@ -86,6 +87,7 @@ def expand_weight_kernel(
     )
 
 
+@tunable
 def expand_weight(
     grad: Tensor, z: Tensor | None, factors: Tensor | None, rows: Tensor, centre: Tensor
 ) -> Tensor:
@@ -186,6 +188,7 @@ def expand_input_kernel(
     tl.store(output_ptr + offset, products.to(output_ptr.dtype.element_ty), mask=mask)
 
 
+@tunable
 def expand_input(
     grad: Tensor,
     z: Tensor | None,

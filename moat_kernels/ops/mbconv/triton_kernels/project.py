@@ -17,6 +17,7 @@ from moat_kernels.ops.mbconv.triton_launch import (
     stencil_blocks,
 )
 from moat_kernels.ops.triton_support.activations import activate
+from moat_kernels.ops.triton_support.tuning import tunable
 
 
 @triton.jit
@@ -68,10 +69,11 @@ def pool_kernel(
     tl.store(target + channel, tl.sum(sums, 0), mask=valid)
 
 
+@tunable
 def pool(z: Tensor, affine: Tensor | None, activation: str, pixels: int) -> Tensor:
     """Mean over each image's pixels of activation(z [M, E] scale + shift), float32 [B, E]."""
     batch, channels = z.shape[0] // pixels, z.shape[1]
-    blocks = stencil_blocks("pool", z, channels)
+    blocks = stencil_blocks("pool", z, channels, batch, pixels)
     splits = triton.cdiv(pixels, blocks.band)
     sums = z.new_empty((batch, splits, channels), dtype=torch.float32)
     launch(
@@ -154,6 +156,7 @@ def project_kernel(
     tl.store(output_ptr + offset, products.to(output_ptr.dtype.element_ty), mask=mask)
 
 
+@tunable
 def project(
     z: Tensor,
     affine: Tensor | None,

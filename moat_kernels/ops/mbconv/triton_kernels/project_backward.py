@@ -19,6 +19,7 @@ from moat_kernels.ops.mbconv.triton_launch import (
     reduction_splits,
 )
 from moat_kernels.ops.triton_support.activations import activate, activation_derivative
+from moat_kernels.ops.triton_support.tuning import tunable
 
 
 @triton.jit
@@ -85,6 +86,7 @@ def project_input_kernel(
     tl.store(target + wide, tl.sum(product, 0), mask=valid_column)
 
 
+@tunable
 def project_input(
     grad: Tensor,
     weight: Tensor,
@@ -196,6 +198,7 @@ def project_weight_kernel(
     tl.store(target + weight_offset, total, mask=mask)
 
 
+@tunable
 def project_weight(
     grad: Tensor,
     z: Tensor,

@@ -1,0 +1,177 @@
+"""`mbconv` with CUDA C++ kernels for the depthwise convolution and Triton's for the rest.
+
+Without a GPU both run on the host: Triton's interpreted, the others compiled by g++
+(support/cuda_on_cpu).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import warnings
+
+import pytest
+import torch
+from support import cuda_on_cpu
+from support.mbconv_cases import CASES, Case, make_parameters, map_tensors, run
+from support.mbconv_passes import training_passes, wide_crossings
+from support.tolerances import (
+    BACKEND_GRADIENT,
+    BACKEND_OUTPUT,
+    LOW_PRECISION_FACTOR,
+    assert_close,
+    relative_error,
+)
+from torch import Tensor
+
+pytest.importorskip("triton")
+
+from moat_kernels import FallbackWarning, use_backend
+from moat_kernels.functional import MBConvDescription, Pool, SqueezeExcite
+from moat_kernels.ops.mbconv import cuda_kernels, depthwise_passes
+from moat_kernels.ops.mbconv.triton_launch import Implementation
+from moat_kernels.ops.triton_support.launch_table import choosing
+from moat_kernels.ops.triton_support.traffic import Pass
+
+# 144 rows of 8 channels, which fill 16 bytes: enough to measure expand_norm by covariance.
+SHAPE = (2, 8, 9)
+STRIDE_1 = Case(MBConvDescription(), 8, 16, 8)
+STRIDE_2 = Case(MBConvDescription(stride=2, pool=Pool()), 8, 24, 16, shortcut_conv=True)
+GATED = Case(MBConvDescription(squeeze_excite=SqueezeExcite()), 8, 16, 8)
+SWITCH = depthwise_passes.ENVIRONMENT_VARIABLE
+
+
+@pytest.fixture(autouse=True)
+def always(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """CUDA C++ wherever it covers a call, and available."""
+    if device == "cpu":
+        if reason := cuda_on_cpu.reason_unavailable():
+            pytest.skip(reason)
+        cuda_on_cpu.load()
+    elif not cuda_kernels.built():
+        pytest.skip("built without the CUDA kernels")
+    monkeypatch.setenv(SWITCH, "always")
+
+
+def names(passes: list[Pass]) -> list[str]:
+    return [one.kernel for one in passes]
+
+
+@pytest.mark.parametrize(
+    ("recompute", "forward", "backward"), [("none", 4, 9), ("expand", 2, 8), ("block", 2, 9)]
+)
+def test_how_often_wide_tensors_cross_memory(recompute: str, forward: int, backward: int) -> None:
+    """By Triton alone: 4 and 9, 4 and 10, 4 and 12; by stock PyTorch 14 and 24."""
+    case = Case(MBConvDescription(), 16, 64, 16)
+    passes = training_passes(case, torch.bfloat16, recompute, 8, 32, 32)
+    assert [wide_crossings(each, 64) for each in passes] == [forward, backward]
+
+
+def test_each_pass_is_taken_over() -> None:
+    forward, backward = map(names, training_passes(STRIDE_1, torch.bfloat16, "none", *SHAPE))
+    assert "cuda_depthwise_forward" in forward and "depthwise_kernel" not in forward
+    assert "cuda_depthwise_backward" in backward
+    forward, backward = map(names, training_passes(STRIDE_1, torch.bfloat16, "expand", *SHAPE))
+    assert "cuda_expand_depthwise" in forward and "expand_kernel" not in forward
+    assert "cuda_expand_depthwise_backward" in backward and "expand_kernel" not in backward
+
+
+def compare(case: Case, dtype: torch.dtype, recompute: str, device: str, training: bool) -> None:
+    """A step is as close to the reference in float64 as the tolerances of Triton alone ask for."""
+
+    # Values that the dtype holds exactly, so that only the computation is judged.
+    parameters = map_tensors(
+        make_parameters(case), lambda tensor: tensor.to(device, dtype).to(torch.float64)
+    )
+    x = torch.randn(SHAPE[0], case.in_channels, *SHAPE[1:]).to(device, dtype).double()
+
+    def step(backend: str, precision: torch.dtype, **options) -> dict[str, Tensor]:
+        with use_backend(backend), warnings.catch_warnings():
+            warnings.simplefilter("error", FallbackWarning)
+            return run(x, parameters, case.description, precision, training=training, **options)
+
+    exact = step("reference", torch.float64)
+    stock = step("reference", dtype)
+    fused = step("triton", dtype, recompute=recompute)
+    for name, value in exact.items():
+        if value.abs().max() < 1e-9:
+            continue
+        if dtype == torch.float32:
+            allowed = (BACKEND_OUTPUT if name == "output" else BACKEND_GRADIENT)[dtype]
+        else:
+            allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value)
+            allowed += torch.finfo(dtype).eps
+        assert fused[name].dtype == stock[name].dtype
+        assert_close(fused[name], value, allowed, name)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("recompute", ["expand", "block"])
+@pytest.mark.parametrize("case", [STRIDE_1, STRIDE_2], ids=["1", "2"])
+def test_training_without_a_stored_z1(
+    case: Case, recompute: str, dtype: torch.dtype, device: str
+) -> None:
+    compare(case, dtype, recompute, device, training=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [STRIDE_1, STRIDE_2], ids=["1", "2"])
+def test_training_with_a_stored_z1(case: Case, dtype: torch.dtype, device: str) -> None:
+    compare(case, dtype, "none", device, training=True)
+
+
+@pytest.mark.parametrize("case", [STRIDE_2, GATED], ids=["2", "se"])
+def test_evaluation(case: Case, device: str) -> None:
+    """And the gradient of a call that saved nothing."""
+    compare(case, torch.bfloat16, "block", device, training=False)
+
+
+def test_few_rows_store_z1_for_its_statistics(device: str) -> None:
+    """56 rows of 8 channels measure z1: only the passes after it are CUDA's."""
+    forward, _ = training_passes(STRIDE_1, torch.bfloat16, "expand", 1, 7, 8)
+    assert {"expand_kernel", "cuda_depthwise_forward"} <= set(names(forward))
+
+
+def test_what_cuda_does_not_cover_is_tritons_and_says_so() -> None:
+    silu = dataclasses.replace(STRIDE_1.description, expand_activation="silu")
+    with pytest.warns(FallbackWarning, match="CUDA kernels do not cover activation 'silu'"):
+        forward, _ = training_passes(
+            dataclasses.replace(STRIDE_1, description=silu), torch.bfloat16, "none", *SHAPE
+        )
+    assert "depthwise_kernel" in names(forward)
+
+
+def test_the_table_and_the_switch_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+    def kernels() -> list[str]:
+        return names(training_passes(STRIDE_1, torch.bfloat16, "none", *SHAPE)[0])
+
+    monkeypatch.delenv(SWITCH)
+    assert "depthwise_kernel" in kernels()
+    cuda = Implementation("cuda")
+    with choosing(lambda _, static: cuda if isinstance(static, Implementation) else static):
+        assert "cuda_depthwise_forward" in kernels()
+        monkeypatch.setenv(SWITCH, "never")
+        assert "depthwise_kernel" in kernels()
+    monkeypatch.setenv(SWITCH, "sometimes")
+    with pytest.raises(ValueError, match="MOAT_KERNELS_CUDA_KERNELS must be one of table, always"):
+        kernels()
+
+
+def test_autocast_of_float32_maps(device: str) -> None:
+    case = CASES["stride 1"]
+    case = dataclasses.replace(case, in_channels=8, wide_channels=16, out_channels=8)
+    parameters = map_tensors(make_parameters(case), lambda tensor: tensor.to(device).float())
+    x = torch.randn(2, 8, 8, 9, device=device) + 20
+    exact, stock, fused = (
+        _autocast_step(backend, x, parameters, case, dtype)
+        for backend, dtype in (("reference", None), ("reference", 1), ("triton", 1))
+    )
+    for name, value in exact.items():
+        if value.abs().max() > 1e-9:
+            allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value)
+            assert_close(fused[name], value, allowed + torch.finfo(torch.bfloat16).eps, name)
+
+
+def _autocast_step(backend, x, parameters, case, autocast) -> dict[str, Tensor]:
+    dtype = torch.float32 if autocast else torch.float64
+    with use_backend(backend), torch.autocast(x.device.type, torch.bfloat16, bool(autocast)):
+        return run(x, parameters, case.description, dtype, training=True, recompute="expand")
