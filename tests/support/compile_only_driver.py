@@ -125,9 +125,10 @@ def compile_only(arch: int | str) -> Iterator[list[Launch]]:
     """Compile what is launched inside the block for `arch`; yields the list of launches."""
     launches: list[Launch] = []
 
-    def record(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict) -> None:
+    def record(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict) -> Any:
         compiled = kernel.warmup(*arguments, grid=grid, **options)
         launches.append(Launch(kernel.__name__, grid, options, compiled))
+        return compiled
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_active", _CompileOnlyDriver(gpu_target(arch)))

@@ -1,0 +1,114 @@
+"""Measure the GPU kernels' launches on this machine's GPU: `python -m moat_kernels.tune`.
+
+    python -m moat_kernels.tune --model moat_0 --batch 64
+
+runs the named model, and for every kernel that it launches tries the launch tables' neighbours
+(triton_support/launch_table.py), checks that they compute the same, and writes the fastest to the
+user's launch table, which every later process on the same GPU reads. It takes some tens of minutes,
+mostly compiling, and needs the memory of a training step. Sums are formed in the order that a
+launch says, so results change in their last bits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moat_kernels.models import create_model
+from moat_kernels.ops.backends import backend_status, use_backend
+from moat_kernels.ops.launch_tables import LAUNCH_TABLES
+from moat_kernels.ops.triton_support import user_table
+from moat_kernels.ops.triton_support.launching import device_name
+from moat_kernels.ops.triton_support.tuning import Tuner, observing, time_on_gpu
+from moat_kernels.ops.triton_support.user_table import Entry
+from moat_kernels.variants import get_preprocessing, list_models
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Which passes run depends on what is recomputed: z1 is stored, or it is not.
+RECOMPUTE = ("none", "expand")
+
+
+def tune(
+    models: Iterable[nn.Module],
+    x: Tensor,
+    measure: Callable[[Callable[[], Any]], float],
+    report: Callable[[Entry], None],
+) -> None:
+    """Report the fastest launches of models on a batch x, in evaluation and training.
+
+    measure: the time that a function takes on the GPU, in microseconds.
+    """
+    tuner = Tuner(LAUNCH_TABLES, measure, report)
+    # Launches are observed in this thread only: so the backward pass must run here too.
+    with (
+        use_backend("triton"),
+        observing(tuner),
+        torch.autograd.set_multithreading_enabled(False),
+    ):
+        for model in models:
+            with torch.no_grad():
+                model.eval()(x)
+            model.train()(x).float().sum().backward()
+            model.zero_grad()
+
+
+def describe(entry: Entry) -> str:
+    """A measurement in one line."""
+    problem = entry.problem
+    sizes = " x ".join(map(str, problem.sizes))
+    dtype = str(problem.dtype).removeprefix("torch.")
+    return (
+        f"{problem.op} {problem.kernel}, {sizes}, {dtype}: {entry.microseconds:.1f} us "
+        f"(static {entry.static_microseconds:.1f} us) {entry.blocks}"
+    )
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m moat_kernels.tune",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--model", choices=list_models(), default="moat_0")
+    parser.add_argument("--resolution", type=int, help="pixels (default: the model's own)")
+    parser.add_argument("--batch", type=int, default=64, help="images (default: 64)")
+    parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    return parser.parse_args(arguments)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line. Exits with a reason where there is no GPU to measure on."""
+    options = _parse(arguments)
+    reason = backend_status()["triton"].reason
+    if not torch.cuda.is_available():
+        reason = "no CUDA device that torch can use"
+    if reason:
+        sys.exit(f"nothing can be measured here: {reason}. The static launch tables are in use.")
+    device, dtype = torch.device("cuda", torch.cuda.current_device()), DTYPES[options.dtype]
+    resolution = options.resolution or get_preprocessing(options.model).resolution
+    models = (
+        create_model(options.model, recompute=recompute).to(device, dtype)
+        for recompute in RECOMPUTE
+    )
+    x = torch.randn(options.batch, 3, resolution, resolution, device=device, dtype=dtype)
+    entries: list[Entry] = []
+
+    def report(entry: Entry) -> None:
+        entries.append(entry)
+        print(describe(entry), flush=True)
+
+    try:
+        tune(models, x.to(memory_format=torch.channels_last), time_on_gpu, report)
+    finally:  # what was measured is kept when the rest is interrupted
+        if entries:
+            file = user_table.write(device_name(device), entries)
+            print(f"{len(entries)} launches for {device_name(device)} written to {file}")
+
+
+if __name__ == "__main__":
+    main()
