@@ -1,0 +1,108 @@
+"""Nothing between the kernels makes the host wait for a GPU: what CUDA graphs need of every call.
+
+The launchers run on meta tensors in place of a GPU's, and every operation on the way is looked at.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from support.mbconv_cases import Case, make_parameters
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+pytest.importorskip("triton")
+
+from moat_kernels.functional import (
+    MBConvDescription,
+    Pool,
+    SqueezeExcite,
+    WindowAttentionDescription,
+)
+from moat_kernels.ops.mbconv import front
+from moat_kernels.ops.mbconv import triton_backend as mbconv
+from moat_kernels.ops.mbconv.running import update_running_statistics
+from moat_kernels.ops.triton_support import launching
+from moat_kernels.ops.window_attention import triton_backend as window_attention
+
+CASES = {
+    "1": MBConvDescription(),
+    "2, se": MBConvDescription(stride=2, pool=Pool(), squeeze_excite=SqueezeExcite()),
+}
+
+
+class OnOneDevice(TorchDispatchMode):
+    """Refuses operations whose result's size depends on data, and tensors outside the GPU."""
+
+    def __torch_dispatch__(self, operator: Any, types: Any, arguments: Any = (), options=None):
+        result = operator(*arguments, **(options or {}))
+        if torch.Tag.dynamic_output_shape in operator.tags:
+            raise AssertionError(f"{operator} waits for the size of its result")
+        for leaf in tree_leaves((arguments, options, result)):
+            if isinstance(leaf, Tensor) and leaf.device.type != "meta":
+                raise AssertionError(f"{operator} has a tensor on {leaf.device}")
+        return result
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(launching, "_run", lambda *_: None)
+
+
+def on_gpu(*shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
+    return torch.empty(shape, dtype=dtype, device="meta")
+
+
+@pytest.mark.parametrize("rows", ["few", "many"])
+@pytest.mark.parametrize("recompute", ["none", "expand", "block"])
+@pytest.mark.parametrize("case", CASES)
+def test_training_the_bottleneck(case: str, recompute: str, rows: str) -> None:
+    description = CASES[case]
+    case = Case(description, 8, 16, 8)
+    size = 12 if rows == "many" else 4
+    with torch.device("meta"):
+        parameters = make_parameters(case, torch.bfloat16)
+        x, scale = on_gpu(2, 8, size, size), on_gpu(2)
+        description = front.resolve_frozen(description, parameters, training=True)
+        needed = frozenset(("x", *front.PARAMETER_NAMES))
+        with OnOneDevice():
+            result = mbconv.forward(x, parameters, description, recompute, scale)
+            update_running_statistics(x, result.output, parameters, description, result.moments)
+            mbconv.backward(
+                *(result.output, x, parameters, description, recompute, scale),
+                *(result.saved, needed),
+            )
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_evaluating_the_bottleneck(case: str) -> None:
+    case = Case(CASES[case], 8, 16, 8)
+    with torch.device("meta"):
+        parameters = make_parameters(case, torch.bfloat16)
+        description = front.resolve_frozen(case.description, parameters, training=False)
+        x = on_gpu(2, 8, 12, 12)
+        with OnOneDevice():
+            mbconv.forward(x, parameters, description, "block", None)
+
+
+@pytest.mark.parametrize("window", [None, (4, 5)], ids=str)
+def test_attention(window: tuple[int, int] | None) -> None:
+    description = WindowAttentionDescription(2, 16, window)
+    qkv = on_gpu(2, 7, 9, 96)
+    rows, columns = description.window_for(7, 9)
+    table = on_gpu(2, 2 * rows - 1, 2 * columns - 1)
+    with OnOneDevice():
+        output, saved = window_attention.forward(qkv, table, description)
+        window_attention.backward(output, qkv, table, description, output, saved, True)
+
+
+def test_waiting_would_show() -> None:
+    with OnOneDevice():
+        for waits in (Tensor.item, Tensor.cpu, Tensor.nonzero, bool):
+            with pytest.raises((RuntimeError, NotImplementedError)):
+                waits(on_gpu(1))
+        with pytest.raises(AssertionError, match="on cpu"):
+            torch.ones(3).to("meta")
