@@ -1,4 +1,4 @@
-# Each of demo, test, bench, lint and sanitize first sets up all that it needs: Python 3.10 or newer is
+# Each of demo, test, bench, lint, sanitize and release first sets up all that it needs: Python 3.10 or newer is
 # enough, and a C++ compiler adds the native CPU kernels. ARGS is passed on to the program run:
 #   make test ARGS="-k mbconv"
 PYTHON ?= python3
@@ -14,10 +14,10 @@ BUILD_LOG := build/extension.log
 # pip and the kernels' build find ninja there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench lint sanitize clean
+.PHONY: help demo test bench lint sanitize release clean
 
 help:
-	@echo "make demo | test | bench | lint | sanitize | clean   (ARGS=... is passed on)"
+	@echo "make demo | test | bench | lint | sanitize | release | clean   (ARGS=... is passed on)"
 
 demo: $(EXTENSION)
 	$(VENV)/bin/python examples/train_classifier.py --blocks both $(ARGS)
@@ -39,6 +39,10 @@ lint: $(REQUIREMENTS)
 sanitize: $(PACKAGE)
 	$(VENV)/bin/python tests/sanitize.py address $(ARGS)
 	$(VENV)/bin/python tests/sanitize.py thread $(ARGS)
+
+# The source release and the wheel in dist/, tried in a bare environment: two minutes.
+release: $(REQUIREMENTS)
+	$(VENV)/bin/python tests/release.py
 
 # Where the kernels cannot be built this makes no file, so the next run tries, and tells, again.
 $(EXTENSION): $(PACKAGE) $(CSRC) setup.py

@@ -1,0 +1,168 @@
+"""Build the source release and the wheel, and try them as a user would: `make release`.
+
+The wheel is made of the source release, so that nothing missing in it goes unnoticed, and is
+installed into an environment that holds what the wheel says it needs and nothing else. Both lie in
+dist/ at the end. No network is used.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+import venv
+import zipfile
+from pathlib import Path
+
+from packaging.requirements import Requirement
+
+ROOT = Path(__file__).resolve().parents[1]
+DIST = ROOT / "dist"
+# Shared libraries that the kernels may need: PyTorch's, and those of any manylinux system.
+LIBRARIES = {
+    *("libc10.so", "libtorch.so", "libtorch_cpu.so"),
+    *("libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "libpthread.so.0"),
+}
+# What a wheel holds beside Python files and the kernels.
+METADATA_FILES = {"METADATA", "WHEEL", "RECORD", "top_level.txt", "licenses/LICENSE"}
+USE = """
+import torch, moat_kernels
+torch.manual_seed(0)
+model = moat_kernels.create_model("tiny_moat_0", num_classes=3)
+x = torch.randn(2, 3, 64, 64)
+output = model(x)
+output.square().mean().backward()
+with torch.no_grad():
+    model.eval()
+    with moat_kernels.use_backend("reference"):
+        expected = model(x)
+    error = float((model(x) - expected).abs().max() / expected.abs().max())
+assert error < 1e-4, error
+stock = torch.nn.Sequential(moat_kernels.reference.MBConvBlock(8, 8))
+assert len(moat_kernels.fuse(stock).fused) == 1 and moat_kernels.unfuse(stock) == ("0",)
+print(f"a model trains and runs; eval against the reference: {error:.1e}")
+"""
+
+
+def run(*command: object, cwd: Path = ROOT) -> str:
+    """Standard output of a command; its whole output where it fails."""
+    result = subprocess.run(list(map(str, command)), cwd=cwd, capture_output=True, text=True)
+    if result.returncode:
+        raise SystemExit(f"{command}\n{result.stdout}{result.stderr}")
+    return result.stdout
+
+
+def build_source(work: Path) -> Path:
+    """The source release."""
+    setup = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", work]
+    run(*setup, "sdist", "--dist-dir", DIST)
+    (archive,) = DIST.glob("*.tar.gz")
+    return archive
+
+
+def build_wheel(archive: Path, work: Path) -> Path:
+    """The wheel, of nothing but the source release."""
+    with tarfile.open(archive) as release:
+        release.extractall(work, filter="data")
+    (source,) = work.glob("moat_kernels-*/")
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", DIST]
+    run(sys.executable, "-m", "pip", "wheel", "-q", *options, source)
+    (wheel,) = DIST.glob("*.whl")
+    return wheel
+
+
+def check_wheel(wheel: Path, work: Path) -> bool:
+    """The wheel holds the package and nothing else; whether it has the native kernels."""
+    with zipfile.ZipFile(wheel) as archive:
+        names = set(archive.namelist())
+        record = json.loads(archive.read("moat_kernels/_build_record.json"))
+        archive.extractall(work)
+    native = not record["reason_not_built"]
+    version = wheel.name.split("-")[1]
+    expected = {path.relative_to(ROOT).as_posix() for path in ROOT.glob("moat_kernels/**/*.py")}
+    expected |= {"moat_kernels/py.typed", "moat_kernels/_build_record.json"}
+    expected |= {f"moat_kernels-{version}.dist-info/{name}" for name in METADATA_FILES}
+    expected |= {"moat_kernels/_C.abi3.so"} if native else set()
+    if names != expected:
+        raise SystemExit(f"stray or missing in {wheel.name}: {sorted(names ^ expected)}")
+    tag = r"cp310-abi3-\w+" if native else "py3-none-any"
+    if not re.fullmatch(rf"moat_kernels-{version}-{tag}\.whl", wheel.name):
+        raise SystemExit(f"{wheel.name} has not the tag {tag}")
+    if native and sys.platform == "linux":
+        check_library(work / "moat_kernels" / "_C.abi3.so")
+    return native
+
+
+def check_library(library: Path) -> None:
+    """It needs no library that a user may lack, and of Python the stable ABI's module call only."""
+    needed = set(re.findall(r"NEEDED\s+(\S+)", run("objdump", "-p", library)))
+    unknown = {name for name in needed if name not in LIBRARIES and not name.startswith("ld-linux")}
+    if unknown:
+        raise SystemExit(f"{library.name} needs {sorted(unknown)}")
+    symbols = set(re.findall(r"\bU (_?Py\w+)", run("nm", "-D", library)))
+    if not symbols <= {"PyModule_Create2", "PyModuleDef_Init"}:
+        raise SystemExit(f"{library.name} uses {sorted(symbols)} of Python")
+
+
+def requirements(name: str, found: set[str]) -> set[str]:
+    """The distribution called `name` and all that it needs, extras left out."""
+    if name in found:
+        return found
+    found.add(name)
+    for text in importlib.metadata.requires(name) or ():
+        requirement = Requirement(text)
+        if requirement.marker is None or requirement.marker.evaluate({"extra": ""}):
+            requirements(requirement.name, found)
+    return found
+
+
+def make_bare_environment(folder: Path) -> Path:
+    """A virtual environment with torch, numpy and what they need, linked; its Python."""
+    venv.create(folder, with_pip=True, symlinks=True)
+    python = folder / "bin" / "python"
+    target = Path(
+        run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))").strip()
+    )
+    needed: set[str] = set()
+    for name in ("torch", "numpy"):
+        requirements(name, needed)
+    for name in sorted(needed):
+        distribution = importlib.metadata.distribution(name)
+        tops = {path.parts[0] for path in distribution.files or ()} - {"..", "__pycache__"}
+        for top in tops - {entry.name for entry in target.iterdir()}:
+            (target / top).symlink_to(distribution.locate_file(top))
+    return python
+
+
+def main() -> None:
+    shutil.rmtree(DIST, ignore_errors=True)
+    # Not below the checkout, whose own package would be found first.
+    with tempfile.TemporaryDirectory() as temporary:
+        work = Path(temporary)
+        archive = build_source(work)
+        print(f"source release: {archive.name}, {archive.stat().st_size / 2**20:.1f} MiB")
+        wheel = build_wheel(archive, work)
+        native = check_wheel(wheel, work / "unpacked")
+        kernels = "with" if native else "without"
+        print(
+            f"wheel {kernels} native kernels: {wheel.name}, {wheel.stat().st_size / 2**20:.1f} MiB"
+        )
+        python = make_bare_environment(work / "environment")
+        run(python, "-m", "pip", "install", "-q", "--no-index", wheel, cwd=work)
+        facts = json.loads(run(python, "-m", "moat_kernels.info", "--json", cwd=work))
+        if facts["extension"]["usable"] != native or facts["backends"]["cpu"]["usable"] != native:
+            raise SystemExit(f"the native kernels are not usable as installed: {facts}")
+        versions = ", ".join(
+            f"{name} {value}" for name, value in facts["versions"].items() if value
+        )
+        print(f"installed beside {versions}")
+        print(run(python, "-c", USE, cwd=work), end="")
+
+
+if __name__ == "__main__":
+    main()
