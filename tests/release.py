@@ -31,20 +31,39 @@ LIBRARIES = {
 # What a wheel holds beside Python files and the kernels.
 METADATA_FILES = {"METADATA", "WHEEL", "RECORD", "top_level.txt", "licenses/LICENSE"}
 USE = """
-import torch, moat_kernels
+import torch
+from torch import nn
+
+import moat_kernels
+from moat_kernels import FusedMOATBlock, FusionReport
+from moat_kernels.adapters import Bottleneck, MBConvAdapter, read_bottleneck
+
+
+class Mine(MBConvAdapter):
+    implementation, class_name, children = "mine", "Block", ("expand", "depthwise", "project")
+
+    def read(self, block: nn.Module) -> Bottleneck:
+        expand, depthwise, project = (block.get_submodule(name) for name in self.children)
+        return read_bottleneck(expand=expand, depthwise=depthwise, project=project)
+
+
+moat_kernels.register_adapter(Mine())
 torch.manual_seed(0)
-model = moat_kernels.create_model("tiny_moat_0", num_classes=3)
+model: moat_kernels.MOAT = moat_kernels.create_model("tiny_moat_0", num_classes=3)
+same: moat_kernels.MOAT = moat_kernels.convert_sync_batchnorm(model)
 x = torch.randn(2, 3, 64, 64)
-output = model(x)
-output.square().mean().backward()
+model(x).square().mean().backward()
+model.eval()
 with torch.no_grad():
-    model.eval()
     with moat_kernels.use_backend("reference"):
         expected = model(x)
     error = float((model(x) - expected).abs().max() / expected.abs().max())
 assert error < 1e-4, error
-stock = torch.nn.Sequential(moat_kernels.reference.MBConvBlock(8, 8))
-assert len(moat_kernels.fuse(stock).fused) == 1 and moat_kernels.unfuse(stock) == ("0",)
+block = moat_kernels.reference.MOATBlock(8, 32, window_size=7)
+report: FusionReport = moat_kernels.fuse(block, recompute="block")
+assert isinstance(block, FusedMOATBlock), report
+undone: tuple[str, ...] = moat_kernels.unfuse(block)
+assert undone == tuple(entry.path for entry in report.fused)
 print(f"a model trains and runs; eval against the reference: {error:.1e}")
 """
 
@@ -161,7 +180,13 @@ def main() -> None:
             f"{name} {value}" for name, value in facts["versions"].items() if value
         )
         print(f"installed beside {versions}")
-        print(run(python, "-c", USE, cwd=work), end="")
+        script = work / "use.py"
+        script.write_text(USE)
+        print(run(python, script, cwd=work), end="")
+        mypy = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", work / "mypy"]
+        print(
+            "mypy --strict: " + run(*mypy, "--python-executable", python, script, cwd=work), end=""
+        )
 
 
 if __name__ == "__main__":

@@ -107,8 +107,9 @@ def test_float16_with_a_gradient_scaler() -> None:
         scaler.step(optimizer)
         assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
     for name, value in results[False].items():
-        # float16 keeps 11 bits, and some ten layers round.
-        assert_close(results[True][name], value, 5e-2, name, floor=1e-2)
+        # float16 keeps 11 bits, and some ten layers round. The floor is for gradients that are zero
+        # in exact arithmetic: what is left of them depends on PyTorch's convolutions.
+        assert_close(results[True][name], value, 5e-2, name, floor=2e-2)
 
 
 def test_two_runs_are_equal_to_the_bit() -> None:

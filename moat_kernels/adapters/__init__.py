@@ -26,10 +26,10 @@ from moat_kernels.adapters.base import (
     Adapter,
     AttentionAdapter,
     AttentionReading,
-    Bottleneck,
     MBConvAdapter,
 )
 from moat_kernels.adapters.reading import (
+    Bottleneck,
     NotCovered,
     NotCoveredInTraining,
     read_bottleneck,

@@ -11,10 +11,10 @@ from torch import Tensor
 from moat_kernels.adapters.base import (
     AttentionAdapter,
     AttentionReading,
-    Bottleneck,
     MBConvAdapter,
 )
 from moat_kernels.adapters.reading import (
+    Bottleneck,
     NotCovered,
     class_name,
     read_bottleneck,

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from moat_kernels.adapters.base import (
     AttentionAdapter,
     AttentionReading,
-    Bottleneck,
     MBConvAdapter,
 )
 from moat_kernels.adapters.reading import (
+    Bottleneck,
     DropPathReading,
     Gate,
     NotCovered,

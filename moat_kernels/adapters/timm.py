@@ -12,10 +12,10 @@ from moat_kernels.adapters.base import (
     Adapter,
     AttentionAdapter,
     AttentionReading,
-    Bottleneck,
     MBConvAdapter,
 )
 from moat_kernels.adapters.reading import (
+    Bottleneck,
     Gate,
     NotCovered,
     child_names,

@@ -11,10 +11,10 @@ from torch import Tensor, nn
 from moat_kernels.adapters.base import (
     AttentionAdapter,
     AttentionReading,
-    Bottleneck,
     MBConvAdapter,
 )
 from moat_kernels.adapters.reading import (
+    Bottleneck,
     NotCovered,
     child_names,
     class_name,

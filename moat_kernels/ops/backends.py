@@ -170,7 +170,7 @@ def is_eager() -> bool:
         torch.compiler.is_compiling()
         or torch._C._are_functorch_transforms_active()
         or torch.onnx.is_in_onnx_export()
-        or torch.jit.is_tracing()
+        or torch.jit.is_tracing()  # type: ignore[attr-defined]
     )
 
 
@@ -188,6 +188,6 @@ def _where_operators_are_known(op: str, chosen: str) -> str:
             f"{op}: backend {chosen!r} has no rules for torch.func transforms (grad, vmap, jvp, "
             "...); under moat_kernels.use_backend('reference') it is plain PyTorch, which has"
         )
-    if torch.jit.is_tracing():
+    if torch.jit.is_tracing():  # type: ignore[attr-defined]
         raise RuntimeError(f"{op}: {NO_TORCHSCRIPT}")
     return chosen
