@@ -6,6 +6,7 @@
 // Everything lies in the instruction set's namespace: an inline function that two sets shared would
 // be linked once, and could hold instructions that the running CPU lacks.
 
+#include <cstddef>
 #include <cstdint>
 #include <utility>
 

@@ -44,6 +44,13 @@ FOLDED_GRADIENT_CORRELATED = 2e-3
 # as stock PyTorch modules in that dtype (which round after every step, as we do after fewer).
 LOW_PRECISION_FACTOR = 2.0
 
+# What storing a float32 result in another dtype adds: one rounding, half a unit in the last place,
+# and the same of the stored output that attention's backward reads.
+STORED_ROUNDING = {
+    dtype: 0.0 if dtype is torch.float32 else torch.finfo(dtype).eps
+    for dtype in (torch.float32, torch.bfloat16, torch.float16)
+}
+
 # A CUDA stencil kernel in float32 against float64: GELU by a polynomial is within 9e-7, then sums
 # of nine products, or of the products of all pixels in float32 partial sums.
 CUDA_KERNEL = 1e-5
