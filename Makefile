@@ -1,10 +1,11 @@
-# Each of demo, test, bench, lint, sanitize and release first sets up all that it needs: Python 3.10 or newer is
-# enough, and a C++ compiler adds the native CPU kernels. ARGS is passed on to the program run:
+# Each of demo, test, bench, targets, lint, sanitize and release first sets up all that it needs:
+# Python 3.10 or newer is enough, and a C++ compiler adds the native CPU kernels. ARGS is passed on to
+# the program run:
 #   make test ARGS="-k mbconv"
 PYTHON ?= python3
 VENV := .venv
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
-EMULATION := $(shell find tests/support/cuda_on_cpu -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
+TEST_CSRC := $(shell find tests/support -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
 REQUIREMENTS := $(VENV)/.requirements-installed
 PEERS := $(VENV)/.peers-installed
 PACKAGE := $(VENV)/.package-installed
@@ -14,10 +15,11 @@ BUILD_LOG := build/extension.log
 # pip and the kernels' build find ninja there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench lint sanitize release clean
+.PHONY: help demo test bench targets lint sanitize release clean
 
 help:
-	@echo "make demo | test | bench | lint | sanitize | release | clean   (ARGS=... is passed on)"
+	@echo "make demo | test | bench | targets | lint | sanitize | release | clean" \
+	      "(ARGS=... is passed on)"
 
 demo: $(EXTENSION)
 	$(VENV)/bin/python examples/train_classifier.py --blocks both $(ARGS)
@@ -26,12 +28,18 @@ test: $(EXTENSION) $(PEERS)
 	$(VENV)/bin/python -m pytest $(ARGS)
 
 bench: $(EXTENSION) $(PEERS)
-	$(VENV)/bin/python -m pytest benchmarks --benchmark-only $(ARGS)
+	@mkdir -p build
+	$(VENV)/bin/python -m pytest benchmarks --benchmark-only \
+	  --benchmark-json build/benchmarks.json $(ARGS)
+
+# The targets and what this machine reaches of them; measures what `make bench` has not.
+targets: $(EXTENSION) $(PEERS)
+	$(VENV)/bin/python benchmarks/targets.py $(ARGS)
 
 lint: $(REQUIREMENTS)
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
-	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(EMULATION)
+	$(VENV)/bin/clang-format --dry-run -Werror $(CSRC) $(TEST_CSRC)
 	$(VENV)/bin/mypy
 
 # The native kernels' tests under AddressSanitizer, UndefinedBehaviorSanitizer and ThreadSanitizer:

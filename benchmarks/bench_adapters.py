@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import copy
 import time
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
-from interleaved import Contender, Group
+from interleaved import Comparison, Contender, Group, contenders_of
 from support.peers import import_peer
 from support.twins import apple, changzy00, rookichenn
 from torch import Tensor, nn
@@ -61,14 +61,14 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
 QUICK = ("timm coatnet_0",)
 
 
-@lru_cache(maxsize=1)  # contenders of a group run one after the other
-def make_group(name: str, mode: str) -> Group:
-    """All contenders for one model, with the same weights and images."""
+def make_group(name: str, mode: str, names: Sequence[str]) -> Group:
+    """The contenders named for one model, with the same weights and images."""
     torch.manual_seed(0)
     stock = MODELS[name]().train(mode == "training")
     x = torch.randn(BATCH[mode], 3, RESOLUTION, RESOLUTION)
     contenders = {}
-    for contender, (fused, memory_format) in CONTENDERS.items():
+    for contender in names:
+        fused, memory_format = CONTENDERS[contender]
         model = copy.deepcopy(stock)
         if fused:
             mk.fuse(model)
@@ -77,7 +77,7 @@ def make_group(name: str, mode: str) -> Group:
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(stock).eval()(x[:1])
     flops = counter.get_total_flops() * BATCH[mode] * (3 if mode == "training" else 1)
-    return Group(f"adapters {mode} {name} {RESOLUTION} batch {BATCH[mode]}", contenders, flops)
+    return Group(contenders, flops)
 
 
 def _contender(model: nn.Module, x: Tensor, mode: str) -> Contender:
@@ -126,13 +126,20 @@ def fused_share(name: str) -> float:
     return spent / (time.perf_counter() - start)
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize("mode", BATCH)
-@pytest.mark.parametrize(
-    "name",
-    [pytest.param(name, marks=() if name in QUICK else pytest.mark.full) for name in MODELS],
-)
-def test_models(benchmark: Any, measure: Any, name: str, mode: str, contender: str) -> None:
+COMPARISONS = {
+    Comparison(
+        f"adapters {mode} {name} {RESOLUTION} batch {batch}",
+        partial(make_group, name, mode),
+        contenders=tuple(CONTENDERS),
+        full=name not in QUICK,
+    ): name
+    for name in MODELS
+    for mode, batch in BATCH.items()
+}
+
+
+@pytest.mark.parametrize(("comparison", "contender"), contenders_of(list(COMPARISONS)))
+def test_adapters(benchmark: Any, measure: Any, comparison: Comparison, contender: str) -> None:
     if contender == "stock":
-        benchmark.extra_info["fused_share"] = fused_share(name)
-    measure(make_group(name, mode), contender)
+        benchmark.extra_info["fused_share"] = fused_share(COMPARISONS[comparison])
+    measure(comparison, contender)

@@ -1,45 +1,32 @@
 """Whole models: eval at batch 1 and 8, and a training step (forward, backward) at batch 8.
 
-OpenVINO and ONNX Runtime (peers.py) take part in eval where they are installed.
+OpenVINO and ONNX Runtime (peers.py) take part in eval where they are installed. The largest models
+are measured at smaller batches (shapes.py).
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+import copy
+from collections.abc import Sequence
+from functools import partial
+from typing import Any
 
 import pytest
-import shapes
 import torch
-from interleaved import Contender, Group
-from peers import available_peers, make_peer
-from shapes import TRAINING_BATCH, models
+from bench_mbconv import FUSED, LEVELS, STOCK
+from interleaved import Comparison, Contender, Group, contenders_of
+from peers import RUNTIMES, checkpoint_blocks, compiled, make_peers
+from shapes import LARGE_MODELS, MODELS, Model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 import moat_kernels as mk
-from moat_kernels.ops.backends import backend_status
 
-FUSED = [name for name in ("torch", "cpu") if backend_status()[name].usable]
-# name -> (memory format, backend or None for stock blocks, recompute)
-EVAL = {
-    "stock": (torch.contiguous_format, None, "auto"),
-    "stock channels_last": (torch.channels_last, None, "auto"),
-    **{name: (torch.channels_last, name, "auto") for name in FUSED},
-}
-# Compiling takes minutes.
-PEERS = [name for name in available_peers() if name != "torch.compile" or shapes.FULL]
-TRAINING = {
-    **{name: EVAL[name] for name in ("stock", "stock channels_last")},
-    **{
-        f"{name} {level}": (torch.channels_last, name, level)
-        for name in FUSED
-        for level in ("none", "expand", "block")
-    },
-}
+QUICK_EVAL, QUICK_TRAINING = ("tiny_moat_0", "moat_0"), ("tiny_moat_0",)
 
 
 def make_contender(
-    model: torch.nn.Module, x: Tensor, backend: str | None, training: bool
+    model: torch.nn.Module, x: Tensor, training: bool, backend: str | None = None
 ) -> Contender:
     """A forward pass without gradients, or forward and backward of a scalar loss."""
 
@@ -57,47 +44,66 @@ def make_contender(
     )
 
 
-@lru_cache(maxsize=1)  # contenders of a group run one after the other
-def make_group(name: str, resolution: int, batch: int, training: bool) -> Group:
-    """All contenders for one variant, with the same weights and images."""
+def make_group(model: Model, batch: int, training: bool, names: Sequence[str]) -> Group:
+    """The contenders named, with the same weights and images."""
     torch.manual_seed(0)
-    x = torch.randn(batch, 3, resolution, resolution)
-    stock = mk.create_model(name, fused=False, drop_path_rate=0.0).train(training)
-    contenders = {}
-    for contender, (memory_format, backend, recompute) in (TRAINING if training else EVAL).items():
-        model = stock
-        if backend is not None:
-            model = mk.create_model(name, recompute=recompute, drop_path_rate=0.0)
-            model.load_state_dict(stock.state_dict())
-        contenders[contender] = make_contender(
-            model.train(training), x.contiguous(memory_format=memory_format), backend, training
-        )
-    if not training:
-        for peer in PEERS:
-            contenders[peer] = Contender(make_peer(peer, stock, x))
-    mode = "training" if training else "eval"
-    return Group(
-        f"model {mode} {name} {resolution} batch {batch}",
-        contenders,
-        flops=_flops(name, resolution) * batch * (3 if training else 1),
-    )
+    x = torch.randn(batch, 3, model.resolution, model.resolution)
+    channels_last = x.to(memory_format=torch.channels_last)
+    stock = mk.create_model(model.name, fused=False, drop_path_rate=0.0).train(training)
+    peers = {} if training else make_peers(names, stock, x)
+
+    def make(name: str) -> Contender:
+        if name in peers:
+            return peers[name]
+        if name in STOCK:
+            return make_contender(stock, x.contiguous(memory_format=STOCK[name]), training)
+        if name == "stock checkpoint":
+            checkpointed = checkpoint_blocks(copy.deepcopy(stock))
+            return make_contender(checkpointed, channels_last, training)
+        if name == "torch.compile":
+            return make_contender(compiled(stock), channels_last, training)
+        backend, _, level = name.partition(" ")
+        fused = mk.create_model(model.name, recompute=level or "auto", drop_path_rate=0.0)
+        fused.load_state_dict(stock.state_dict())
+        return make_contender(fused.train(training), channels_last, training, backend)
+
+    flops = (3 if training else 1) * batch * _flops(model)
+    return Group({name: make(name) for name in names}, flops)
 
 
-def _flops(name: str, resolution: int) -> float:
+def _flops(model: Model) -> float:
     """Of one image's forward pass, by PyTorch's own counter on tensors without data."""
     with torch.device("meta"), FlopCounterMode(display=False) as counter, torch.no_grad():
-        mk.create_model(name, fused=False).eval()(torch.empty(1, 3, resolution, resolution))
+        stock = mk.create_model(model.name, fused=False).eval()
+        stock(torch.empty(1, 3, model.resolution, model.resolution))
     return counter.get_total_flops()
 
 
-@pytest.mark.parametrize("contender", [*EVAL, *PEERS])
-@pytest.mark.parametrize("batch", [1, pytest.param(8, marks=pytest.mark.full)])
-@pytest.mark.parametrize(("name", "resolution"), models(quick=("tiny_moat_0", "moat_0")))
-def test_eval(measure, name: str, resolution: int, batch: int, contender: str) -> None:
-    measure(make_group(name, resolution, batch, training=False), contender)
+EVAL = [
+    Comparison(
+        f"model eval {model} batch {batch}",
+        partial(make_group, model, batch, False),
+        contenders=(*STOCK, "torch.compile", *RUNTIMES, *FUSED),
+        full=model.name not in QUICK_EVAL or batch > 1,
+    )
+    for model in MODELS
+    for batch in ((1,) if model.name in LARGE_MODELS else (1, 8))
+]
+TRAINING = [
+    Comparison(
+        f"model training {model} batch {model.training_batch}",
+        partial(make_group, model, model.training_batch, True),
+        contenders=(
+            *(*STOCK, "stock checkpoint", "torch auto"),
+            *(f"cpu {level}" for level in LEVELS if "cpu" in FUSED),
+        ),
+        slow=("torch.compile", "torch expand", "torch block"),
+        full=model.name not in QUICK_TRAINING,
+    )
+    for model in MODELS
+]
 
 
-@pytest.mark.parametrize("contender", TRAINING)
-@pytest.mark.parametrize(("name", "resolution"), models(quick=("tiny_moat_0",)))
-def test_training(measure, name: str, resolution: int, contender: str) -> None:
-    measure(make_group(name, resolution, TRAINING_BATCH, training=True), contender)
+@pytest.mark.parametrize(("comparison", "contender"), contenders_of([*EVAL, *TRAINING]))
+def test_models(measure: Any, comparison: Comparison, contender: str) -> None:
+    measure(comparison, contender)

@@ -1,18 +1,21 @@
 """Window attention with position bias: forward and backward, from packed qkv and the bias table.
 
 The floor is the bare batched matrix products on contiguous operands: two forward, five backward
-(the scores once more).
+(the scores once more). torch.compile gets the same function as scaled_dot_product_attention.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from interleaved import Contender, Group
-from shapes import ATTENTION_SHAPES, HEAD_DIM, TRAINING_BATCH
+from interleaved import Comparison, Contender, Group, contenders_of
+from peers import compiled
+from shapes import ATTENTION_MAPS, HEAD_DIM, TRAINING_BATCH, AttentionMap
 from torch import Tensor
 
 import moat_kernels as mk
@@ -23,7 +26,6 @@ from moat_kernels.ops.window_attention.position_bias import gather_bias
 from moat_kernels.ops.window_attention.reference import split_heads
 
 OURS = [name for name in ("reference", "torch", "cpu") if backend_status()[name].usable]
-CONTENDERS = ["floor", "scaled_dot_product_attention", *OURS]
 
 
 def scaled_dot_product(
@@ -53,10 +55,10 @@ def bare_products(windows: int, tokens: int) -> Contender:
     return Contender(call)
 
 
-@lru_cache(maxsize=1)  # contenders of a group run one after the other
-def make_group(size: int, window: int | None, channels: int) -> Group:
-    """All contenders for one shape, with the same input."""
+def make_group(attention_map: AttentionMap, names: Sequence[str]) -> Group:
+    """The contenders named, with the same input."""
     torch.manual_seed(0)
+    size, window, channels = attention_map
     description = WindowAttentionDescription(
         channels // HEAD_DIM, HEAD_DIM, None if window is None else (window, window)
     )
@@ -64,8 +66,9 @@ def make_group(size: int, window: int | None, channels: int) -> Group:
     qkv = torch.randn(TRAINING_BATCH, size, size, 3 * channels, requires_grad=True)
     table = torch.randn(description.heads, 2 * side - 1, 2 * side - 1, requires_grad=True)
     cotangent = torch.randn(TRAINING_BATCH, size, size, channels)
+    windows = TRAINING_BATCH * (size // side) ** 2 * description.heads
 
-    def contender(function, backend: str | None) -> Contender:
+    def contender(function: Callable[..., Tensor], backend: str | None = None) -> Contender:
         def forward() -> Tensor:
             if backend is None:
                 return function(qkv, table, description)
@@ -77,19 +80,29 @@ def make_group(size: int, window: int | None, channels: int) -> Group:
 
         return Contender(lambda: forward().backward(cotangent), setup, forward, (qkv, table))
 
-    windows = TRAINING_BATCH * (size // side) ** 2 * description.heads
-    contenders = {
-        "floor": bare_products(windows, side * side),
-        "scaled_dot_product_attention": contender(scaled_dot_product, None),
-        **{name: contender(window_attention, name) for name in OURS},
-    }
+    def make(name: str) -> Contender:
+        if name == "floor":
+            return bare_products(windows, side * side)
+        if name == "scaled_dot_product_attention":
+            return contender(scaled_dot_product)
+        if name == "torch.compile":
+            return contender(compiled(scaled_dot_product))
+        return contender(window_attention, name)
+
     flops = 7 * 2 * windows * side**4 * HEAD_DIM
-    kind = "whole map" if window is None else f"{window}x{window} windows"
-    name = f"window_attention training {size}x{size}x{channels} {kind} batch {TRAINING_BATCH}"
-    return Group(name, contenders, flops, floor="floor")
+    return Group({name: make(name) for name in names}, flops)
 
 
-@pytest.mark.parametrize("contender", CONTENDERS)
-@pytest.mark.parametrize(("size", "window", "channels"), ATTENTION_SHAPES)
-def test_training(measure, size: int, window: int | None, channels: int, contender: str) -> None:
-    measure(make_group(size, window, channels), contender)
+TRAINING = [
+    Comparison(
+        f"window_attention training {attention_map} batch {TRAINING_BATCH}",
+        partial(make_group, attention_map),
+        contenders=("floor", "scaled_dot_product_attention", "torch.compile", *OURS),
+    )
+    for attention_map in ATTENTION_MAPS
+]
+
+
+@pytest.mark.parametrize(("comparison", "contender"), contenders_of(TRAINING))
+def test_window_attention(measure: Any, comparison: Comparison, contender: str) -> None:
+    measure(comparison, contender)

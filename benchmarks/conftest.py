@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
-import shapes
-import torch
-from interleaved import Contender, Group
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
 
-from moat_kernels.info import collect
+import pytest
+import torch
+from interleaved import Comparison, Group
+from machine import facts, summary
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -17,7 +19,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
-    shapes.FULL = config.getoption("--full")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -29,17 +30,32 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict) -> None:
-    machine_info["moat_kernels"] = collect()
+    machine_info["moat_kernels"] = facts()
+
+
+@pytest.fixture(scope="session")
+def measure_group(request: pytest.FixtureRequest) -> Callable[[Comparison], Group]:
+    """Makes a group of all contenders that this run has, once."""
+    full = request.config.getoption("--full")
+
+    @lru_cache(maxsize=1)  # contenders of a group run one after the other
+    def make(comparison: Comparison) -> Group:
+        slow = comparison.slow if full else ()
+        return comparison.make((*comparison.contenders, *slow))
+
+    return make
 
 
 @pytest.fixture
-def measure(benchmark):
-    """measure(group, name): time one contender, beside all others of its group."""
+def measure(benchmark: Any, measure_group: Any) -> Callable[[Comparison, str], None]:
+    """measure(comparison, name): time one contender, beside all others of its group."""
 
-    def run(group: Group, name: str) -> None:
-        contender: Contender = group.contenders[name]
-        benchmark.group = group.name
+    def run(comparison: Comparison, name: str) -> None:
+        group = measure_group(comparison)
+        contender = group.contenders[name]
+        benchmark.group = comparison.name
         benchmark.extra_info.update(group.extra_info(name))
-        benchmark.pedantic(contender.call, setup=contender.setup, rounds=3)
+        benchmark.extra_info.update(summary())
+        benchmark.pedantic(contender.call, setup=contender.setup, rounds=1)
 
     return run

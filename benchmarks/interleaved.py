@@ -4,16 +4,23 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import pytest
+from floor import peak_gflops
 from torch import Tensor
 
-from moat_kernels.memory import saved_bytes
+from moat_kernels.memory import peak_bytes, saved_bytes
 
-ROUNDS = 5
+# Rounds after the warm-up: as many as fit the time, calls of a few milliseconds get the most.
+FEWEST_ROUNDS, MOST_ROUNDS = 5, 51
+SECONDS = 4.0
+# Threads of the contender before spin for some milliseconds, in which they take cores from the next
+# one. Short calls are repeated, untimed, until that is over.
+SETTLE_SECONDS = 5e-3
 
 
 def _nothing() -> None:
@@ -26,51 +33,100 @@ class Contender:
 
     call: computes it once. setup: runs before each call, untimed. forward: the differentiable
     part, and state: parameters and buffers, for the bytes saved for backward (None: not trained).
+    keeps_memory: it holds its working memory between calls, so a peak would say nothing.
     """
 
     call: Callable[[], Any]
     setup: Callable[[], None] = _nothing
     forward: Callable[[], Tensor] | None = None
     state: tuple[Tensor, ...] = ()
+    keeps_memory: bool = False
 
 
 @dataclass
 class Group:
-    """Contenders that are compared with each other, the first (the floor or baseline) included.
+    """Contenders that are compared with each other; one called "floor" is the bound of them all.
 
     flops: of one call, multiply-adds counted as two.
     """
 
-    name: str
     contenders: dict[str, Contender]
     flops: float
-    floor: str | None = None
+
+    @cached_property
+    def peak_gflops(self) -> float:
+        """What the machine can do now."""
+        return peak_gflops()
 
     @cached_property
     def medians(self) -> dict[str, float]:
-        """Seconds per call of each contender, median of ROUNDS in turn, after one warm-up each."""
+        """Seconds per call of each contender, all in turn, after one warm-up each."""
         seconds: dict[str, list[float]] = {name: [] for name in self.contenders}
-        for round_number in range(ROUNDS + 1):
-            for name, contender in self.contenders.items():
+        self._round(seconds)
+        start = time.perf_counter()
+        for rounds in range(MOST_ROUNDS):
+            if rounds >= FEWEST_ROUNDS and time.perf_counter() - start > SECONDS:
+                break
+            self._round(seconds)
+        return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+    def _round(self, seconds: dict[str, list[float]]) -> None:
+        for name, contender in self.contenders.items():
+            settled = time.perf_counter() + SETTLE_SECONDS
+            while seconds[name] and seconds[name][-1] < 20 * SETTLE_SECONDS:
                 contender.setup()
-                start = time.perf_counter()
                 contender.call()
-                elapsed = time.perf_counter() - start
-                if round_number > 0:
-                    seconds[name].append(elapsed)
-        return {name: statistics.median(values) for name, values in seconds.items()}
+                if time.perf_counter() > settled:
+                    break
+            contender.setup()
+            start = time.perf_counter()
+            contender.call()
+            seconds[name].append(time.perf_counter() - start)
 
     def extra_info(self, name: str) -> dict[str, Any]:
         """What the benchmark of contender `name` records."""
-        median = self.medians[name]
+        median, contender = self.medians[name], self.contenders[name]
         info = {
             "contender": name,
             "interleaved_ms": 1e3 * median,
             "gflops": self.flops / median / 1e9,
+            "peak_gflops": self.peak_gflops,
         }
-        if self.floor is not None:
-            info["time_over_floor"] = median / self.medians[self.floor]
-        contender = self.contenders[name]
+        if "floor" in self.contenders:
+            info["time_over_floor"] = median / self.medians["floor"]
+            info["share_of_floor"] = self.medians["floor"] / median
         if contender.forward is not None:
             info["saved_bytes"] = saved_bytes(contender.forward, contender.state)
+        if not contender.keeps_memory:
+            contender.setup()
+            info["peak_bytes"] = peak_bytes(contender.call)
         return info
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A group that is not made yet.
+
+    make: the group with the contenders named. contenders: their names; slow: those of more that
+    are run with --full only. full: all of it is run with --full only.
+    """
+
+    name: str
+    make: Callable[[Sequence[str]], Group] = field(repr=False)
+    contenders: tuple[str, ...]
+    slow: tuple[str, ...] = ()
+    full: bool = False
+
+
+def contenders_of(comparisons: Sequence[Comparison]) -> list:
+    """(comparison, contender) of all, as the parameters of a benchmark."""
+    return [
+        pytest.param(
+            comparison,
+            contender,
+            id=f"{comparison.name}-{contender}",
+            marks=pytest.mark.full if comparison.full or contender in comparison.slow else (),
+        )
+        for comparison in comparisons
+        for contender in (*comparison.contenders, *comparison.slow)
+    ]

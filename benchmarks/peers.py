@@ -1,4 +1,4 @@
-"""Other ways to run a model's forward pass on a CPU, each as a function of a batch of images.
+"""Other ways to run a model: runtimes for its forward pass on a CPU, and checkpointing.
 
 OpenVINO and ONNX Runtime come with the extra `bench` and are left out where they are missing; they
 get the stock model as ONNX, torch.compile gets it with its weights frozen.
@@ -8,36 +8,63 @@ from __future__ import annotations
 
 import importlib.util
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
+from functools import partial
 
 import torch
+from interleaved import Contender
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from moat_kernels.reference import MBConvBlock
 
 Forward = Callable[[], object]
 
 _PACKAGES = {"OpenVINO": ("openvino", "onnx"), "ONNX Runtime": ("onnxruntime", "onnx")}
+RUNTIMES = tuple(
+    name
+    for name, packages in _PACKAGES.items()
+    if all(importlib.util.find_spec(package) for package in packages)
+)
 
 
-def available_peers() -> list[str]:
-    """The names that `make_peer` can make here."""
-    return [
-        "torch.compile",
-        *(
-            name
-            for name, packages in _PACKAGES.items()
-            if all(importlib.util.find_spec(package) for package in packages)
-        ),
-    ]
+def make_peers(names: Sequence[str], model: torch.nn.Module, x: Tensor) -> dict[str, Contender]:
+    """Forward passes of `model` (in eval) on `x`, by those of `names` that are runtimes.
+
+    All use the threads of this process.
+    """
+    peers = {}
+    if "torch.compile" in names:
+        peers["torch.compile"] = Contender(_compiled(model, x))
+    makers = {"OpenVINO": _openvino, "ONNX Runtime": _onnxruntime}
+    wanted = [name for name in names if name in makers]
+    program = to_onnx(model, x) if wanted else b""
+    for name in wanted:
+        peers[name] = Contender(makers[name](program, x), keeps_memory=True)
+    return peers
 
 
-def make_peer(name: str, model: torch.nn.Module, x: Tensor) -> Forward:
-    """A forward pass of `model` on `x` by the runtime called `name`, in this process's threads."""
-    if name == "torch.compile":
-        return _compiled(model, x)
-    if name == "OpenVINO":
-        return _openvino(to_onnx(model, x), x)
-    return _onnxruntime(to_onnx(model, x), x)
+def compiled(function: Callable[..., Tensor], **options: bool) -> Callable[..., Tensor]:
+    """torch.compile of a function or module; what was compiled before is forgotten."""
+    torch.compiler.reset()  # past the eighth shape of a function it would run eagerly
+    return torch.compile(function, options=options)
+
+
+def checkpointed(block: torch.nn.Module) -> Callable[[Tensor], Tensor]:
+    """The block's forward with its activations computed again in backward.
+
+    The reentrant kind, because it saves the block's input where it can be counted.
+    """
+    return partial(checkpoint, block.forward, use_reentrant=True)
+
+
+def checkpoint_blocks(model: torch.nn.Module) -> torch.nn.Module:
+    """Every stock block of the model checkpointed, in place."""
+    for module in model.modules():
+        if isinstance(module, MBConvBlock):
+            module.forward = checkpointed(module)
+    return model
 
 
 def to_onnx(model: torch.nn.Module, x: Tensor) -> bytes:
@@ -51,14 +78,8 @@ def to_onnx(model: torch.nn.Module, x: Tensor) -> bytes:
 
 
 def _compiled(model: torch.nn.Module, x: Tensor) -> Forward:
-    options = {"freezing": True}
-    compiled = torch.compile(model, options=options)
-
-    @torch.no_grad()
-    def call() -> Tensor:
-        return compiled(x)
-
-    return call
+    forward = compiled(model, freezing=True)
+    return torch.no_grad()(lambda: forward(x))
 
 
 def _openvino(program: bytes, x: Tensor) -> Forward:

@@ -1,7 +1,7 @@
-"""Turn benchmark results into the tables of benchmarks/RESULTS.md and the README's chart.
+"""Turn benchmark results into the tables of benchmarks/RESULTS.md and the README's charts.
 
-    pytest benchmarks/ --benchmark-only --benchmark-json results.json
-    python benchmarks/report.py results.json
+    pytest benchmarks/ --benchmark-only --benchmark-json build/benchmarks.json
+    python benchmarks/report.py build/benchmarks.json
 
 Times are the interleaved medians that every benchmark records (interleaved.py).
 """
@@ -9,147 +9,187 @@ Times are the interleaved medians that every benchmark records (interleaved.py).
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+from results import MEBIBYTE, Groups, describe, load
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 HERE = Path(__file__).parent
-MEBIBYTE = 2**20
+
+HEAD = """# Benchmark results
+
+Made by `pytest benchmarks/ --benchmark-only` and `python benchmarks/report.py`; do not edit.
+
+Measured on: {machine}. Contenders take turns in one process; medians. 'stock / this' compares with
+the faster of the stock rows; 'over floor' with the bare matrix products alone, by torch.mm; 'of
+peak' with {peak:.0f} GFLOP/s, the most that a large matrix product reached here. 'Peak of a call'
+is the growth of the resident set; runtimes that keep their memory between calls have none.
+"""
+COLUMNS = (
+    *("", "ms", "stock / this", "over floor", "GFLOP/s", "of peak"),
+    *("saved for backward", "peak of a call"),
+)
 
 # Rows of the same kind keep their colour in every chart.
-GREY, LIGHT, DARK = "#8b929e", "#f0a67f", "#d9480f"
+GREY, DIM, LIGHT, DARK = "#8b929e", "#c3c8d0", "#f0a67f", "#d9480f"
+CHARTED_MODELS = ("tiny_moat_0", "moat_0")
 
 
-def load_groups(path: Path) -> tuple[dict[str, dict[str, dict]], dict[str, Any]]:
-    """({group: {contender: extra_info}}, the machine's facts) of a pytest-benchmark JSON file."""
-    contents = json.loads(path.read_text())
-    groups: dict[str, dict[str, dict]] = {}
-    for entry in contents["benchmarks"]:
-        info = entry["extra_info"]
-        groups.setdefault(entry["group"], {})[info["contender"]] = info
-    return groups, contents["machine_info"]["moat_kernels"]
-
-
-def format_group(name: str, rows: dict[str, dict]) -> str:
-    """One Markdown table: time, ratio to the better stock row, GFLOP/s, floor, saved bytes."""
+def format_group(name: str, rows: dict[str, dict], peak_gflops: float) -> str:
+    """One Markdown table."""
     stock = min(
-        (info["interleaved_ms"] for key, info in rows.items() if key.startswith("stock")),
+        (rows[key]["interleaved_ms"] for key in ("stock", "stock channels_last") if key in rows),
         default=None,
     )
-    lines = [
-        f"### {name}",
-        "",
-        "| | ms | stock / this | over floor | GFLOP/s | saved for backward |",
-    ]
-    lines.append("|---|---:|---:|---:|---:|---:|")
+    lines = [f"### {name}", "", f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * 7}"]
     for key, info in rows.items():
-        faster = "" if stock is None else f"{stock / info['interleaved_ms']:.2f}"
-        floor = f"{info['time_over_floor']:.2f}" if "time_over_floor" in info else ""
-        saved = f"{info['saved_bytes'] / MEBIBYTE:.1f} MiB" if "saved_bytes" in info else ""
-        lines.append(
-            f"| {key} | {info['interleaved_ms']:.1f} | {faster} | {floor} "
-            f"| {info['gflops']:.1f} | {saved} |"
+        cells = (
+            key,
+            f"{info['interleaved_ms']:.2f}",
+            "" if stock is None else f"{stock / info['interleaved_ms']:.2f}",
+            f"{info['time_over_floor']:.2f}" if "time_over_floor" in info else "",
+            f"{info['gflops']:.1f}",
+            f"{info['gflops'] / peak_gflops:.0%}",
+            format_bytes(info.get("saved_bytes")),
+            format_bytes(info.get("peak_bytes")),
         )
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def describe(facts: dict[str, Any]) -> str:
-    """The machine and the versions, in one line."""
-    cpu, versions = facts["cpu"], facts["versions"]
-    features = ", ".join(feature for feature in cpu["features"] if feature.startswith("avx"))
-    return (
-        f"{cpu['name']} ({features}), {cpu['threads']} threads, torch {versions['torch']}, "
-        f"moat_kernels {versions['moat_kernels']}; float32; no GPU was used"
-    )
+def format_bytes(number: int | None) -> str:
+    return "" if number is None else f"{number / MEBIBYTE:.1f} MiB"
 
 
-def write_tables(groups: dict[str, dict[str, dict]], facts: dict[str, Any], path: Path) -> None:
+def write_tables(groups: Groups, facts: dict[str, Any], path: Path) -> None:
     """All groups as Markdown, with what was measured and how."""
-    head = (
-        "# Benchmark results\n\nMade by `pytest benchmarks/ --benchmark-only` and "
-        "`python benchmarks/report.py`; do not edit.\n\n"
-        f"Measured on: {describe(facts)}. Contenders take turns in one process; medians. "
-        "'stock / this' compares with the faster stock row; 'over floor' with the bare matrix "
-        "products alone.\n"
-    )
-    tables = "\n\n".join(format_group(name, rows) for name, rows in groups.items())
+    peak = max(info["peak_gflops"] for rows in groups.values() for info in rows.values())
+    head = HEAD.format(machine=describe(facts), peak=peak)
+    tables = "\n\n".join(format_group(name, rows, peak) for name, rows in groups.items())
     path.write_text(f"{head}\n{tables}\n")
 
 
-def training_groups(groups: dict[str, dict[str, dict]]) -> dict[str, dict[str, dict]]:
-    """The whole-model training groups by variant."""
-    return {
-        name.split()[2]: rows for name, rows in groups.items() if name.startswith("model training")
-    }
+def charted(groups: Groups, mode: str) -> Groups:
+    """The groups of the charted models, by "variant, batch size"."""
+    found = {}
+    for name, rows in groups.items():
+        if name.startswith(f"model {mode} ") and name.split()[2] in CHARTED_MODELS:
+            _, _, model, resolution, _, batch = name.split()
+            found[f"{model} at {resolution} px, batch {batch}"] = rows
+    return found
 
 
 def describe_contender(name: str) -> tuple[str, str]:
-    """(label, colour) of a contender of the training groups."""
+    """(label, colour) of a row in a chart."""
     backend, _, level = name.partition(" ")
     if backend == "stock":
-        return f"stock, {level}" if level else "stock", GREY
-    kind, colour = {"torch": ("torch", LIGHT), "cpu": ("native CPU", DARK)}[backend]
-    return f'fused, {kind}, recompute="{level}"', colour
+        labels = {"checkpoint": "stock, every block checkpointed"}
+        return labels.get(level, f"stock, {level}" if level else "stock"), GREY
+    kinds = {"torch": ("fused, stock operations", LIGHT), "cpu": ("fused, native CPU", DARK)}
+    if backend not in kinds:
+        return name, DIM
+    label, colour = kinds[backend]
+    return f'{label}, recompute="{level}"' if level else label, colour
 
 
-def draw_chart(groups: dict[str, dict[str, dict]], facts: dict[str, Any], path: Path) -> None:
-    """Training step of whole models: time and bytes saved for backward, per contender."""
-    import matplotlib
+def draw_training(groups: Groups, facts: dict[str, Any], path: Path) -> None:
+    """Training step of whole models: time, bytes saved for backward and peak, per contender."""
+    from matplotlib.figure import Figure  # not pyplot: it looks for a display
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    models = training_groups(groups)
-    figure, axes = pyplot.subplots(
-        len(models), 2, figsize=(11, 0.9 + 3 * len(models)), squeeze=False, width_ratios=(1, 0.8)
+    rows = sum(map(len, groups.values()))
+    figure = Figure(figsize=(12, 1.2 * len(groups) + 0.3 * rows))
+    axes = figure.subplots(
+        len(groups),
+        3,
+        squeeze=False,
+        width_ratios=(1, 0.8, 0.8),
+        height_ratios=[len(contenders) for contenders in groups.values()],
     )
-    for (time_axis, memory_axis), (model, contenders) in zip(axes, models.items(), strict=True):
-        labels, colours = zip(*map(describe_contender, contenders), strict=True)
-        seconds = [info["interleaved_ms"] / 1e3 for info in contenders.values()]
-        saved = [info["saved_bytes"] / MEBIBYTE for info in contenders.values()]
-        draw_bars(time_axis, labels, seconds, colours, "{:.2f} s")
-        draw_bars(memory_axis, [""] * len(saved), saved, colours, "{:.0f} MiB")
-        title(time_axis, f"{model}, batch 8: time of a training step")
-        title(memory_axis, "kept for the backward pass")
-    figure.text(0.01, 0.015, describe(facts), size=8, color=GREY)
-    figure.tight_layout(rect=(0, 0.05, 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    for (times, saved, peak), (name, contenders) in zip(axes, groups.items(), strict=True):
+        draw_bars(times, contenders, "interleaved_ms", 1e-3, "{:.2f} s")
+        draw_bars(saved, contenders, "saved_bytes", 1 / MEBIBYTE, "{:.0f} MiB")
+        draw_bars(peak, contenders, "peak_bytes", 1 / MEBIBYTE, "{:.0f} MiB")
+        title(times, "time of a training step")
+        times.annotate(
+            name,
+            (0, 1),
+            xytext=(-6, 6),  # points: beside the title, above the labels
+            xycoords="axes fraction",
+            textcoords="offset points",
+            ha="right",
+            weight="bold",
+        )
+        title(saved, "kept for the backward pass")
+        title(peak, "peak of a step")
+        for axis in (saved, peak):
+            axis.set_yticklabels([])
+    save(figure, facts, path)
 
 
-def title(axis, text: str) -> None:
-    axis.set_title(text, loc="left", size=11, weight="bold")
+def draw_eval(groups: Groups, facts: dict[str, Any], path: Path) -> None:
+    """Eval of whole models: time per call, per contender."""
+    from matplotlib.figure import Figure
+
+    columns = min(2, len(groups))
+    lines = -(-len(groups) // columns)
+    most = max(map(len, groups.values()))
+    figure = Figure(figsize=(1 + 5 * columns, lines * (1.1 + 0.3 * most)))
+    axes = figure.subplots(lines, columns, squeeze=False).flat
+    for axis in axes[len(groups) :]:
+        axis.set_axis_off()
+    for axis, (name, contenders) in zip(axes[: len(groups)], groups.items(), strict=True):
+        draw_bars(axis, contenders, "interleaved_ms", 1.0, "{:.1f} ms")
+        title(axis, name)
+    save(figure, facts, path)
 
 
-def draw_bars(
-    axis, names: Sequence[str], values: list[float], colours: Sequence[str], text: str
-) -> None:
-    """Horizontal bars from top to bottom, each labelled with its value and share of the first."""
+def draw_bars(axis: Axes, rows: dict[str, dict], key: str, unit: float, text: str) -> None:
+    """Horizontal bars of info[key] * unit, labelled with the value and its share of the first."""
+    names, colours = zip(*map(describe_contender, rows), strict=True)
+    values = [(info.get(key) or 0) * unit for info in rows.values()]
     positions = range(len(values))
     axis.barh(positions, values, color=colours, height=0.68)
     axis.set_yticks(positions, names)
     axis.invert_yaxis()
     axis.set_xticks([])
-    axis.set_xlim(0, 1.3 * max(values))
+    axis.set_xlim(0, 1.45 * max(values))
     axis.tick_params(length=0)
     for side in ("top", "right", "bottom"):
         axis.spines[side].set_visible(False)
     for position, value in zip(positions, values, strict=True):
-        share = f"  ({value / values[0]:.2f}×)" if position else ""
-        axis.text(value, position, f" {text.format(value)}{share}", va="center", size=9)
+        share = f"  ({value / values[0]:.2f}×)" if position and values[0] else ""
+        label = f" {text.format(value)}{share}" if value else " not measured"
+        axis.text(value, position, label, va="center", size=9)
+
+
+def title(axis: Axes, text: str) -> None:
+    axis.set_title(text, loc="left", size=10, weight="bold")
+
+
+def save(figure: Any, facts: dict[str, Any], path: Path) -> None:
+    figure.text(0.01, 0.015, describe(facts), size=8, color=GREY)
+    figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, help="the JSON file of pytest-benchmark")
+    parser.add_argument("results", type=Path, nargs="+", help="JSON files of pytest-benchmark")
     parser.add_argument("--tables", type=Path, default=HERE / "RESULTS.md")
-    parser.add_argument("--chart", type=Path, default=HERE.parent / "docs" / "training.png")
+    parser.add_argument("--charts", type=Path, default=HERE.parent / "docs", help="their folder")
     options = parser.parse_args()
-    groups, facts = load_groups(options.results)
+    groups: Groups = {}
+    for path in options.results:
+        found, facts = load(path)
+        groups |= found
     write_tables(groups, facts, options.tables)
-    if training_groups(groups):
-        draw_chart(groups, facts, options.chart)
+    for mode, draw in (("training", draw_training), ("eval", draw_eval)):
+        if models := charted(groups, mode):
+            draw(models, facts, options.charts / f"{mode}.png")
 
 
 if __name__ == "__main__":

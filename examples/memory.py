@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor
 from training import Settings, Trainer
 
-from moat_kernels.memory import release_memory, saved_bytes
+from moat_kernels.memory import peak_bytes, saved_bytes
 
 MEBIBYTE = 2**20
 PEAK_ON_CPU = (
@@ -72,28 +71,14 @@ def peak_of_step(trainer: Trainer, images: Tensor, labels: Tensor) -> int | None
     return int(result.stdout)
 
 
-def _measure_in_this_process(blocks: str, settings: Settings) -> int:
+def _measure_in_this_process(blocks: str, settings: Settings) -> int | None:
     """The peak of the second step; the first allocates the optimiser's state and caches."""
     trainer = Trainer(blocks, settings)
     images = torch.randn(settings.batch_size, 3, settings.resolution, settings.resolution)
     labels = torch.arange(settings.batch_size) % len(settings.classes)
     trainer.update(images, labels)
     trainer.optimizer.zero_grad(set_to_none=True)
-    gc.collect()
-    release_memory()
-    # Linux forgets the peak so far; where it may not, the first step's peak is the same.
-    with suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
-    before = _resident("VmRSS")
-    trainer.update(images, labels)
-    return _resident("VmHWM") - before
-
-
-def _resident(field: str) -> int:
-    """A size from /proc/self/status, in bytes: VmRSS (now) or VmHWM (its peak)."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    kibibytes = next(line.split()[1] for line in lines if line.startswith(field + ":"))
-    return int(kibibytes) * 1024
+    return peak_bytes(lambda: trainer.update(images, labels))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,12 @@
-"""Bytes that autograd keeps between forward and backward, and memory that is kept for reuse."""
+"""Bytes kept for the backward pass, the peak of a call, and memory that is kept for reuse."""
 
 from __future__ import annotations
 
+import ctypes
+import gc
 from collections.abc import Callable, Iterable
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -30,6 +34,35 @@ def saved_bytes(function: Callable[[], Any], excluded: Iterable[Tensor] = ()) ->
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
     return sum(storage.nbytes() for storage in storages.values())
+
+
+def peak_bytes(function: Callable[[], Any]) -> int | None:
+    """Bytes by which the memory of this process grows while `function` runs, at its peak.
+
+    Growth of the resident set: whole pages, with all that the allocator holds, to within some
+    hundred KiB (Linux counts pages in batches). Memory that earlier calls left behind, free or kept
+    for reuse, is given back first, so what a function keeps from one call to the next counts unless
+    it lies outside of malloc and of these kernels. None where the system does not tell: it is read
+    from Linux's /proc.
+    """
+    status = Path("/proc/self/status")
+    if not status.exists():
+        return None
+
+    def resident(field: str) -> int:
+        lines = status.read_text().splitlines()
+        return 1024 * int(next(line.split()[1] for line in lines if line.startswith(field + ":")))
+
+    gc.collect()
+    release_memory()
+    with suppress(AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).malloc_trim(0)
+    # Linux forgets the peak so far; where it may not, peaks before this call count as well.
+    with suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    before = resident("VmRSS")
+    function()
+    return resident("VmHWM") - before
 
 
 def release_memory() -> int:

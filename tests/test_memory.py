@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
 import moat_kernels as mk
-from moat_kernels.memory import release_memory, saved_bytes
+from moat_kernels.memory import peak_bytes, release_memory, saved_bytes
 from moat_kernels.ops.backends import backend_status
 
 CHANNELS, BATCH, SIZE = 32, 8, 32
@@ -120,3 +122,16 @@ def test_scratch_memory_is_kept_within_bounds_and_freed_on_demand() -> None:
         block(torch.randn(1, 8, 600, 600))  # its gated map alone takes 44 MiB
     assert 0 < small < 2**20
     assert release_memory() == 0
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_the_peak_counts_what_is_freed_before_the_end() -> None:
+    mebibyte = 2**20
+
+    def call() -> None:
+        torch.ones(64 * mebibyte // 4)
+        torch.ones(32 * mebibyte // 4)
+
+    assert peak_bytes(lambda: None) < 4 * mebibyte
+    assert 63 * mebibyte <= peak_bytes(call) < 80 * mebibyte
+    assert 63 * mebibyte <= peak_bytes(call) < 80 * mebibyte
