@@ -62,6 +62,12 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
       "cpu_window_attention_backward(Tensor grad, Tensor qkv, Tensor? bias_table, Tensor output, "
       "Tensor log_sum_exp, int heads, int head_dim, int window_height, int window_width, "
       "float scale, bool heads_first, bool grid, bool needs_table) -> (Tensor, Tensor)");
+  // x [.., K], weight [N, K]. -> x weight^T + bias; and the gradients of x, weight and bias, empty
+  // where they are not needed.
+  library.def("cpu_linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  library.def(
+      "cpu_linear_backward(Tensor grad, Tensor x, Tensor weight, bool needs_input, "
+      "bool needs_parameters) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CompositeExplicitAutograd, library) {

@@ -26,6 +26,8 @@ NATIVE_OPS = (
     "cpu_mbconv_train_backward",
     "cpu_window_attention_forward",
     "cpu_window_attention_backward",
+    "cpu_linear_forward",
+    "cpu_linear_backward",
 )
 
 # The library is built against this version's stable ABI (setup.py): it runs on it and on newer.

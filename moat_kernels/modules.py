@@ -11,6 +11,7 @@ from moat_kernels import reference
 from moat_kernels.drop_path import DropPath
 from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm
 from moat_kernels.ops.backends import NO_TORCHSCRIPT, keep_backend, warn_once
+from moat_kernels.ops.linear import apply_linear
 from moat_kernels.ops.mbconv import mbconv
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
 from moat_kernels.ops.window_attention import window_attention
@@ -123,9 +124,12 @@ class FusedMBConv(FusedInvertedBottleneck):
 
 
 class FusedAttention(reference.Attention):
-    """`reference.Attention` through `functional.window_attention`."""
+    """`reference.Attention` through `functional.window_attention`, its linear layers natively."""
 
     __prepare_scriptable__ = refuse_scripting
+
+    def forward(self, x: Tensor) -> Tensor:
+        return apply_linear(self.proj, self.attend(apply_linear(self.qkv, x)))
 
     def attend(self, qkv: Tensor) -> Tensor:
         table = self.bias_table(qkv.shape[1], qkv.shape[2])

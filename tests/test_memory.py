@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -110,6 +111,43 @@ def test_memory_kept_for_the_next_step_is_bounded_and_given_back() -> None:
         # Blocks of another size are not kept beside those of the largest step.
         assert kept_after_steps(BATCH, BATCH // 2, BATCH, BATCH // 4) <= once
     assert release_memory() == 0
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no native kernels")
+def test_memory_of_other_sizes_is_used_again_without_harm() -> None:
+    """Levels and batches in turn cut and join kept blocks; gradients stay what they are."""
+    blocks = {}
+    for recompute in ("none", "expand", "block"):
+        torch.manual_seed(0)
+        blocks[recompute] = mk.FusedMBConv(CHANNELS, CHANNELS, se_ratio=None, recompute=recompute)
+    inputs = [torch.randn(batch, CHANNELS, SIZE, SIZE) for batch in (BATCH, BATCH // 2, 3)]
+
+    def step(block: mk.FusedMBConv, x: torch.Tensor) -> torch.Tensor:
+        x = x.detach().requires_grad_()
+        block(x).square().sum().backward()
+        assert x.grad is not None
+        return x.grad
+
+    with mk.use_backend("cpu"):
+        cases = [(block, x) for x in inputs for block in blocks.values()]
+        fresh = []
+        for block, x in cases:
+            release_memory()
+            fresh.append(step(block, x))
+        most = max(_kept_after(lambda case=case: step(*case)) for case in cases)
+        release_memory()
+        assert all(
+            torch.equal(step(*case), expected)
+            for _ in range(2)
+            for case, expected in zip(cases, fresh, strict=True)
+        )
+        assert release_memory() <= most
+
+
+def _kept_after(function: Callable[[], object]) -> int:
+    release_memory()
+    function()
+    return release_memory()
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="native kernels are not usable here")

@@ -70,7 +70,7 @@ TrainCall::TrainCall(const Tensor& like, const TrainSettings& settings)
       expand_constant(shape.wide_channels),
       taps(9 * shape.padded_wide()),
       scratch_size_(MOAT_KERNELS_DISPATCH(train_scratch)(shape)),
-      scratch_(float_buffer(like, workers * scratch_size_)),
+      scratch_(recycled_floats(like, {workers * scratch_size_})),
       expand_scale_(shape.padded_wide()),
       expand_shift_(shape.padded_wide()),
       depthwise_scale_(shape.padded_wide()),
@@ -105,7 +105,7 @@ Wide TrainCall::wide_of(const char* name, const Tensor& tensor, int64_t pixels) 
 
 Tensor TrainCall::wave_buffer(int64_t pixels) const {
   const int64_t blocks = widest_wave(shape, waves);
-  return recycled_tensor(like, {shape.images, blocks, pixels, kWideChannels}, ScalarType::Float);
+  return recycled_floats(like, {shape.images, blocks, pixels, kWideChannels});
 }
 
 Wide TrainCall::wave_of(const Tensor& buffer, const Blocks& blocks) const {
@@ -116,7 +116,7 @@ Tensor TrainCall::make_rows(const Tensor& maps, int64_t pixels, int64_t channels
                             const float* shift, const float* scales, float* sums) const {
   const float* data = float_data("maps", maps, shape.images * pixels * channels);
   const int64_t columns = panelled(channels);
-  const Tensor result = recycled_tensor(like, {shape.images, pixels, columns}, ScalarType::Float);
+  const Tensor result = recycled_floats(like, {shape.images, pixels, columns});
   const int64_t strips = strip_count(shape.images, pixels);
   std::vector<double> parts(sums ? shape.images * strips * channels : 0);
   const auto convert = MOAT_KERNELS_DISPATCH(train_rows);
@@ -175,7 +175,7 @@ void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure)
     store_scale(pre, channel, pre_scale, pre_shift);
   }
   rows = make_rows(x, pixels, channels, mean.data(), nullptr, nullptr);
-  packed_expand_ = float_buffer(like, shape.padded_wide() * channels);
+  packed_expand_ = recycled_floats(like, {shape.padded_wide() * channels});
   const auto pack = MOAT_KERNELS_DISPATCH(train_pack);
   const auto multiply = MOAT_KERNELS_DISPATCH(train_constants);
   for_each_task(shape.blocks(), workers, [&](int64_t block, int64_t) {
@@ -283,7 +283,7 @@ double* statistics_of(const Tensor& statistics, const TrainCall& call) {
 // What the running statistics take: `statistics` with the constants that z1 and z2 lack.
 Tensor batch_moments(const TrainCall& call, const double* statistics) {
   const TrainShape& shape = call.shape;
-  const Tensor result = float_tensor(call.like, {call.statistics_size()});
+  const Tensor result = recycled_floats(call.like, {call.statistics_size()});
   const double* wide = statistics + 2 * shape.in_channels;
   float* out = data_of(result);
   std::copy(statistics, statistics + call.statistics_size(), out);
@@ -322,7 +322,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_front(
     call.fold_expand(blocks, values);
     call.depthwise(blocks, middle, output, values, measure);
   }
-  const Tensor nothing = float_buffer(x, 0);
+  const Tensor nothing = recycled_floats(x, {0});
   if (given) return {keep_z1 ? z1 : nothing, z2, doubles(x, 0), nothing};
   return {keep_z1 ? z1 : nothing, z2, statistics, batch_moments(call, values)};
 }
@@ -336,7 +336,7 @@ Tensor train_pool(const Tensor& z2, const Tensor& statistics, const OptionalTens
   call.fold_depthwise(all_blocks(shape), statistics_of(statistics, call));
   const Wide in = call.wide_of("z2", z2, shape.out_pixels());
   const int64_t wide = shape.padded_wide();
-  const Tensor means = float_tensor(z2, {shape.images, wide});
+  const Tensor means = recycled_floats(z2, {shape.images, wide});
   const auto compute = MOAT_KERNELS_DISPATCH(train_pool);
   call.for_each_plane(all_blocks(shape), [&](int64_t image, int64_t block, float* scratch) {
     compute(shape, image, block, in, call.depthwise_norm(), scratch, data_of(means) + image * wide);
@@ -359,7 +359,7 @@ Tensor train_project(const Tensor& z2, const Tensor& statistics, const std::opti
   const float* gates = float_data("gate", gate, shape.images * shape.padded_wide());
   const float* keep = float_data("drop_path_scale", drop_path_scale, shape.images);
   const float* extra = float_data("addend", addend, shape.images * pixels * channels);
-  const Tensor packed = float_buffer(z2, shape.padded_wide() * panelled(channels));
+  const Tensor packed = recycled_floats(z2, {shape.padded_wide() * panelled(channels)});
   const auto pack = MOAT_KERNELS_DISPATCH(train_pack);
   for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
     const int64_t first = block * kWideChannels;
@@ -368,7 +368,7 @@ Tensor train_project(const Tensor& z2, const Tensor& statistics, const std::opti
          data_of(packed) + first * panelled(channels));
   });
   const Tensor output =
-      float_tensor(z2, {shape.images, shape.out_height, shape.out_width, channels});
+      recycled_floats(z2, {shape.images, shape.out_height, shape.out_width, channels});
   const auto compute = MOAT_KERNELS_DISPATCH(train_project);
   call.for_each_strip(pixels, [&](const PixelRange& range, float* scratch) {
     compute(shape, range, in, call.depthwise_norm(), gates, data_of(packed),

@@ -21,7 +21,7 @@ int64_t group_count(const TrainShape& shape, int64_t waves) {
 }
 
 Tensor floats(const TrainCall& call, std::vector<int64_t> sizes) {
-  return float_tensor(call.like, std::move(sizes));
+  return recycled_floats(call.like, std::move(sizes));
 }
 
 Tensor float_zeros(const TrainCall& call, std::vector<int64_t> sizes) {
@@ -124,7 +124,7 @@ class ProjectBackward {
     rows_ = call.make_rows(grad, shape.out_pixels(), shape.out_channels, nullptr,
                            float_data("drop_path_scale", drop_path_scale, shape.images),
                            data_of(grad_bias));
-    packed_ = float_buffer(call.like, shape.padded_wide() * shape.out_channels);
+    packed_ = recycled_floats(call.like, {shape.padded_wide() * shape.out_channels});
     const auto pack = MOAT_KERNELS_DISPATCH(train_pack_transposed);
     for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
       const int64_t first = block * kWideChannels;
@@ -180,7 +180,7 @@ class ExpandBackward {
         grad_weight(floats(call, {call.shape.wide_channels, call.shape.in_channels})) {
     if (!needs_input) return;
     const TrainShape& shape = call.shape;
-    packed_ = float_buffer(call.like, shape.padded_wide() * sums_.columns);
+    packed_ = recycled_floats(call.like, {shape.padded_wide() * sums_.columns});
     const auto pack = MOAT_KERNELS_DISPATCH(train_pack_transposed);
     for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
       const int64_t first = block * kWideChannels;
@@ -192,7 +192,7 @@ class ExpandBackward {
     sums_of_input_ =
         sums_.columns == shape.in_channels
             ? dx
-            : float_buffer(call.like, shape.images * shape.in_pixels() * sums_.columns);
+            : recycled_floats(call.like, {shape.images * shape.in_pixels() * sums_.columns});
   }
 
   // dpre becomes the gradient of z1.

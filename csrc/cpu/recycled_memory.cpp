@@ -23,16 +23,15 @@ class KeptBlocks {
   // was forked while another thread held it never gets it, and does without kept blocks.
   void* take(size_t size) {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    if (lock) {
-      for (size_t i = blocks_.size(); i-- > 0;) {
-        if (blocks_[i].size != size) continue;
-        void* data = blocks_[i].data;
-        blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(i));
-        return data;
-      }
-      unmap_oldest(size);
+    if (!lock) return map(size);
+    for (size_t i = blocks_.size(); i-- > 0;) {  // what was written last may still be in cache
+      if (blocks_[i].size == size) return remove(i).data;
     }
-    return map(size);
+    const size_t larger = smallest_above(size);
+    if (larger == blocks_.size()) return join(size);
+    void* data = blocks_[larger].data;
+    blocks_[larger] = {static_cast<char*>(data) + size, blocks_[larger].size - size};
+    return data;
   }
 
   void give_back(Block block) {
@@ -49,19 +48,47 @@ class KeptBlocks {
 
   size_t release() {
     const std::unique_lock<std::mutex> lock(mutex_, std::try_to_lock);
-    return lock ? unmap_oldest(SIZE_MAX) : 0;
+    size_t total = 0;
+    while (lock && !blocks_.empty()) {
+      const Block block = remove(blocks_.size() - 1);
+      munmap(block.data, block.size);
+      total += block.size;
+    }
+    return total;
   }
 
  private:
-  // At least `size` bytes in all, if there are as many.
-  size_t unmap_oldest(size_t size) {
-    size_t total = 0;
-    while (total < size && !blocks_.empty()) {
-      total += blocks_.front().size;
-      munmap(blocks_.front().data, blocks_.front().size);
-      blocks_.erase(blocks_.begin());
+  Block remove(size_t index) {
+    const Block block = blocks_[index];
+    blocks_.erase(blocks_.begin() + static_cast<std::ptrdiff_t>(index));
+    return block;
+  }
+
+  // The index of the smallest block of more than `size` bytes; blocks_.size() if there is none.
+  size_t smallest_above(size_t size) const {
+    size_t best = blocks_.size();
+    for (size_t i = 0; i < blocks_.size(); ++i) {
+      const bool fits = blocks_[i].size > size;
+      if (fits && (best == blocks_.size() || blocks_[i].size < blocks_[best].size)) best = i;
     }
-    return total;
+    return best;
+  }
+
+  // A new block that takes over the pages of kept ones, oldest first, as far as they reach: calls
+  // of changing sizes neither touch new memory nor let more be kept than was in use at a time.
+  void* join(size_t size) {
+    char* data = static_cast<char*>(map(size));
+    if (data == nullptr) return nullptr;
+    for (size_t filled = 0; filled < size && !blocks_.empty(); filled += kHugePage) {
+      // Page by page: the kernel moves no range that it keeps in several parts.
+      Block& oldest = blocks_.front();
+      void* moved =
+          mremap(oldest.data, kHugePage, kHugePage, MREMAP_MAYMOVE | MREMAP_FIXED, data + filled);
+      if (moved == MAP_FAILED) munmap(oldest.data, kHugePage);
+      oldest = {static_cast<char*>(oldest.data) + kHugePage, oldest.size - kHugePage};
+      if (oldest.size == 0) blocks_.erase(blocks_.begin());
+    }
+    return data;
   }
 
   static void* map(size_t size) {

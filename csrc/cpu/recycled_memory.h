@@ -5,9 +5,11 @@
 // library gives large blocks back to the system at once, and gets them cleared anew in every
 // training step.
 //
-// A released block is kept, up to the most that was ever in use at a time: on a miss, as many bytes
-// of the oldest blocks are unmapped as the miss maps. The system may take kept pages away when it
-// needs memory (MADV_FREE).
+// A released block is kept, up to the most that was ever in use at a time: a request that no kept
+// block fits is cut from a larger one, or takes the pages of several. The system may take kept
+// pages away when it needs memory (MADV_FREE).
+
+#include <utility>
 
 #include "cpu/tensors.h"
 
@@ -16,5 +18,9 @@ namespace moat_kernels::cpu {
 // An uninitialised CPU tensor. Small ones come from PyTorch's allocator, and all where the system
 // is not Linux.
 Tensor recycled_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType type);
+
+inline Tensor recycled_floats(const Tensor& like, std::vector<int64_t> sizes) {
+  return recycled_tensor(like, std::move(sizes), ScalarType::Float);
+}
 
 }  // namespace moat_kernels::cpu

@@ -9,6 +9,7 @@
 #include <tuple>
 
 #include "cpu/parallel.h"
+#include "cpu/recycled_memory.h"
 #include "cpu/tensors.h"
 
 namespace moat_kernels::cpu {
@@ -106,7 +107,7 @@ void run(const Problem& problem, int64_t units, int64_t scratch_size, const Tens
          void (*kernel)(const Problem&, int64_t, int64_t, float*)) {
   const int64_t workers = std::min(thread_count(), units);
   const int64_t tasks = std::min(kTasksPerThread * workers, units);
-  const Tensor scratch = float_buffer(like, workers * scratch_size);
+  const Tensor scratch = recycled_floats(like, {workers * scratch_size});
   for_each_task(tasks, workers, [&](int64_t task, int64_t worker) {
     kernel(problem, units * task / tasks, units * (task + 1) / tasks,
            data_of(scratch) + worker * scratch_size);
@@ -120,8 +121,8 @@ std::tuple<Tensor, Tensor> window_attention_forward(Tensor qkv, std::optional<Te
   WindowAttentionForward problem;
   describe(problem, qkv, bias_table, heads, head_dim, window_height, window_width, scale,
            heads_first, grid);
-  const Tensor output = torch::stable::new_empty(
-      qkv, {problem.batch, problem.height, problem.width, heads * head_dim});
+  const Tensor output = recycled_tensor(
+      qkv, {problem.batch, problem.height, problem.width, heads * head_dim}, qkv.scalar_type());
   const Tensor log_sum_exp = torch::stable::new_empty(
       qkv, {problem.batch, heads, problem.height, problem.width}, ScalarType::Float);
   problem.output = map_of("output", output, problem, heads * head_dim, qkv.scalar_type());
@@ -158,12 +159,12 @@ std::tuple<Tensor, Tensor> window_attention_backward(
   describe(problem, qkv, bias_table, heads, head_dim, window_height, window_width, scale,
            heads_first, grid);
   const ScalarType type = qkv.scalar_type();
-  const Tensor grad_qkv = torch::stable::new_empty(
-      qkv, {problem.batch, problem.height, problem.width, 3 * heads * head_dim});
+  const Tensor grad_qkv = recycled_tensor(
+      qkv, {problem.batch, problem.height, problem.width, 3 * heads * head_dim}, type);
   const int64_t table_size =
       needs_table ? heads * (2 * window_height - 1) * (2 * window_width - 1) : 0;
   const Tensor grad_table = float_buffer(qkv, table_size);
-  const Tensor chunk_grads = float_buffer(qkv, problem.chunks * table_size);
+  const Tensor chunk_grads = recycled_floats(qkv, {problem.chunks * table_size});
   problem.output = map_of("output", output, problem, heads * head_dim, type);
   problem.output_gradient = map_of("grad", grad, problem, heads * head_dim, type);
   problem.qkv_gradient = map_of("grad_qkv", grad_qkv, problem, 3 * heads * head_dim, type);

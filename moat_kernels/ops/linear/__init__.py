@@ -1,0 +1,5 @@
+"""Linear layers of the attention, in training: native products where they are faster than stock."""
+
+from moat_kernels.ops.linear.front import apply_linear
+
+__all__ = ["apply_linear"]

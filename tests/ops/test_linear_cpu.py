@@ -1,0 +1,168 @@
+"""The native linear layer in training against torch.nn.functional.linear in float64."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
+from support.tolerances import BACKEND_GRADIENT, BACKEND_OUTPUT, assert_close
+from torch import Tensor, nn
+
+from moat_kernels import use_backend
+from moat_kernels.extension import load_extension
+from moat_kernels.ops.linear import apply_linear
+from moat_kernels.ops.linear.cpu_backend import backward, forward, unsupported
+
+pytestmark = pytest.mark.skipif(
+    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
+)
+
+# Rows, K and N: fewer rows than a block of the product, more than a strip; a last panel of one
+# vector; depths that are cut in two; so narrow that the weight's gradient is summed in parts.
+SIZES = [(1, 16, 16), (5, 48, 16), (129, 32, 96), (300, 80, 272), (600, 16, 48), (70, 784, 400)]
+NAMES = ("output", "x", "weight", "bias")
+
+
+def make(rows: int, depth: int, columns: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """x, weight, bias and the gradient of the output."""
+    return (
+        torch.randn(rows, depth),
+        torch.randn(columns, depth),
+        torch.randn(columns),
+        torch.randn(rows, columns),
+    )
+
+
+def expected(x: Tensor, weight: Tensor, bias: Tensor | None, grad: Tensor) -> list[Tensor]:
+    """Output and gradients in float64."""
+    tensors = [None if t is None else t.double().requires_grad_() for t in (x, weight, bias)]
+    output = F.linear(*tensors)
+    output.backward(grad.double())
+    return [output.detach(), *(t.grad for t in tensors if t is not None)]
+
+
+def check(actual: list[Tensor], correct: list[Tensor]) -> None:
+    for name, value, exact in zip(NAMES, actual, correct, strict=False):
+        tolerance = BACKEND_OUTPUT if name == "output" else BACKEND_GRADIENT
+        assert_close(value, exact, tolerance[torch.float32], name)
+
+
+@pytest.mark.parametrize(("rows", "depth", "columns"), SIZES)
+def test_products(rows: int, depth: int, columns: int) -> None:
+    x, weight, bias, grad = make(rows, depth, columns)
+    actual = [forward(x, weight, bias), *backward(grad, x, weight, True, True)]
+    check(actual, expected(x, weight, bias, grad))
+    without_bias = forward(x, weight, None)
+    assert_close(without_bias, x.double() @ weight.double().t(), BACKEND_OUTPUT[torch.float32])
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_other_instruction_sets(isa: str) -> None:
+    run_tests_with(isa, __file__, "test_products")
+
+
+def test_maps_and_dense_copies_of_what_is_not_contiguous() -> None:
+    x, weight, bias, grad = make(2 * 5 * 7, 32, 48)
+    map_of_x = x.view(2, 5, 7, 32).transpose(1, 2)
+    map_of_grad = grad.view(2, 5, 7, 48).transpose(1, 2)
+    columns = weight.t().contiguous().t()
+    output = forward(map_of_x, columns, bias)
+    assert output.shape == (2, 7, 5, 48)
+    gradients = backward(map_of_grad, map_of_x, columns, True, True)
+    correct = expected(map_of_x.reshape(-1, 32), weight, bias, map_of_grad.reshape(-1, 48))
+    check([output.flatten(0, 2), gradients[0].flatten(0, 2), *gradients[1:]], correct)
+
+
+def test_only_the_gradients_that_are_needed() -> None:
+    x, weight, _, grad = make(20, 16, 32)
+    everything = backward(grad, x, weight, True, True)
+    sizes = [[t.numel() for t in backward(grad, x, weight, *needs)] for needs in ((1, 0), (0, 1))]
+    full = [t.numel() for t in everything]
+    assert sizes == [[full[0], 0, 0], [0, full[1], full[2]]]
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_bad_values_reach_their_row_and_no_other(value: float) -> None:
+    x, weight, bias, _ = make(40, 32, 32)
+    x[7, 3] = value
+    finite = torch.isfinite(forward(x, weight, bias)).all(1)
+    assert finite.nonzero().flatten().tolist() == [row for row in range(40) if row != 7]
+
+
+def test_results_do_not_depend_on_the_threads() -> None:
+    x, weight, bias, grad = make(700, 64, 96)
+    threads = torch.get_num_threads()
+    results = []
+    try:
+        for count in (1, 2, 3):
+            torch.set_num_threads(count)
+            results.append([forward(x, weight, bias), *backward(grad, x, weight, True, True)])
+    finally:
+        torch.set_num_threads(threads)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+def name_of_backward(module: nn.Module, x: Tensor) -> str:
+    return type(apply_linear(module, x).grad_fn).__name__
+
+
+def test_modules_take_the_native_kernels_in_training_only() -> None:
+    module = nn.Linear(32, 64)
+    x = torch.randn(3, 5, 32)
+    stock = module(x).grad_fn
+    native = unsupported(x, module.weight, module.bias) == ""
+    assert (name_of_backward(module, x) == "_LinearBackward") == native
+    with use_backend("torch"):
+        assert name_of_backward(module, x) == type(stock).__name__
+    with torch.no_grad():
+        assert torch.equal(apply_linear(module, x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Linear(40, 64), torch.randn(3, 40)),
+        (nn.Linear(32, 64), torch.randn(0, 32)),
+        (nn.Linear(32, 64).double(), torch.randn(3, 32).double()),
+        (nn.Linear(32, 64).bfloat16(), torch.randn(3, 32).bfloat16()),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(32, 64)), torch.randn(3, 32)),
+    ],
+    ids=["odd sizes", "empty", "float64", "bfloat16", "parametrized"],
+)
+def test_everything_else_is_stock(module: nn.Module, x: Tensor) -> None:
+    output = apply_linear(module, x)
+    assert torch.equal(output, module(x))
+    assert type(output.grad_fn).__name__ != "_LinearBackward"
+
+
+def test_hooked_modules_and_autocast_are_stock() -> None:
+    module, calls = nn.Linear(32, 64), []
+    x = torch.randn(3, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert apply_linear(module, x).dtype == torch.bfloat16
+    module.register_forward_hook(lambda *_: calls.append(1))
+    apply_linear(module, x)
+    assert calls == [1]
+
+
+def test_frozen_parameters_get_no_gradient() -> None:
+    module = nn.Linear(32, 64)
+    module.weight.requires_grad_(False)
+    other = copy.deepcopy(module)
+    x = torch.randn(9, 32)
+    apply_linear(module, x).sum().backward()
+    other(x).sum().backward()
+    assert module.weight.grad is None
+    assert_close(module.bias.grad, other.bias.grad, 1e-6)
+
+
+def test_bad_input_is_named() -> None:
+    x, weight, bias, _ = make(3, 32, 48)
+    with pytest.raises(RuntimeError, match="multiples of 16"):
+        forward(x[:, :8], weight[:, :8], bias)
+    with pytest.raises(RuntimeError, match="bias must have 48 elements"):
+        forward(x, weight, bias[:40])
