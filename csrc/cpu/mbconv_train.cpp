@@ -309,7 +309,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_front(
   double* values = statistics_of(statistics, call);
   const bool measure = !given;
   call.prepare_input(x, values, measure);
-  const int64_t waves = keep_z1 ? 1 : call.waves;
+  const int64_t waves = call.waves;
   const Tensor z1 =
       keep_z1 ? call.wide_tensor(shape.in_pixels(), type) : call.wave_buffer(shape.in_pixels());
   const Tensor z2 = call.wide_tensor(shape.out_pixels(), type);
