@@ -28,6 +28,11 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
       "bool residual, str pool_kind, int[] pool, ScalarType dtype) -> Tensor");
   // [B, C_in, H, W] in any format -> channels_last; csrc/cpu/stem_eval.cpp lists the tensors.
   library.def("cpu_stem_eval(Tensor x, Tensor?[] tensors, float eps) -> Tensor");
+  // [B, C, H, W] in any format -> channels_last; csrc/cpu/attention_half_eval.cpp lists the
+  // tensors.
+  library.def(
+      "cpu_attention_half_eval(Tensor y, Tensor?[] tensors, int heads, int head_dim, "
+      "int[] window, float scale, float eps) -> Tensor");
   // Training; maps are [B, H, W, C]. csrc/cpu/mbconv_train.h says what the settings hold,
   // mbconv_train*.cpp what each op computes.
   const std::string settings =

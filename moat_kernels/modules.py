@@ -10,11 +10,14 @@ from torch.utils.checkpoint import checkpoint
 from moat_kernels import reference
 from moat_kernels.drop_path import DropPath
 from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm
+from moat_kernels.ops import attention_half
 from moat_kernels.ops.backends import NO_TORCHSCRIPT, keep_backend, warn_once
 from moat_kernels.ops.linear import apply_linear
 from moat_kernels.ops.mbconv import mbconv
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
+from moat_kernels.ops.spatial import in_format_of
 from moat_kernels.ops.window_attention import window_attention
+from moat_kernels.tensor_access import tensor_of
 
 _STOCK_CLASSES = (
     nn.Conv2d,
@@ -136,6 +139,15 @@ class FusedAttention(reference.Attention):
         return window_attention(qkv, table, self.description)
 
 
+def _is_called_for_its_result_only(attention: nn.Module) -> bool:
+    """Whether it is FusedAttention as it was made, so that its tensors say what it computes."""
+    return (
+        type(attention) is FusedAttention
+        and not any(getattr(attention, hooks) for hooks in _HOOKS)
+        and not obstacle(attention, ("qkv", "proj"))
+    )
+
+
 class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
     """`reference.MOATBlock` computed by fused kernels; the same arguments, names and numbers.
 
@@ -143,6 +155,27 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
     """
 
     attention_class = FusedAttention
+
+    def attention_half(self, y: Tensor) -> Tensor:
+        attention = self.attention
+        drops = self.drop_path.training and self.drop_path.probability > 0
+        if (
+            not drops
+            and not obstacle(self, ("attention_norm", "drop_path"))
+            and _is_called_for_its_result_only(attention)
+        ):
+            modules = attention._modules
+            tensors = [
+                tensor_of(module, part)
+                for module in (self.attention_norm, modules["qkv"], modules["proj"])
+                for part in ("weight", "bias")
+            ]
+            tensors.append(tensor_of(attention, "relative_position_embedding"))
+            if attention_half.covers(y, tensors, attention.description):
+                eps = self.attention_norm.eps
+                output = attention_half.attention_half(y, tensors, eps, attention.description)
+                return in_format_of(output, y)
+        return super().attention_half(y)
 
     def self_attention(self, y: Tensor) -> Tensor:
         if self.recompute == "block" and y.requires_grad:

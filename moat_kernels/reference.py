@@ -299,9 +299,12 @@ class MOATBlock(MBConvBlock):
         rows = y.permute(0, 2, 3, 1)
         return self.attention(self.attention_norm(rows)).permute(0, 3, 1, 2)
 
-    def forward(self, x: Tensor) -> Tensor:
-        y = self.inverted_bottleneck(x)
+    def attention_half(self, y: Tensor) -> Tensor:
+        """y + drop_path(attention(layer_norm(y))) of a map [B, C, H, W]."""
         return y + self.drop_path(self.self_attention(y))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.attention_half(self.inverted_bottleneck(x))
 
 
 def check_positive_integers(**arguments: object) -> None:

@@ -62,7 +62,7 @@ def test_exported_programs_need_no_python_operator(program) -> None:
         for node in program.graph.nodes
         if str(node.target).startswith("moat_kernels.")
     }
-    native = {"cpu_mbconv_eval", "cpu_window_attention_forward"}
+    native = {"cpu_mbconv_eval", "cpu_attention_half_eval"}
     assert ours == (native if backend_status()["cpu"].usable else set())
 
 

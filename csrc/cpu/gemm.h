@@ -123,10 +123,11 @@ template <class Function>
 
 // C[rows x columns] (+)= A B. C is read only if `accumulate`, and written, with its columns rounded
 // up to a vector, to c[row * c_stride + column]. panel_stride: floats from one panel of B to the
-// next; depth_stride: from one step of depth to the next in a panel.
+// next; depth_stride: from one step of depth to the next in a panel. bias: where C is not read,
+// each row starts from it, if it is not null; as many floats as columns are written.
 inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b,
                  int64_t panel_stride, int64_t depth_stride, float* c, int64_t c_stride,
-                 bool accumulate) {
+                 bool accumulate, const float* bias = nullptr) {
   const int64_t pieces = larger(divide_up(depth, kDepth), 1);
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t first = depth * piece / pieces;
@@ -138,12 +139,16 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const 
       for_row_blocks(rows, [&](auto block_rows, int64_t row) __attribute__((always_inline)) {
         constexpr int kBlockRows = decltype(block_rows)::value;
         float* block = c + row * c_stride + column;
-        Vec sums[kBlockRows][kBlockVectors];
-        unroll<kBlockRows * kBlockVectors>([&](auto i) __attribute__((always_inline)) {
-          constexpr int r = i / kBlockVectors;
-          constexpr int v = i % kBlockVectors;
-          sums[r][v] = reads_c ? load(block + r * c_stride + v * kWidth) : Vec{};
-        });
+        Vec sums[kBlockRows][kBlockVectors] = {};
+        if (reads_c || bias) {
+          const float* start = reads_c ? block : bias + column;
+          const int64_t start_stride = reads_c ? c_stride : 0;
+          unroll<kBlockRows * kBlockVectors>([&](auto i) __attribute__((always_inline)) {
+            constexpr int r = i / kBlockVectors;
+            constexpr int v = i % kBlockVectors;
+            sums[r][v] = load(start + r * start_stride + v * kWidth);
+          });
+        }
         const Strided rows_of_a = {a.data + row * a.row_stride + first * a.depth_stride,
                                    a.row_stride, a.depth_stride};
         multiply<kBlockRows, kBlockVectors>(rows_of_a, panel, depth_stride, count, sums);

@@ -8,20 +8,6 @@
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
-// destination[i] += source[i]
-template <class Element>
-inline void add(const Element* source, int64_t count, float* destination) {
-  int64_t i = 0;
-  for (; i + kWidth <= count; i += kWidth) {
-    store(destination + i, load(destination + i) + load(source + i));
-  }
-  if (i < count) {
-    float rest[kWidth];
-    widen(source + i, count - i, rest);
-    for (int64_t j = 0; i + j < count; ++j) destination[i + j] += rest[j];
-  }
-}
-
 // destination[i] = max(destination[i], source[i]); NaN stays NaN.
 template <class Element>
 inline void take_maximum(const Element* source, int64_t count, float* destination) {

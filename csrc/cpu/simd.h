@@ -238,4 +238,18 @@ inline void narrow(const float* source, int64_t count, Element* destination) {
   }
 }
 
+// destination[0 .. count) += source[0 .. count).
+template <class Element>
+inline void add(const Element* source, int64_t count, float* destination) {
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) {
+    store(destination + i, load(destination + i) + load(source + i));
+  }
+  if (i < count) {
+    float rest[kWidth];
+    widen(source + i, count - i, rest);
+    for (int64_t j = 0; i + j < count; ++j) destination[i + j] += rest[j];
+  }
+}
+
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

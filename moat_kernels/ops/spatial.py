@@ -81,3 +81,10 @@ def valid_counts(
     """How many real (not padding) pixels each pooling window holds: [1, 1, H_out, W_out]."""
     ones = torch.ones(1, 1, height, width, dtype=like.dtype, device=like.device)
     return F.avg_pool2d(pad_map(ones, padding), kernel_size, stride, divisor_override=1)
+
+
+def in_format_of(output: Tensor, x: Tensor) -> Tensor:
+    """`output` in channels_last if x is, else contiguous."""
+    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
+    memory_format = torch.channels_last if channels_last else torch.contiguous_format
+    return output.contiguous(memory_format=memory_format)

@@ -8,9 +8,9 @@ import warnings
 import pytest
 import torch
 from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
+from support.operators import Recorder
 from support.tolerances import BACKEND_OUTPUT, LOW_PRECISION_FACTOR, assert_close, relative_error
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import moat_kernels as mk
 from moat_kernels.extension import load_extension
@@ -33,18 +33,6 @@ def make_stem(width: int = 16, in_channels: int = 3) -> FusedStem:
 def stock(stem: FusedStem, x: Tensor) -> Tensor:
     """The layers one by one, in float64."""
     return Stem.forward(copy.deepcopy(stem).double(), x.double())
-
-
-class Recorder(TorchDispatchMode):
-    """Names of the operators called."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        self.names.append(str(function))
-        return function(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

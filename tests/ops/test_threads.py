@@ -12,7 +12,7 @@ import torch
 from support.mbconv_cases import Case, make_parameters, run
 from torch import Tensor
 
-from moat_kernels import use_backend
+from moat_kernels import FusedMOATBlock, use_backend
 from moat_kernels.extension import load_extension
 from moat_kernels.functional import (
     MBConvDescription,
@@ -65,7 +65,23 @@ def attention() -> Work:
     return work
 
 
-WORK = {"evaluation": evaluation, "training": training, "attention": attention}
+def attention_half() -> Work:
+    block = FusedMOATBlock(8, 64, window_size=7).eval()
+    y = torch.randn(2, 64, 14, 13)
+
+    def work() -> list[Tensor]:
+        with torch.no_grad(), use_backend("cpu"):
+            return [block.attention_half(y)]
+
+    return work
+
+
+WORK = {
+    "evaluation": evaluation,
+    "training": training,
+    "attention": attention,
+    "attention_half": attention_half,
+}
 
 
 def same(actual: list[Tensor], expected: list[Tensor]) -> bool:

@@ -25,6 +25,7 @@ from moat_kernels.ops.mbconv.description import (
 )
 from moat_kernels.ops.mbconv.running import update_running_statistics
 from moat_kernels.ops.registration import define_op
+from moat_kernels.ops.spatial import in_format_of
 
 IMPLEMENTATIONS = {"torch": torch_backend, "cpu": cpu_backend, "triton": triton_backend}
 
@@ -62,7 +63,7 @@ def mbconv(
     elif plan.is_plain and not is_in_torch_dispatch_mode():
         implementation = IMPLEMENTATIONS[plan.backend]
         result = implementation.forward(x, parameters, plan.description, "block", drop_path_scale)
-        return _in_format_of(result.output, x)
+        return in_format_of(result.output, x)
     else:
         output, moments = _fused(
             x, parameters, plan.description, recompute, plan.backend, drop_path_scale
@@ -343,7 +344,7 @@ def _forward_op(
     result = implementation.forward(x, tensors, decoded, level, drop_path_scale)
     moments = [tensor.clone() for name in NORMS for tensor in result.moments.get(name, ())]
     saved = result.saved if differentiable else []
-    return [_in_format_of(result.output, x), *moments, *saved]
+    return [in_format_of(result.output, x), *moments, *saved]
 
 
 @without_autocast
@@ -377,15 +378,8 @@ def _backward_op(
     for name, source in zip(names, (x, *parameters), strict=True):
         if name in needed and source is not None:
             gradient = gradients[name].reshape(source.shape).to(source.dtype)
-            results.append(_in_format_of(gradient, x) if name == "x" else gradient.contiguous())
+            results.append(in_format_of(gradient, x) if name == "x" else gradient.contiguous())
     return results
-
-
-def _in_format_of(output: Tensor, x: Tensor) -> Tensor:
-    """`output` in channels_last if x is, else contiguous."""
-    channels_last = x.is_contiguous(memory_format=torch.channels_last) and not x.is_contiguous()
-    memory_format = torch.channels_last if channels_last else torch.contiguous_format
-    return output.contiguous(memory_format=memory_format)
 
 
 _ARGUMENTS = "Tensor?[] parameters, Tensor?[] running, Tensor? drop_path_scale"

@@ -1,0 +1,96 @@
+"""The attention half of a MOAT block without gradients, by a native CPU kernel.
+
+y + proj(attention(qkv(layer_norm(y)))): one operator instead of a norm, two linear layers, window
+attention and a sum, none of whose wide results crosses memory. Everything else is those layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moat_kernels.extension import load_extension
+from moat_kernels.ops.autocast import autocast_dtype
+from moat_kernels.ops.backends import backend_status, requested_backend
+from moat_kernels.ops.window_attention.description import WindowAttentionDescription
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def covers(
+    y: Tensor, tensors: Sequence[Tensor | None], description: WindowAttentionDescription
+) -> bool:
+    """Whether `attention_half` computes this call: inference on a CPU, shapes that fit.
+
+    tensors: as `attention_half` takes them.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    return (
+        y.device.type == "cpu"
+        and y.dtype in DTYPES
+        and requested_backend() in (None, "cpu")
+        and backend_status()["cpu"].usable
+        and autocast_dtype(y) is None
+        and all(t.dtype == y.dtype and t.device == y.device for t in given)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (y, *given)))
+        and not _needs_standard_operators()
+        and _fits(y, tensors, description)
+    )
+
+
+def _needs_standard_operators() -> bool:
+    return (
+        torch.onnx.is_in_onnx_export()
+        or torch.jit.is_tracing()
+        or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
+    )
+
+
+def _fits(
+    y: Tensor, tensors: Sequence[Tensor | None], description: WindowAttentionDescription
+) -> bool:
+    _, _, qkv_weight, _, proj_weight, _, table = tensors
+    channels, inner = y.shape[1], description.heads * description.head_dim
+    return (
+        y.dim() == 4
+        and qkv_weight is not None
+        and qkv_weight.shape == (3 * inner, channels)
+        and proj_weight is not None
+        and proj_weight.shape == (channels, inner)
+        and (table is None or (table.dim() == 3 and table.shape[0] == description.heads))
+        and description.qkv_layout == "qkv_heads"
+        and description.partition == "window"
+    )
+
+
+def attention_half(
+    y: Tensor,
+    tensors: Sequence[Tensor | None],
+    eps: float,
+    description: WindowAttentionDescription,
+) -> Tensor:
+    """y + proj(attention(qkv(layer_norm(y)))): [B, C, H, W] -> [B, C, H, W] in channels_last.
+
+    tensors: weight [C] and bias of the norm, weight [3 * heads * head_dim, C] and bias of qkv,
+        weight [C, heads * head_dim] and bias of proj, and the position table [heads, ., .], which
+        is resized to the windows. All but the two matrices may be None.
+    """
+    return torch.ops.moat_kernels.cpu_attention_half_eval.default(
+        y,
+        list(tensors),
+        description.heads,
+        description.head_dim,
+        list(description.window_for(y.shape[2], y.shape[3])),
+        description.scale_or_default(),
+        eps,
+    )
+
+
+def _fake(y: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.channels_last)
+
+
+if load_extension().usable:
+    torch.library.register_fake("moat_kernels::cpu_attention_half_eval", _fake)
