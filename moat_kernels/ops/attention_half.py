@@ -13,7 +13,11 @@ from torch import Tensor
 
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.autocast import autocast_dtype
-from moat_kernels.ops.backends import backend_status, requested_backend
+from moat_kernels.ops.backends import (
+    backend_status,
+    needs_standard_operators,
+    requested_backend,
+)
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -35,16 +39,8 @@ def covers(
         and autocast_dtype(y) is None
         and all(t.dtype == y.dtype and t.device == y.device for t in given)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (y, *given)))
-        and not _needs_standard_operators()
+        and not needs_standard_operators()
         and _fits(y, tensors, description)
-    )
-
-
-def _needs_standard_operators() -> bool:
-    return (
-        torch.onnx.is_in_onnx_export()
-        or torch.jit.is_tracing()
-        or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
     )
 
 

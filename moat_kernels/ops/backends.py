@@ -166,11 +166,18 @@ def choose_backend(
 
 def is_eager() -> bool:
     """Whether a call runs as it is: not compiled, exported, transformed or traced."""
-    return not (
-        torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or torch.onnx.is_in_onnx_export()
+    return not (torch.compiler.is_compiling() or needs_standard_operators())
+
+
+def needs_standard_operators() -> bool:
+    """Whether the call is seen by what knows PyTorch's own operators only.
+
+    That is an ONNX export, torch.func's transforms or torch.jit.trace.
+    """
+    return (
+        torch.onnx.is_in_onnx_export()
         or torch.jit.is_tracing()  # type: ignore[attr-defined]
+        or (not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active())
     )
 
 
