@@ -7,20 +7,13 @@ Without a GPU both run on the host: Triton's interpreted, the others compiled by
 from __future__ import annotations
 
 import dataclasses
-import warnings
 
 import pytest
 import torch
 from support import cuda_on_cpu
-from support.mbconv_cases import CASES, Case, make_parameters, map_tensors, run
+from support.backend_comparison import check, check_mbconv
+from support.mbconv_cases import Case, make_parameters, map_tensors, run
 from support.mbconv_passes import training_passes, wide_crossings
-from support.tolerances import (
-    BACKEND_GRADIENT,
-    BACKEND_OUTPUT,
-    LOW_PRECISION_FACTOR,
-    assert_close,
-    relative_error,
-)
 from torch import Tensor
 
 pytest.importorskip("triton")
@@ -75,54 +68,25 @@ def test_each_pass_is_taken_over() -> None:
     assert "cuda_expand_depthwise_backward" in backward and "expand_kernel" not in backward
 
 
-def compare(case: Case, dtype: torch.dtype, recompute: str, device: str, training: bool) -> None:
-    """A step is as close to the reference in float64 as the tolerances of Triton alone ask for."""
-
-    # Values that the dtype holds exactly, so that only the computation is judged.
-    parameters = map_tensors(
-        make_parameters(case), lambda tensor: tensor.to(device, dtype).to(torch.float64)
-    )
-    x = torch.randn(SHAPE[0], case.in_channels, *SHAPE[1:]).to(device, dtype).double()
-
-    def step(backend: str, precision: torch.dtype, **options) -> dict[str, Tensor]:
-        with use_backend(backend), warnings.catch_warnings():
-            warnings.simplefilter("error", FallbackWarning)
-            return run(x, parameters, case.description, precision, training=training, **options)
-
-    exact = step("reference", torch.float64)
-    stock = step("reference", dtype)
-    fused = step("triton", dtype, recompute=recompute)
-    for name, value in exact.items():
-        if value.abs().max() < 1e-9:
-            continue
-        if dtype == torch.float32:
-            allowed = (BACKEND_OUTPUT if name == "output" else BACKEND_GRADIENT)[dtype]
-        else:
-            allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value)
-            allowed += torch.finfo(dtype).eps
-        assert fused[name].dtype == stock[name].dtype
-        assert_close(fused[name], value, allowed, name)
-
-
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("recompute", ["expand", "block"])
 @pytest.mark.parametrize("case", [STRIDE_1, STRIDE_2], ids=["1", "2"])
 def test_training_without_a_stored_z1(
     case: Case, recompute: str, dtype: torch.dtype, device: str
 ) -> None:
-    compare(case, dtype, recompute, device, training=True)
+    check_mbconv(case, SHAPE, dtype, device, recompute=recompute)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("case", [STRIDE_1, STRIDE_2], ids=["1", "2"])
 def test_training_with_a_stored_z1(case: Case, dtype: torch.dtype, device: str) -> None:
-    compare(case, dtype, "none", device, training=True)
+    check_mbconv(case, SHAPE, dtype, device)
 
 
 @pytest.mark.parametrize("case", [STRIDE_2, GATED], ids=["2", "se"])
 def test_evaluation(case: Case, device: str) -> None:
     """And the gradient of a call that saved nothing."""
-    compare(case, torch.bfloat16, "block", device, training=False)
+    check_mbconv(case, SHAPE, torch.bfloat16, device, training=False, recompute="block")
 
 
 def test_few_rows_store_z1_for_its_statistics(device: str) -> None:
@@ -157,21 +121,14 @@ def test_the_table_and_the_switch_decide(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_autocast_of_float32_maps(device: str) -> None:
-    case = CASES["stride 1"]
-    case = dataclasses.replace(case, in_channels=8, wide_channels=16, out_channels=8)
-    parameters = map_tensors(make_parameters(case), lambda tensor: tensor.to(device).float())
-    x = torch.randn(2, 8, 8, 9, device=device) + 20
-    exact, stock, fused = (
-        _autocast_step(backend, x, parameters, case, dtype)
-        for backend, dtype in (("reference", None), ("reference", 1), ("triton", 1))
-    )
-    for name, value in exact.items():
-        if value.abs().max() > 1e-9:
-            allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value)
-            assert_close(fused[name], value, allowed + torch.finfo(torch.bfloat16).eps, name)
+    parameters = map_tensors(make_parameters(STRIDE_1), lambda tensor: tensor.to(device).float())
+    x = torch.randn(2, 8, 8, 9).to(device) + 20
 
+    def step(backend: str, autocast: bool) -> dict[str, Tensor]:
+        dtype = torch.float32 if autocast else torch.float64
+        with use_backend(backend), torch.autocast(device, torch.bfloat16, autocast):
+            description = STRIDE_1.description
+            return run(x, parameters, description, dtype, training=True, recompute="expand")
 
-def _autocast_step(backend, x, parameters, case, autocast) -> dict[str, Tensor]:
-    dtype = torch.float32 if autocast else torch.float64
-    with use_backend(backend), torch.autocast(x.device.type, torch.bfloat16, bool(autocast)):
-        return run(x, parameters, case.description, dtype, training=True, recompute="expand")
+    exact, stock = step("reference", autocast=False), step("reference", autocast=True)
+    check(step("triton", autocast=True), stock, exact, torch.bfloat16)
