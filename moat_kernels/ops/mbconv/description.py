@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -124,13 +124,14 @@ class MBConvDescription:
     pooled by `pool` if there is one, then through its 1x1 convolution if there is one.
     """
 
+    # Factories, because torch.compile of PyTorch 2.11 cannot take a Norm as a default value.
     stride: int = 1
     padding: Padding = "tf_same"
-    pre_norm: Norm | None = Norm()
+    pre_norm: Norm | None = field(default_factory=Norm)
     pre_activation: str = "identity"
-    expand_norm: Norm | None = Norm()
+    expand_norm: Norm | None = field(default_factory=Norm)
     expand_activation: str = "gelu"
-    depthwise_norm: Norm | None = Norm()
+    depthwise_norm: Norm | None = field(default_factory=Norm)
     depthwise_activation: str = "gelu"
     project_norm: Norm | None = None
     squeeze_excite: SqueezeExcite | None = None

@@ -26,6 +26,8 @@ from moat_kernels.ops.mbconv.stages import (
     Stage,
     as_map,
     as_rows,
+    pointwise,
+    pointwise_backward,
     running_moments,
     statistics_dtype,
 )
@@ -180,19 +182,19 @@ class FoldedExpand(Stage):
         if not self.statistics:
             self._measure(x)
         weight, bias = self._fold()
-        return as_map(torch.addmm(bias, self._rows(x), weight.t()), x)
+        return as_map(pointwise(self._rows(x), weight, bias), x)
 
     def backward(self, grad: Tensor, x: Tensor, needs_input: bool) -> Tensor | None:
         rows, grad_rows = self._rows(x), as_rows(grad)
-        grad_folded = (grad_rows.t() @ rows).to(self.dtype)  # [E, C]
+        folded, _ = self._fold()
+        grad_x, grad_weight = pointwise_backward(grad_rows, rows, folded, needs_input)
+        grad_folded = grad_weight.to(self.dtype)  # [E, C]
         grad_bias = grad_rows.sum(0, dtype=self.dtype)  # [E]
         if self.centred:  # the bias holds -folded @ offset
             grad_folded = grad_folded - torch.outer(grad_bias, self.statistics[1])
         correction = self.parameter_gradients(grad_folded, grad_bias)
-        if not needs_input:
+        if grad_x is None:
             return None
-        weight, _ = self._fold()
-        grad_x = grad_rows @ weight
         if correction is not None:
             grad_x, rows = grad_x.to(self.dtype), rows.to(self.dtype)
             grad_x = self._through_statistics(grad_x, rows, correction, grad_bias)

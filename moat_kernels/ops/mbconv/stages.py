@@ -43,6 +43,46 @@ def as_map(rows: Tensor, like: Tensor) -> Tensor:
     return rows.view(batch, height, width, rows.shape[1]).permute(0, 3, 1, 2)
 
 
+def _goes_as_convolution(rows: Tensor) -> bool:
+    """Whether oneDNN multiplies faster than torch.mm.
+
+    It uses AVX-512 on every CPU that has it; the BLAS behind torch.mm may not.
+    """
+    return rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.shape[0] > 0
+
+
+def _as_pixels(rows: Tensor) -> Tensor:
+    """[N, C] as a channels_last map [1, C, N, 1]."""
+    return rows.reshape(1, rows.shape[0], 1, rows.shape[1]).permute(0, 3, 1, 2)
+
+
+def pointwise(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[N, C] rows times a weight [E, C], plus a bias [E]: [N, E]."""
+    if not _goes_as_convolution(rows):
+        return F.linear(rows, weight, bias)
+    product = F.conv2d(_as_pixels(rows), weight[:, :, None, None], bias)
+    return product.permute(0, 2, 3, 1).reshape(rows.shape[0], -1)
+
+
+def pointwise_backward(
+    grad_rows: Tensor, rows: Tensor, weight: Tensor, needs_rows: bool
+) -> tuple[Tensor | None, Tensor]:
+    """The gradients [N, C] of `pointwise`'s rows, if needed, and [E, C] of its weight."""
+    if not _goes_as_convolution(rows):
+        return grad_rows @ weight if needs_rows else None, grad_rows.t() @ rows
+    settings = [1, 1], [0, 0], [1, 1], False, [0, 0], 1
+    grad_pixels, grad_weight, _ = torch.ops.aten.convolution_backward(
+        _as_pixels(grad_rows),
+        _as_pixels(rows),
+        weight[:, :, None, None],
+        None,
+        *settings,
+        [needs_rows, True, False],
+    )
+    grad_input = grad_pixels.permute(0, 2, 3, 1).reshape(rows.shape) if needs_rows else None
+    return grad_input, grad_weight.flatten(1)
+
+
 class Stage:
     """A differentiable step; see the module's text."""
 
@@ -97,15 +137,15 @@ class Linear(Stage):
 
     def forward(self, x: Tensor) -> Tensor:
         rows = as_rows(x).to(self.weight.dtype)
-        return as_map(F.linear(rows, self.weight, self.bias), x)
+        return as_map(pointwise(rows, self.weight, self.bias), x)
 
     def backward(self, grad: Tensor, x: Tensor, needs_input: bool) -> Tensor | None:
         grad_rows = as_rows(grad)
-        self._collect(
-            f"{self.name}_weight", lambda: grad_rows.t() @ as_rows(x).to(self.weight.dtype)
-        )
+        rows = as_rows(x).to(self.weight.dtype)
+        grad_input, grad_weight = pointwise_backward(grad_rows, rows, self.weight, needs_input)
+        self._collect(f"{self.name}_weight", lambda: grad_weight)
         self._collect(f"{self.name}_bias", lambda: grad_rows.sum(0))
-        return as_map(grad_rows @ self.weight, x).to(x.dtype) if needs_input else None
+        return None if grad_input is None else as_map(grad_input, x).to(x.dtype)
 
 
 class BatchNorm(Stage):
