@@ -6,7 +6,8 @@ Importing needs no compiler, GPU or extension; `python -m moat_kernels.info` tel
 __version__ = "0.1.0"
 
 from moat_kernels import functional, reference
-from moat_kernels.adapters.registry import register_adapter, supported_cases
+from moat_kernels.adapters.cases import supported_cases
+from moat_kernels.adapters.registry import register_adapter
 from moat_kernels.fuse import FusionReport, fuse, unfuse
 from moat_kernels.models import MOAT, create_model, get_preprocessing, list_models
 from moat_kernels.modules import FusedMBConv, FusedMOATBlock

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from moat_kernels.adapters.registry import find_adapter
+from moat_kernels.modules import refuse_scripting
 
 
 class FusedModule(nn.Module):
@@ -23,6 +24,7 @@ class FusedModule(nn.Module):
     stock_class: type[nn.Module]
     adapter_key: str
     recompute: str
+    __prepare_scriptable__ = refuse_scripting
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """As the stock module's, but for the class, which has no name that pickle could find."""

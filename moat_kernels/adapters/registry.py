@@ -46,19 +46,3 @@ def find_adapter(key: str) -> Adapter:
             f"no adapter {key!r}: a model fused by it needs moat_kernels.register_adapter first"
         )
     return _ADAPTERS[key]
-
-
-def supported_cases() -> str:
-    """The implementations that `fuse` knows, as a Markdown table."""
-    rows = [("implementation", "class", "op", "fused", "left as it is"), ("---",) * 5]
-    rows += [
-        (
-            adapter.implementation,
-            f"`{adapter.class_name}`",
-            f"`{adapter.op}`",
-            adapter.covers,
-            adapter.leaves,
-        )
-        for adapter in all_adapters()
-    ]
-    return "\n".join("| " + " | ".join(row).rstrip() + " |" for row in rows)
