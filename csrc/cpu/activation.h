@@ -35,6 +35,9 @@ namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 // a division or an exponential. Beyond kGeluRange the product is below 1e-7 and is held constant.
 constexpr float kGeluRange = 5.6f;
 
+// max(x, 0), but NaN for -infinity, which GELU in PyTorch multiplies by Phi(x) = 0.
+[[gnu::always_inline]] inline Vec gelu_relu(Vec x) { return minimum(absolute(x), x + absolute(x)); }
+
 // x * Phi(x), count vectors at once to hide latencies. Absolute error 4.8e-7 (one unit in the last
 // place at |x| = 4; PyTorch's own: 3.8e-7). The minimax fit of degree 6 to Phi(-t)^(1/16), weighted
 // by its effect on the product, has 2.4e-7 of it.
@@ -57,7 +60,7 @@ template <int count>
     unroll<count>([&](auto i) __attribute__((always_inline)) { q[i] = q[i] * q[i]; });
   });
   unroll<count>([&](auto i)
-                    __attribute__((always_inline)) { x[i] = maximum(x[i], Vec{}) - t[i] * q[i]; });
+                    __attribute__((always_inline)) { x[i] = gelu_relu(x[i]) - t[i] * q[i]; });
 }
 
 struct ValueAndSlope {
@@ -82,7 +85,7 @@ struct ValueAndSlope {
   const Vec q8 = q4 * q4;
   const Vec q15 = q8 * q4 * (q2 * q);
   const Vec slope = r * q15;
-  return {maximum(x, Vec{}) - t * (q15 * q), x > 0.0f ? 1.0f - slope : slope};
+  return {gelu_relu(x) - t * (q15 * q), x > 0.0f ? 1.0f - slope : slope};
 }
 
 [[gnu::always_inline]] inline ValueAndSlope silu_and_slope(Vec x) {

@@ -212,6 +212,24 @@ def test_a_bad_value_spoils_its_neighbourhood_only(value: float) -> None:
         assert spoilt[..., near].isnan().all()
 
 
+@pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
+@pytest.mark.parametrize("value", [float("-inf"), float("inf")])
+def test_infinity_before_an_activation(value: float, activation: str) -> None:
+    """GELU and SiLU of -infinity are NaN in PyTorch (-infinity times 0), ReLU of it is 0."""
+    description = MBConvDescription(
+        pre_norm=None, expand_norm=None, depthwise_norm=None, expand_activation=activation
+    )
+    case = Case(description, in_channels=1, wide_channels=1, out_channels=1)
+    parameters = make_parameters(case, torch.float32)._replace(expand_weight=torch.ones(1, 1))
+    x = torch.zeros(1, 1, 8, 8)
+    x[..., 4, 4] = value
+    exact = map_tensors(parameters, torch.Tensor.double)
+    expected = evaluate("reference", x.double(), exact, description)
+    actual = evaluate("cpu", x, parameters, description)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert torch.equal(actual.isinf(), expected.isinf())
+
+
 def test_results_do_not_depend_on_the_schedule() -> None:
     case = Case(wide_channels=300)
     parameters = make_parameters(case, torch.float32)
@@ -419,5 +437,5 @@ def test_fake_results_have_the_shapes_of_real_ones(description: MBConvDescriptio
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
 def test_each_instruction_set(isa: str) -> None:
     """The kernels as compiled for another instruction set, in a process of their own."""
-    selection = "any_number_of_channels or any_padding or low_precision or division"
+    selection = "any_number_of_channels or any_padding or low_precision or division or infinity"
     run_tests_with(isa, __file__, selection)
