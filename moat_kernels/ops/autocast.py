@@ -9,15 +9,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from moat_kernels.ops.triton_support.planning import device_type
+
 Result = TypeVar("Result")
 
 
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants matrix products of `x` in; None: autocast is off for it."""
-    device_type = x.device.type
-    if not torch.is_autocast_enabled(device_type) or x.dtype == torch.float64:
+    kind = device_type(x)
+    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
         return None
-    return torch.get_autocast_dtype(device_type)
+    return torch.get_autocast_dtype(kind)
 
 
 def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
@@ -25,9 +27,10 @@ def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
 
     @functools.wraps(function)
     def wrapped(x: Tensor, *arguments: Any) -> Result:
-        if not torch.is_autocast_enabled(x.device.type):  # entering a context takes longer
+        kind = device_type(x)
+        if not torch.is_autocast_enabled(kind):  # entering a context takes longer
             return function(x, *arguments)
-        with torch.autocast(x.device.type, enabled=False):
+        with torch.autocast(kind, enabled=False):
             return function(x, *arguments)
 
     return wrapped

@@ -14,6 +14,7 @@ import torch
 
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.triton_support.launching import interpreting, triton_missing
+from moat_kernels.ops.triton_support.planning import planned_architecture
 
 BACKENDS = ("reference", "torch", "cpu", "triton")
 ENVIRONMENT_VARIABLE = "MOAT_KERNELS_BACKEND"
@@ -76,7 +77,8 @@ def _check_name(name: str, source: str) -> None:
         supported = ", ".join(BACKENDS)
         raise ValueError(f"{source} names the backend {name!r}; this version has: {supported}")
     status = backend_status()[name]
-    if not status.usable:
+    planned = name == "triton" and planned_architecture() is not None and not triton_missing()
+    if not status.usable and not planned:
         raise RuntimeError(f"{source} names the backend {name!r}, not usable here: {status.reason}")
 
 

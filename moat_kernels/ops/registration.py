@@ -12,10 +12,14 @@ Implementation = Callable[..., list[Tensor]]
 # A fragment: the native extension, where it is built, defines the library itself.
 LIBRARY = torch.library.Library("moat_kernels", "FRAGMENT")
 
+# What `define_op` registered, by the operator's name: for modes that look inside the operators.
+IMPLEMENTATIONS: dict[str, Implementation] = {}
+
 
 def define_op(schema: str, implementation: Implementation, fake: Implementation) -> None:
     """Register an op with one implementation for every device and one for fake tensors."""
     name = schema.partition("(")[0]
+    IMPLEMENTATIONS[name] = implementation
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moat_kernels::{name}", fake, lib=LIBRARY)

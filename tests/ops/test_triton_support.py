@@ -9,7 +9,9 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from moat_kernels import use_backend
 from moat_kernels.ops.triton_support import launching
+from moat_kernels.ops.triton_support.planning import planning
 from moat_kernels.ops.triton_support.traffic import Part, Pass, record_passes
 
 
@@ -68,6 +70,21 @@ def test_a_tensor_that_no_one_declared_is_named() -> None:
     x, y = torch.zeros(3), torch.zeros(2, 5)
     with record_passes(), pytest.raises(ValueError, match=r"argument 1, .* shape \(2, 5\)"):
         launching.launch(_Kernel(), (1,), x, y, reads=(x,), writes=(y[:1],))
+
+
+@pytest.mark.skipif(bool(launching.triton_missing()), reason=launching.triton_missing())
+def test_planning_takes_meta_tensors_for_a_gpu_s(monkeypatch) -> None:
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    kernel, x = _Kernel(), torch.empty(3, device="meta")
+    assert launching.unsupported_tensor(x) == "tensors on meta"
+    with planning(90), use_backend("triton"):
+        assert launching.unsupported_tensor(x) == ""
+        assert launching.architecture(x.device) == 90
+        launching.launch(kernel, (1,), x, reads=(x,), writes=())
+        assert launching.unsupported_tensor(torch.zeros(1)) == "tensors on cpu"
+    assert not kernel.launches
+    launching.launch(kernel, (1,), x, reads=(x,), writes=())
+    assert len(kernel.launches) == 1
 
 
 def test_other_devices_and_dtypes_are_refused_with_a_reason(monkeypatch) -> None:

@@ -26,6 +26,7 @@ from moat_kernels.ops.mbconv.description import (
 from moat_kernels.ops.mbconv.running import update_running_statistics
 from moat_kernels.ops.registration import define_op
 from moat_kernels.ops.spatial import in_format_of
+from moat_kernels.ops.triton_support.planning import device_type
 
 IMPLEMENTATIONS = {"torch": torch_backend, "cpu": cpu_backend, "triton": triton_backend}
 
@@ -136,6 +137,7 @@ def _signature(
         recompute,
         requested_backend(),
         autocast_dtype(x),
+        device_type(x),
         torch.is_grad_enabled(),
         *[t if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in tensors],
     )

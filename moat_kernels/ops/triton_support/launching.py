@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.torch_version import TorchVersion
 
 from moat_kernels.ops.triton_support import traffic
+from moat_kernels.ops.triton_support.planning import device_type, planned_architecture
 
 MINIMUM_TRITON = "3.7"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -40,7 +41,7 @@ def interpreting() -> bool:
 
 def unsupported_tensor(x: Tensor) -> str:
     """Why Triton kernels do not take `x`; empty: they do."""
-    if x.device.type != ("cpu" if interpreting() else "cuda"):
+    if device_type(x) != ("cpu" if interpreting() else "cuda"):
         return f"tensors on {x.device}"
     if x.dtype not in DTYPES:
         return f"dtype {x.dtype}"
@@ -49,7 +50,8 @@ def unsupported_tensor(x: Tensor) -> str:
 
 def architecture(device: torch.device) -> int:
     """Compute capability of a device as 10 * major + minor; 0 where it is not an NVIDIA GPU."""
-    return _architecture(device)
+    planned = planned_architecture() if device.type == "meta" else None
+    return _architecture(device) if planned is None else planned
 
 
 @functools.cache
@@ -82,14 +84,15 @@ def launch(
     reads, writes: what crosses DRAM, once; every tensor among the arguments is in one of them (None
     where it is optional and absent). flops: of products, in the dtype of the first argument and
     PRECISION, or of stencils. options: its compile-time arguments, num_warps and num_stages. Does
-    nothing for an empty grid, and for fake tensors, whose results are never read.
+    nothing for an empty grid, and for tensors without data: fake ones and those of `planning`.
     """
     if 0 in grid:
         return
     if traffic.recording():
         unit = _arithmetic(arguments[0].dtype, options.get("PRECISION"))
         traffic.record(kernel.fn.__name__, arguments, reads, writes, flops, unit)
-    if isinstance(arguments[0], FakeTensor):
+    planned = arguments[0].device.type == "meta" and planned_architecture() is not None
+    if planned or isinstance(arguments[0], FakeTensor):
         return
     options.setdefault("enable_fp_fusion", True)
     device = arguments[0].device

@@ -7,6 +7,7 @@ else comes from a cache.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -41,8 +42,8 @@ class Pass:
 
     reads, writes: what crosses DRAM. flops: of its products and stencils, 2 for each multiply and
     add; what else it computes is not counted. arithmetic: the unit that multiplies: "bfloat16",
-    "float16", "tf32", "tf32x3" (three TF32 products for each of float32) or "float32" (no tensor
-    core).
+    "float16", "tf32", "tf32x3" (three TF32 products for each of float32), "float32" or "float64"
+    (no tensor core).
     """
 
     kernel: str
@@ -62,7 +63,7 @@ _passes: ContextVar[list[Pass] | None] = ContextVar("kernel_passes", default=Non
 
 @contextlib.contextmanager
 def record_passes() -> Iterator[list[Pass]]:
-    """Collect the launches inside the `with` block; of fake tensors they do nothing else.
+    """Collect the launches inside the `with` block, of real tensors, fake ones or meta tensors.
 
     Sees this thread only: on a machine with a GPU, autograd runs backward passes in another,
     unless under `torch.autograd.set_multithreading_enabled(False)`.
@@ -107,15 +108,18 @@ def record(
 
 
 def _crossings(side: Sequence[Touched]) -> tuple[Crossing, ...]:
-    return tuple(_crossing(touched) for touched in dict.fromkeys(side) if touched is not None)
+    return tuple(crossing_of(touched) for touched in dict.fromkeys(side) if touched is not None)
 
 
 def _tensor(touched: Touched) -> Tensor | None:
     return touched.tensor if isinstance(touched, Part) else touched
 
 
-def _crossing(touched: Tensor | Part) -> Crossing:
+def crossing_of(touched: Tensor | Part) -> Crossing:
+    """What moves when a kernel goes over a tensor once; elements that share memory move once."""
     if isinstance(touched, Part):
-        whole = _crossing(touched.tensor)
+        whole = crossing_of(touched.tensor)
         return Crossing(whole.shape, whole.bytes * touched.count // touched.of)
-    return Crossing(touched.shape, touched.numel() * touched.element_size())
+    sizes = zip(touched.shape, touched.stride(), strict=True)
+    elements = math.prod(size for size, stride in sizes if stride != 0 or size == 0)
+    return Crossing(touched.shape, elements * touched.element_size())
