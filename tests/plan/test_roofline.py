@@ -1,0 +1,43 @@
+"""Lower bounds of time, and docs/roofline.md."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.roofline import DOCUMENT, kernel_rows, step_rows, trace
+
+from moat_kernels.ops.triton_support.launching import triton_missing
+from moat_kernels.ops.triton_support.traffic import Crossing, Pass
+from moat_kernels.plan import GPUS, floor_seconds, kernels
+
+
+def one_pass(kernel: str, bytes: int, flops: int, arithmetic: str = "bfloat16") -> Pass:
+    return Pass(kernel, (Crossing(torch.Size([bytes]), bytes),), (), flops, arithmetic)
+
+
+def test_each_kernel_takes_the_longer_of_its_bytes_and_its_products() -> None:
+    gpu = GPUS["a100"]
+    moves = one_pass("moves", 2_039 * 10**9, 312)
+    multiplies = one_pass("multiplies", 8, 312 * 10**12)
+    assert floor_seconds([moves], gpu) == pytest.approx(1)
+    assert floor_seconds([multiplies], gpu) == pytest.approx(1)
+    assert floor_seconds([moves, multiplies, moves], gpu) == pytest.approx(3)
+    thrice = one_pass("float32 by TF32", 8, 156 * 10**12, "tf32x3")
+    assert floor_seconds([thrice], gpu) == pytest.approx(3)
+
+
+def test_launches_are_grouped_by_kernel() -> None:
+    groups = kernels([one_pass("a", 1, 2), one_pass("b", 100, 0), one_pass("a", 3, 4)])
+    assert [(group.name, group.bytes, group.flops) for group in groups] == [
+        ("b", 100, 0),
+        ("a", 4, 6),
+    ]
+
+
+@pytest.mark.skipif(bool(triton_missing()), reason=triton_missing())
+def test_the_document_is_current() -> None:
+    """One variant of nine; `python benchmarks/roofline.py` writes it anew."""
+    document = DOCUMENT.read_text().splitlines()
+    steps = trace("tiny_moat_0")
+    for row in (*step_rows("tiny_moat_0", steps), *kernel_rows("none", steps)):
+        assert row in document

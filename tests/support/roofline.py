@@ -1,0 +1,126 @@
+"""docs/roofline.md: what a training step of every variant moves, multiplies and takes at least."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from moat_kernels import get_preprocessing, list_models
+from moat_kernels.plan import BLOCKS, GPUS, Step, TrainingStep, floor_seconds, kernels
+from moat_kernels.plan.report import GIB, RESERVED, capacity
+
+DOCUMENT = Path(__file__).parents[2] / "docs" / "roofline.md"
+BATCH = 64
+COMPARED = ("a100", "h100", "h200")
+# Blocks whose kernels are listed one by one, and the share of their time below which they are not.
+LISTED = ("stock", "none")
+SMALLEST_SHARE = 0.02
+
+HEAD = f"""\
+# Roofline on paper
+
+Written by `python benchmarks/roofline.py`; the tests compare. **Everything here is predicted from
+shapes and data sheets. Nothing was measured: no kernel of this package has run on a GPU.**
+
+A training step at batch {BATCH}: forward, cross entropy, backward, AdamW in one kernel; autocast in
+bfloat16, channels_last, eager; each variant at its own resolution. `python -m moat_kernels.plan`
+predicts the same for other batches, resolutions, GPUs and precisions, and the largest batch that
+fits.
+
+- memory: the most that tensors take at a time, counted exactly by tracing the step: parameters,
+  gradients, AdamW's two moments, what autograd keeps, temporaries, each rounded up to 512 bytes.
+  Not counted: workspaces of cuBLAS and cuDNN, the CUDA context, fragmentation. A batch is said not
+  to fit where less than {RESERVED // GIB} GiB are left for these.
+- DRAM: every kernel reads its inputs once and writes its results once; caches do the rest. Batch
+  norm reads its map twice, and each gradient of a convolution reads that of its output again.
+- FLOP: products and stencils. GELU, norms and other elementwise arithmetic are left out.
+- at least: the sum over kernels of the longer of bytes at full bandwidth and products at full rate.
+  A lower bound, no forecast: launches (see their number; without CUDA graphs each costs
+  microseconds), caches that miss, elementwise arithmetic and clocks below boost come on top.
+"""
+
+
+def _gpu_table() -> Iterator[str]:
+    yield "| GPU | memory | DRAM | bfloat16 | TF32 | FP32 | FP64 | source |"
+    yield "|---|---:|---:|---:|---:|---:|---:|---|"
+    for gpu in GPUS.values():
+        rates = (gpu.peaks[unit] / 1e12 for unit in ("bfloat16", "tf32", "float32", "float64"))
+        cells = " | ".join(f"{rate:g} TFLOP/s" for rate in rates)
+        bandwidth = f"{gpu.bandwidth / 1e12:g} TB/s"
+        yield f"| {gpu.name} | {gpu.memory // GIB} GiB | {bandwidth} | {cells} | {gpu.source} |"
+
+
+def trace(name: str) -> dict[tuple[str, int], Step]:
+    """The steps of a variant, by blocks and by the architecture that is launched for."""
+    architectures = sorted({GPUS[gpu].architecture for gpu in COMPARED})
+    resolution = get_preprocessing(name).resolution
+    return {
+        (blocks, architecture): TrainingStep(
+            name, resolution, blocks, architecture=architecture
+        ).trace(BATCH)
+        for blocks in BLOCKS
+        for architecture in architectures
+    }
+
+
+def step_rows(name: str, steps: dict[tuple[str, int], Step]) -> Iterator[str]:
+    """A variant's rows of the first table."""
+    for blocks in BLOCKS:
+        step = steps[blocks, GPUS["h100"].architecture]
+        traffic = sum(one.bytes for one in step.passes) / 1e9
+        flops = sum(one.flops for one in step.passes) / 1e12
+        times = []
+        for gpu in (GPUS[name] for name in COMPARED):
+            on_gpu = steps[blocks, gpu.architecture]
+            milliseconds = floor_seconds(on_gpu.passes, gpu) * 1e3
+            times.append(f"{milliseconds:.1f}" if on_gpu.peak <= capacity(gpu) else "does not fit")
+        size = f"{name}, {get_preprocessing(name).resolution} px"
+        cells = (size, blocks, f"{step.peak / GIB:.1f}", f"{traffic:.1f}", f"{flops:.2f}")
+        yield f"| {' | '.join((*cells, str(len(step.passes)), *times))} |"
+
+
+def kernel_rows(blocks: str, steps: dict[tuple[str, int], Step]) -> Iterator[str]:
+    """A table of the kernels that take most of the time on the first GPU, and of the others."""
+    yield (
+        f"| {blocks} | launches | DRAM GB | TFLOP | "
+        + " | ".join(f"{GPUS[gpu].name} ms" for gpu in COMPARED)
+        + " |"
+    )
+    yield "|---" + "|---:" * (3 + len(COMPARED)) + "|"
+    by_gpu = []
+    for gpu in (GPUS[name] for name in COMPARED):
+        made = kernels(steps[blocks, gpu.architecture].passes)
+        by_gpu.append({one.name: floor_seconds(one.passes, gpu) * 1e3 for one in made})
+    total = sum(by_gpu[0].values())
+    made = kernels(steps[blocks, GPUS[COMPARED[0]].architecture].passes)
+    made.sort(key=lambda kernel: -by_gpu[0][kernel.name])
+    large = [kernel for kernel in made if by_gpu[0][kernel.name] >= SMALLEST_SHARE * total]
+    rest = made[len(large) :]
+    for title, group in [(kernel.name, [kernel]) for kernel in large] + [
+        (f"{len(rest)} others", rest)
+    ]:
+        times = (sum(gpu.get(kernel.name, 0.0) for kernel in group) for gpu in by_gpu)
+        launches = sum(len(kernel.passes) for kernel in group)
+        traffic = sum(kernel.bytes for kernel in group) / 1e9
+        flops = sum(kernel.flops for kernel in group) / 1e12
+        cells = (title, str(launches), f"{traffic:.2f}", f"{flops:.3f}")
+        yield f"| {' | '.join((*cells, *(f'{time:.2f}' for time in times)))} |"
+
+
+def format_document() -> str:
+    """The whole document."""
+    steps = {name: trace(name) for name in list_models()}
+    lines = [HEAD, "## GPUs", "", "Dense rates, from the vendor's documents.", "", *_gpu_table()]
+    lines += ["", "## Training step, predicted", ""]
+    columns = ("model", "blocks", "memory GiB", "DRAM GB", "TFLOP", "kernels")
+    times = (f"{GPUS[gpu].name}, at least ms" for gpu in COMPARED)
+    lines += [f"| {' | '.join((*columns, *times))} |", "|---|---" + "|---:" * 7 + "|"]
+    for name in list_models():
+        lines += step_rows(name, steps[name])
+    lines += ["", "## Kernels, predicted", ""]
+    lines += [f"At least 2 % of the step's time on {GPUS[COMPARED[0]].name} each.", ""]
+    for name in list_models():
+        lines += [f"### {name}", ""]
+        for blocks in LISTED:
+            lines += [*kernel_rows(blocks, steps[name]), ""]
+    return "\n".join(lines).rstrip() + "\n"
