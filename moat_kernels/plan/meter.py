@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections.abc import Iterable
 from typing import Any
 
 from torch import Tensor
+from torch._C import DispatchKey
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
@@ -62,13 +64,20 @@ class Meter(TorchDispatchMode):
         if func.namespace == LIBRARY.ns and func._opname in IMPLEMENTATIONS:
             with self:
                 return IMPLEMENTATIONS[func._opname](*args, **kwargs)
-        if func._opname not in SEVERAL_PASSES:
-            # Operators that are made of others arrive whole from inside this package's.
+        if _is_made_of_others(func):
             with self:
-                result = func.decompose(*args, **kwargs)
-            if result is not NotImplemented:
-                return result
+                return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
         self.hold(leaf for leaf in tree_iter(result) if isinstance(leaf, Tensor))
         self.passes += operator_passes(func, args, kwargs, result)
         return result
+
+
+@functools.cache
+def _is_made_of_others(operator: OpOverload) -> bool:
+    """Whether PyTorch composes it of operators that matter here.
+
+    Most such arrive in pieces already; from inside this package's operators they arrive whole.
+    """
+    composed = operator.has_kernel_for_dispatch_key(DispatchKey.CompositeImplicitAutograd)
+    return composed and operator._opname not in SEVERAL_PASSES
