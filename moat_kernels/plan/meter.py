@@ -7,6 +7,7 @@ import weakref
 from collections.abc import Iterable
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch._C import DispatchKey
 from torch._ops import OpOverload
@@ -68,9 +69,21 @@ class Meter(TorchDispatchMode):
             with self:
                 return func.decompose(*args, **kwargs)
         result = func(*args, **kwargs)
+        if func._opname == "convolution" and result.is_meta:
+            result = _in_format_of_cudnn(result, *args[:2])
         self.hold(leaf for leaf in tree_iter(result) if isinstance(leaf, Tensor))
         self.passes += operator_passes(func, args, kwargs, result)
         return result
+
+
+def _in_format_of_cudnn(result: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """A convolution's result in channels_last if either argument is; else contiguous.
+
+    So on CUDA devices. Of meta tensors PyTorch leaves it contiguous.
+    """
+    if any(tensor.is_contiguous(memory_format=torch.channels_last) for tensor in (x, weight)):
+        return result.contiguous(memory_format=torch.channels_last)
+    return result
 
 
 @functools.cache

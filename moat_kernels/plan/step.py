@@ -106,8 +106,8 @@ class TrainingStep:
             meter = stack.enter_context(Meter(passes))
             meter.hold((*self.parameters, *self.model.buffers(), *self.optimizer_state))
             state = meter.live
-            images = torch.empty(batch, 3, self.resolution, self.resolution, device="meta")
-            images = images.contiguous(memory_format=torch.channels_last)
+            size = (batch, 3, self.resolution, self.resolution)
+            images = torch.empty(size, device="meta", memory_format=torch.channels_last)
             # For backward too, where Python code runs in checkpoints, which compute their forward
             # again, and in this package's ops, which switch autocast off.
             stack.enter_context(self._autocast())

@@ -79,6 +79,18 @@ def test_what_lives_between_forward_and_backward_is_what_autograd_saves(
     assert kept == expected + output.numel() * 4
 
 
+@pytest.mark.parametrize("given", ["x", "weight", "neither"])
+def test_convolutions_of_meta_tensors_are_in_cudnn_s_memory_format(given: str) -> None:
+    x, weight = (torch.empty(4, 4, 6, 6, device="meta") for _ in range(2))
+    if given == "x":
+        x = x.to(memory_format=torch.channels_last)
+    elif given == "weight":
+        weight = weight.to(memory_format=torch.channels_last)
+    with Meter([]):
+        output = F.conv2d(x, weight, padding=3)
+    assert output.is_contiguous(memory_format=torch.channels_last) == (given != "neither")
+
+
 def test_the_package_s_operators_are_seen_through() -> None:
     block = mk.FusedMBConv(8, 8)
     x = torch.randn(2, 8, 12, 10)
