@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any, NoReturn, TypeVar
 
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -12,12 +13,15 @@ from moat_kernels.drop_path import DropPath
 from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm
 from moat_kernels.ops import attention_half
 from moat_kernels.ops.backends import NO_TORCHSCRIPT, keep_backend, warn_once
+from moat_kernels.ops.layer_norm import add_branch, branch_layer_norm, covers
 from moat_kernels.ops.linear import apply_linear
 from moat_kernels.ops.mbconv import mbconv
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
 from moat_kernels.ops.spatial import in_format_of
 from moat_kernels.ops.window_attention import window_attention
 from moat_kernels.tensor_access import tensor_of
+
+Result = TypeVar("Result")
 
 _STOCK_CLASSES = (
     nn.Conv2d,
@@ -175,10 +179,38 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
                 eps = self.attention_norm.eps
                 output = attention_half.attention_half(y, tensors, eps, attention.description)
                 return in_format_of(output, y)
+        if self._fuses_branch(y):
+            rows, branch = self._keeping_input(self._branch, y.permute(0, 2, 3, 1))
+            return add_branch(rows, branch, self.drop_path.scale(branch)).permute(0, 3, 1, 2)
         return super().attention_half(y)
 
     def self_attention(self, y: Tensor) -> Tensor:
+        return self._keeping_input(super().self_attention, y)
+
+    def _branch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """(rows, attention(layer_norm(rows))); rows are to be used instead of those given."""
+        norm = self.attention_norm
+        weight, bias = tensor_of(norm, "weight"), tensor_of(norm, "bias")
+        normalized, rows = branch_layer_norm(rows, weight, bias, norm.eps)
+        return rows, self.attention(normalized)
+
+    def _fuses_branch(self, y: Tensor) -> bool:
+        """Whether kernels compute the norm: they cover it, and nobody hooked or replaced it."""
+        norm = self.attention_norm
+        if not covers(y.permute(0, 2, 3, 1), norm.weight, norm.bias):
+            return False
+        reason = obstacle(self, ("attention_norm", "drop_path"))
+        attention = self.attention
+        if not reason and any(getattr(attention, hooks) for hooks in _HOOKS):
+            reason = "attention has hooks"
+        if not reason and not isinstance(attention, reference.Attention):
+            reason = f"attention was replaced by {type(attention).__name__}"
+        if reason:
+            warn_once(f"{type(self).__name__}: {reason}; its layer norm runs unfused")
+        return not reason
+
+    def _keeping_input(self, function: Callable[[Tensor], Result], y: Tensor) -> Result:
+        """function(y); with recompute="block", only y is kept for the backward pass."""
         if self.recompute == "block" and y.requires_grad:
-            recomputed = keep_backend(super().self_attention)
-            return checkpoint(recomputed, y, use_reentrant=False)
-        return super().self_attention(y)
+            return checkpoint(keep_backend(function), y, use_reentrant=False)
+        return function(y)

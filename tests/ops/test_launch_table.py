@@ -144,7 +144,7 @@ GOOD = {
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"op": "softmax"}, "op must be one of mbconv, window_attention, got 'softmax'"),
+        ({"op": "softmax"}, "op must be one of mbconv, window_attention, layer_norm"),
         ({"kernel": "contract"}, "mbconv has no kernel 'contract'"),
         ({"kernel": ["expand"]}, "mbconv has no kernel"),
         ({"op": ["mbconv"]}, "op must be one of"),

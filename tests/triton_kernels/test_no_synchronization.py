@@ -22,6 +22,7 @@ from moat_kernels.functional import (
     SqueezeExcite,
     WindowAttentionDescription,
 )
+from moat_kernels.ops.layer_norm import triton_backend as layer_norm
 from moat_kernels.ops.mbconv import front
 from moat_kernels.ops.mbconv import triton_backend as mbconv
 from moat_kernels.ops.mbconv.running import update_running_statistics
@@ -97,6 +98,13 @@ def test_attention(window: tuple[int, int] | None) -> None:
     with OnOneDevice():
         output, saved = window_attention.forward(qkv, table, description)
         window_attention.backward(output, qkv, table, description, output, saved, True)
+
+
+def test_layer_norm() -> None:
+    x, weight = on_gpu(2, 7, 9, 96), on_gpu(96)
+    with OnOneDevice():
+        normalized, mean, rstd = layer_norm.forward(x, weight, weight, 1e-5, torch.bfloat16)
+        layer_norm.backward(normalized, x, x, weight, mean, rstd, True)
 
 
 def test_waiting_would_show() -> None:
