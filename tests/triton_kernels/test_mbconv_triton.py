@@ -146,25 +146,32 @@ def test_small_maps(shape: tuple[int, int, int], device: str) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
-    ("name", "shape"),
+    ("name", "shape", "options"),
     [
-        ("stride 1", FEW_ROWS),
-        ("stride 1", MANY_ROWS),
-        ("stride 2, pool 2, projected", FEW_ROWS),
-        ("squeeze-excite", MANY_ROWS),
+        ("stride 1", FEW_ROWS, {"training": True}),
+        ("stride 1", MANY_ROWS, {"training": True}),
+        ("stride 1", (1, 5, 3), {"training": True, "recompute": "block"}),
+        ("stride 2, pool 2, projected", FEW_ROWS, {"training": True}),
+        ("squeeze-excite", MANY_ROWS, {"training": True}),
+        # Every norm folded into the weights: the kernels of inference.
+        ("squeeze-excite", FEW_ROWS, {"training": False, "recompute": "block"}),
     ],
     ids=str,
 )
 def test_low_precision_is_as_close_to_float64_as_stock_modules(
-    name: str, shape: tuple[int, int, int], dtype: torch.dtype, device: str
+    name: str,
+    shape: tuple[int, int, int],
+    options: dict[str, object],
+    dtype: torch.dtype,
+    device: str,
 ) -> None:
     case = CASES[name]
     # Values that the low precision holds exactly, so that only the computation is judged.
     parameters = to(to(make_parameters(case), device, dtype), device, torch.float64)
     x = torch.randn(shape[0], case.in_channels, *shape[1:]).to(device, dtype).double()
-    exact = run_all("reference", x, case, parameters, torch.float64, training=True)
-    stock = run_all("reference", x, case, parameters, dtype, training=True)
-    fused = run_all("triton", x, case, parameters, dtype, training=True)
+    exact = run_all("reference", x, case, parameters, torch.float64, **options)
+    stock = run_all("reference", x, case, parameters, dtype, **options)
+    fused = run_all("triton", x, case, parameters, dtype, **options)
     for key, value in exact.items():
         assert fused[key].dtype == stock[key].dtype, key
         if value.abs().max() < 1e-9:
@@ -210,6 +217,45 @@ def test_nan_and_inf_reach_the_same_elements(value: float, device: str) -> None:
             outputs.append(mbconv(x, parameters, case.description))
     assert torch.equal(outputs[0].isfinite(), outputs[1].isfinite())
     assert not outputs[0].isfinite().all()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_nan_and_inf_in_the_gradient_reach_the_same_elements(
+    value: float, stride: int, device: str
+) -> None:
+    """Backward with fixed statistics: one pixel of one image reaches its neighbours only."""
+    case = Case(MBConvDescription(stride=stride, residual=False))
+    parameters = to(make_parameters(case), device, torch.float32)
+    x = torch.randn(2, case.in_channels, 9, 7).to(device)
+    cotangent = torch.randn(2, case.out_channels, -(-9 // stride), -(-7 // stride)).to(device)
+    cotangent[1, 2, 3, 1] = value
+    expected, actual = (
+        run_all(backend, x, case, parameters, torch.float32, cotangent=cotangent)
+        for backend in ("reference", "triton")
+    )
+    for name, gradient in expected.items():
+        assert torch.equal(actual[name].isfinite(), gradient.isfinite()), name
+    assert 0 < expected["x"].isfinite().double().mean() < 1
+
+
+def test_gradients_of_any_memory_format_and_strides(device: str) -> None:
+    case = CASES["stride 2, pool 2, projected"]
+    parameters = to(make_parameters(case), device, torch.float32)
+    x = torch.randn(2, case.in_channels, 7, 8).to(device)
+    plain = torch.randn(2, case.out_channels, 4, 4).to(device)
+    sliced = torch.randn(2, case.out_channels, 8, 5).to(device)
+    sliced[:, :, ::2, 1:] = plain
+    cotangents = [plain, plain.to(memory_format=torch.channels_last), sliced[:, :, ::2, 1:]]
+    gradients = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        for cotangent in cotangents:
+            leaf = x.clone(memory_format=memory_format).requires_grad_()
+            with use_backend("triton"):
+                output = mbconv(leaf, parameters, case.description, training=True)
+            gradients += torch.autograd.grad(output, leaf, cotangent)
+            assert gradients[-1].is_contiguous(memory_format=memory_format)
+    assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 
 
 def test_memory_format_and_strides_of_the_input_do_not_matter(device: str) -> None:
