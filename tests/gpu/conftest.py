@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import cuda_on_cpu
 
 from moat_kernels.ops.mbconv import cuda_kernels, depthwise_passes
 from moat_kernels.ops.triton_support.launching import interpreting, triton_missing
@@ -57,6 +58,8 @@ def cuda(device: str) -> str:
 @pytest.fixture(params=["never", "always"], ids="CUDA C++ {}".format)
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Triton's kernels alone, and CUDA C++ wherever it covers a call."""
-    if request.param == "always" and not cuda_kernels.built():
+    if request.param == "always" and interpreting() and not cuda_on_cpu.reason_unavailable():
+        cuda_on_cpu.load()
+    elif request.param == "always" and not cuda_kernels.built():
         pytest.skip("built without the CUDA kernels")
     monkeypatch.setenv(depthwise_passes.ENVIRONMENT_VARIABLE, request.param)
