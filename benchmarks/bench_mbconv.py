@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from device import own_backends
 from floor import Product, product_floors
 from interleaved import Comparison, Contender, Group, contenders_of
 from peers import RUNTIMES, checkpointed, compiled, make_peers
@@ -20,12 +21,11 @@ from shapes import EXPAND_RATIO, OTHER_BLOCKS, PLAIN_BLOCKS, TRAINING_BATCH, Blo
 from torch import Tensor
 
 import moat_kernels as mk
-from moat_kernels.ops.backends import backend_status
 from moat_kernels.reference import MBConvBlock
 
 FLOORS = product_floors()
 STOCK = {"stock": torch.contiguous_format, "stock channels_last": torch.channels_last}
-FUSED = [name for name in ("torch", "cpu") if backend_status()[name].usable]
+FUSED = own_backends()
 LEVELS = ("auto", "none", "expand", "block")
 
 
@@ -174,7 +174,7 @@ TRAINING = [
         partial(make_training_group, block, TRAINING_BATCH),
         contenders=(
             *(*FLOORS, *STOCK, "stock checkpoint", "torch auto"),
-            *(f"cpu {level}" for level in LEVELS if "cpu" in FUSED),
+            *(f"{name} {level}" for level in LEVELS for name in FUSED[1:]),
         ),
         slow=("torch.compile", "torch expand", "torch block"),
     )

@@ -95,7 +95,7 @@ TRAINING = [
         partial(make_group, model, model.training_batch, True),
         contenders=(
             *(*STOCK, "stock checkpoint", "torch auto"),
-            *(f"cpu {level}" for level in LEVELS if "cpu" in FUSED),
+            *(f"{name} {level}" for level in LEVELS for name in FUSED[1:]),
         ),
         slow=("torch.compile", "torch expand", "torch block"),
         full=model.name not in QUICK_TRAINING,

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from device import own_backends
 from interleaved import Comparison, Contender, Group, contenders_of
 from peers import compiled
 from shapes import ATTENTION_MAPS, HEAD_DIM, TRAINING_BATCH, AttentionMap
@@ -20,12 +21,11 @@ from torch import Tensor
 
 import moat_kernels as mk
 from moat_kernels.functional import WindowAttentionDescription, window_attention
-from moat_kernels.ops.backends import backend_status
 from moat_kernels.ops.window_attention.partition import partition, reverse
 from moat_kernels.ops.window_attention.position_bias import gather_bias
 from moat_kernels.ops.window_attention.reference import split_heads
 
-OURS = [name for name in ("reference", "torch", "cpu") if backend_status()[name].usable]
+OURS = ["reference", *own_backends()]
 
 
 def scaled_dot_product(

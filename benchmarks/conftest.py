@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+import device
 import pytest
 import torch
 from interleaved import Comparison, Group
@@ -15,10 +16,14 @@ from machine import facts, summary
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--full", action="store_true", help="all variants and batches, torch.compile")
     parser.addoption("--threads", type=int, default=torch.get_num_threads())
+    parser.addoption("--device", choices=("cpu", "cuda"), default=device.default())
+    parser.addoption("--dtype", choices=("float32", "bfloat16", "float16"), default="float32")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     torch.set_num_threads(config.getoption("--threads"))
+    device.choose(config.getoption("--device"))
+    torch.set_default_dtype(getattr(torch, config.getoption("--dtype")))
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -41,7 +46,8 @@ def measure_group(request: pytest.FixtureRequest) -> Callable[[Comparison], Grou
     @lru_cache(maxsize=1)  # contenders of a group run one after the other
     def make(comparison: Comparison) -> Group:
         slow = comparison.slow if full else ()
-        return comparison.make((*comparison.contenders, *slow))
+        with torch.device(device.chosen()):
+            return comparison.make((*comparison.contenders, *slow))
 
     return make
 

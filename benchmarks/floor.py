@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable
 
 import torch
+from device import chosen, synchronize
 from torch import Tensor
 
 Product = Callable[[Tensor, Tensor], Tensor]
@@ -23,18 +24,24 @@ def onednn_product(left: Tensor, right: Tensor) -> Tensor:
 def product_floors() -> dict[str, Product]:
     """The products to compare with, by the name of their row."""
     floors: dict[str, Product] = {"floor": torch.mm}
-    if torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+    if (
+        chosen() == "cpu"
+        and torch.backends.mkldnn.is_available()
+        and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+    ):
         floors["floor, oneDNN"] = onednn_product
     return floors
 
 
 def peak_gflops(side: int = 1536) -> float:
     """The most that a large matrix product reaches here, in GFLOP/s: the best of its floors."""
-    left, right = torch.randn(side, side), torch.randn(side, side)
+    left, right = (torch.randn(side, side, device=chosen()) for _ in range(2))
     fastest = float("inf")
     for product in product_floors().values():
         for _ in range(4):
+            synchronize()
             start = time.perf_counter()
             product(left, right)
+            synchronize()
             fastest = min(fastest, time.perf_counter() - start)
     return 2 * side**3 / fastest / 1e9

@@ -10,10 +10,11 @@ from functools import cached_property
 from typing import Any
 
 import pytest
+from device import peak_bytes, synchronize
 from floor import peak_gflops
 from torch import Tensor
 
-from moat_kernels.memory import peak_bytes, saved_bytes
+from moat_kernels.memory import saved_bytes
 
 # Rounds after the warm-up: as many as fit the time, calls of a few milliseconds get the most.
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 51
@@ -79,8 +80,10 @@ class Group:
                 if time.perf_counter() > settled:
                     break
             contender.setup()
+            synchronize()
             start = time.perf_counter()
             contender.call()
+            synchronize()
             seconds[name].append(time.perf_counter() - start)
 
     def extra_info(self, name: str) -> dict[str, Any]:

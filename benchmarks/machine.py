@@ -5,19 +5,30 @@ from __future__ import annotations
 import importlib.metadata
 from typing import Any
 
+import torch
+from device import chosen
+
 from moat_kernels.info import collect
 
 PEERS = ("openvino", "onnxruntime", "timm", "torchvision", "vit-pytorch")
 
 
 def facts() -> dict[str, Any]:
-    """What `python -m moat_kernels.info` collects, and the peers' versions (None: missing)."""
+    """What `python -m moat_kernels.info` collects, the peers' versions (None: missing), and
+    what was `measured`: the device and the dtype.
+    """
     collected = collect()
     for package in PEERS:
         try:
             collected["versions"][package] = importlib.metadata.version(package)
         except importlib.metadata.PackageNotFoundError:
             collected["versions"][package] = None
+    on_gpu = chosen() == "cuda"
+    collected["measured"] = {
+        "device": torch.cuda.get_device_name() if on_gpu else collected["cpu"]["name"],
+        "is_gpu": on_gpu,
+        "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
+    }
     return collected
 
 
@@ -25,7 +36,8 @@ def summary() -> dict[str, Any]:
     """What every benchmark records of them."""
     collected = facts()
     return {
-        "device": collected["cpu"]["name"],
+        "device": collected["measured"]["device"],
+        "dtype": collected["measured"]["dtype"],
         "threads": collected["cpu"]["threads"],
         "instruction_set": collected["extension"].get("instruction_set", "none"),
         "versions": collected["versions"],

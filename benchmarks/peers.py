@@ -13,6 +13,7 @@ from contextlib import redirect_stdout
 from functools import partial
 
 import torch
+from device import chosen
 from interleaved import Contender
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
@@ -25,7 +26,7 @@ _PACKAGES = {"OpenVINO": ("openvino", "onnx"), "ONNX Runtime": ("onnxruntime", "
 RUNTIMES = tuple(
     name
     for name, packages in _PACKAGES.items()
-    if all(importlib.util.find_spec(package) for package in packages)
+    if chosen() == "cpu" and all(importlib.util.find_spec(package) for package in packages)
 )
 
 

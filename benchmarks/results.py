@@ -27,6 +27,8 @@ def describe(facts: dict[str, Any]) -> str:
     cpu, versions = facts["cpu"], facts["versions"]
     kernels = facts["extension"].get("instruction_set", "none")
     peers = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+    measured = facts.get("measured", {"is_gpu": False, "dtype": "float32"})
+    gpu = f"on {measured['device']}" if measured["is_gpu"] else "no GPU was used"
     installed = [f"{name} {versions[key]}" for key, name in peers.items() if versions.get(key)]
     return ", ".join(
         [
@@ -34,6 +36,6 @@ def describe(facts: dict[str, Any]) -> str:
             f"{cpu['threads']} threads",
             f"torch {versions['torch']}",
             *installed,
-            f"moat_kernels {versions['moat_kernels']}; float32; no GPU was used",
+            f"moat_kernels {versions['moat_kernels']}; {measured['dtype']}; {gpu}",
         ]
     )
