@@ -166,6 +166,11 @@ def choose_backend(
     return chosen if chosen == "reference" else _where_operators_are_known(op, chosen)
 
 
+def is_exporting() -> bool:
+    """torch.compiler.is_exporting; PyTorch 2.11 traces that as True in torch.compile too."""
+    return torch.compiler._is_exporting_flag
+
+
 def is_eager() -> bool:
     """Whether a call runs as it is: not compiled, exported, transformed or traced."""
     return not (torch.compiler.is_compiling() or needs_standard_operators())

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moat_kernels.ops.autocast import autocast_dtype
-from moat_kernels.ops.backends import backend_status, is_eager, requested_backend
+from moat_kernels.ops.backends import backend_status, is_eager, is_exporting, requested_backend
 from moat_kernels.ops.linear.cpu_backend import backward, forward, unsupported
 from moat_kernels.tensor_access import tensor_of
 
@@ -45,7 +45,7 @@ def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         and requested_backend() in (None, "cpu")
         and autocast_dtype(x) is None
         and (is_eager() or torch.compiler.is_compiling())
-        and not torch.compiler.is_exporting()
+        and not is_exporting()
         and not unsupported(x, weight, bias)
     )
 

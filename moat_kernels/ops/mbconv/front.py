@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moat_kernels.ops.autocast import autocast_dtype, without_autocast
-from moat_kernels.ops.backends import choose_backend, is_eager, requested_backend
+from moat_kernels.ops.backends import choose_backend, is_eager, is_exporting, requested_backend
 from moat_kernels.ops.mbconv import cpu_backend, reference, torch_backend, triton_backend
 from moat_kernels.ops.mbconv.checks import check_mbconv
 from moat_kernels.ops.mbconv.description import (
@@ -242,7 +242,7 @@ def _fused(
     ]
     counts = {name: _moment_count(description, name) for name in NORMS}
     choices = (description.encode(), recompute, backend)
-    if torch.compiler.is_exporting() and not any(counts.values()):
+    if is_exporting() and not any(counts.values()):
         # What runs without Python holds operators of PyTorch and of the native extension only.
         return _forward_op(x, tensors, running, drop_path_scale, *choices, False)[0], {}
     if _needs_gradient(x, tensors):

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moat_kernels.ops.autocast import autocast_dtype, without_autocast
-from moat_kernels.ops.backends import choose_backend
+from moat_kernels.ops.backends import choose_backend, is_exporting
 from moat_kernels.ops.checks import check_tensor
 from moat_kernels.ops.registration import define_op
 from moat_kernels.ops.window_attention import (
@@ -51,7 +51,7 @@ def window_attention(
     if backend == "reference":
         return reference.window_attention(qkv, bias_table, description)
     choices = (description.encode(), backend)
-    if torch.compiler.is_exporting():  # to operators that exist without Python
+    if is_exporting():  # to operators that exist without Python
         return _forward_op(qkv, bias_table, *choices)[0]
     if _needs_gradient(qkv, bias_table):
         output, *_ = _WindowAttention.apply(qkv, bias_table, *choices)
