@@ -15,15 +15,16 @@ from support.backend_comparison import check, check_mbconv
 from support.mbconv_cases import Case, make_parameters, map_tensors, run
 from support.mbconv_passes import training_passes, wide_crossings
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 pytest.importorskip("triton")
 
 from moat_kernels import FallbackWarning, use_backend
 from moat_kernels.functional import MBConvDescription, Pool, SqueezeExcite
-from moat_kernels.ops.mbconv import cuda_kernels, depthwise_passes
+from moat_kernels.ops.mbconv import cuda_kernels, depthwise_passes, front, triton_backend
 from moat_kernels.ops.mbconv.triton_launch import Implementation
 from moat_kernels.ops.triton_support.launch_table import choosing
-from moat_kernels.ops.triton_support.traffic import Pass
+from moat_kernels.ops.triton_support.traffic import Pass, record_passes
 
 # 144 rows of 8 channels, which fill 16 bytes: enough to measure expand_norm by covariance.
 SHAPE = (2, 8, 9)
@@ -57,6 +58,21 @@ def test_how_often_wide_tensors_cross_memory(recompute: str, forward: int, backw
     case = Case(MBConvDescription(), 16, 64, 16)
     passes = training_passes(case, torch.bfloat16, recompute, 8, 32, 32)
     assert [wide_crossings(each, 64) for each in passes] == [forward, backward]
+
+
+@pytest.mark.parametrize(("choice", "crossings"), [("never", 4), ("always", 2)])
+def test_how_often_wide_tensors_cross_memory_in_evaluation(
+    choice: str, crossings: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(SWITCH, choice)
+    case = Case(MBConvDescription(), 16, 64, 16)
+    parameters = make_parameters(case, torch.bfloat16)
+    description = front.resolve_frozen(case.description, parameters, training=False)
+    with FakeTensorMode() as mode, record_passes() as passes:
+        x = torch.empty(8, 16, 32, 32, dtype=torch.bfloat16)
+        fakes = map_tensors(parameters, mode.from_tensor)
+        triton_backend.forward(x, fakes, description, "block", None)
+    assert wide_crossings(passes, 64) == crossings
 
 
 def test_each_pass_is_taken_over() -> None:
