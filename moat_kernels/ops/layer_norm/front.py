@@ -9,7 +9,13 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moat_kernels.ops.autocast import autocast_dtype
-from moat_kernels.ops.backends import backend_status, is_eager, requested_backend, warn_once
+from moat_kernels.ops.backends import (
+    backend_status,
+    is_eager,
+    is_exporting,
+    requested_backend,
+    warn_once,
+)
 from moat_kernels.ops.layer_norm import reference, triton_backend
 from moat_kernels.ops.registration import define_op
 
@@ -24,7 +30,7 @@ def covers(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
         return False
     if not backend_status()["triton"].usable:
         return False
-    if not (is_eager() or torch.compiler.is_compiling()) or torch.compiler.is_exporting():
+    if not (is_eager() or torch.compiler.is_compiling()) or is_exporting():
         return False
     reason = triton_backend.unsupported(x, weight, bias)
     if reason and requested is not None:
