@@ -1,4 +1,4 @@
-"""Write docs/roofline.md: `python benchmarks/roofline.py`, two minutes of tracing, no GPU."""
+"""Write docs/roofline.md: `python benchmarks/roofline.py`, a minute of tracing, no GPU."""
 
 from __future__ import annotations
 

@@ -25,7 +25,7 @@ shapes and data sheets. Nothing was measured: no kernel of this package has run 
 A training step at batch {BATCH}: forward, cross entropy, backward, AdamW in one kernel; autocast in
 bfloat16, channels_last, eager; each variant at its own resolution. `python -m moat_kernels.plan`
 predicts the same for other batches, resolutions, GPUs and precisions, and the largest batch that
-fits.
+fits. Launches are those for Hopper; elsewhere the sizes of partial sums may differ.
 
 - memory: the most that tensors take at a time, counted exactly by tracing the step: parameters,
   gradients, AdamW's two moments, what autograd keeps, temporaries, each rounded up to 512 bytes.
@@ -50,36 +50,32 @@ def _gpu_table() -> Iterator[str]:
         yield f"| {gpu.name} | {gpu.memory // GIB} GiB | {bandwidth} | {cells} | {gpu.source} |"
 
 
-def trace(name: str) -> dict[tuple[str, int], Step]:
-    """The steps of a variant, by blocks and by the architecture that is launched for."""
-    architectures = sorted({GPUS[gpu].architecture for gpu in COMPARED})
+def trace(name: str) -> dict[str, Step]:
+    """The steps of a variant by blocks, launched as on Hopper."""
     resolution = get_preprocessing(name).resolution
+    architecture = GPUS["h100"].architecture
     return {
-        (blocks, architecture): TrainingStep(
-            name, resolution, blocks, architecture=architecture
-        ).trace(BATCH)
+        blocks: TrainingStep(name, resolution, blocks, architecture=architecture).trace(BATCH)
         for blocks in BLOCKS
-        for architecture in architectures
     }
 
 
-def step_rows(name: str, steps: dict[tuple[str, int], Step]) -> Iterator[str]:
+def step_rows(name: str, steps: dict[str, Step]) -> Iterator[str]:
     """A variant's rows of the first table."""
     for blocks in BLOCKS:
-        step = steps[blocks, GPUS["h100"].architecture]
+        step = steps[blocks]
         traffic = sum(one.bytes for one in step.passes) / 1e9
         flops = sum(one.flops for one in step.passes) / 1e12
         times = []
         for gpu in (GPUS[name] for name in COMPARED):
-            on_gpu = steps[blocks, gpu.architecture]
-            milliseconds = floor_seconds(on_gpu.passes, gpu) * 1e3
-            times.append(f"{milliseconds:.1f}" if on_gpu.peak <= capacity(gpu) else "does not fit")
+            milliseconds = floor_seconds(step.passes, gpu) * 1e3
+            times.append(f"{milliseconds:.1f}" if step.peak <= capacity(gpu) else "does not fit")
         size = f"{name}, {get_preprocessing(name).resolution} px"
         cells = (size, blocks, f"{step.peak / GIB:.1f}", f"{traffic:.1f}", f"{flops:.2f}")
         yield f"| {' | '.join((*cells, str(len(step.passes)), *times))} |"
 
 
-def kernel_rows(blocks: str, steps: dict[tuple[str, int], Step]) -> Iterator[str]:
+def kernel_rows(blocks: str, steps: dict[str, Step]) -> Iterator[str]:
     """A table of the kernels that take most of the time on the first GPU, and of the others."""
     yield (
         f"| {blocks} | launches | DRAM GB | TFLOP | "
@@ -87,19 +83,19 @@ def kernel_rows(blocks: str, steps: dict[tuple[str, int], Step]) -> Iterator[str
         + " |"
     )
     yield "|---" + "|---:" * (3 + len(COMPARED)) + "|"
-    by_gpu = []
-    for gpu in (GPUS[name] for name in COMPARED):
-        made = kernels(steps[blocks, gpu.architecture].passes)
-        by_gpu.append({one.name: floor_seconds(one.passes, gpu) * 1e3 for one in made})
+    made = kernels(steps[blocks].passes)
+    by_gpu = [
+        {kernel.name: floor_seconds(kernel.passes, GPUS[gpu]) * 1e3 for kernel in made}
+        for gpu in COMPARED
+    ]
     total = sum(by_gpu[0].values())
-    made = kernels(steps[blocks, GPUS[COMPARED[0]].architecture].passes)
     made.sort(key=lambda kernel: -by_gpu[0][kernel.name])
     large = [kernel for kernel in made if by_gpu[0][kernel.name] >= SMALLEST_SHARE * total]
     rest = made[len(large) :]
     for title, group in [(kernel.name, [kernel]) for kernel in large] + [
         (f"{len(rest)} others", rest)
     ]:
-        times = (sum(gpu.get(kernel.name, 0.0) for kernel in group) for gpu in by_gpu)
+        times = (sum(gpu[kernel.name] for kernel in group) for gpu in by_gpu)
         launches = sum(len(kernel.passes) for kernel in group)
         traffic = sum(kernel.bytes for kernel in group) / 1e9
         flops = sum(kernel.flops for kernel in group) / 1e12

@@ -26,9 +26,10 @@ def covers(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
     Falling back from a backend that was asked for gives a FallbackWarning.
     """
     requested = requested_backend()
-    if requested != "triton" and (requested is not None or x.device.type != "cuda"):
-        return False
-    if not backend_status()["triton"].usable:
+    if requested is None:
+        if x.device.type != "cuda" or not backend_status()["triton"].usable:
+            return False
+    elif requested != "triton":
         return False
     if not (is_eager() or torch.compiler.is_compiling()) or is_exporting():
         return False
