@@ -1,24 +1,28 @@
 """Compiling what the library launches for GPUs that are not there.
 
-Inside `compile_only(target)` the real launchers run on meta tensors, which cost no memory at any
-size. Each kernel is compiled for the target, with the specialisation that its arguments have, and
-not run. Uses private parts of Triton, so the tests pin its version.
+Inside `record_launches(target)` the real launchers run on meta tensors, which cost no memory at any
+size, and nothing else does: each launch is noted with the specialisation that its arguments have.
+`compile_launches` compiles them for the target. Uses private parts of Triton, so the tests pin its
+version.
 """
 
 from __future__ import annotations
 
+import functools
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
 import torch
 from triton import knobs
 from triton.backends.compiler import GPUTarget
+from triton.runtime._async_compile import AsyncCompileMode, FutureKernel
 from triton.runtime.driver import driver
 
 from moat_kernels.ops.triton_support import launching
@@ -82,17 +86,23 @@ class Usage:
 
 @dataclass(frozen=True)
 class Launch:
-    """One launch: the kernel's name, its compile-time choices, and what the compiler made of it."""
+    """A kernel's launch, as far as it decides the machine code.
+
+    kernel: its name. constants: its compile-time arguments, warps and stages, and what is None
+        or 1. arguments: types of the others, "/16" where a pointer or size is a multiple of 16.
+    """
 
     kernel: str
-    grid: tuple[int, ...]
-    options: dict[str, Any]
-    compiled: Any
+    constants: dict[str, Any]
+    arguments: dict[str, str]
+    compile: Callable[[], Any] = field(repr=False, compare=False)
 
     @property
-    def key(self) -> str:
-        """Equal for launches that run the same machine code."""
-        return self.compiled.hash
+    def key(self) -> tuple[str, str, str]:
+        """(kernel, constants, arguments) as text: equal for launches of the same machine code."""
+        constants = " ".join(f"{name}={value}" for name, value in self.constants.items())
+        arguments = " ".join(f"{name}:{kind}" for name, kind in self.arguments.items())
+        return self.kernel, constants, arguments
 
 
 class _CompileOnlyDriver:
@@ -121,29 +131,63 @@ def gpu_target(arch: int | str) -> GPUTarget:
 
 
 @contextmanager
-def compile_only(arch: int | str) -> Iterator[list[Launch]]:
-    """Compile what is launched inside the block for `arch`; yields the list of launches."""
-    launches: list[Launch] = []
-
-    def record(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict) -> Any:
-        compiled = kernel.warmup(*arguments, grid=grid, **options)
-        launches.append(Launch(kernel.__name__, grid, options, compiled))
-        return compiled
-
+def _compiling_for(arch: int | str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_active", _CompileOnlyDriver(gpu_target(arch)))
-        patch.setattr(launching, "_run", record)
         patch.setattr(launching, "_architecture", lambda _: arch if isinstance(arch, int) else 0)
-        yield launches
+        yield
 
 
-def nvidia_usage(launch: Launch, arch: int) -> Usage:
+@contextmanager
+def record_launches(arch: int | str) -> Iterator[list[Launch]]:
+    """Collect the different launches inside the block, in order, compiling and running nothing."""
+    launches: dict[tuple[str, str, str], Launch] = {}
+    found: list[Launch] = []
+
+    def record(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict) -> Launch:
+        launch = _describe(kernel, grid, arguments, options)
+        if launch.key not in launches:
+            launches[launch.key] = launch
+            found.append(launch)
+        return launch
+
+    with _compiling_for(arch), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(launching, "_run", record)
+        yield found
+
+
+def _describe(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict) -> Launch:
+    *_, bind = kernel.device_caches[driver.active.get_current_device()]
+    values, kinds, chosen = bind(*arguments, debug=False, **options)
+    constants, types = {}, {}
+    for (name, value), (kind, detail) in zip(values.items(), kinds, strict=True):
+        if kind == "constexpr":
+            constants[name] = value
+        else:
+            types[name] = kind + ("/16" if detail == "D" else "")
+    return Launch(
+        kernel.__name__,
+        constants | {name: chosen[name] for name in ("num_warps", "num_stages") if name in chosen},
+        types,
+        functools.partial(kernel.warmup, *arguments, grid=grid, **options),
+    )
+
+
+def compile_launches(launches: Iterable[Launch], arch: int | str) -> list[Any]:
+    """The launches compiled for `arch`, two at a time; Triton keeps results on disk."""
+    with _compiling_for(arch), ThreadPoolExecutor(2) as pool, AsyncCompileMode(pool):
+        kernels = [launch.compile() for launch in launches]
+    # Those that this process compiled before come as they are.
+    return [kernel.result() if isinstance(kernel, FutureKernel) else kernel for kernel in kernels]
+
+
+def nvidia_usage(compiled: Any, arch: int) -> Usage:
     """Resources of a kernel compiled for `arch`, from its machine code and its PTX."""
-    ptx = launch.compiled.asm["ptx"]
+    ptx = compiled.asm["ptx"]
     found = re.search(r"^\.target sm_(\d+)", ptx, re.MULTILINE)
     assert found and int(found[1]) == arch, f"compiled for {found and found[0]}, not sm_{arch}"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(launch.compiled.asm["cubin"])
+        file.write(compiled.asm["cubin"])
         file.flush()
         listing = subprocess.run(
             [knobs.nvidia.cuobjdump.path, "-res-usage", file.name],
@@ -156,14 +200,14 @@ def nvidia_usage(launch: Launch, arch: int) -> Usage:
     return Usage(
         registers=int(counts[1]),
         stack=int(counts[2]) + int(counts[3]),
-        shared_memory=launch.compiled.metadata.shared,
+        shared_memory=compiled.metadata.shared,
         tensor_core_instructions=len(_TENSOR_CORE.findall(ptx)),
-        warps=launch.compiled.metadata.num_warps,
+        warps=compiled.metadata.num_warps,
     )
 
 
-def amd_vector_spills(launch: Launch) -> int:
+def amd_vector_spills(compiled: Any) -> int:
     """Vector registers that a kernel compiled for AMD spills."""
-    found = re.search(r"\.vgpr_spill_count: +(\d+)", launch.compiled.asm["amdgcn"])
+    found = re.search(r"\.vgpr_spill_count: +(\d+)", compiled.asm["amdgcn"])
     assert found
     return int(found[1])

@@ -7,8 +7,9 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from moat_kernels import get_preprocessing, list_models
-from moat_kernels.functional import MBConvDescription, Pool, SqueezeExcite
+from moat_kernels.functional import MBConvDescription, MBConvParameters, Pool, SqueezeExcite
 from moat_kernels.ops.mbconv import front, triton_backend
+from moat_kernels.ops.mbconv.description import WEIGHTS
 from moat_kernels.variants import get_variant
 from support.mbconv_cases import Case, make_parameters
 
@@ -33,22 +34,35 @@ def bottlenecks(name: str, stages: Iterable[int] = STAGES) -> Iterator[tuple[Cas
 
 def launch_mbconv(
     dtype: torch.dtype,
+    autocast: bool = False,
     names: Iterable[str] | None = None,
     stages: Iterable[int] = STAGES,
     batches: Iterable[int] = BATCHES,
 ) -> None:
-    """Evaluation, forward and backward of the inverted bottlenecks of variants (None: all nine)."""
+    """Evaluation, forward and backward of the inverted bottlenecks of variants (None: all nine).
+
+    autocast: x and the norms are float32, as `mbconv` hands them on then.
+    """
     needed = frozenset(("x", *front.PARAMETER_NAMES))
     for name in list_models() if names is None else names:
         for case, size in bottlenecks(name, stages):
             with torch.device("meta"):
-                parameters = make_parameters(case, dtype)
+                parameters = _make_parameters(case, dtype, autocast)
             for batch in batches:
                 shape = (batch, case.in_channels, size, size)
-                x = torch.empty(shape, dtype=dtype, device="meta")
-                scale = x.new_empty(batch)
+                x = torch.empty(shape, dtype=torch.float32 if autocast else dtype, device="meta")
+                scale = x.new_empty(batch, dtype=dtype)
                 for training in (False, True):
                     description = front.resolve_frozen(case.description, parameters, training)
                     arguments = (parameters, description, "none" if training else "block", scale)
                     result = triton_backend.forward(x, *arguments)
                 triton_backend.backward(result.output, x, *arguments, result.saved, needed)
+
+
+def _make_parameters(case: Case, dtype: torch.dtype, autocast: bool) -> MBConvParameters:
+    if not autocast:
+        return make_parameters(case, dtype)
+    parameters = make_parameters(case, torch.float32)
+    weights = {name: getattr(parameters, name) for name in WEIGHTS}
+    cast = {name: None if t is None else t.to(dtype) for name, t in weights.items()}
+    return parameters._replace(**cast)

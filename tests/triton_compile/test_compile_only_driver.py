@@ -13,8 +13,9 @@ from support.compile_only_driver import (  # noqa: E402
     NVIDIA,
     Usage,
     amd_vector_spills,
-    compile_only,
+    compile_launches,
     nvidia_usage,
+    record_launches,
 )
 
 from moat_kernels.ops.triton_support.launching import launch  # noqa: E402
@@ -37,12 +38,12 @@ def centre_kernel(x, out, SIZE: tl.constexpr):
 
 def compile_product(arch: int | str, size: int, dtype: torch.dtype):
     a = torch.empty(size, size, dtype=dtype, device="meta")
-    with compile_only(arch) as launches:
+    with record_launches(arch) as launches:
         launch(
             *(product_kernel, (1,), a, a, a.float()), reads=(), writes=(), SIZE=size, num_warps=1
         )
-    (only,) = launches
-    return only
+    (compiled,) = compile_launches(launches, arch)
+    return compiled
 
 
 @pytest.mark.parametrize("arch", NVIDIA)
@@ -61,9 +62,27 @@ def test_another_targets_code_is_refused() -> None:
 @pytest.mark.parametrize(("size", "spills"), [(1024, False), (16384, True)])
 def test_spilling_shows(size: int, spills: bool) -> None:
     x = torch.empty(size, device="meta")
-    with compile_only(80) as launches:
+    with record_launches(80) as launches:
         launch(centre_kernel, (1,), x, x, reads=(), writes=(), SIZE=size, num_warps=1)
-    assert (nvidia_usage(launches[0], 80).stack > 0) == spills
+    (compiled,) = compile_launches(launches, 80)
+    assert (nvidia_usage(compiled, 80).stack > 0) == spills
+
+
+def test_launches_are_told_apart_by_what_changes_their_code() -> None:
+    x, odd = torch.empty(64, device="meta"), torch.empty(65, device="meta")[1:]
+    with record_launches(80) as launches:
+        for tensor, size, warps in [(x, 64, 1), (x, 64, 1), (odd, 64, 1), (x, 32, 1), (x, 64, 2)]:
+            launch(
+                *(centre_kernel, (1,), tensor, x), reads=(), writes=(), SIZE=size, num_warps=warps
+            )
+    assert [one.key for one in launches] == [
+        ("centre_kernel", "SIZE=64 num_warps=1", "x:*fp32/16 out:*fp32/16"),
+        ("centre_kernel", "SIZE=64 num_warps=1", "x:*fp32 out:*fp32/16"),
+        ("centre_kernel", "SIZE=32 num_warps=1", "x:*fp32/16 out:*fp32/16"),
+        ("centre_kernel", "SIZE=64 num_warps=2", "x:*fp32/16 out:*fp32/16"),
+    ]
+    # Different specialisations by Triton's own count: one machine code for each.
+    assert len({kernel.hash for kernel in compile_launches(launches, 80)}) == len(launches)
 
 
 def test_exact_float32_uses_no_tensor_cores() -> None:

@@ -7,7 +7,12 @@ import torch
 
 pytest.importorskip("triton")
 
-from support.compile_only_driver import compile_only, nvidia_usage
+from support.compile_only_driver import (
+    Launch,
+    compile_launches,
+    nvidia_usage,
+    record_launches,
+)
 
 from moat_kernels.ops.launch_tables import LAUNCH_TABLES
 from moat_kernels.ops.mbconv.triton_kernels.expand import expand
@@ -26,12 +31,12 @@ def test_a_launch_that_spills_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> 
     weight, bias = rows.new_empty(384, 96), rows.new_empty(384, dtype=torch.float32)
     # The later, the faster: whatever may be chosen is.
     times = iter((3.0, 2.0, 1.0))
-    with compile_only(ARCHITECTURE) as launches:
+    with record_launches(ARCHITECTURE) as launches:
 
         class CompileOnlyTuner(Tuner):
-            def spills(self, compiled: object) -> bool:
-                (launch,) = [each for each in launches if each.compiled is compiled][:1]
-                return nvidia_usage(launch, ARCHITECTURE).stack > 0
+            def spills(self, launched: Launch) -> bool:
+                (compiled,) = compile_launches([launched], ARCHITECTURE)
+                return nvidia_usage(compiled, ARCHITECTURE).stack > 0
 
             def agrees(self, *_: object) -> bool:
                 return True  # nothing is computed
@@ -40,6 +45,6 @@ def test_a_launch_that_spills_is_not_chosen(monkeypatch: pytest.MonkeyPatch) -> 
         tuner = CompileOnlyTuner(LAUNCH_TABLES, lambda _: next(times), entries.append)
         with observing(tuner):
             expand(rows, weight, bias, "gelu", measure=False)
-    assert {launch.options["BLOCK_ROWS"] for launch in launches} == {64, 128, 256}
+    assert {launch.constants["BLOCK_ROWS"] for launch in launches} == {64, 128, 256}
     (entry,) = entries
     assert (entry.blocks, entry.microseconds, entry.static_microseconds) == (LEAN, 2.0, 3.0)
