@@ -55,7 +55,7 @@ LAUNCHES = LaunchTable(
         ("covariance", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 3),
         ("covariance", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
         ("expand", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 3),
-        ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+        ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
         ("project", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 2),
         ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
         ("project_input", 2, ANY_SIZE): GemmBlocks(128, 64, 32, 8, 3),
