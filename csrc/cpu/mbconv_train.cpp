@@ -10,8 +10,8 @@ namespace moat_kernels::cpu {
 
 namespace {
 
-// Statistics of z1 are summed in at most so many parts, and the work is divided into about so many
-// tasks, for threads to finish together.
+// Statistics of x and z1 are summed in at most so many parts, and the work is divided into about so
+// many tasks, for threads to finish together.
 constexpr int64_t kParts = 16;
 constexpr int64_t kTasks = 64;
 
@@ -137,18 +137,26 @@ Tensor TrainCall::make_rows(const Tensor& maps, int64_t pixels, int64_t channels
   return result;
 }
 
-// The mean over all images, and the biased variance, from each image's mean and deviations [B][2].
-std::pair<double, double> merge_moments(const double* moments, int64_t images, int64_t stride,
-                                        int64_t pixels) {
+// The mean over all parts, and the biased variance, from each part's mean and deviations [part][2]
+// over count_of(part) values.
+template <class Count>
+std::pair<double, double> merge_moments(const double* moments, int64_t parts, int64_t stride,
+                                        const Count& count_of) {
+  double values = 0.0;
   double mean = 0.0;
-  for (int64_t image = 0; image < images; ++image) mean += moments[image * 2 * stride];
-  mean /= static_cast<double>(images);
-  double total = 0.0;
-  for (int64_t image = 0; image < images; ++image) {
-    const double offset = moments[image * 2 * stride] - mean;
-    total += moments[(image * 2 + 1) * stride] + static_cast<double>(pixels) * offset * offset;
+  for (int64_t part = 0; part < parts; ++part) {
+    const double count = static_cast<double>(count_of(part));
+    values += count;
+    mean += count * moments[part * 2 * stride];
   }
-  return {mean, total / static_cast<double>(images * pixels)};
+  mean /= values;
+  double total = 0.0;
+  for (int64_t part = 0; part < parts; ++part) {
+    const double offset = moments[part * 2 * stride] - mean;
+    total +=
+        moments[(part * 2 + 1) * stride] + static_cast<double>(count_of(part)) * offset * offset;
+  }
+  return {mean, total / values};
 }
 
 void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure) {
@@ -157,15 +165,20 @@ void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure)
   const float* data = float_data("x", x, shape.images * pixels * channels);
   double* input = input_statistics(shape, statistics);
   if (measure) {
-    std::vector<double> moments(shape.images * 2 * channels);
+    // All pixels as one row: a few long parts for every thread.
+    const int64_t total = shape.images * pixels;
+    const int64_t parts = std::min(total, kParts);
+    const auto first_of = [&](int64_t part) { return total * part / parts; };
+    const auto count_of = [&](int64_t part) { return first_of(part + 1) - first_of(part); };
+    std::vector<double> moments(parts * 2 * channels);
     const auto compute = MOAT_KERNELS_DISPATCH(train_moments);
-    for_each_task(shape.images, workers, [&](int64_t image, int64_t) {
-      compute(data + image * pixels * channels, pixels, channels,
-              moments.data() + image * 2 * channels);
+    for_each_task(parts, workers, [&](int64_t part, int64_t) {
+      compute(data + first_of(part) * channels, count_of(part), channels,
+              moments.data() + part * 2 * channels);
     });
     for (int64_t channel = 0; channel < channels; ++channel) {
       std::tie(input[channel], input[channels + channel]) =
-          merge_moments(moments.data() + channel, shape.images, channels, pixels);
+          merge_moments(moments.data() + channel, parts, channels, count_of);
     }
   }
   for (int64_t channel = 0; channel < channels; ++channel) {
@@ -250,8 +263,8 @@ void TrainCall::depthwise(const Blocks& blocks, const Wide& z1, const Wide& z2, 
   if (!measure) return;
   double* results = depthwise_statistics(shape, statistics);
   for (int64_t i = blocks.first * kWideChannels; i < last_channel(shape, blocks); ++i) {
-    std::tie(results[i], results[shape.wide_channels + i]) =
-        merge_moments(moments.data() + i, shape.images, wide, shape.out_pixels());
+    std::tie(results[i], results[shape.wide_channels + i]) = merge_moments(
+        moments.data() + i, shape.images, wide, [&](int64_t) { return shape.out_pixels(); });
   }
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 Implementation = Callable[..., list[Tensor]]
 
@@ -23,3 +24,11 @@ def define_op(schema: str, implementation: Implementation, fake: Implementation)
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"moat_kernels::{name}", fake, lib=LIBRARY)
+
+
+def is_watched() -> bool:
+    """Whether something must see the operators: a compiler or a dispatch mode.
+
+    Other calls go straight to the implementation: dispatching to Python takes 0.05 to 0.1 ms.
+    """
+    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()

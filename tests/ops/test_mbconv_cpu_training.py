@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 from support.mbconv_cases import Case, make_parameters, map_tensors, run
-from support.tolerances import LOW_PRECISION_FACTOR, assert_close, relative_error
+from support.tolerances import BACKEND_OUTPUT, LOW_PRECISION_FACTOR, assert_close, relative_error
 
 from moat_kernels import FallbackWarning, use_backend
 from moat_kernels.extension import load_extension
@@ -87,3 +87,42 @@ def test_training_under_autocast() -> None:
             continue
         allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value)
         assert_close(actual[name], value, allowed + torch.finfo(torch.bfloat16).eps, name)
+
+
+@pytest.mark.parametrize("recompute", ["auto", "none", "expand", "block"])
+@pytest.mark.parametrize(
+    "description", [MBConvDescription(), STRIDE_2, GATED], ids=["1", "2", "se"]
+)
+def test_empty_batch(description: MBConvDescription, recompute: str) -> None:
+    """By the `torch` backend, without a warning: zero gradients, statistics as they were."""
+    parameters = make_parameters(Case(description, 16, 64, 16), torch.float32)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FallbackWarning)
+        results = run(
+            torch.randn(0, 16, 9, 8), parameters, description, training=True, recompute=recompute
+        )
+    side = (9, 8) if description.stride == 1 else (5, 4)
+    assert results["output"].shape == (0, 16, *side)
+    running = [tensor for tensor in front.flatten(parameters)[1] if tensor is not None]
+    for before, name in zip(running, [key for key in results if "running" in key], strict=True):
+        assert torch.equal(results.pop(name), before), name
+    assert all((value == 0).all() for value in results.values())
+
+
+@pytest.mark.parametrize("recompute", ["none", "expand", "block"])
+@pytest.mark.parametrize("batch", [1, 5])
+@pytest.mark.parametrize("channels", [8, 24, 40, 96])
+def test_statistics_of_every_part(channels: int, batch: int, recompute: str) -> None:
+    """x's statistics are summed in parts of the batch by groups of channels, far from zero."""
+    case = Case(MBConvDescription(), channels, 4 * channels, channels)
+    parameters = make_parameters(case, torch.float32)
+    x = torch.randn(batch, channels, 5, 7) + 30.0
+    exact = map_tensors(
+        parameters, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor
+    )
+    with use_backend("reference"):
+        expected = run(x.double(), exact, case.description, training=True)
+    with use_backend("cpu"):
+        actual = run(x, parameters, case.description, training=True, recompute=recompute)
+    for name in ("output", *(key for key in expected if "running" in key)):
+        assert_close(actual[name], expected[name], BACKEND_OUTPUT[torch.float32], name)

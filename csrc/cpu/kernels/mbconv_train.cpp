@@ -15,51 +15,67 @@
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 namespace {
 
-// Mean and squared deviations of a lane group, around a shift that is one of the values, so that a
-// large mean costs no precision.
-struct LaneMoments {
-  Lanes shift;
-  double sums[kLaneFloats] = {};
-  double squares[kLaneFloats] = {};
+// Mean and squared deviations of `vectors` vectors of channels, around a shift that is one of the
+// values, so that a large mean costs no precision.
+template <int vectors>
+struct Moments {
+  static constexpr int64_t kFloats = vectors * kWidth;
+  Vec shift[vectors];
+  double sums[kFloats] = {};
+  double squares[kFloats] = {};
+
+  void start(const float* values) {
+    unroll<vectors>([&](auto i)
+                        __attribute__((always_inline)) { shift[i] = load(values + i * kWidth); });
+  }
 
   void add(const float* values, int64_t pixels, int64_t pitch) {
     constexpr int64_t kFlush = 256;  // additions in float before double takes over
     for (int64_t first = 0; first < pixels; first += kFlush) {
-      Lanes sum = {};
-      Lanes square = {};
+      Vec sum[vectors] = {};
+      Vec square[vectors] = {};
       for (int64_t pixel = first; pixel < smaller(first + kFlush, pixels); ++pixel) {
-        const Lanes value = load_lanes(values + pixel * pitch);
-        unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
-          const Vec shifted = value.v[i] - shift.v[i];
-          sum.v[i] += shifted;
-          square.v[i] = fma(shifted, shifted, square.v[i]);
+        unroll<vectors>([&](auto i) __attribute__((always_inline)) {
+          const Vec shifted = load(values + pixel * pitch + i * kWidth) - shift[i];
+          sum[i] += shifted;
+          square[i] = fma(shifted, shifted, square[i]);
         });
       }
-      flush(sum, sums);
-      flush(square, squares);
+      for (int64_t i = 0; i < kFloats; ++i) {
+        sums[i] += static_cast<double>(sum[i / kWidth][i % kWidth]);
+        squares[i] += static_cast<double>(square[i / kWidth][i % kWidth]);
+      }
     }
   }
 
   void finish(int64_t pixels, double* mean, double* deviations) const {
-    float shifts[kLaneFloats];
-    store_lanes(shifts, shift);
-    for (int64_t i = 0; i < kLaneFloats; ++i) {
+    for (int64_t i = 0; i < kFloats; ++i) {
       const double offset = sums[i] / static_cast<double>(pixels);
-      mean[i] = static_cast<double>(shifts[i]) + offset;
+      mean[i] = static_cast<double>(shift[i / kWidth][i % kWidth]) + offset;
       deviations[i] = squares[i] - offset * sums[i];
     }
   }
 };
 
-}  // namespace
-
-void train_moments(const float* x, int64_t pixels, int64_t channels, double* moments) {
-  int64_t channel = 0;
-  for (; channel + kLaneFloats <= channels; channel += kLaneFloats) {
-    LaneMoments sums = {load_lanes(x + channel)};
+// moments of the channels from `channel` on, as far as whole groups of vectors reach.
+template <int vectors>
+int64_t moments_of_vectors(const float* x, int64_t pixels, int64_t channels, int64_t channel,
+                           double* moments) {
+  constexpr int64_t kFloats = Moments<vectors>::kFloats;
+  for (; channel + kFloats <= channels; channel += kFloats) {
+    Moments<vectors> sums;
+    sums.start(x + channel);
     sums.add(x + channel, pixels, channels);
     sums.finish(pixels, moments + channel, moments + channels + channel);
   }
+  return channel;
+}
+
+}  // namespace
+
+void train_moments(const float* x, int64_t pixels, int64_t channels, double* moments) {
+  int64_t channel = moments_of_vectors<kLanes>(x, pixels, channels, 0, moments);
+  channel = moments_of_vectors<1>(x, pixels, channels, channel, moments);
   for (; channel < channels; ++channel) {
     const double shift = static_cast<double>(x[channel]);
     double sum = 0.0;
@@ -145,7 +161,7 @@ void train_depthwise(const TrainShape& shape, int64_t image, int64_t block, cons
   StencilTile tile(memory.tile, forward_columns(shape));
   const int64_t step = strip_rows(shape.out_height, shape.stride, tile.columns);
   constexpr int kGroups = kWideBlock / kLaneFloats;
-  LaneMoments statistics[kGroups];
+  Moments<kLanes> statistics[kGroups];
   for (int64_t first = 0; first < shape.out_height; first += step) {
     const int64_t last = smaller(first + step, shape.out_height);
     const int64_t begin = first * shape.stride - shape.top;
@@ -170,7 +186,7 @@ void train_depthwise(const TrainShape& shape, int64_t image, int64_t block, cons
     if (!moments) continue;
     for (int group = 0; group < kGroups; ++group) {
       const float* values = out + group * kLaneFloats;
-      if (first == 0) statistics[group].shift = load_lanes(values);
+      if (first == 0) statistics[group].start(values);
       statistics[group].add(values, pixels, kWideBlock);
     }
   }

@@ -92,7 +92,11 @@ def _differentiable(x: Tensor, parameters: MBConvParameters) -> list[Tensor | No
 def recompute_level(
     recompute: str, x: Tensor, parameters: MBConvParameters, description: MBConvDescription
 ) -> str:
-    """The level that "auto" stands for: saving both wide tensors is fastest on CPUs measured."""
+    """The level that "auto" stands for: "none" at every shape.
+
+    Its bytes come from memory that is used again and are read back once, which takes less time than
+    computing them again: by block shape and in whole models, docs/cpu_kernels.md has the table.
+    """
     return "none" if recompute == "auto" else recompute
 
 

@@ -24,7 +24,7 @@ from moat_kernels.ops.mbconv.description import (
     NormParameters,
 )
 from moat_kernels.ops.mbconv.running import update_running_statistics
-from moat_kernels.ops.registration import define_op
+from moat_kernels.ops.registration import define_op, is_watched
 from moat_kernels.ops.spatial import in_format_of
 from moat_kernels.ops.triton_support.planning import device_type
 
@@ -291,9 +291,8 @@ class _MBConv(torch.autograd.Function):
     ) -> tuple[Tensor, ...]:
         parameters, running = tensors[: len(PARAMETER_NAMES)], tensors[len(PARAMETER_NAMES) :]
         results = 1 + moment_count
-        outputs = torch.ops.moat_kernels.mbconv_forward(
-            x, parameters, running, drop_path_scale, *choices, True
-        )
+        forward = torch.ops.moat_kernels.mbconv_forward if is_watched() else _forward_op
+        outputs = forward(x, parameters, running, drop_path_scale, *choices, True)
         ctx.save_for_backward(x, drop_path_scale, *tensors, *outputs[results:])
         ctx.choices = choices
         ctx.mark_non_differentiable(*outputs[1:results])
@@ -309,8 +308,9 @@ class _MBConv(torch.autograd.Function):
             return (None,) * len(ctx.needs_input_grad)
         x, drop_path_scale, *rest = ctx.saved_tensors
         running_end = count + 2 * len(NORMS)
+        backward = torch.ops.moat_kernels.mbconv_backward if is_watched() else _backward_op
         gradients = iter(
-            torch.ops.moat_kernels.mbconv_backward(
+            backward(
                 grad,
                 x,
                 rest[:count],

@@ -7,12 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moat_kernels.ops.autocast import autocast_dtype, without_autocast
 from moat_kernels.ops.backends import choose_backend, is_exporting
 from moat_kernels.ops.checks import check_tensor
-from moat_kernels.ops.registration import define_op
+from moat_kernels.ops.registration import define_op, is_watched
 from moat_kernels.ops.window_attention import (
     cpu_backend,
     reference,
@@ -108,19 +107,11 @@ def _clamp_window(
     return dataclasses.replace(description, window_size=window), bias_table
 
 
-def _is_watched() -> bool:
-    """Whether something must see the operators: a compiler or a dispatch mode.
-
-    Other calls go straight to the implementation: dispatching to Python takes 0.05 to 0.1 ms.
-    """
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-
-
 def _forward(
     qkv: Tensor, bias_table: Tensor | None, description: str, backend: str
 ) -> list[Tensor]:
     """[output, what backward needs ...]"""
-    if _is_watched():
+    if is_watched():
         return torch.ops.moat_kernels.window_attention_forward(
             qkv, bias_table, description, backend
         )
@@ -149,7 +140,7 @@ class _WindowAttention(torch.autograd.Function):
         qkv, bias_table, output, *saved = ctx.saved_tensors
         needs_table = ctx.needs_input_grad[1]
         arguments = (grad, qkv, bias_table, output, saved, *ctx.choices, needs_table)
-        if _is_watched():
+        if is_watched():
             grads = torch.ops.moat_kernels.window_attention_backward(*arguments)
         else:
             grads = _backward_op(*arguments)
