@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moat_kernels.ops.autocast import autocast_dtype
 from moat_kernels.ops.backends import (
@@ -17,7 +16,7 @@ from moat_kernels.ops.backends import (
     warn_once,
 )
 from moat_kernels.ops.layer_norm import reference, triton_backend
-from moat_kernels.ops.registration import define_op
+from moat_kernels.ops.registration import define_op, is_watched
 
 
 def covers(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -57,16 +56,11 @@ def branch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tu
     return _forward(x, weight, bias, eps, dtype)[0], x
 
 
-def _is_watched() -> bool:
-    """Whether something must see the operators: a compiler or a dispatch mode."""
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
-
-
 def _forward(
     x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
 ) -> list[Tensor]:
     """[normalized, mean, 1 / standard deviation]"""
-    if _is_watched():
+    if is_watched():
         return torch.ops.moat_kernels.layer_norm_forward(x, weight, bias, eps, dtype)
     return triton_backend.forward(x, weight, bias, eps, dtype)
 
@@ -94,7 +88,7 @@ class _BranchLayerNorm(torch.autograd.Function):
         x, weight, mean, rstd = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
         arguments = (grad, grad_residual, x, weight, mean, rstd, needs_weight or needs_bias)
-        if _is_watched():
+        if is_watched():
             gradients = torch.ops.moat_kernels.layer_norm_backward(*arguments)
         else:
             gradients = triton_backend.backward(*arguments)
