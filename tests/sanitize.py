@@ -19,7 +19,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TESTS = [
     "tests/ops/test_attention_half.py",
+    "tests/ops/test_linear_cpu.py",
     "tests/ops/test_mbconv_cpu.py",
+    "tests/ops/test_mbconv_cpu_training.py",
     "tests/ops/test_stem.py",
     "tests/ops/test_window_attention_cpu.py",
     "tests/ops/test_properties.py",

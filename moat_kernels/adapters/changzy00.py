@@ -22,6 +22,7 @@ from moat_kernels.adapters.reading import (
     read_gate,
     refuse_dropout,
 )
+from moat_kernels.ops.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 
 
@@ -78,8 +79,8 @@ class Attention(AttentionAdapter):
         (x,) = inputs  # [B, tokens, C]
         if x.dim() != 3:
             raise NotCovered(f"an input of {x.dim()} dimensions")
-        rows = attention.attend(module.qkv(x)[:, None])
-        return module.proj_drop(module.proj(rows[:, 0]))
+        rows = attention.attend(apply_linear(module.qkv, x)[:, None])
+        return module.proj_drop(apply_linear(module.proj, rows[:, 0]))
 
     def example(self, module: Any) -> tuple[Tensor, ...]:
         return (torch.randn(2, 6, module.qkv.in_features, dtype=torch.float64),)

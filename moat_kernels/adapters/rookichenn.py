@@ -28,6 +28,7 @@ from moat_kernels.adapters.reading import (
     read_gate,
     read_swin_table,
 )
+from moat_kernels.ops.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 
 # Children of timm's DepthwiseSeparableConv that do something, and those that are Identity here.
@@ -110,8 +111,8 @@ class RelativeSelfAttention(AttentionAdapter):
         (x,) = inputs  # [windows, tokens, C]
         if x.shape[1] != module.attn_area:
             raise NotCovered(f"{x.shape[1]} tokens, not the {module.attn_area} of the bias table")
-        qkv = module.qkv_mapping(x).unflatten(1, tuple(module.window_size))
-        return module.proj_drop(module.proj(attention.attend(qkv).flatten(1, 2)))
+        qkv = apply_linear(module.qkv_mapping, x).unflatten(1, tuple(module.window_size))
+        return module.proj_drop(apply_linear(module.proj, attention.attend(qkv).flatten(1, 2)))
 
     def example(self, module: Any) -> tuple[Tensor, ...]:
         return (torch.randn(2, module.attn_area, module.in_channels, dtype=torch.float64),)

@@ -27,6 +27,7 @@ from moat_kernels.adapters.reading import (
     refuse_dropout,
     tensor_names,
 )
+from moat_kernels.ops.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 
 _TABLE = "relative_position_bias_table"
@@ -174,7 +175,8 @@ class AttentionCl(_Attention):
         if x.dim() != 4:
             raise NotCovered(f"an input of {x.dim()} dimensions")
         _check_bias(module, x.shape[1:3], rest[0] if rest else shared_rel_pos)
-        return module.proj_drop(module.proj(attention.attend(module.qkv(x))))
+        rows = attention.attend(apply_linear(module.qkv, x))
+        return module.proj_drop(apply_linear(module.proj, rows))
 
     def example(self, module: Any) -> tuple[Tensor, ...]:
         height, width = self._example_size(module)
@@ -221,7 +223,8 @@ class PartitionAttentionCl(_PartitionAttention):
         (x,) = inputs
         self._check_map(attention, x.shape[1], x.shape[2])
         inner = module.attn
-        return inner.proj_drop(inner.proj(attention.attend(inner.qkv(x))))
+        rows = attention.attend(apply_linear(inner.qkv, x))
+        return inner.proj_drop(apply_linear(inner.proj, rows))
 
     def example(self, module: Any) -> tuple[Tensor, ...]:
         height, width = module.partition_size

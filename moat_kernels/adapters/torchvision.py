@@ -23,6 +23,7 @@ from moat_kernels.adapters.reading import (
     read_gate,
     read_swin_table,
 )
+from moat_kernels.ops.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 
 
@@ -91,8 +92,8 @@ class RelativePositionalMultiHeadAttention(AttentionAdapter):
         self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any
     ) -> Tensor:
         (x,) = inputs  # [B, windows, tokens, C]
-        qkv = module.to_qkv(x).flatten(0, 1).unflatten(1, (module.size, module.size))
-        return module.merge(attention.attend(qkv).view(*x.shape[:3], -1))
+        qkv = apply_linear(module.to_qkv, x).flatten(0, 1).unflatten(1, (module.size, module.size))
+        return apply_linear(module.merge, attention.attend(qkv).view(*x.shape[:3], -1))
 
     def example(self, module: Any) -> tuple[Tensor, ...]:
         channels = module.to_qkv.in_features
@@ -150,7 +151,8 @@ class PartitionAttentionLayer(AttentionAdapter):
         if tokens != (inner.size, inner.size):
             raise NotCovered(f"windows of {tokens}, not the {inner.size} of the bias table")
         x = x.permute(0, 2, 3, 1)
-        attended = dropout(inner.merge(attention.attend(inner.to_qkv(norm(x)))))
+        rows = attention.attend(apply_linear(inner.to_qkv, norm(x)))
+        attended = dropout(apply_linear(inner.merge, rows))
         x = x + module.stochastic_dropout(attended)
         x = x + module.stochastic_dropout(module.mlp_layer(x))
         return x.permute(0, 3, 1, 2)

@@ -24,6 +24,7 @@ from moat_kernels.adapters.reading import (
     read_swin_table,
     refuse_dropout,
 )
+from moat_kernels.ops.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 
 _CONVOLUTIONS = ("Conv2d", "BatchNorm2d", "GELU") * 2
@@ -127,7 +128,7 @@ class Attention(AttentionAdapter):
         (x,) = inputs  # [B, rows, columns, window, window, C]
         if tuple(x.shape[3:5]) != _window(module):
             raise NotCovered(f"windows of {tuple(x.shape[3:5])}")
-        qkv = module.to_qkv(module.norm(x)).flatten(0, 2)
+        qkv = apply_linear(module.to_qkv, module.norm(x)).flatten(0, 2)
         return module.to_out(attention.attend(qkv)).unflatten(0, x.shape[:3])
 
     def example(self, module: Any) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The native linear layer in training against torch.nn.functional.linear in float64."""
+"""The native linear layer against torch.nn.functional.linear in float64."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moat_kernels import use_backend
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.linear import apply_linear
-from moat_kernels.ops.linear.cpu_backend import backward, forward, unsupported
+from moat_kernels.ops.linear.cpu_backend import FEWEST_ROWS, backward, forward, unsupported
 
 pytestmark = pytest.mark.skipif(
     not load_extension().usable, reason=f"native kernels {load_extension().reason}"
@@ -110,28 +110,31 @@ def name_of_backward(module: nn.Module, x: Tensor) -> str:
     return type(apply_linear(module, x).grad_fn).__name__
 
 
-def test_modules_take_the_native_kernels_in_training_only() -> None:
+def test_modules_take_the_native_kernels() -> None:
     module = nn.Linear(32, 64)
-    x = torch.randn(3, 5, 32)
-    stock = module(x).grad_fn
+    x = torch.randn(3, FEWEST_ROWS, 32)
+    stock = module(x)
     native = unsupported(x, module.weight, module.bias) == ""
     assert (name_of_backward(module, x) == "_LinearBackward") == native
     with use_backend("torch"):
-        assert name_of_backward(module, x) == type(stock).__name__
+        assert name_of_backward(module, x) == type(stock.grad_fn).__name__
     with torch.no_grad():
-        assert torch.equal(apply_linear(module, x), module(x))
+        output = apply_linear(module, x)
+        assert native == torch.equal(output, forward(x, module.weight, module.bias))
+        assert_close(output, stock.detach(), BACKEND_OUTPUT[torch.float32])
 
 
 @pytest.mark.parametrize(
     ("module", "x"),
     [
-        (nn.Linear(40, 64), torch.randn(3, 40)),
+        (nn.Linear(40, 64), torch.randn(FEWEST_ROWS, 40)),
         (nn.Linear(32, 64), torch.randn(0, 32)),
-        (nn.Linear(32, 64).double(), torch.randn(3, 32).double()),
-        (nn.Linear(32, 64).bfloat16(), torch.randn(3, 32).bfloat16()),
-        (nn.utils.parametrizations.weight_norm(nn.Linear(32, 64)), torch.randn(3, 32)),
+        (nn.Linear(32, 64), torch.randn(FEWEST_ROWS - 1, 32)),
+        (nn.Linear(32, 64).double(), torch.randn(FEWEST_ROWS, 32).double()),
+        (nn.Linear(32, 64).bfloat16(), torch.randn(FEWEST_ROWS, 32).bfloat16()),
+        (nn.utils.parametrizations.weight_norm(nn.Linear(32, 64)), torch.randn(FEWEST_ROWS, 32)),
     ],
-    ids=["odd sizes", "empty", "float64", "bfloat16", "parametrized"],
+    ids=["odd sizes", "empty", "few rows", "float64", "bfloat16", "parametrized"],
 )
 def test_everything_else_is_stock(module: nn.Module, x: Tensor) -> None:
     output = apply_linear(module, x)
@@ -141,7 +144,7 @@ def test_everything_else_is_stock(module: nn.Module, x: Tensor) -> None:
 
 def test_hooked_modules_and_autocast_are_stock() -> None:
     module, calls = nn.Linear(32, 64), []
-    x = torch.randn(3, 32)
+    x = torch.randn(FEWEST_ROWS, 32)
     with torch.autocast("cpu", torch.bfloat16):
         assert apply_linear(module, x).dtype == torch.bfloat16
     module.register_forward_hook(lambda *_: calls.append(1))
@@ -153,7 +156,7 @@ def test_frozen_parameters_get_no_gradient() -> None:
     module = nn.Linear(32, 64)
     module.weight.requires_grad_(False)
     other = copy.deepcopy(module)
-    x = torch.randn(9, 32)
+    x = torch.randn(2 * FEWEST_ROWS, 32)
     apply_linear(module, x).sum().backward()
     other(x).sum().backward()
     assert module.weight.grad is None

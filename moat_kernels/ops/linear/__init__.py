@@ -1,4 +1,4 @@
-"""Linear layers of the attention, in training: native products where they are faster than stock."""
+"""Linear layers of the attention: native products where they are faster than stock."""
 
 from moat_kernels.ops.linear.front import apply_linear
 

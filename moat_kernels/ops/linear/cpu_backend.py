@@ -1,4 +1,4 @@
-"""A linear layer's training by native CPU kernels (csrc/cpu/linear.cpp), in float32.
+"""A linear layer by native CPU kernels (csrc/cpu/linear.cpp), in float32.
 
 Stock PyTorch computes it by MKL, which uses AVX2 at most on AMD's CPUs: on an EPYC with AVX-512 the
 kernels take 0.46 times as long, with their AVX2 code 0.87 times (docs/cpu_kernels.md).
@@ -13,6 +13,8 @@ from moat_kernels.extension import load_extension
 
 # The widest vector of the kernels: rows of the operands are read without remainders.
 MULTIPLE = 16
+# With fewer, packing the weight takes longer than the faster product saves.
+FEWEST_ROWS = 32
 
 # Asked here rather than at the first call, which torch.compile may be tracing.
 _VECTORS = load_extension().usable and torch.ops.moat_kernels.cpu_isa() != "baseline"
@@ -24,8 +26,8 @@ def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
         return f"tensors on {x.device}"
     if any(t is not None and t.dtype != torch.float32 for t in (x, weight, bias)):
         return "another dtype than float32"
-    if x.numel() == 0:
-        return "an empty batch"
+    if x.numel() < FEWEST_ROWS * weight.shape[1]:
+        return f"fewer than {FEWEST_ROWS} rows"
     if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
         return f"a weight of {tuple(weight.shape)}"
     if not _VECTORS:

@@ -15,7 +15,7 @@ from moat_kernels.tensor_access import tensor_of
 
 
 def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), by the native kernels if it is a plain nn.Linear in training that they cover.
+    """module(x), by the native kernels if it is a plain nn.Linear that they cover.
 
     x: [.., K], weight [N, K]. Hooked, replaced or parametrized modules run as they are.
     """
@@ -31,17 +31,18 @@ def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias; native where gradients are wanted and cpu_backend.py covers it."""
-    if _is_native(x, weight, bias):
-        return _Linear.apply(x, weight, bias)
-    return F.linear(x, weight, bias)
+    """x weight^T + bias; native where cpu_backend.py covers it."""
+    if not _is_native(x, weight, bias):
+        return F.linear(x, weight, bias)
+    tensors = (x, weight, bias)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _Linear.apply(*tensors)
+    return forward(*tensors)
 
 
 def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return (
-        torch.is_grad_enabled()
-        and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
-        and backend_status()["cpu"].usable
+        backend_status()["cpu"].usable
         and requested_backend() in (None, "cpu")
         and autocast_dtype(x) is None
         and (is_eager() or torch.compiler.is_compiling())
