@@ -1,6 +1,7 @@
 """Write docs/gpu_kernels.csv and .md: `python benchmarks/gpu_kernels.py`; it needs no GPU.
 
-Some minutes of compiling on two cores the first time; Triton keeps what it compiled on disk.
+A quarter of an hour of compiling on two cores the first time; Triton keeps what it has compiled
+on disk.
 """
 
 from __future__ import annotations

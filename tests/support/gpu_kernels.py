@@ -44,7 +44,7 @@ EPS = 1e-5
 STRIDES = (4, 8, 16, 32)
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # Compute capabilities and dtypes that the table covers: all that their kernels launch.
-COMPILED = ((90, "bfloat16"), (80, "float32"))
+COMPILED = tuple(itertools.product(NVIDIA, DTYPES))
 
 
 def _empty(*shape: int, dtype: torch.dtype) -> Tensor:
@@ -224,17 +224,15 @@ def _summarise(usages: list[Usage], arch: int) -> str:
 def summarise(table: Table) -> str:
     """The document: for each op, kernel and tile the most that any of its launches takes."""
     kernels = sum(len(usages) for usages in table.values())
-    covered = ", ".join(f"sm_{arch} in {dtype}" for arch, dtype in COMPILED)
     lines = [
         "# What the GPU kernels compile to",
         "",
         "Written by `python benchmarks/gpu_kernels.py`, which needs no GPU; the tests compare.",
         f"All {kernels} kernels that the nine variants launch in training and evaluation at their",
         "own resolutions, at batch 1 and 64, in models of a dtype and under autocast, compiled",
-        f"for {covered} (A100 is sm_80, H100 and H200",
-        "sm_90, B200 sm_100, RTX 50 sm_120). None spills, each fits the shared memory, and those",
-        "with products use tensor cores (window attention in float32 does not, on purpose). None",
-        "was run on a GPU: this says nothing about speed.",
+        "for A100 (sm_80), H100 and H200 (sm_90), B200 (sm_100) and RTX 50 (sm_120). None spills,",
+        "each fits the shared memory, and those with products use tensor cores (attention in",
+        "float32 does not, on purpose). None was run on a GPU: this says nothing about speed.",
         "",
         "Kernels that differ only in which steps they take and in what is known to be a multiple",
         "of 16 share a line: the most registers a thread and shared memory a block of any, and the",
