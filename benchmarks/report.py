@@ -136,7 +136,7 @@ def draw_eval(groups: Groups, facts: dict[str, Any], path: Path) -> None:
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
     most = max(map(len, groups.values()))
-    figure = Figure(figsize=(1 + 5 * columns, lines * (1.1 + 0.3 * most)))
+    figure = Figure(figsize=(1 + 6 * columns, lines * (1.1 + 0.3 * most)))
     axes = figure.subplots(lines, columns, squeeze=False).flat
     for axis in axes[len(groups) :]:
         axis.set_axis_off()
