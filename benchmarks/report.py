@@ -21,7 +21,8 @@ HERE = Path(__file__).parent
 
 HEAD = """# Benchmark results
 
-Made by `pytest benchmarks/ --benchmark-only` and `python benchmarks/report.py`; do not edit.
+Made by `pytest benchmarks/ --benchmark-only` and `python benchmarks/report.py`; do not edit. All of
+other people's models ("adapters") take part with `--full`.
 
 Measured on: {machine}. Contenders take turns in one process; medians. 'stock / this' compares with
 the faster of the stock rows; 'over floor' with the bare matrix products alone, by torch.mm; 'of

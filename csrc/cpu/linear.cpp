@@ -1,4 +1,4 @@
-// The native ops of a linear layer in training: checks, memory and threads around the kernels.
+// The native ops of a linear layer: checks, memory and threads around the kernels.
 // All divisions of work depend on the shape only, and partial sums are added in the order of their
 // index, so results do not depend on the number of threads.
 
