@@ -1,6 +1,6 @@
 // The op cpu_attention_half_eval: checks, memory and how the work is divided among threads.
 
-#include "cpu/kernels/attention_half_eval.h"
+#include "cpu/attention_half_eval.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -12,18 +12,6 @@
 namespace moat_kernels::cpu {
 namespace {
 
-// Places in `tensors`; the order of the Python side.
-enum AttentionHalfTensor {
-  kNormWeight,
-  kNormBias,
-  kQkvWeight,
-  kQkvBias,
-  kProjWeight,
-  kProjBias,
-  kPositionTable,
-  kAttentionHalfTensors
-};
-
 // Rows that make the best of the weights once they are in cache.
 constexpr int64_t kUnitRows = 256;
 // Rows that are normalised together where threads share a unit.
@@ -32,6 +20,53 @@ constexpr int64_t kNormalizedRows = 32;
 constexpr int64_t kFewestRows = 48;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+int64_t whole_lines(int64_t floats) { return divide_up(floats, 16) * 16; }
+
+int64_t table_size(const AttentionHalf& problem) {
+  return (2 * problem.window_height - 1) * (2 * problem.window_width - 1);
+}
+
+// Whether the position table is made for other windows.
+bool resizes(const AttentionHalf& problem) {
+  return problem.position_table && !(problem.position_height == 2 * problem.window_height - 1 &&
+                                     problem.position_width == 2 * problem.window_width - 1);
+}
+
+// Weights as the kernels read them: of each head, of each panel of proj's outputs, and those of the
+// norm.
+struct PackedLayout {
+  int64_t head_size, panel_size, heads = 0, panels = 0, norm_weight = 0, norm_bias = 0, end = 0;
+};
+
+PackedLayout packed_layout(const AttentionHalf& problem) {
+  PackedLayout layout;
+  layout.head_size = MOAT_KERNELS_DISPATCH(attention_half_head_size)(problem);
+  layout.panel_size = MOAT_KERNELS_DISPATCH(attention_half_panel_size)(problem);
+  const auto take = [&](int64_t floats) {
+    const int64_t begin = layout.end;
+    layout.end += whole_lines(floats);
+    return begin;
+  };
+  layout.heads = take(problem.heads * layout.head_size);
+  layout.panels = take(MOAT_KERNELS_DISPATCH(attention_half_panels)(problem) * layout.panel_size);
+  layout.norm_weight = take(problem.channels);
+  layout.norm_bias = take(problem.channels);
+  return layout;
+}
+
+// A head's weights or, counting on, those of a panel of proj.
+void pack_part(const AttentionHalf& problem, const PackedLayout& layout, int64_t part,
+               float* packed) {
+  if (part < problem.heads) {
+    MOAT_KERNELS_DISPATCH(attention_half_pack_head)
+    (problem, part, packed + layout.heads + part * layout.head_size);
+  } else {
+    const int64_t panel = part - problem.heads;
+    MOAT_KERNELS_DISPATCH(attention_half_pack_panel)
+    (problem, panel, packed + layout.panels + panel * layout.panel_size);
+  }
+}
 
 int64_t window_count(const AttentionHalf& problem) {
   return problem.batch * problem.window_rows * problem.window_columns;
@@ -62,6 +97,7 @@ int64_t choose_blocks(int64_t pieces, int64_t most, int64_t shared, int64_t repe
 // all threads share every step.
 struct Run {
   AttentionHalf problem;
+  const float* given;  // packed weights or null
   int64_t workers;
   bool shares = false;
   int64_t units = 0;
@@ -69,30 +105,30 @@ struct Run {
   int64_t row_blocks = 1;
   bool packs = false;  // weights where they are used, as nothing else uses them
 
-  int64_t head_size, panel_size, panels, attended_columns, scratch_size;
+  PackedLayout layout;
+  int64_t panels, attended_columns, scratch_size;
   // Offsets in the call's scratch memory, in floats.
-  int64_t packed_heads = 0, packed_panels = 0, table = 0, buffers = 0, rows = 0;
+  int64_t own_packed = 0, table = 0, buffers = 0, rows = 0;
   int64_t size = 0;
   float* memory = nullptr;
+  const float* packed = nullptr;  // null: not packed
 
-  Run(const AttentionHalf& call, int64_t threads) : problem(call), workers(threads) {
+  Run(const AttentionHalf& call, const float* given)
+      : problem(call), given(given), workers(thread_count()), layout(packed_layout(call)) {
     divide_work();
-    head_size = MOAT_KERNELS_DISPATCH(attention_half_head_size)(problem);
-    panel_size = MOAT_KERNELS_DISPATCH(attention_half_panel_size)(problem);
     panels = MOAT_KERNELS_DISPATCH(attention_half_panels)(problem);
     attended_columns = MOAT_KERNELS_DISPATCH(attention_half_attended_columns)(problem);
     scratch_size = MOAT_KERNELS_DISPATCH(attention_half_scratch_size)(problem);
     if (shares) divide_units();
-    packed_heads = take(packs ? 0 : problem.heads * head_size);
-    packed_panels = take(packs ? 0 : panels * panel_size);
-    table = take(resizes() ? problem.heads * table_size() : 0);
+    own_packed = take(packs || given ? 0 : layout.norm_weight);
+    table = take(resizes(problem) ? problem.heads * table_size(problem) : 0);
     buffers = take(workers * scratch_size);
     rows = take((shares ? units : workers) * unit_floats());
   }
 
   int64_t take(int64_t floats) {
     const int64_t begin = size;
-    size += divide_up(floats, 16) * 16;  // whole cache lines
+    size += whole_lines(floats);
     return begin;
   }
 
@@ -114,17 +150,9 @@ struct Run {
     query_blocks = choose_blocks(units * problem.heads, most, problem.channels + 2 * tokens,
                                  2 * problem.channels, workers);
     row_blocks = choose_blocks(units * panels, most, tokens, kFewestRows / 4, workers);
-    packs = units == 1 && query_blocks == 1 && row_blocks == 1;
+    packs = !given && units == 1 && query_blocks == 1 && row_blocks == 1;
   }
 
-  // Whether the position table is made for other windows.
-  bool resizes() const {
-    return problem.position_table && !(problem.position_height == 2 * problem.window_height - 1 &&
-                                       problem.position_width == 2 * problem.window_width - 1);
-  }
-  int64_t table_size() const {
-    return (2 * problem.window_height - 1) * (2 * problem.window_width - 1);
-  }
   int64_t most_rows() const { return problem.windows_per_unit * most_tokens(problem); }
   int64_t unit_floats() const { return most_rows() * (problem.channels + attended_columns); }
 
@@ -139,11 +167,11 @@ struct Run {
     return normalized(index) + most_rows() * problem.channels;
   }
   float* scratch(int64_t worker) const { return memory + buffers + worker * scratch_size; }
-  float* packed_head(int64_t head) const {
-    return packs ? nullptr : memory + packed_heads + head * head_size;
+  const float* packed_head(int64_t head) const {
+    return packed ? packed + layout.heads + head * layout.head_size : nullptr;
   }
-  float* packed_panel(int64_t panel) const {
-    return packs ? nullptr : memory + packed_panels + panel * panel_size;
+  const float* packed_panel(int64_t panel) const {
+    return packed ? packed + layout.panels + panel * layout.panel_size : nullptr;
   }
 
   void normalize(int64_t unit, int64_t first, int64_t last, int64_t place) const {
@@ -165,25 +193,20 @@ struct Run {
 
   // What all units need, and the first step if it is shared.
   void prepare() const {
-    const int64_t resized = resizes() ? problem.heads : 0;
-    const int64_t packed = packs ? 0 : problem.heads + panels;
+    const int64_t resized = resizes(problem) ? problem.heads : 0;
+    const int64_t parts = packs || given ? 0 : problem.heads + panels;
     const int64_t blocks = shares ? divide_up(most_rows(), kNormalizedRows) : 0;
-    for_each_task(resized + packed + units * blocks, workers, [&](int64_t task, int64_t) {
+    for_each_task(resized + parts + units * blocks, workers, [&](int64_t task, int64_t) {
       if (task < resized) {
         MOAT_KERNELS_DISPATCH(attention_half_resize)(problem, task, memory + table);
         return;
       }
       task -= resized;
-      if (task < packed) {
-        if (task < problem.heads) {
-          MOAT_KERNELS_DISPATCH(attention_half_pack_head)(problem, task, packed_head(task));
-        } else {
-          const int64_t panel = task - problem.heads;
-          MOAT_KERNELS_DISPATCH(attention_half_pack_panel)(problem, panel, packed_panel(panel));
-        }
+      if (task < parts) {
+        pack_part(problem, layout, task, memory + own_packed);
         return;
       }
-      task -= packed;
+      task -= parts;
       const int64_t first = task % blocks * kNormalizedRows;
       normalize(task / blocks, first, first + kNormalizedRows, task / blocks);
     });
@@ -212,7 +235,8 @@ struct Run {
 
   void compute(float* scratch_memory) {
     memory = scratch_memory;
-    if (resizes()) problem.bias_table = memory + table;
+    packed = given || packs ? given : memory + own_packed;
+    if (resizes(problem)) problem.bias_table = memory + table;
     prepare();
     if (shares) {
       by_steps();
@@ -222,31 +246,62 @@ struct Run {
   }
 };
 
-Tensor attention_half_eval(Tensor y, OptionalTensors tensors, int64_t heads, int64_t head_dim,
-                           const std::vector<int64_t>& window, double scale, double eps) {
-  STD_TORCH_CHECK(y.dim() == 4 && y.size(2) > 0 && y.size(3) > 0,
-                  "y must be [B, C, H, W] with H, W >= 1");
-  STD_TORCH_CHECK(tensors.size() == kAttentionHalfTensors && window.size() == 2 && heads > 0 &&
-                      head_dim > 0 && window[0] > 0 && window[1] > 0,
+}  // namespace
+
+int64_t AttentionHalfEval::packed_size(const AttentionHalf& problem) {
+  return packed_layout(problem).end;
+}
+
+void AttentionHalfEval::pack(const AttentionHalf& problem, float* packed) {
+  const PackedLayout layout = packed_layout(problem);
+  const int64_t panels = MOAT_KERNELS_DISPATCH(attention_half_panels)(problem);
+  for_each_task(problem.heads + panels, thread_count(),
+                [&](int64_t part, int64_t) { pack_part(problem, layout, part, packed); });
+  for (int64_t i = 0; i < problem.channels; ++i) {
+    packed[layout.norm_weight + i] = problem.norm_weight ? problem.norm_weight[i] : 1.0f;
+    packed[layout.norm_bias + i] = problem.norm_bias ? problem.norm_bias[i] : 0.0f;
+  }
+}
+
+int64_t AttentionHalfEval::table_size(const AttentionHalf& problem) {
+  return problem.position_table ? problem.heads * cpu::table_size(problem) : 0;
+}
+
+void AttentionHalfEval::make_table(const AttentionHalf& problem, float* table) {
+  if (!resizes(problem)) {
+    std::copy_n(problem.position_table, table_size(problem), table);
+    return;
+  }
+  for_each_task(problem.heads, thread_count(), [&](int64_t head, int64_t) {
+    MOAT_KERNELS_DISPATCH(attention_half_resize)(problem, head, table);
+  });
+}
+
+AttentionHalfEval::AttentionHalfEval(const AttentionHalf& problem, const float* packed,
+                                     const float* table)
+    : problem_(problem), packed_(packed) {
+  if (!packed) return;
+  const PackedLayout layout = packed_layout(problem_);
+  problem_.norm_weight = packed + layout.norm_weight;
+  problem_.norm_bias = packed + layout.norm_bias;
+  problem_.position_table = nullptr;
+  problem_.bias_table = table;
+}
+
+int64_t AttentionHalfEval::scratch_size() const { return Run(problem_, packed_).size; }
+
+void AttentionHalfEval::compute(float* scratch) const { Run(problem_, packed_).compute(scratch); }
+
+AttentionHalf read_attention_half(const OptionalTensors& tensors, int64_t heads, int64_t head_dim,
+                                  double scale, double eps) {
+  STD_TORCH_CHECK(tensors.size() == kAttentionHalfTensors && heads > 0 && head_dim > 0,
                   "attention half: wrong number of tensors, or sizes that are not positive");
   STD_TORCH_CHECK(tensors[kQkvWeight].has_value() && tensors[kProjWeight].has_value(),
                   "qkv.weight and proj.weight must be given");
-  y = torch::stable::contiguous(y, torch::headeronly::MemoryFormat::ChannelsLast);
-  for (std::optional<Tensor>& tensor : tensors) {
-    if (tensor.has_value()) tensor = as_floats(*tensor);
-  }
   AttentionHalf problem = {};
-  problem.element = element_type("y", y.scalar_type());
-  problem.batch = y.size(0);
-  problem.channels = y.size(1);
-  problem.height = y.size(2);
-  problem.width = y.size(3);
+  problem.channels = tensors[kProjWeight]->size(0);
   problem.heads = heads;
   problem.head_dim = head_dim;
-  problem.window_height = window[0];
-  problem.window_width = window[1];
-  problem.window_rows = divide_up(problem.height, window[0]);
-  problem.window_columns = divide_up(problem.width, window[1]);
   problem.scale = static_cast<float>(scale);
   problem.eps = static_cast<float>(eps);
   const int64_t channels = problem.channels;
@@ -260,23 +315,52 @@ Tensor attention_half_eval(Tensor y, OptionalTensors tensors, int64_t heads, int
   problem.qkv_bias = data("qkv.bias", kQkvBias, 3 * inner);
   problem.proj_weight = data("proj.weight", kProjWeight, inner * channels);
   problem.proj_bias = data("proj.bias", kProjBias, channels);
-  if (const std::optional<Tensor>& table = tensors[kPositionTable]; table.has_value()) {
-    STD_TORCH_CHECK(table->dim() == 3 && table->size(0) == heads && table->numel() > 0,
-                    "the position table must be [", heads, ", height, width]");
-    problem.position_height = table->size(1);
-    problem.position_width = table->size(2);
-    problem.position_table = data("the position table", kPositionTable, table->numel());
-    problem.bias_table = problem.position_table;
-  }
-  const Tensor output = torch::stable::empty(
-      {problem.batch, channels, problem.height, problem.width}, y.scalar_type(), std::nullopt,
-      y.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  set_position_table(tensors[kPositionTable], problem);
+  return problem;
+}
+
+void set_position_table(const std::optional<Tensor>& table, AttentionHalf& problem) {
+  if (!table.has_value()) return;
+  STD_TORCH_CHECK(table->dim() == 3 && table->size(0) == problem.heads && table->numel() > 0,
+                  "the position table must be [", problem.heads, ", height, width]");
+  problem.position_height = table->size(1);
+  problem.position_width = table->size(2);
+  problem.position_table = float_data("the position table", table, table->numel());
+  problem.bias_table = problem.position_table;
+}
+
+void set_maps(const MapSize& y, const std::vector<int64_t>& window, AttentionHalf& problem) {
+  STD_TORCH_CHECK(y.height > 0 && y.width > 0, "y must be [B, C, H, W] with H, W >= 1");
+  STD_TORCH_CHECK(y.channels == problem.channels, "y must have ", problem.channels,
+                  " channels, got ", y.channels);
+  STD_TORCH_CHECK(window.size() == 2 && window[0] > 0 && window[1] > 0,
+                  "window must be a height and a width");
+  problem.batch = y.batch;
+  problem.height = y.height;
+  problem.width = y.width;
+  problem.window_height = window[0];
+  problem.window_width = window[1];
+  problem.window_rows = divide_up(y.height, window[0]);
+  problem.window_columns = divide_up(y.width, window[1]);
+}
+
+namespace {
+
+Tensor attention_half_eval(Tensor y, OptionalTensors tensors, int64_t heads, int64_t head_dim,
+                           const std::vector<int64_t>& window, double scale, double eps) {
+  const MapSize size = map_size("y", y);
+  y = torch::stable::contiguous(y, torch::headeronly::MemoryFormat::ChannelsLast);
+  make_readable(tensors);
+  AttentionHalf problem = read_attention_half(tensors, heads, head_dim, scale, eps);
+  set_maps(size, window, problem);
+  problem.element = element_type("y", y.scalar_type());
+  const Tensor output = empty_maps(y, size, y.scalar_type());
   if (output.numel() == 0) return output;
   problem.y = y.const_data_ptr();
   problem.result = output.mutable_data_ptr();
-  Run run(problem, thread_count());
-  const Scratch memory(y, run.size);
-  run.compute(memory.data());
+  const AttentionHalfEval eval(problem, nullptr, nullptr);
+  const Scratch memory(y, eval.scratch_size());
+  eval.compute(memory.data());
   return output;
 }
 

@@ -25,6 +25,24 @@ struct Strided {
   int64_t depth_stride;
 };
 
+// Memory that will be read soon. While a product runs it asks for a cache line in every four steps
+// of depth, so that operands from beyond the caches arrive while others are used.
+struct Ahead {
+  const float* next;
+  const float* end;
+};
+
+constexpr int64_t kLineFloats = 16;
+constexpr int kIntoL2 = 2;  // of the prefetch instruction: what it asks for is too much for L1
+
+// What a product reads after a piece of a panel of packed B, which is `depth` of `panel_depth`
+// steps deep: that piece of the next panel or, after the last one, what lies behind in memory,
+// which is the next piece or another operand.
+inline Ahead after_piece(const float* piece, int64_t depth, int64_t panel_depth, bool last_panel) {
+  const float* next = piece + (last_panel ? depth : panel_depth) * kPanel;
+  return {next, next + depth * kPanel};
+}
+
 // One step of depth: c += a[0 .. rows) * b.
 template <int rows, int vectors>
 [[gnu::always_inline]] inline void multiply_step(const float* a, const float* a3,
@@ -43,7 +61,8 @@ template <int rows, int vectors>
 // one step of depth to the next in B, kPanel if B is packed.
 template <int rows, int vectors>
 [[gnu::always_inline]] inline void multiply(Strided a, const float* b, int64_t b_stride,
-                                            int64_t depth, Vec (&result)[rows][vectors]) {
+                                            int64_t depth, Vec (&result)[rows][vectors],
+                                            Ahead& ahead) {
   Vec c[rows][vectors];
   unroll<rows * vectors>([&](auto i) __attribute__((always_inline)) {
     c[i / vectors][i % vectors] = result[i / vectors][i % vectors];
@@ -51,10 +70,14 @@ template <int rows, int vectors>
   const float* a0 = a.data;
   const float* a3 = a.data + 3 * a.row_stride;
   if (a.depth_stride == 1 && b_stride == kPanel) {
+    // Beyond the end it asks for one line again and again, which costs next to nothing.
+    const int64_t line = ahead.next < ahead.end ? kLineFloats : 0;
     for (int64_t k = depth / 4; k > 0; --k) {
       unroll<4>([&](auto step) __attribute__((always_inline)) {
         multiply_step<rows, vectors>(a0 + step, a3 + step, a.row_stride, b + step * kPanel, c);
       });
+      __builtin_prefetch(ahead.next, 0, kIntoL2);
+      ahead.next += line;
       a0 += 4;
       a3 += 4;
       b += 4 * kPanel;
@@ -136,6 +159,7 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const 
     for_panels(columns, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
       constexpr int kBlockVectors = decltype(vectors)::value;
       const float* panel = b + column / kPanel * panel_stride + first * depth_stride;
+      Ahead ahead = after_piece(panel, count, panel_stride / kPanel, column + kPanel >= columns);
       for_row_blocks(rows, [&](auto block_rows, int64_t row) __attribute__((always_inline)) {
         constexpr int kBlockRows = decltype(block_rows)::value;
         float* block = c + row * c_stride + column;
@@ -151,7 +175,7 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const 
         }
         const Strided rows_of_a = {a.data + row * a.row_stride + first * a.depth_stride,
                                    a.row_stride, a.depth_stride};
-        multiply<kBlockRows, kBlockVectors>(rows_of_a, panel, depth_stride, count, sums);
+        multiply<kBlockRows, kBlockVectors>(rows_of_a, panel, depth_stride, count, sums, ahead);
         unroll<kBlockRows * kBlockVectors>([&](auto i) __attribute__((always_inline)) {
           constexpr int r = i / kBlockVectors;
           constexpr int v = i % kBlockVectors;

@@ -1,6 +1,6 @@
 // The op cpu_mbconv_eval: how the inverted bottleneck is divided among threads.
 
-#include "cpu/kernels/mbconv_eval.h"
+#include "cpu/mbconv_eval.h"
 
 #include <torch/csrc/stable/library.h>
 
@@ -42,11 +42,12 @@ Partition divide_work(const MBConvProblem& problem, int64_t blocks, int64_t thre
   return partition;
 }
 
-Partition choose_partition(const MBConvProblem& problem, int64_t blocks, int64_t threads) {
+Partition choose_partition(const MBConvProblem& problem, int64_t blocks, int64_t threads,
+                           bool has_packed) {
   Partition partition = divide_work(problem, blocks, threads);
   const int64_t strip_rows = MOAT_KERNELS_DISPATCH(mbconv_eval_strip_rows)(problem);
-  partition.packs = problem.batch * partition.row_parts == 1 && strip_rows >= problem.out_height &&
-                    !problem.squeeze_excite.present;
+  partition.packs = !has_packed && problem.batch * partition.row_parts == 1 &&
+                    strip_rows >= problem.out_height && !problem.squeeze_excite.present;
   return partition;
 }
 
@@ -80,9 +81,61 @@ MBConvTask task_at(const MBConvProblem& problem, const Partition& partition, int
   return task;
 }
 
+int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
+// The weights of squeeze-excite in a packed buffer, behind all others, as they are.
+struct GateLayout {
+  int64_t reduce, reduce_bias, expand, expand_bias, end;
+};
+
+GateLayout gate_layout(const MBConvProblem& problem) {
+  GateLayout layout = {};
+  layout.end = whole_lines(MOAT_KERNELS_DISPATCH(mbconv_eval_packed_size)(problem, true));
+  if (!problem.squeeze_excite.present) return layout;
+  const auto take = [&](int64_t floats) {
+    const int64_t begin = layout.end;
+    layout.end += whole_lines(floats);
+    return begin;
+  };
+  const int64_t wide = problem.wide_channels;
+  const int64_t reduced = problem.squeeze_excite.channels;
+  layout.reduce = take(reduced * wide);
+  layout.reduce_bias = take(reduced);
+  layout.expand = take(wide * reduced);
+  layout.expand_bias = take(wide);
+  return layout;
+}
+
+void copy_or_clear(const float* from, int64_t count, float* to) {
+  if (from) {
+    std::copy_n(from, count, to);
+  } else {
+    std::fill_n(to, count, 0.0f);
+  }
+}
+
+// What all blocks share and, unless the tasks do that, the blocks.
+void pack_weights(const MBConvProblem& problem, bool with_blocks, float* packed) {
+  MOAT_KERNELS_DISPATCH(mbconv_eval_fold)(problem, packed);
+  if (!with_blocks) return;
+  const auto pack_block = MOAT_KERNELS_DISPATCH(mbconv_eval_pack);
+  for_each_task(MOAT_KERNELS_DISPATCH(mbconv_eval_blocks)(problem), thread_count(),
+                [&](int64_t block, int64_t) { pack_block(problem, block, packed); });
+}
+
+void pack_gate(const MBConvProblem& problem, float* packed) {
+  const GateLayout layout = gate_layout(problem);
+  const SqueezeExcite& excite = problem.squeeze_excite;
+  const int64_t wide = problem.wide_channels;
+  copy_or_clear(excite.reduce.weight, excite.channels * wide, packed + layout.reduce);
+  copy_or_clear(excite.reduce.bias, excite.channels, packed + layout.reduce_bias);
+  copy_or_clear(excite.expand.weight, wide * excite.channels, packed + layout.expand);
+  copy_or_clear(excite.expand.bias, wide, packed + layout.expand_bias);
+}
+
 // The parts of a call's scratch memory, in floats.
 struct Layout {
-  int64_t packed = 0;    // weights
+  int64_t packed = 0;    // weights, unless they are given
   int64_t workers = 0;   // what each worker needs, one after the other
   int64_t partials = 0;  // by_blocks: [batch, block parts, pixels, result columns]
   int64_t gated = 0;     // gated: see there
@@ -92,32 +145,33 @@ struct Layout {
 // A call in progress.
 struct Run {
   const MBConvProblem& problem;
+  const float* given;  // packed weights or null
   int64_t workers;
   int64_t blocks;
   Partition partition;
   int64_t scratch_size;
   Layout layout;
-  Scratch memory;
-  float* packed;
+  float* memory = nullptr;
+  const float* packed = nullptr;
 
-  Run(const MBConvProblem& problem, const Tensor& like)
+  Run(const MBConvProblem& problem, const float* given)
       : problem(problem),
+        given(given),
         workers(thread_count()),
         blocks(MOAT_KERNELS_DISPATCH(mbconv_eval_blocks)(problem)),
-        partition(choose_partition(problem, blocks, workers)),
+        partition(choose_partition(problem, blocks, workers, given)),
         scratch_size(MOAT_KERNELS_DISPATCH(mbconv_eval_scratch_size)(problem)),
-        layout(make_layout()),
-        memory(like, layout.end),
-        packed(memory.data() + layout.packed) {}
+        layout(make_layout()) {}
 
   Layout make_layout() const {
     Layout result;
     const auto take = [&](int64_t floats) {
       const int64_t begin = result.end;
-      result.end += (floats + 15) / 16 * 16;  // whole cache lines
+      result.end += whole_lines(floats);
       return begin;
     };
-    result.packed = take(MOAT_KERNELS_DISPATCH(mbconv_eval_packed_size)(problem, !partition.packs));
+    const auto packed_size = MOAT_KERNELS_DISPATCH(mbconv_eval_packed_size);
+    result.packed = take(given ? 0 : packed_size(problem, !partition.packs));
     result.workers = take(workers * scratch_size);
     result.partials = take(
         partition.block_parts > 1 ? problem.batch * partition.block_parts * partial_size() : 0);
@@ -128,9 +182,7 @@ struct Run {
     return result;
   }
 
-  float* scratch(int64_t worker) const {
-    return memory.data() + layout.workers + worker * scratch_size;
-  }
+  float* scratch(int64_t worker) const { return memory + layout.workers + worker * scratch_size; }
 
   int64_t partial_row() const {
     return problem.out_width * MOAT_KERNELS_DISPATCH(mbconv_eval_result_columns)(problem);
@@ -140,12 +192,17 @@ struct Run {
   int64_t gate_size() const { return MOAT_KERNELS_DISPATCH(mbconv_eval_gate_size)(problem); }
   int64_t images_at_once() const { return std::min(problem.batch, workers); }
 
-  void pack() const {
-    MOAT_KERNELS_DISPATCH(mbconv_eval_fold)(problem, packed);
-    if (partition.packs) return;
-    const auto pack_block = MOAT_KERNELS_DISPATCH(mbconv_eval_pack);
-    for_each_task(blocks, workers,
-                  [&](int64_t block, int64_t) { pack_block(problem, block, packed); });
+  void compute(float* scratch_memory) {
+    memory = scratch_memory;
+    packed = given ? given : memory + layout.packed;
+    if (!given) pack_weights(problem, !partition.packs, memory + layout.packed);
+    if (problem.squeeze_excite.present) {
+      gated();
+    } else if (partition.block_parts > 1) {
+      by_blocks();
+    } else {
+      fused();
+    }
   }
 
   void fused() const {
@@ -165,7 +222,7 @@ struct Run {
     const int64_t row = partial_row();
     const int64_t part_stride = partial_size();
     const auto partials = [&](int64_t image) {
-      return memory.data() + layout.partials + image * partition.block_parts * part_stride;
+      return memory + layout.partials + image * partition.block_parts * part_stride;
     };
     const auto compute = MOAT_KERNELS_DISPATCH(mbconv_eval_bottleneck);
     const int64_t tasks = problem.batch * partition.row_parts * partition.block_parts;
@@ -190,7 +247,7 @@ struct Run {
     const int64_t gate_size = this->gate_size();
     const int64_t group = images_at_once();
     const int64_t parts = partition.row_parts;
-    float* const gated = memory.data() + layout.gated;
+    float* const gated = memory + layout.gated;
     float* const gates = gated + group * gated_size;
     float* const sums = gates + group * gate_size;
     const auto stencil = MOAT_KERNELS_DISPATCH(mbconv_eval_stencil);
@@ -222,13 +279,35 @@ struct Run {
   }
 };
 
-// Tensors of any floating-point type and strides; where they are not what the kernels read, a
-// converted copy.
-void make_readable(OptionalTensors& tensors) {
-  for (std::optional<Tensor>& tensor : tensors) {
-    if (tensor.has_value()) tensor = as_floats(*tensor);
+}  // namespace
+
+int64_t MBConvEval::packed_size(const MBConvProblem& problem) { return gate_layout(problem).end; }
+
+void MBConvEval::pack(const MBConvProblem& problem, float* packed) {
+  pack_weights(problem, true, packed);
+  if (problem.squeeze_excite.present) pack_gate(problem, packed);
+}
+
+MBConvEval::MBConvEval(const MBConvProblem& problem, const float* packed)
+    : problem_(problem), packed_(packed) {
+  problem_.images_per_tile = choose_images_per_tile(problem_, thread_count());
+  SqueezeExcite& excite = problem_.squeeze_excite;
+  if (packed && excite.present) {
+    const GateLayout layout = gate_layout(problem_);
+    excite.reduce = {packed + layout.reduce, packed + layout.reduce_bias};
+    excite.expand = {packed + layout.expand, packed + layout.expand_bias};
   }
 }
+
+int64_t MBConvEval::scratch_size() const { return Run(problem_, packed_).layout.end; }
+
+void MBConvEval::compute(float* scratch) const { Run(problem_, packed_).compute(scratch); }
+
+MapSize output_map(const MBConvProblem& problem) {
+  return {problem.batch, problem.out_channels, problem.out_height, problem.out_width};
+}
+
+namespace {
 
 Tensor mbconv_eval(Tensor x, OptionalTensors convolutions, OptionalTensors norms,
                    std::optional<Tensor> drop_path_scale, const std::vector<double>& eps,
@@ -240,27 +319,21 @@ Tensor mbconv_eval(Tensor x, OptionalTensors convolutions, OptionalTensors norms
   make_readable(convolutions);
   make_readable(norms);
   if (drop_path_scale.has_value()) drop_path_scale = as_floats(*drop_path_scale);
-  MBConvProblem problem = read_problem(x, convolutions, norms, eps, stride, padding, activations);
+  MBConvProblem problem = read_block(convolutions, norms, eps, stride, activations);
   problem.residual = residual;
-  if (residual) problem.pool = read_pool(pool_kind, pool, problem);
+  problem.pool = read_pool(pool_kind, pool);
+  set_maps(map_size("x", x), padding, pool_padding(pool), problem);
+  problem.x = x.const_data_ptr();
+  problem.x_type = element_type("x", x.scalar_type());
   problem.drop_path_scale = float_data("drop_path_scale", drop_path_scale, problem.batch);
-  const Tensor output = torch::stable::empty(
-      {problem.batch, problem.out_channels, problem.out_height, problem.out_width}, dtype,
-      std::nullopt, x.device(), std::nullopt, torch::headeronly::MemoryFormat::ChannelsLast);
+  const Tensor output = empty_maps(x, output_map(problem), dtype);
   problem.output = output.mutable_data_ptr();
   problem.output_type = element_type("dtype", dtype);
   if (output.numel() == 0) return output;
 
-  problem.images_per_tile = choose_images_per_tile(problem, thread_count());
-  const Run run(problem, x);
-  run.pack();
-  if (problem.squeeze_excite.present) {
-    run.gated();
-  } else if (run.partition.block_parts > 1) {
-    run.by_blocks();
-  } else {
-    run.fused();
-  }
+  const MBConvEval eval(problem, nullptr);
+  const Scratch memory(x, eval.scratch_size());
+  eval.compute(memory.data());
   return output;
 }
 

@@ -52,13 +52,28 @@ inline void pool_pixel(const MBConvProblem& problem, const Element* x, int64_t r
   }
 }
 
-// sums = (sums + bias) * scale over [pixels][columns].
-inline void scale_and_shift(const float* bias, float scale, int64_t pixels, int64_t columns,
-                            float* sums) {
-  for (int64_t pixel = 0; pixel < pixels; ++pixel, sums += columns) {
-    for (int64_t i = 0; i < columns; i += kWidth) {
-      store(sums + i, (load(sums + i) + load(bias + i)) * scale);
-    }
+// sums = (sums + bias) * scale for one pixel.
+inline void scale_and_shift(const float* bias, float scale, int64_t columns, float* sums) {
+  for (int64_t i = 0; i < columns; i += kWidth) {
+    store(sums + i, (load(sums + i) + load(bias + i)) * scale);
+  }
+}
+
+// The shortcut's input for one pixel of the output: added to `sums`, or left in `pooled`, from
+// where it is projected.
+template <class Element>
+inline void take_shortcut(const MBConvProblem& problem, const Element* x, int64_t row,
+                          int64_t column, float* pooled, float* sums) {
+  if (problem.pool.kind != PoolKind::none) {
+    pool_pixel(problem, x, row, column, pooled);
+    if (!problem.projects_shortcut) add(pooled, problem.in_channels, sums);
+    return;
+  }
+  const Element* source = x + (row * problem.width + column) * problem.in_channels;
+  if (problem.projects_shortcut) {
+    widen(source, problem.in_channels, pooled);
+  } else {
+    add(source, problem.in_channels, sums);
   }
 }
 
@@ -70,43 +85,33 @@ inline void finish_rows(const MBConvProblem& problem, const float* packed, int64
   const int64_t columns = panelled(problem.out_channels);
   const int64_t pixels = (last - first) * problem.out_width;
   const float scale = problem.drop_path_scale ? problem.drop_path_scale[image] : 1.0f;
-  scale_and_shift(packed + layout.project_bias, scale, pixels, columns, sums);
-  if (problem.residual) {
-    with_elements(problem.x_type, problem.x, [&](auto* x) __attribute__((always_inline)) {
-      x += image * problem.height * problem.width * problem.in_channels;
-      const bool projected = problem.shortcut.weight != nullptr;
-      for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-        const int64_t row = first + pixel / problem.out_width;
-        const int64_t column = pixel % problem.out_width;
-        float* row_sums = sums + pixel * columns;
-        float* row_pooled = pooled + pixel * problem.in_channels;
-        if (problem.pool.kind != PoolKind::none) {
-          pool_pixel(problem, x, row, column, row_pooled);
-          if (!projected) add(row_pooled, problem.in_channels, row_sums);
-        } else {
-          const auto* source = x + (row * problem.width + column) * problem.in_channels;
-          if (projected) {
-            widen(source, problem.in_channels, row_pooled);
-          } else {
-            add(source, problem.in_channels, row_sums);
-          }
-        }
-      }
-    });
-    if (problem.shortcut.weight) {
-      gemm(pixels, problem.out_channels, problem.in_channels, {pooled, problem.in_channels, 1},
-           packed + layout.shortcut, problem.in_channels * kPanel, kPanel, sums, columns, true);
-      scale_and_shift(packed + layout.shortcut_bias, 1.0f, pixels, columns, sums);
-    }
-  }
+  const bool projects = problem.residual && problem.projects_shortcut;
   const int64_t begin =
       (image * problem.out_height + first) * problem.out_width * problem.out_channels;
-  with_elements(problem.output_type, problem.output, [&](auto* out) __attribute__((always_inline)) {
-    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+  const auto write = [&](int64_t pixel) {
+    with_elements(problem.output_type, problem.output, [&](auto* out) {
       narrow(sums + pixel * columns, problem.out_channels,
              out + begin + pixel * problem.out_channels);
+    });
+  };
+  with_elements(problem.x_type, problem.x, [&](auto* x) __attribute__((always_inline)) {
+    x += image * problem.height * problem.width * problem.in_channels;
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      scale_and_shift(packed + layout.project_bias, scale, columns, sums + pixel * columns);
+      if (problem.residual) {
+        take_shortcut(problem, x, first + pixel / problem.out_width, pixel % problem.out_width,
+                      pooled + pixel * problem.in_channels, sums + pixel * columns);
+      }
+      if (!projects) write(pixel);
     }
   });
+  if (!projects) return;
+  gemm(pixels, problem.out_channels, problem.in_channels, {pooled, problem.in_channels, 1},
+       packed + layout.shortcut, problem.in_channels * kPanel, kPanel, sums, columns, true);
+  for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+    scale_and_shift(packed + layout.shortcut_bias, 1.0f, columns, sums + pixel * columns);
+    write(pixel);
+  }
 }
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

@@ -55,7 +55,7 @@ inline PackedLayout packed_layout(const MBConvProblem& problem) {
   layout.project_scale = take(problem.out_channels);
   layout.project_bias = take(out_columns);
   layout.shortcut_bias = take(out_columns);
-  layout.shortcut = take(problem.shortcut.weight ? out_columns * problem.in_channels : 0);
+  layout.shortcut = take(problem.projects_shortcut ? out_columns * problem.in_channels : 0);
   layout.blocks = end;
   return layout;
 }
@@ -115,7 +115,7 @@ inline void fold_shared(const MBConvProblem& problem, float* packed) {
     packed[layout.shortcut_bias + i] =
         valid && problem.shortcut.bias ? problem.shortcut.bias[i] : 0.0f;
   }
-  if (problem.shortcut.weight) {
+  if (problem.projects_shortcut) {
     pack(problem.shortcut.weight, problem.in_channels, problem.out_channels, problem.in_channels,
          nullptr, nullptr, packed + layout.shortcut);
   }

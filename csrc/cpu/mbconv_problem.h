@@ -65,6 +65,7 @@ struct MBConvProblem {
   Activation depthwise_activation = Activation::gelu;
   SqueezeExcite squeeze_excite;
   bool residual = false;
+  bool projects_shortcut = false;
   Pool pool;
   const float* drop_path_scale = nullptr;  // [batch]; null: ones
 

@@ -111,6 +111,7 @@ inline void expand_pixels(const float* x, int64_t pixels, int64_t in_channels, i
     const int64_t depth = in_channels * (piece + 1) / pieces - first;
     for (int64_t column = 0; column < channels; column += kPanel) {
       const float* panel = weights + column * in_channels + first * kPanel;
+      Ahead ahead = after_piece(panel, depth, in_channels, column + kPanel >= channels);
       for_row_blocks(pixels, [&](auto count, int64_t pixel) __attribute__((always_inline)) {
         constexpr int kCount = decltype(count)::value;
         float* out = expanded + column;
@@ -122,7 +123,7 @@ inline void expand_pixels(const float* x, int64_t pixels, int64_t in_channels, i
                                   : load(out + offsets[pixel + r] + v * kWidth);
         });
         multiply<kCount, kVectors>({x + pixel * in_channels + first, in_channels, 1}, panel, kPanel,
-                                   depth, sums);
+                                   depth, sums, ahead);
         const bool complete = piece == pieces - 1;
         unroll<(kCount + 1) / 2>([&](auto pair) __attribute__((always_inline)) {
           constexpr int kFirst = 2 * pair;

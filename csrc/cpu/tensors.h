@@ -22,6 +22,16 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using OptionalTensors = std::vector<std::optional<Tensor>>;
 
+// The size of maps [batch, channels, height, width].
+struct MapSize {
+  int64_t batch, channels, height, width;
+};
+
+inline MapSize map_size(const char* name, const Tensor& maps) {
+  STD_TORCH_CHECK(maps.dim() == 4, name, " must be [B, C, H, W]");
+  return {maps.size(0), maps.size(1), maps.size(2), maps.size(3)};
+}
+
 inline ElementType element_type(const char* name, ScalarType type) {
   if (type == ScalarType::Float) return ElementType::float32;
   if (type == ScalarType::BFloat16) return ElementType::bfloat16;
@@ -45,6 +55,20 @@ inline Tensor as_floats(const Tensor& tensor) {
   const bool is_float = tensor.scalar_type() == ScalarType::Float;
   const Tensor floats = is_float ? tensor : torch::stable::to(tensor, ScalarType::Float);
   return floats.is_contiguous() ? floats : torch::stable::contiguous(floats);
+}
+
+// Converted copies of those tensors that kernels cannot read as they are.
+inline void make_readable(OptionalTensors& tensors) {
+  for (std::optional<Tensor>& tensor : tensors) {
+    if (tensor.has_value()) tensor = as_floats(*tensor);
+  }
+}
+
+// Maps that the caller may read: uninitialised, in channels_last.
+inline Tensor empty_maps(const Tensor& like, const MapSize& size, ScalarType type) {
+  return torch::stable::empty({size.batch, size.channels, size.height, size.width}, type,
+                              std::nullopt, like.device(), std::nullopt,
+                              torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 // Asks for huge pages where a tensor spans some: PyTorch's allocator gives large memory back to the

@@ -133,9 +133,13 @@ def test_compiles_without_graph_breaks() -> None:
 def test_the_op_names_what_it_cannot_read() -> None:
     op = torch.ops.moat_kernels.cpu_stem_eval
     stem, x = make_stem(), torch.randn(1, 4, 8, 8)  # the weights are for 3 channels
-    tensors = [stem.conv_0.weight, *[None] * 5, stem.conv_1.weight, None]
-    with torch.no_grad(), pytest.raises(RuntimeError, match=r"conv_0.weight must have 576 el"):
-        op(x, tensors, 1e-3)
+    norm = [None, None, stem.norm_0.running_mean, stem.norm_0.running_var]
+    tensors = [stem.conv_0.weight, None, *norm, stem.conv_1.weight, None]
+    with torch.no_grad():
+        with pytest.raises(RuntimeError, match="x must have 3 channels, got 4"):
+            op(x, tensors, 1e-3)
+        with pytest.raises(RuntimeError, match=r"conv_1.weight must have \d+ elements, got 9"):
+            op(x, [*tensors[:6], torch.ones(1, 1, 3, 3), None], 1e-3)
     with pytest.raises(RuntimeError, match="x must be a float32 map"):
         op(x.double(), [None] * 8, 1e-3)
 

@@ -7,6 +7,7 @@
 #include "cpu/kernels/attention_half_eval.h"
 
 #include "cpu/kernels/window_attention_head.h"
+#include "cpu/layer_norm.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 namespace {
@@ -50,47 +51,6 @@ void for_rows(const AttentionHalf& problem, const AttentionUnit& unit, int64_t f
       function(start + token, ((image + row) * problem.width + column) * problem.channels);
     });
     start += window.tokens();
-  }
-}
-
-// The sum of function(value), which takes vectors and floats.
-template <class Function>
-inline float sum_over(const float* values, int64_t count, Function&& function) {
-  constexpr int kSums = 4;  // hide the latency of the additions
-  Vec sums[kSums] = {};
-  int64_t i = 0;
-  for (; i + kSums * kWidth <= count; i += kSums * kWidth) {
-    unroll<kSums>([&](auto j) __attribute__((always_inline)) {
-      sums[j] += function(load(values + i + j * kWidth));
-    });
-  }
-  for (; i + kWidth <= count; i += kWidth) sums[0] += function(load(values + i));
-  float sum = sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; i < count; ++i) sum += function(values[i]);
-  return sum;
-}
-
-// Layer norm of one token, in place.
-void normalize_row(const AttentionHalf& problem, float* row) {
-  const int64_t channels = problem.channels;
-  const float factor = 1.0f / static_cast<float>(channels);
-  const float mean = factor * sum_over(row, channels, [](auto value) { return value; });
-  const float variance = factor * sum_over(row, channels, [=](auto value) {
-                           const auto centred = value - mean;
-                           return centred * centred;
-                         });
-  const float scale = 1.0f / __builtin_sqrtf(variance + problem.eps);
-  int64_t i = 0;
-  for (; i + kWidth <= channels; i += kWidth) {
-    Vec value = (load(row + i) - mean) * scale;
-    if (problem.norm_weight) value *= load(problem.norm_weight + i);
-    if (problem.norm_bias) value += load(problem.norm_bias + i);
-    store(row + i, value);
-  }
-  for (; i < channels; ++i) {
-    row[i] = (row[i] - mean) * scale;
-    if (problem.norm_weight) row[i] *= problem.norm_weight[i];
-    if (problem.norm_bias) row[i] += problem.norm_bias[i];
   }
 }
 
@@ -243,7 +203,7 @@ void attention_half_normalize(const AttentionHalf& problem, const AttentionUnit&
     for_rows(problem, unit, first, last, [&](int64_t row, int64_t offset) {
       float* to = normalized + row * problem.channels;
       widen(y + offset, problem.channels, to);
-      normalize_row(problem, to);
+      normalize_row(problem.channels, problem.eps, problem.norm_weight, problem.norm_bias, to);
     });
   });
 }

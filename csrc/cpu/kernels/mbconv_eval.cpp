@@ -187,9 +187,11 @@ void mbconv_eval_gate(const MBConvProblem& problem, const float* sums, int64_t p
     reduced[i] = activated[0][0];
   }
   for (int64_t i = 0; i < wide; ++i) {
-    float value = dot(excite.expand.weight + i * excite.channels, reduced, excite.channels);
-    if (excite.expand.bias) value += excite.expand.bias[i];
-    gate[i] = sigmoid(broadcast(value))[0];
+    const float value = dot(excite.expand.weight + i * excite.channels, reduced, excite.channels);
+    gate[i] = value + (excite.expand.bias ? excite.expand.bias[i] : 0.0f);
+  }
+  for (int64_t i = 0; i < wide; i += kWidth) {  // the gate is padded to whole blocks
+    store(gate + i, sigmoid(load(gate + i)));
   }
 }
 

@@ -115,7 +115,8 @@ void mbconv(Arguments& arguments) {
     excite.reduce = read_convolution(arguments, excite.channels * wide, excite.channels);
     excite.expand = read_convolution(arguments, wide * excite.channels, wide);
   }
-  if (in != out) problem.shortcut = read_convolution(arguments, out * in, out);
+  problem.projects_shortcut = in != out;
+  if (problem.projects_shortcut) problem.shortcut = read_convolution(arguments, out * in, out);
   const int64_t size = problem.batch * problem.out_height * problem.out_width * out * element;
   std::vector<char> output(static_cast<size_t>(size));
   problem.output = output.data();
