@@ -33,6 +33,20 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
   library.def(
       "cpu_attention_half_eval(Tensor y, Tensor?[] tensors, int heads, int head_dim, "
       "int[] window, float scale, float eps) -> Tensor");
+  // Models frozen for inference; csrc/cpu/frozen.cpp explains. -> a step and its packed weights.
+  library.def("cpu_freeze_stem(Tensor?[] tensors, float eps) -> (Tensor, Tensor)");
+  library.def(
+      "cpu_freeze_mbconv(Tensor?[] convolutions, Tensor?[] norms, float[] eps, int stride, "
+      "str[] activations, bool residual, str pool_kind, int[] pool) -> (Tensor, Tensor)");
+  library.def(
+      "cpu_freeze_attention_half(Tensor?[] tensors, int heads, int head_dim, float scale, "
+      "float eps) -> (Tensor, Tensor)");
+  library.def("cpu_freeze_head(Tensor?[] tensors, float eps) -> (Tensor, Tensor)");
+  library.def(
+      "cpu_freeze_for_maps(Tensor step, int[] size, int[] padding, int[] pool_padding, "
+      "int[] window, Tensor? position_table) -> (Tensor, Tensor)");
+  library.def(
+      "cpu_frozen_forward(Tensor x, Tensor steps, Tensor[] packed, int[] kept) -> Tensor[]");
   // Training; maps are [B, H, W, C]. csrc/cpu/mbconv_train.h says what the settings hold,
   // mbconv_train*.cpp what each op computes.
   const std::string settings =

@@ -8,6 +8,7 @@ __version__ = "0.1.0"
 from moat_kernels import functional, reference
 from moat_kernels.adapters.cases import supported_cases
 from moat_kernels.adapters.registry import register_adapter
+from moat_kernels.freeze import FrozenMOAT, freeze
 from moat_kernels.fuse import FusionReport, fuse, unfuse
 from moat_kernels.models import MOAT, create_model, get_preprocessing, list_models
 from moat_kernels.modules import FusedMBConv, FusedMOATBlock
@@ -17,11 +18,13 @@ from moat_kernels.ops.backends import FallbackWarning, use_backend
 __all__ = [
     "MOAT",
     "FallbackWarning",
+    "FrozenMOAT",
     "FusedMBConv",
     "FusedMOATBlock",
     "FusionReport",
     "convert_sync_batchnorm",
     "create_model",
+    "freeze",
     "functional",
     "fuse",
     "get_preprocessing",

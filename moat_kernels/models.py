@@ -11,10 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moat_kernels.modules import FusedMBConv, FusedMOATBlock, obstacle
+from moat_kernels.modules import (
+    FusedInvertedBottleneck,
+    FusedMBConv,
+    FusedMOATBlock,
+    check_is_plain,
+    obstacle,
+)
 from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
 from moat_kernels.ops import stem
 from moat_kernels.ops.backends import warn_once
+from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, head_step, stem_step
 from moat_kernels.reference import (
     MBConvBlock,
     MOATBlock,
@@ -58,20 +65,31 @@ class Stem(nn.Module):
 class FusedStem(Stem):
     """`Stem` in one pass where a native kernel covers the call; the output is in channels_last."""
 
+    def frozen_steps(self) -> list[FrozenStep]:
+        """What inference computes, its weights packed as they are now. Raises CannotFreeze."""
+        check_is_plain(self, (FusedStem,), ("conv_0", "norm_0", "conv_1"))
+        norm, tensors = describe_norm(self.norm_0), norm_tensors(self.norm_0)
+        if not norm.frozen or self.conv_0.stride != (2, 2) or self.conv_1.stride != (1, 1):
+            raise CannotFreeze("a norm that measures the batch, or other strides")
+        first, second = self._convolutions()
+        return [stem_step(first, tensors, norm.eps, second)]
+
+    def _convolutions(self) -> list[list[Tensor | None]]:
+        """Weight and bias of both."""
+        return [
+            [tensor_of(self._modules[name], part) for part in ("weight", "bias")]
+            for name in ("conv_0", "conv_1")
+        ]
+
     def forward(self, x: Tensor) -> Tensor:
         reason = obstacle(self, ("conv_0", "norm_0", "conv_1"))
         if reason:
             warn_once(f"{type(self).__name__}: {reason}; running unfused")
         elif self.conv_0.stride == (2, 2) and self.conv_1.stride == (1, 1):
-            modules = self._modules
-            weights = [
-                tensor_of(modules[name], part)
-                for name in ("conv_0", "conv_1")
-                for part in ("weight", "bias")
-            ]
+            first, second = self._convolutions()
             norm, tensors = describe_norm(self.norm_0), norm_tensors(self.norm_0)
-            if norm.frozen and stem.covers(x, weights[:2], tensors, weights[2:]):
-                return stem.stem(x, weights[:2], tensors, norm.eps, weights[2:])
+            if norm.frozen and stem.covers(x, first, tensors, second):
+                return stem.stem(x, first, tensors, norm.eps, second)
         # The blocks that follow would each convert to channels_last and back.
         return super().forward(x.contiguous(memory_format=torch.channels_last))
 
@@ -190,13 +208,35 @@ class MOAT(nn.Module):
     def forward(self, x: Tensor) -> Tensor | OrderedDict[str, Tensor]:
         if not self.features_only:
             return self.forward_head(self.forward_features(x))
-        endpoints: OrderedDict[str, Tensor] = OrderedDict()
-        contiguous = x.is_contiguous()
-        for number, output in enumerate(self.forward_stages(x), start=1):
-            output = output.contiguous() if contiguous else output
-            endpoints[f"stage{number}"] = output
-            endpoints[f"res{number}"] = F.gelu(output)
-        return endpoints
+        return endpoints(self.forward_stages(x), x.is_contiguous())
+
+    def frozen_stages(self) -> list[list[FrozenStep]]:
+        """What inference computes in the stem and each stage, its weights packed as they are now.
+
+        Raises CannotFreeze.
+        """
+        check_is_plain(self, (MOAT,), ())
+        stages = [[self.stem], *(stage.children() for stage in self.stages)]
+        steps: list[list[FrozenStep]] = []
+        for stage in stages:
+            steps.append([])
+            for block in stage:
+                if not isinstance(block, FusedStem | FusedInvertedBottleneck):
+                    raise CannotFreeze(f"a {type(block).__name__} among its blocks")
+                steps[-1] += block.frozen_steps()
+        return steps
+
+    def frozen_head(self) -> list[FrozenStep]:
+        """The same of the classifier; no step for a backbone. Raises CannotFreeze."""
+        norm, linear = self.final_layer_norm, self.logits_head
+        if norm is None:
+            return []
+        if obstacle(self, ("final_layer_norm", "logits_head")):
+            raise CannotFreeze("its classifier is hooked or was replaced")
+        tensors = [
+            tensor_of(module, part) for module in (norm, linear) for part in ("weight", "bias")
+        ]
+        return [head_step(tensors, norm.eps)]
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone.
@@ -244,6 +284,16 @@ class MOAT(nn.Module):
         if parts[0] == "stem":
             return 0
         return int(parts[1]) + 1 if parts[0] == "stages" else STAGES + 1
+
+
+def endpoints(outputs: Sequence[Tensor], contiguous: bool) -> OrderedDict[str, Tensor]:
+    """The ten official endpoints: raw outputs of the stem and the stages, and each one's GELU."""
+    named: OrderedDict[str, Tensor] = OrderedDict()
+    for number, output in enumerate(outputs, start=1):
+        output = output.contiguous() if contiguous else output
+        named[f"stage{number}"] = output
+        named[f"res{number}"] = F.gelu(output)
+    return named
 
 
 def create_model(

@@ -13,10 +13,17 @@ from moat_kernels.drop_path import DropPath
 from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm
 from moat_kernels.ops import attention_half
 from moat_kernels.ops.backends import NO_TORCHSCRIPT, keep_backend, warn_once
+from moat_kernels.ops.frozen import (
+    CannotFreeze,
+    FrozenStep,
+    attention_half_step,
+    mbconv_step,
+)
 from moat_kernels.ops.layer_norm import add_branch, branch_layer_norm, covers
 from moat_kernels.ops.linear import apply_linear
 from moat_kernels.ops.mbconv import mbconv
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
+from moat_kernels.ops.mbconv.front import resolve_frozen
 from moat_kernels.ops.spatial import in_format_of
 from moat_kernels.ops.window_attention import window_attention
 from moat_kernels.tensor_access import tensor_of
@@ -55,6 +62,19 @@ def obstacle(owner: nn.Module, names: tuple[str, ...]) -> str:
             if any(getattr(module, hooks) for hooks in _HOOKS):
                 return f"{path} has hooks"
     return ""
+
+
+def check_is_plain(
+    module: nn.Module, classes: tuple[type[nn.Module], ...], children: tuple[str, ...]
+) -> None:
+    """Raise CannotFreeze unless the module is as it was made, and so are these of its children."""
+    if type(module) not in classes or "forward" in vars(module):
+        raise CannotFreeze(f"a {type(module).__name__} with a forward of its own")
+    if any(getattr(module, hooks) for hooks in _HOOKS):
+        raise CannotFreeze("it has hooks")
+    reason = obstacle(module, children)
+    if reason:
+        raise CannotFreeze(reason)
 
 
 def refuse_scripting(module: nn.Module) -> NoReturn:
@@ -117,6 +137,17 @@ class FusedInvertedBottleneck(reference.MBConvBlock):
             drop_path_scale=self.drop_path.scale(x),
         )
 
+    def frozen_steps(self) -> list[FrozenStep]:
+        """What inference computes, its weights packed as they are now. Raises CannotFreeze."""
+        check_is_plain(self, (FusedMBConv, FusedMOATBlock), self._fused_children)
+        if self._drops():
+            raise CannotFreeze("its drop path drops")
+        tensors = self.tensors()
+        return [mbconv_step(tensors, resolve_frozen(self.description(), tensors, training=True))]
+
+    def _drops(self) -> bool:
+        return self.drop_path.training and self.drop_path.probability > 0
+
     def extra_repr(self) -> str:
         return f"recompute={self.recompute!r}"
 
@@ -160,24 +191,20 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
 
     attention_class = FusedAttention
 
+    def frozen_steps(self) -> list[FrozenStep]:
+        steps = super().frozen_steps()
+        if not self._is_one_pass():
+            raise CannotFreeze("its attention is hooked or was replaced")
+        norm, attention = self.attention_norm, self.attention
+        half = attention_half_step(self._attention_tensors(), norm.eps, attention.description)
+        return [*steps, half]
+
     def attention_half(self, y: Tensor) -> Tensor:
-        attention = self.attention
-        drops = self.drop_path.training and self.drop_path.probability > 0
-        if (
-            not drops
-            and not obstacle(self, ("attention_norm", "drop_path"))
-            and _is_called_for_its_result_only(attention)
-        ):
-            modules = attention._modules
-            tensors = [
-                tensor_of(module, part)
-                for module in (self.attention_norm, modules["qkv"], modules["proj"])
-                for part in ("weight", "bias")
-            ]
-            tensors.append(tensor_of(attention, "relative_position_embedding"))
-            if attention_half.covers(y, tensors, attention.description):
+        if not self._drops() and self._is_one_pass():
+            tensors, description = self._attention_tensors(), self.attention.description
+            if attention_half.covers(y, tensors, description):
                 eps = self.attention_norm.eps
-                output = attention_half.attention_half(y, tensors, eps, attention.description)
+                output = attention_half.attention_half(y, tensors, eps, description)
                 return in_format_of(output, y)
         if self._fuses_branch(y):
             rows, branch = self._keeping_input(self._branch, y.permute(0, 2, 3, 1))
@@ -186,6 +213,22 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
 
     def self_attention(self, y: Tensor) -> Tensor:
         return self._keeping_input(super().self_attention, y)
+
+    def _is_one_pass(self) -> bool:
+        """Whether tensors alone say what this half computes, so that one op may."""
+        return not obstacle(
+            self, ("attention_norm", "drop_path")
+        ) and _is_called_for_its_result_only(self.attention)
+
+    def _attention_tensors(self) -> list[Tensor | None]:
+        """As `attention_half` takes them."""
+        modules = self.attention._modules
+        tensors = [
+            tensor_of(module, part)
+            for module in (self.attention_norm, modules["qkv"], modules["proj"])
+            for part in ("weight", "bias")
+        ]
+        return [*tensors, tensor_of(self.attention, "relative_position_embedding")]
 
     def _branch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, attention(layer_norm(rows))); rows are to be used instead of those given."""

@@ -26,11 +26,14 @@ IMPLEMENTATIONS = ["reference"] + [
     if backend_status()[backend].usable
     for recompute in ("none", "expand", "block")
 ]
+EVAL_IMPLEMENTATIONS = [*IMPLEMENTATIONS, *(["frozen"] if backend_status()["cpu"].usable else [])]
 
 
 def build(case: GoldenCase, implementation: str) -> torch.nn.Module:
     """The block or model of a golden case with its weights, in eval mode."""
     _, _, recompute = implementation.partition(" ")
+    if implementation == "frozen":
+        recompute = "auto"
     fused = {"recompute": recompute} if recompute else {}
     if "block" in case.config:
         classes = {
@@ -62,12 +65,15 @@ def named(outputs: torch.Tensor | dict[str, torch.Tensor], case: GoldenCase) -> 
     return {"output" if "block" in case.config else "logits": outputs}
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize("implementation", EVAL_IMPLEMENTATIONS)
 @pytest.mark.parametrize("name", BLOCKS + MODELS)
 def test_eval_outputs(name: str, implementation: str) -> None:
     case = load_case(name)
+    module = build(case, implementation)
+    if implementation == "frozen":
+        module, implementation = mk.freeze(module), "cpu"
     with torch.no_grad(), backend_of(implementation):
-        outputs = named(build(case, implementation)(case.input), case)
+        outputs = named(module(case.input), case)
     expected = case.output("eval")
     assert expected
     for key, value in expected.items():
@@ -123,12 +129,19 @@ def _assert_gradient(
         assert_close(actual, expected, tolerance, name)
 
 
-@pytest.mark.parametrize("fused", [False, True], ids=["reference", "fused"])
-def test_tiny_moat_0_at_its_resolution(fused: bool) -> None:
+@pytest.mark.parametrize(
+    ("fused", "frozen"),
+    [(False, False), (True, False), (True, True)],
+    ids=["reference", "fused", "frozen"],
+)
+def test_tiny_moat_0_at_its_resolution(fused: bool, frozen: bool) -> None:
+    if frozen and not backend_status()["cpu"].usable:
+        pytest.skip("no native kernels")
     case = load_case("d_tiny_moat0_256_eval")
     model = mk.create_model("tiny_moat_0", fused=fused, drop_path_rate=0.0).eval()
     state_dict = convert_variables(case.variables).state_dict
     model.load_state_dict(state_dict)
+    model = mk.freeze(model) if frozen else model
     with torch.no_grad():
         stages = model.forward_stages(case.input)
         logits = model.forward_head(stages[-1])

@@ -46,18 +46,19 @@ def covers(
         and all(t.dtype == y.dtype and t.device == y.device for t in given)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in (y, *given)))
         and not needs_standard_operators()
-        and _fits(y, tensors, description)
+        and y.dim() == 4
+        and fits(y.shape[1], tensors, description)
     )
 
 
-def _fits(
-    y: Tensor, tensors: Sequence[Tensor | None], description: WindowAttentionDescription
+def fits(
+    channels: int, tensors: Sequence[Tensor | None], description: WindowAttentionDescription
 ) -> bool:
+    """Whether the native kernel computes such an attention, for maps of that many channels."""
     _, _, qkv_weight, _, proj_weight, _, table = tensors
-    channels, inner = y.shape[1], description.heads * description.head_dim
+    inner = description.heads * description.head_dim
     return (
-        y.dim() == 4
-        and qkv_weight is not None
+        qkv_weight is not None
         and qkv_weight.shape == (3 * inner, channels)
         and proj_weight is not None
         and proj_weight.shape == (channels, inner)
@@ -82,11 +83,20 @@ def attention_half(
     return torch.ops.moat_kernels.cpu_attention_half_eval.default(
         y,
         list(tensors),
+        *settings(description, y.shape[2], y.shape[3]),
+        eps,
+    )
+
+
+def settings(
+    description: WindowAttentionDescription, height: int, width: int
+) -> tuple[int, int, list[int], float]:
+    """The description as the native op takes it, for a map of `height` x `width`."""
+    return (
         description.heads,
         description.head_dim,
-        list(description.window_for(y.shape[2], y.shape[3])),
+        list(description.window_for(height, width)),
         description.scale_or_default(),
-        eps,
     )
 
 

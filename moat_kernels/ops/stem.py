@@ -34,15 +34,18 @@ def covers(
         and autocast_dtype(x) is None
         and all(t.dtype == torch.float32 and t.device == x.device for t in tensors)
         and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
-        and _fits(x, first[0], second[0])
+        and x.dim() == 4
+        and min(x.shape[2:]) >= 1
+        and fits(x.shape[1], first[0], second[0])
     )
 
 
-def _fits(x: Tensor, first: Tensor | None, second: Tensor | None) -> bool:
-    if first is None or second is None or x.dim() != 4 or min(x.shape[2:]) < 1:
+def fits(in_channels: int, first: Tensor | None, second: Tensor | None) -> bool:
+    """Whether the native kernel has convolutions of such weights."""
+    if first is None or second is None:
         return False
     channels = first.shape[0]
-    return first.shape == (channels, x.shape[1], 3, 3) and second.shape == (
+    return first.shape == (channels, in_channels, 3, 3) and second.shape == (
         channels,
         channels,
         3,

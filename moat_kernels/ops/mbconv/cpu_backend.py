@@ -55,7 +55,7 @@ def unsupported(x: Tensor, parameters: MBConvParameters, description: MBConvDesc
     differentiable = torch.is_grad_enabled() and any(
         tensor is not None and tensor.requires_grad for tensor in _differentiable(x, parameters)
     )
-    if differentiable or not _all_frozen(description):
+    if differentiable or not is_frozen(description):
         return _unsupported_in_training(x, parameters, description)
     return ""
 
@@ -77,7 +77,7 @@ def _unsupported_in_training(
     return ""
 
 
-def _all_frozen(description: MBConvDescription) -> bool:
+def is_frozen(description: MBConvDescription) -> bool:
     norms = [getattr(description, name) for name in NORMS]
     return all(norm is None or norm.frozen for norm in norms)
 
@@ -108,7 +108,7 @@ def forward(
     drop_path_scale: Tensor | None,
 ) -> Forward:
     """Compute the block; norms are `frozen` where they do not measure the batch."""
-    if recompute == "block" and _all_frozen(description):
+    if recompute == "block" and is_frozen(description):
         return Forward(_evaluate(x, parameters, description, drop_path_scale), {}, [])
     training = cpu_training if description.project_norm is None else cpu_project_norm
     result = training.forward(x, parameters, description, recompute, _as_float(drop_path_scale))
@@ -140,22 +140,26 @@ def _evaluate(
     drop_path_scale: Tensor | None,
 ) -> Tensor:
     cached = isinstance(x.shape[2], int) and isinstance(x.shape[3], int)  # symbols have no hash
-    settings = (_settings if cached else _settings.__wrapped__)(description, *x.shape[2:])
-    norms: list[Tensor | None] = []
-    for name in NORMS:
-        norms += getattr(parameters, name)[:4]
+    settings = (eval_settings if cached else eval_settings.__wrapped__)(description, *x.shape[2:])
     return torch.ops.moat_kernels.cpu_mbconv_eval.default(
         x,
-        [getattr(parameters, name) for name in WEIGHTS],
-        norms,
+        *eval_tensors(parameters),
         drop_path_scale,
         *settings,
         _output_dtype(x, parameters, description),
     )
 
 
+def eval_tensors(parameters: MBConvParameters) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """The tensors as the native op takes them: of the convolutions, and of the norms."""
+    norms: list[Tensor | None] = []
+    for name in NORMS:
+        norms += getattr(parameters, name)[:4]
+    return [getattr(parameters, name) for name in WEIGHTS], norms
+
+
 @functools.lru_cache(maxsize=1024)
-def _settings(description: MBConvDescription, height: int, width: int) -> tuple[Any, ...]:
+def eval_settings(description: MBConvDescription, height: int, width: int) -> tuple[Any, ...]:
     """The description as the native op takes it, for a map of `height` x `width`."""
     gate, pool = description.squeeze_excite, description.pool
     pool_settings = [0]  # AOTInductor of torch 2.13 would pass an empty list as None

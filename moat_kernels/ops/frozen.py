@@ -1,0 +1,257 @@
+"""Sequences of steps whose weights were packed once, by native CPU kernels (csrc/cpu/frozen.cpp).
+
+A step is a stem, an inverted bottleneck, an attention half or a classifier with fixed statistics.
+The other ops take plain weights, which they fold and pack in every call; a step keeps what was
+folded and packed when it was made, and refers to nothing else. A `FrozenSequence` computes all its
+steps in one native call.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+from torch.nn import Parameter
+
+from moat_kernels.ops import attention_half, stem
+from moat_kernels.ops.backends import backend_status
+from moat_kernels.ops.mbconv import cpu_backend
+from moat_kernels.ops.mbconv.cpu_training import KERNEL_SIZE
+from moat_kernels.ops.mbconv.description import (
+    MBConvDescription,
+    MBConvParameters,
+    NormParameters,
+)
+from moat_kernels.ops.window_attention.description import WindowAttentionDescription
+
+Size = tuple[int, int, int]  # C, H, W of a map
+
+# Sizes of images that a sequence remembers; for others it looks its steps up again.
+_MOST_SIZES = 16
+
+
+class CannotFreeze(Exception):
+    """Why the weights of a module cannot be packed once and for all."""
+
+
+@dataclass(frozen=True)
+class Placement:
+    """What a step for maps of one size needs to know, and the size of its result.
+
+    padding, pool_padding: top, bottom, left, right. window: height and width.
+    """
+
+    output_size: Size
+    padding: Sequence[int] = (0, 0, 0, 0)
+    pool_padding: Sequence[int] = (0, 0, 0, 0)
+    window: Sequence[int] = (1, 1)
+
+
+@dataclass(frozen=True)
+class FrozenStep:
+    """A step for maps of any size.
+
+    native, packed: the step and its weights as the native ops take them.
+    dtype: of the maps.
+    place: (C, H, W) of the maps it reads -> the placement.
+    position_table: of an attention half that has one.
+    """
+
+    native: Tensor
+    packed: Tensor
+    dtype: torch.dtype
+    place: Callable[[Size], Placement]
+    position_table: Tensor | None = None
+
+    def for_maps(self, size: Size) -> tuple[Tensor, list[Tensor], Size]:
+        """The native step for maps of one size, the tensors that it reads, its result's size."""
+        placement = self.place(size)
+        native, table = torch.ops.moat_kernels.cpu_freeze_for_maps.default(
+            self.native,
+            size,
+            placement.padding,
+            placement.pool_padding,
+            placement.window,
+            self.position_table,
+        )
+        tables = [] if self.position_table is None else [table]
+        return native, [self.packed, *tables], placement.output_size
+
+
+@torch.no_grad()
+def stem_step(
+    first: Sequence[Tensor | None],
+    norm: NormParameters,
+    eps: float,
+    second: Sequence[Tensor | None],
+) -> FrozenStep:
+    """The stem; arguments as of `stem.stem`. Raises CannotFreeze."""
+    tensors = [*first, *norm[:4], *second]
+    dtype = _dtype_of(tensors, (torch.float32,))
+    weight = first[0]
+    if weight is None or weight.dim() != 4 or not stem.fits(weight.shape[1], weight, second[0]):
+        raise CannotFreeze("a stem that the native kernel does not cover")
+    channels = weight.shape[0]
+    native, packed = torch.ops.moat_kernels.cpu_freeze_stem.default(tensors, eps)
+    return FrozenStep(
+        native,
+        packed,
+        dtype,
+        lambda size: Placement((channels, (size[1] + 1) // 2, (size[2] + 1) // 2)),
+    )
+
+
+@torch.no_grad()
+def mbconv_step(parameters: MBConvParameters, description: MBConvDescription) -> FrozenStep:
+    """The inverted bottleneck; arguments as of `mbconv`. Raises CannotFreeze."""
+    convolutions, norms = cpu_backend.eval_tensors(parameters)
+    dtype = _dtype_of([*convolutions, *norms], cpu_backend.DTYPES)
+    if not cpu_backend.is_frozen(description):
+        raise CannotFreeze("a batch norm that measures its batch")
+    reason = cpu_backend.unsupported(parameters.expand_weight.new_empty(0), parameters, description)
+    if reason:
+        raise CannotFreeze(reason)
+    eps, stride, _, *others = cpu_backend.eval_settings(description, 1, 1)
+    native, packed = torch.ops.moat_kernels.cpu_freeze_mbconv.default(
+        convolutions, norms, eps, stride, *others
+    )
+    channels = parameters.project_weight.shape[0]
+
+    def place(size: Size) -> Placement:
+        _, _, padding, *_, pool = cpu_backend.eval_settings(description, *size[1:])
+        height, width = (
+            (side + sum(padding[2 * axis : 2 * axis + 2]) - KERNEL_SIZE[axis]) // stride + 1
+            for axis, side in enumerate(size[1:])
+        )
+        pool_padding = pool[2:6] if description.pool else (0, 0, 0, 0)
+        return Placement((channels, height, width), padding, pool_padding)
+
+    return FrozenStep(native, packed, dtype, place)
+
+
+@torch.no_grad()
+def attention_half_step(
+    tensors: Sequence[Tensor | None], eps: float, description: WindowAttentionDescription
+) -> FrozenStep:
+    """The attention half; arguments as of `attention_half.attention_half`. Raises CannotFreeze."""
+    dtype = _dtype_of(tensors, attention_half.DTYPES)
+    *_, proj_weight, _, table = tensors
+    channels = 0 if proj_weight is None else proj_weight.shape[0]
+    if not attention_half.fits(channels, tensors, description):
+        raise CannotFreeze("an attention that the native kernel does not cover")
+    native, packed = torch.ops.moat_kernels.cpu_freeze_attention_half.default(
+        list(tensors), description.heads, description.head_dim, description.scale_or_default(), eps
+    )
+    return FrozenStep(
+        native,
+        packed,
+        dtype,
+        lambda size: Placement(size, window=description.window_for(*size[1:])),
+        None if table is None else table.float().clone(),
+    )
+
+
+@torch.no_grad()
+def head_step(tensors: Sequence[Tensor | None], eps: float) -> FrozenStep:
+    """Mean of the pixels, layer norm, linear layer: [B, C, H, W] -> [B, classes].
+
+    tensors: weight [C] and bias of the norm, weight [classes, C] and bias of the linear layer;
+        without its weight the norm is the result. Raises CannotFreeze.
+    """
+    dtype = _dtype_of(tensors, (torch.float32,))
+    if tensors[0] is None:
+        raise CannotFreeze("a norm without weights")
+    native, packed = torch.ops.moat_kernels.cpu_freeze_head.default(list(tensors), eps)
+    return FrozenStep(native, packed, dtype, Placement)
+
+
+class FrozenSequence:
+    """Steps one after the other. Copies share it, as it never changes; it cannot be pickled."""
+
+    def __init__(self, steps: Sequence[FrozenStep]) -> None:
+        self._steps = tuple(steps)
+        self.dtype = steps[0].dtype
+        if any(step.dtype != self.dtype for step in steps):
+            raise CannotFreeze("tensors of several dtypes")
+        # By C, H, W of x: the native steps, and the tensors that they read.
+        self._plans: dict[tuple[int, ...], tuple[Tensor, list[Tensor]]] = {}
+
+    @property
+    def bytes(self) -> int:
+        """Of the packed weights."""
+        return sum(step.packed.nbytes for step in self._steps)
+
+    def outputs(self, x: Tensor, kept: Sequence[int]) -> list[Tensor]:
+        """The results of the steps that `kept` names, in ascending order; maps in channels_last.
+
+        x: [B, C, H, W] in the sequence's dtype, on the CPU. Raises TypeError, ValueError or
+        RuntimeError.
+        """
+        try:
+            plan = self._plans.get(x.shape[1:])
+            fits = x.dtype == self.dtype and x.is_cpu
+            fits = fits and not (x.requires_grad and torch.is_grad_enabled())
+        except AttributeError:
+            fits = False
+        if not fits:
+            self._refuse(x)
+        if plan is None:
+            plan = self._plan(x)
+        return torch.ops.moat_kernels.cpu_frozen_forward.default(x, *plan, kept)
+
+    def _plan(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        if x.dim() != 4:
+            raise ValueError(f"x must be [B, C, H, W], got {tuple(x.shape)}")
+        if len(self._plans) >= _MOST_SIZES:
+            self._plans.clear()
+        size: Size = (x.shape[1], x.shape[2], x.shape[3])
+        natives, tensors = [], []
+        for step in self._steps:
+            native, needed, size = step.for_maps(size)
+            natives.append(native)
+            tensors += needed
+        plan = self._plans[x.shape[1:]] = (torch.cat(natives), tensors)
+        return plan
+
+    def _refuse(self, x: object) -> NoReturn:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+        if x.requires_grad and torch.is_grad_enabled():
+            raise RuntimeError(
+                "x requires grad, which a frozen model has none to give for; call it under "
+                "torch.no_grad() or torch.inference_mode(), or use the model that was frozen"
+            )
+        raise TypeError(
+            f"x must be {self.dtype} on the CPU, as the model that was frozen, "
+            f"got {x.dtype} on {x.device}"
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> FrozenSequence:
+        return self
+
+    def __reduce__(self) -> NoReturn:
+        raise TypeError(
+            "a frozen model cannot be pickled: its weights are laid out for this process; save the "
+            "model that was frozen, and freeze it again where it is loaded"
+        )
+
+
+def _dtype_of(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> torch.dtype:
+    """The dtype of plain CPU tensors. Raises CannotFreeze unless all have one of `dtypes`."""
+    status = backend_status()["cpu"]
+    if not status.usable:
+        raise CannotFreeze(status.reason)
+    given = [tensor for tensor in tensors if tensor is not None]
+    for tensor in given:
+        if type(tensor) not in (Tensor, Parameter):
+            raise CannotFreeze(f"a {type(tensor).__name__} among its tensors")
+        if tensor.device.type != "cpu":
+            raise CannotFreeze(f"tensors on {tensor.device}")
+        if tensor.dtype not in dtypes:
+            raise CannotFreeze(f"tensors of {tensor.dtype}")
+    if len({tensor.dtype for tensor in given}) > 1:
+        raise CannotFreeze("tensors of several dtypes")
+    return given[0].dtype
