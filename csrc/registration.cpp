@@ -28,6 +28,14 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
       "bool residual, str pool_kind, int[] pool, ScalarType dtype) -> Tensor");
   // [B, C_in, H, W] in any format -> channels_last; csrc/cpu/stem_eval.cpp lists the tensors.
   library.def("cpu_stem_eval(Tensor x, Tensor?[] tensors, float eps) -> Tensor");
+  // The norm and GELU of the stem's training: z [B, H, W, C] -> (output, statistics [2, C]); and,
+  // in place of the output's gradient, that of z -> (gradient of weight, gradient of bias).
+  library.def(
+      "cpu_stem_train_forward(Tensor z, Tensor? weight, Tensor? bias, Tensor? statistics, "
+      "float eps) -> (Tensor, Tensor)");
+  library.def(
+      "cpu_stem_train_backward(Tensor(a!) grad, Tensor z, Tensor? weight, Tensor? bias, "
+      "Tensor statistics, float eps, bool frozen) -> (Tensor, Tensor)");
   // [B, C, H, W] in any format -> channels_last; csrc/cpu/attention_half_eval.cpp lists the
   // tensors.
   library.def(

@@ -19,7 +19,7 @@ from moat_kernels.modules import (
     obstacle,
 )
 from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
-from moat_kernels.ops import stem
+from moat_kernels.ops import stem, stem_training
 from moat_kernels.ops.backends import warn_once
 from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, head_step, stem_step
 from moat_kernels.reference import (
@@ -63,7 +63,15 @@ class Stem(nn.Module):
 
 
 class FusedStem(Stem):
-    """`Stem` in one pass where a native kernel covers the call; the output is in channels_last."""
+    """`Stem` by native kernels where they cover the call; the output is in channels_last.
+
+    Eval is one pass. In training batch norm and GELU are one op, and two maps of `width` channels
+    are kept for the backward pass (stock: three); with `recompute` one, and GELU is computed again.
+    """
+
+    def __init__(self, width: int, in_channels: int = 3, *, recompute: bool = False) -> None:
+        super().__init__(width, in_channels)
+        self.recompute = recompute
 
     def frozen_steps(self) -> list[FrozenStep]:
         """What inference computes, its weights packed as they are now. Raises CannotFreeze."""
@@ -90,6 +98,9 @@ class FusedStem(Stem):
             norm, tensors = describe_norm(self.norm_0), norm_tensors(self.norm_0)
             if norm.frozen and stem.covers(x, first, tensors, second):
                 return stem.stem(x, first, tensors, norm.eps, second)
+            if stem_training.covers(x, first, norm, tensors, second):
+                z = self.conv_0(x.contiguous(memory_format=torch.channels_last))
+                return stem_training.norm_gelu_conv(z, norm, tensors, second, self.recompute)
         # The blocks that follow would each convert to channels_last and back.
         return super().forward(x.contiguous(memory_format=torch.channels_last))
 
@@ -128,7 +139,8 @@ class MOAT(nn.Module):
         self.fused = fused
         self.features_only = features_only
         self.num_features = widths[-1]
-        self.stem = FusedStem(stem_width) if fused else Stem(stem_width)
+        recomputes = recompute in ("expand", "block")
+        self.stem = FusedStem(stem_width, recompute=recomputes) if fused else Stem(stem_width)
         self.stages = nn.ModuleList()
         # Block i of n survives with 1 - rate * i / n: the first always, the last never quite at
         # the full rate (official code divides by n, not n - 1).
@@ -324,7 +336,8 @@ def create_model(
     position_embedding: whether attention has relative position bias.
     drop_path_rate: 1 minus the official survival probability; None: the variant's own.
     fused: fused blocks, or the plain PyTorch reference; the state_dict is the same.
-    recompute: what the backward pass of fused blocks recomputes; see FusedMBConv.
+    recompute: what the backward pass of fused blocks recomputes, see FusedMBConv; with "expand" and
+        "block" also the stem's GELU.
     checkpoint: path of a .safetensors file, a PyTorch state_dict or an official TensorFlow
         checkpoint to load; see `moat_kernels.checkpoints.load_checkpoint`.
     stem_width, widths, depths: override the variant's own; four entries each for the last two.

@@ -23,6 +23,7 @@ KERNEL_TESTS = [
     "tests/ops/test_mbconv_cpu.py",
     "tests/ops/test_mbconv_cpu_training.py",
     "tests/ops/test_stem.py",
+    "tests/ops/test_stem_training.py",
     "tests/ops/test_window_attention_cpu.py",
     "tests/ops/test_properties.py",
     "tests/ops/test_threads.py",

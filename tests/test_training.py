@@ -35,7 +35,9 @@ def gradients(model: nn.Module, loss: Callable[[], Tensor]) -> dict[str, Tensor]
 def check_same(actual: dict, expected: dict, dtype: torch.dtype = torch.float64) -> None:
     assert actual.keys() == expected.keys()
     for name, value in expected.items():
-        assert_close(actual[name], value, BACKEND_GRADIENT[dtype], name, floor=1e-3)
+        # A bias before a norm that measures the batch has no gradient but for rounding.
+        floor = 1.0 if name == "stem.conv_0.bias" else 1e-3
+        assert_close(actual[name], value, BACKEND_GRADIENT[dtype], name, floor)
 
 
 def test_compile_of_a_whole_model_in_training() -> None:

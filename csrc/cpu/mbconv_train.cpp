@@ -6,6 +6,8 @@
 
 #include <tuple>
 
+#include "cpu/moments.h"
+
 namespace moat_kernels::cpu {
 
 namespace {
@@ -137,50 +139,13 @@ Tensor TrainCall::make_rows(const Tensor& maps, int64_t pixels, int64_t channels
   return result;
 }
 
-// The mean over all parts, and the biased variance, from each part's mean and deviations [part][2]
-// over count_of(part) values.
-template <class Count>
-std::pair<double, double> merge_moments(const double* moments, int64_t parts, int64_t stride,
-                                        const Count& count_of) {
-  double values = 0.0;
-  double mean = 0.0;
-  for (int64_t part = 0; part < parts; ++part) {
-    const double count = static_cast<double>(count_of(part));
-    values += count;
-    mean += count * moments[part * 2 * stride];
-  }
-  mean /= values;
-  double total = 0.0;
-  for (int64_t part = 0; part < parts; ++part) {
-    const double offset = moments[part * 2 * stride] - mean;
-    total +=
-        moments[(part * 2 + 1) * stride] + static_cast<double>(count_of(part)) * offset * offset;
-  }
-  return {mean, total / values};
-}
-
 void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure) {
   const int64_t channels = shape.in_channels;
   const int64_t pixels = shape.in_pixels();
   const float* data = float_data("x", x, shape.images * pixels * channels);
   double* input = input_statistics(shape, statistics);
-  if (measure) {
-    // All pixels as one row: a few long parts for every thread.
-    const int64_t total = shape.images * pixels;
-    const int64_t parts = std::min(total, kParts);
-    const auto first_of = [&](int64_t part) { return total * part / parts; };
-    const auto count_of = [&](int64_t part) { return first_of(part + 1) - first_of(part); };
-    std::vector<double> moments(parts * 2 * channels);
-    const auto compute = MOAT_KERNELS_DISPATCH(train_moments);
-    for_each_task(parts, workers, [&](int64_t part, int64_t) {
-      compute(data + first_of(part) * channels, count_of(part), channels,
-              moments.data() + part * 2 * channels);
-    });
-    for (int64_t channel = 0; channel < channels; ++channel) {
-      std::tie(input[channel], input[channels + channel]) =
-          merge_moments(moments.data() + channel, parts, channels, count_of);
-    }
-  }
+  // All pixels as one row: a few long parts for every thread.
+  if (measure) measure_moments(data, shape.images * pixels, channels, kParts, workers, input);
   for (int64_t channel = 0; channel < channels; ++channel) {
     // Rows are what a float32 mean leaves, so everything else starts from that, too.
     mean[channel] = static_cast<float>(input[channel]);

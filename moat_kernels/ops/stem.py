@@ -24,6 +24,19 @@ def covers(
     second: Sequence[Tensor | None],
 ) -> bool:
     """Whether `stem` computes this call: eager inference in float32, 3x3 kernels that fit x."""
+    tensors = (x, *first, *norm[:4], *second)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return False
+    return is_native(x, first, norm, second)
+
+
+def is_native(
+    x: Tensor,
+    first: Sequence[Tensor | None],
+    norm: NormParameters,
+    second: Sequence[Tensor | None],
+) -> bool:
+    """Whether native kernels can run and take the tensors: float32, 3x3 kernels that fit x."""
     tensors = [x, *(tensor for tensor in (*first, *norm[:4], *second) if tensor is not None)]
     return (
         is_eager()
@@ -33,7 +46,6 @@ def covers(
         and backend_status()["cpu"].usable
         and autocast_dtype(x) is None
         and all(t.dtype == torch.float32 and t.device == x.device for t in tensors)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
         and x.dim() == 4
         and min(x.shape[2:]) >= 1
         and fits(x.shape[1], first[0], second[0])

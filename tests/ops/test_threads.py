@@ -20,6 +20,7 @@ from moat_kernels.functional import (
     mbconv,
     window_attention,
 )
+from moat_kernels.models import FusedStem
 
 pytestmark = pytest.mark.skipif(
     not load_extension().usable, reason=f"native kernels {load_extension().reason}"
@@ -76,11 +77,24 @@ def attention_half() -> Work:
     return work
 
 
+def stem_training() -> Work:
+    stem = FusedStem(24)
+    x = torch.randn(2, 3, 30, 27)
+
+    def work() -> list[Tensor]:
+        with use_backend("cpu"):
+            output = stem(x)
+        return [output, *torch.autograd.grad(output.square().sum(), list(stem.parameters()))]
+
+    return work
+
+
 WORK = {
     "evaluation": evaluation,
     "training": training,
     "attention": attention,
     "attention_half": attention_half,
+    "stem_training": stem_training,
 }
 
 
