@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from device import own_backends
+from device import frozen_backends, own_backends
 from floor import Product, product_floors
 from interleaved import Comparison, Contender, Group, contenders_of
 from peers import RUNTIMES, checkpointed, compiled, make_peers
@@ -26,6 +26,7 @@ from moat_kernels.reference import MBConvBlock
 FLOORS = product_floors()
 STOCK = {"stock": torch.contiguous_format, "stock channels_last": torch.channels_last}
 FUSED = own_backends()
+FROZEN = frozen_backends()
 LEVELS = ("auto", "none", "expand", "block")
 
 
@@ -129,7 +130,10 @@ def make_eval_group(block: Block, batch: int, names: Sequence[str]) -> Group:
             return make_floor(FLOORS[name], sizes, training=False)
         if name in STOCK:
             return eval_contender(stock, x.contiguous(memory_format=STOCK[name]))
-        return peers[name] if name in peers else eval_contender(make_fused("auto").eval(), x, name)
+        if name in peers:
+            return peers[name]
+        fused = make_fused("auto").eval()
+        return eval_contender(mk.freeze(fused) if name in FROZEN else fused, x, name.split()[0])
 
     return Group({name: make(name) for name in names}, flops=total_flops(sizes))
 
@@ -161,7 +165,7 @@ EVAL = [
     Comparison(
         f"mbconv eval {block} batch {batch}",
         partial(make_eval_group, block, batch),
-        contenders=(*FLOORS, *STOCK, *RUNTIMES, *FUSED),
+        contenders=(*FLOORS, *STOCK, *RUNTIMES, *FUSED, *FROZEN),
         slow=("torch.compile",),
         full=batch > 1,
     )

@@ -1,7 +1,8 @@
 """Whole models: eval at batch 1 and 8, and a training step (forward, backward) at batch 8.
 
-OpenVINO and ONNX Runtime (peers.py) take part in eval where they are installed. The largest models
-are measured at smaller batches (shapes.py).
+OpenVINO and ONNX Runtime (peers.py) take part in eval where they are installed. They prepare weights
+once, as do torch.compile with its weights frozen and our frozen model (`freeze`). The largest
+models are measured at smaller batches (shapes.py).
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from bench_mbconv import FUSED, LEVELS, STOCK
+from bench_mbconv import FROZEN, FUSED, LEVELS, STOCK
 from interleaved import Comparison, Contender, Group, contenders_of
 from peers import RUNTIMES, checkpoint_blocks, compiled, make_peers
 from shapes import LARGE_MODELS, MODELS, Model
@@ -63,9 +64,12 @@ def make_group(model: Model, batch: int, training: bool, names: Sequence[str]) -
         if name == "torch.compile":
             return make_contender(compiled(stock), channels_last, training)
         backend, _, level = name.partition(" ")
-        fused = mk.create_model(model.name, recompute=level or "auto", drop_path_rate=0.0)
+        recompute = level if training else "auto"
+        fused = mk.create_model(model.name, recompute=recompute, drop_path_rate=0.0)
         fused.load_state_dict(stock.state_dict())
-        return make_contender(fused.train(training), channels_last, training, backend)
+        fused.train(training)
+        ours = mk.freeze(fused) if name in FROZEN else fused
+        return make_contender(ours, channels_last, training, backend)
 
     flops = (3 if training else 1) * batch * _flops(model)
     return Group({name: make(name) for name in names}, flops)
@@ -83,7 +87,7 @@ EVAL = [
     Comparison(
         f"model eval {model} batch {batch}",
         partial(make_group, model, batch, False),
-        contenders=(*STOCK, "torch.compile", *RUNTIMES, *FUSED),
+        contenders=(*STOCK, "torch.compile", *RUNTIMES, *FUSED, *FROZEN),
         full=model.name not in QUICK_EVAL or batch > 1,
     )
     for model in MODELS

@@ -33,6 +33,11 @@ def own_backends() -> list[str]:
     return [name for name in ("torch", kernels) if backend_status()[name].usable]
 
 
+def frozen_backends() -> list[str]:
+    """The rows of frozen models (`freeze`), which there are on a CPU only."""
+    return [f"{name} frozen" for name in own_backends() if name == "cpu"]
+
+
 def synchronize() -> None:
     """Wait for all that was begun, so that a clock read next to it tells its time."""
     if _chosen == "cuda":

@@ -16,12 +16,15 @@ from torch import Tensor
 
 from moat_kernels.memory import saved_bytes
 
-# Rounds after the warm-up: as many as fit the time, calls of a few milliseconds get the most.
+# Rounds after the warm-up: as many as fit the time.
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 51
 SECONDS = 4.0
-# Threads of the contender before spin for some milliseconds, in which they take cores from the next
-# one. Short calls are repeated, untimed, until that is over.
-SETTLE_SECONDS = 5e-3
+# Threads of the contender before spin (ONNX Runtime's for some 60 ms) and take cores from the next
+# one. Until that is over calls are not timed; then come as many as fit the turn, at least one.
+SETTLE_SECONDS = 0.1
+TURN_SECONDS = 0.05
+# Calls this long outlast any spinning.
+LONG_SECONDS = 1.0
 
 
 def _nothing() -> None:
@@ -44,6 +47,27 @@ class Contender:
     keeps_memory: bool = False
 
 
+def _turn(contender: Contender) -> list[float]:
+    """Seconds of a contender's calls, once its surroundings are quiet."""
+    settled = time.perf_counter() + SETTLE_SECONDS
+    while time.perf_counter() < settled:
+        if _time(contender) > LONG_SECONDS:
+            break
+    seconds = [_time(contender)]
+    while sum(seconds) < TURN_SECONDS:
+        seconds.append(_time(contender))
+    return seconds
+
+
+def _time(contender: Contender) -> float:
+    contender.setup()
+    synchronize()
+    start = time.perf_counter()
+    contender.call()
+    synchronize()
+    return time.perf_counter() - start
+
+
 @dataclass
 class Group:
     """Contenders that are compared with each other; one called "floor" is the bound of them all.
@@ -61,30 +85,20 @@ class Group:
 
     @cached_property
     def medians(self) -> dict[str, float]:
-        """Seconds per call of each contender, all in turn, after one warm-up each."""
-        seconds: dict[str, list[float]] = {name: [] for name in self.contenders}
-        self._round(seconds)
+        """Seconds per call of each contender, all in turn, after a warm-up of each."""
+        self._round()
         start = time.perf_counter()
+        seconds: dict[str, list[float]] = {name: [] for name in self.contenders}
         for rounds in range(MOST_ROUNDS):
             if rounds >= FEWEST_ROUNDS and time.perf_counter() - start > SECONDS:
                 break
-            self._round(seconds)
-        return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+            for name, values in self._round().items():
+                seconds[name] += values
+        return {name: statistics.median(values) for name, values in seconds.items()}
 
-    def _round(self, seconds: dict[str, list[float]]) -> None:
-        for name, contender in self.contenders.items():
-            settled = time.perf_counter() + SETTLE_SECONDS
-            while seconds[name] and seconds[name][-1] < 20 * SETTLE_SECONDS:
-                contender.setup()
-                contender.call()
-                if time.perf_counter() > settled:
-                    break
-            contender.setup()
-            synchronize()
-            start = time.perf_counter()
-            contender.call()
-            synchronize()
-            seconds[name].append(time.perf_counter() - start)
+    def _round(self) -> dict[str, list[float]]:
+        """The seconds of each contender's timed calls."""
+        return {name: _turn(contender) for name, contender in self.contenders.items()}
 
     def extra_info(self, name: str) -> dict[str, Any]:
         """What the benchmark of contender `name` records."""

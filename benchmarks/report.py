@@ -25,9 +25,10 @@ Made by `pytest benchmarks/ --benchmark-only` and `python benchmarks/report.py`;
 other people's models ("adapters") take part with `--full`.
 
 Measured on: {machine}. Contenders take turns in one process; medians. 'stock / this' compares with
-the faster of the stock rows; 'over floor' with the bare matrix products alone, by torch.mm; 'of
-peak' with {peak:.0f} GFLOP/s, the most that a large matrix product reached here. 'Peak of a call'
-is the growth of the resident set; runtimes that keep their memory between calls have none.
+the faster of the stock rows; 'over floor' with the bare matrix products alone, by torch.mm (of the
+stem: its two convolutions); 'of peak' with {peak:.0f} GFLOP/s, the most that a large matrix product
+reached here. 'Peak of a call' is the growth of the resident set; runtimes that keep their memory
+between calls have none. 'frozen' rows are models made by `freeze`.
 """
 COLUMNS = (
     *("", "ms", "stock / this", "over floor", "GFLOP/s", "of peak"),
@@ -93,6 +94,8 @@ def describe_contender(name: str) -> tuple[str, str]:
     if backend not in kinds:
         return name, DIM
     label, colour = kinds[backend]
+    if level == "frozen":
+        return f"{label}, frozen", colour
     return f'{label}, recompute="{level}"' if level else label, colour
 
 
