@@ -1,8 +1,8 @@
 """Whole models: eval at batch 1 and 8, and a training step (forward, backward) at batch 8.
 
-OpenVINO and ONNX Runtime (peers.py) take part in eval where they are installed. They prepare weights
-once, as do torch.compile with its weights frozen and our frozen model (`freeze`). The largest
-models are measured at smaller batches (shapes.py).
+OpenVINO and ONNX Runtime (peers.py) take part in eval where they are installed. They prepare
+weights once, as do torch.compile with its weights frozen and our frozen model (`freeze`). The
+largest models are measured at smaller batches (shapes.py).
 """
 
 from __future__ import annotations
