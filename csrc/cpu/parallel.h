@@ -37,15 +37,14 @@ void for_each_worker(int64_t workers, const Function& function) {
 #endif
 
 // Calls function(task, worker) once for each task in [0, tasks). At any time a worker in [0,
-// workers) runs one task; which tasks it gets is up to the speed of the threads, so results must
-// not depend on it.
+// workers) runs one task. Worker w begins with task w, so that what one loop leaves in a core's cache
+// is where the next loop over the same parts looks for it; which tasks follow is up to the speed of
+// the threads, so results must not depend on it.
 template <class Function>
 void for_each_task(int64_t tasks, int64_t workers, const Function& function) {
-  std::atomic<int64_t> next{0};
+  std::atomic<int64_t> next{workers};
   for_each_worker(workers, [&](int64_t worker) {
-    for (int64_t task = next.fetch_add(1); task < tasks; task = next.fetch_add(1)) {
-      function(task, worker);
-    }
+    for (int64_t task = worker; task < tasks; task = next.fetch_add(1)) function(task, worker);
   });
 }
 
