@@ -194,16 +194,14 @@ void TrainCall::expand(const Blocks& blocks, const Wide& z1, double* statistics,
   if (!measure) return;
   double* results = expand_statistics(shape, statistics);
   const double values = static_cast<double>(shape.images * shape.in_pixels());
+  for (int64_t part = 1; part < parts; ++part) {
+    const double* other = sums.data() + part * 2 * wide;
+    for (int64_t i = 0; i < 2 * wide; ++i) sums[i] += other[i];
+  }
   for (int64_t i = blocks.first * kWideChannels; i < last_channel(shape, blocks); ++i) {
-    double total = 0.0;
-    double squares = 0.0;
-    for (int64_t part = 0; part < parts; ++part) {
-      total += sums[part * 2 * wide + i];
-      squares += sums[(part * 2 + 1) * wide + i];
-    }
-    const double center = total / values;
+    const double center = sums[i] / values;
     results[i] = center;
-    results[shape.wide_channels + i] = std::max(squares / values - center * center, 0.0);
+    results[shape.wide_channels + i] = std::max(sums[wide + i] / values - center * center, 0.0);
   }
 }
 

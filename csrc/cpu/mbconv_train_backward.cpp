@@ -224,14 +224,14 @@ class ExpandBackward {
   void finish_weight() {
     const TrainShape& shape = call_.shape;
     const double count = static_cast<double>(shape.images * shape.in_pixels());
+    std::vector<double> products(2 * shape.in_channels);
+    for (int64_t block = 0; block < shape.blocks(); ++block) {
+      const double* part = products_.data() + block * 2 * shape.in_channels;
+      for (int64_t i = 0; i < 2 * shape.in_channels; ++i) products[i] += part[i];
+    }
     for (int64_t i = 0; i < shape.in_channels; ++i) {
-      double product = 0.0;
-      double total = 0.0;
-      for (int64_t block = 0; block < shape.blocks(); ++block) {
-        product += products_[block * 2 * shape.in_channels + i];
-        total += products_[(block * 2 + 1) * shape.in_channels + i];
-      }
-      const NormGradient gradient = call_.pre.gradient(i, total, product, count);
+      const double total = products[shape.in_channels + i];
+      const NormGradient gradient = call_.pre.gradient(i, total, products[i], count);
       pre_weight_[i] = gradient.weight;
       pre_bias_[i] = total;
       slope_[i] = static_cast<float>(gradient.slope);
@@ -264,6 +264,27 @@ class ExpandBackward {
   Tensor grad_weight;
   std::optional<Tensor> dx;
 };
+
+// The depthwise weight's gradient [E, 9] from parts [images][9][padded E].
+Tensor sum_taps(const TrainCall& call, const std::vector<double>& parts) {
+  const TrainShape& shape = call.shape;
+  const int64_t wide = shape.padded_wide();
+  const Tensor result = floats(call, {shape.wide_channels, 9});
+  for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
+    const int64_t first = block * kWideChannels;
+    const int64_t count = std::min(kWideChannels, shape.wide_channels - first);
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      double totals[kWideChannels] = {};
+      for (int64_t image = 0; image < shape.images; ++image) {
+        const double* part = parts.data() + (image * 9 + tap) * wide + first;
+        for (int64_t i = 0; i < kWideChannels; ++i) totals[i] += part[i];
+      }
+      float* column = data_of(result) + first * 9 + tap;
+      for (int64_t i = 0; i < count; ++i) column[i * 9] = static_cast<float>(totals[i]);
+    }
+  });
+  return result;
+}
 
 double* backward_statistics(const Tensor& statistics, const TrainCall& call) {
   STD_TORCH_CHECK(statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous() &&
@@ -369,20 +390,10 @@ std::vector<Tensor> train_backward(
     if (needs_input) expand.add_input(blocks, dpre, last, extra);
   }
 
-  const Tensor grad_depthwise = floats(call, {shape.wide_channels, 9});
-  for (int64_t channel = 0; channel < shape.wide_channels; ++channel) {
-    for (int64_t tap = 0; tap < 9; ++tap) {
-      double total = 0.0;
-      for (int64_t image = 0; image < shape.images; ++image) {
-        total += grad_taps[(image * 9 + tap) * shape.padded_wide() + channel];
-      }
-      data_of(grad_depthwise)[channel * 9 + tap] = static_cast<float>(total);
-    }
-  }
   return {needs_input ? *expand.dx : floats(call, {0}),
           expand.grad_weight,
           as_floats(call, expand_norm.gradients.constant),
-          grad_depthwise,
+          sum_taps(call, grad_taps),
           as_floats(call, depthwise_norm.gradients.constant),
           project ? project->grad_weight : floats(call, {0}),
           project ? project->grad_bias : floats(call, {0}),

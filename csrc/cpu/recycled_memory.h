@@ -6,8 +6,8 @@
 // training step.
 //
 // A released block is kept, up to the most that was ever in use at a time: a request that no kept
-// block fits is cut from a larger one, or takes the pages of several. The system may take kept
-// pages away when it needs memory (MADV_FREE).
+// block fits is cut from a larger one, or takes the pages of several. The system may take the pages
+// of a block that was long out of use when it needs memory (MADV_FREE).
 
 #include <utility>
 
