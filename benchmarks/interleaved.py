@@ -19,9 +19,9 @@ from moat_kernels.memory import saved_bytes
 # Rounds after the warm-up: as many as fit the time.
 FEWEST_ROUNDS, MOST_ROUNDS = 5, 51
 SECONDS = 4.0
-# Threads of the contender before spin (ONNX Runtime's for some 60 ms) and take cores from the next
-# one. Until that is over calls are not timed; then come as many as fit the turn, at least one.
-SETTLE_SECONDS = 0.1
+# A turn: calls that are not timed while the threads of the contender before may spin and take cores
+# from this one's; then as many as fit, at least one.
+SPIN_SECONDS = 0.02
 TURN_SECONDS = 0.05
 # Calls this long outlast any spinning.
 LONG_SECONDS = 1.0
@@ -38,6 +38,7 @@ class Contender:
     call: computes it once. setup: runs before each call, untimed. forward: the differentiable
     part, and state: parameters and buffers, for the bytes saved for backward (None: not trained).
     keeps_memory: it holds its working memory between calls, so a peak would say nothing.
+    spins: seconds after a call until its threads sleep.
     """
 
     call: Callable[[], Any]
@@ -45,11 +46,12 @@ class Contender:
     forward: Callable[[], Tensor] | None = None
     state: tuple[Tensor, ...] = ()
     keeps_memory: bool = False
+    spins: float = SPIN_SECONDS
 
 
-def _turn(contender: Contender) -> list[float]:
-    """Seconds of a contender's calls, once its surroundings are quiet."""
-    settled = time.perf_counter() + SETTLE_SECONDS
+def _turn(contender: Contender, before: Contender) -> list[float]:
+    """Seconds of a contender's calls, once the threads of the one before are asleep."""
+    settled = time.perf_counter() + before.spins
     while time.perf_counter() < settled:
         if _time(contender) > LONG_SECONDS:
             break
@@ -98,7 +100,12 @@ class Group:
 
     def _round(self) -> dict[str, list[float]]:
         """The seconds of each contender's timed calls."""
-        return {name: _turn(contender) for name, contender in self.contenders.items()}
+        turns = list(self.contenders.values())
+        before = [turns[-1], *turns]
+        return {
+            name: _turn(contender, last)
+            for (name, contender), last in zip(self.contenders.items(), before, strict=False)
+        }
 
     def extra_info(self, name: str) -> dict[str, Any]:
         """What the benchmark of contender `name` records."""

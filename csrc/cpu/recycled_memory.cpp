@@ -105,7 +105,8 @@ class KeptBlocks {
       // Page by page: the kernel moves no range that it keeps in several parts.
       Block& oldest = blocks_.front();
       void* page = cut(oldest, kHugePage);
-      void* moved = mremap(page, kHugePage, kHugePage, MREMAP_MAYMOVE | MREMAP_FIXED, data + filled);
+      void* moved =
+          mremap(page, kHugePage, kHugePage, MREMAP_MAYMOVE | MREMAP_FIXED, data + filled);
       if (moved == MAP_FAILED) munmap(page, kHugePage);
       if (oldest.size == 0) blocks_.erase(blocks_.begin());
     }
@@ -158,9 +159,8 @@ Tensor recycled_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarTyp
     STD_TORCH_CHECK(data, "mbconv: no memory for ", static_cast<int64_t>(bytes), " bytes");
     std::vector<int64_t> strides(sizes.size(), 1);
     for (size_t i = sizes.size() - 1; i > 0; --i) strides[i - 1] = strides[i] * sizes[i];
-    return torch::stable::from_blob(data, sizes, strides, like.device(), type, [size](void* block) {
-      kept_blocks().give_back(block, size);
-    });
+    return torch::stable::from_blob(data, sizes, strides, like.device(), type,
+                                    [size](void* block) { kept_blocks().give_back(block, size); });
   }
 #endif
   return torch::stable::new_empty(like, sizes, type);
