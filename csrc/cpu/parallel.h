@@ -37,9 +37,9 @@ void for_each_worker(int64_t workers, const Function& function) {
 #endif
 
 // Calls function(task, worker) once for each task in [0, tasks). At any time a worker in [0,
-// workers) runs one task. Worker w begins with task w, so that what one loop leaves in a core's cache
-// is where the next loop over the same parts looks for it; which tasks follow is up to the speed of
-// the threads, so results must not depend on it.
+// workers) runs one task. Worker w begins with task w, so that what one loop leaves in a core's
+// cache is where the next loop over the same parts looks for it; which tasks follow is up to the
+// speed of the threads, so results must not depend on it.
 template <class Function>
 void for_each_task(int64_t tasks, int64_t workers, const Function& function) {
   std::atomic<int64_t> next{workers};
