@@ -35,8 +35,9 @@ def _nothing() -> None:
 class Contender:
     """One way to compute the same thing.
 
-    call: computes it once. setup: runs before each call, untimed. forward: the differentiable
-    part, and state: parameters and buffers, for the bytes saved for backward (None: not trained).
+    call: computes it once. setup: runs before each call, untimed, and after the last.
+    forward: the differentiable part, and state: parameters and buffers, for the bytes saved for
+    backward (None: not trained).
     keeps_memory: it holds its working memory between calls, so a peak would say nothing.
     spins: seconds after a call until its threads sleep.
     """
@@ -58,6 +59,7 @@ def _turn(contender: Contender, before: Contender) -> list[float]:
     seconds = [_time(contender)]
     while sum(seconds) < TURN_SECONDS:
         seconds.append(_time(contender))
+    contender.setup()  # gradients of large models would take memory from the next contender
     return seconds
 
 

@@ -29,7 +29,7 @@ def saved_bytes(function: Callable[[], Any], excluded: Iterable[Tensor] = ()) ->
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in owned:
             storages[storage.data_ptr()] = storage
-        return tensor
+        return tensor.detach()  # an operation that saves its own output would never be freed
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         function()
@@ -68,9 +68,10 @@ def peak_bytes(function: Callable[[], Any]) -> int | None:
 def release_memory() -> int:
     """Give the memory that the native CPU kernels keep between calls back to the system.
 
-    For training, blocks above 2 MiB are kept, in all at most what was in use at a time; the system
-    may take their pages away when it runs short. For eval it is one block of at most 32 MiB per
-    process, as large as a call has needed so far. Returns the number of bytes freed.
+    Blocks from 2 MiB on, of training and of frozen models, are kept, in all at most what was in use
+    at a time; of those long out of use the system may take the pages when it runs short. Eval keeps
+    one block of at most 32 MiB per process, as large as a call has needed so far. Returns the
+    number of bytes freed.
     """
     if not load_extension().usable:
         return 0

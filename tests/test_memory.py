@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -93,6 +96,24 @@ def test_whole_model_against_stock() -> None:
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no native kernels")
+def test_counting_frees_what_was_saved() -> None:
+    """Also where an operation saves its own output."""
+    nodes = []
+
+    class Exp(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, x: torch.Tensor) -> torch.Tensor:
+            output = x.exp()
+            ctx.save_for_backward(output)
+            nodes.append(weakref.ref(ctx))
+            return output
+
+    x = torch.randn(1000, requires_grad=True)
+    assert saved_bytes(lambda: Exp.apply(x)) == x.nbytes
+    gc.collect()
+    assert nodes[0]() is None
+
+
 def test_memory_kept_for_the_next_step_is_bounded_and_given_back() -> None:
     """Twice the wide tensors (E = 4 C) and as much again for their gradients, at most."""
     block = mk.FusedMBConv(CHANNELS, CHANNELS, se_ratio=None, recompute="none")
