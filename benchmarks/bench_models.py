@@ -66,7 +66,7 @@ def make_group(model: Model, batch: int, training: bool, names: Sequence[str]) -
         backend, _, level = name.partition(" ")
         recompute = level if training else "auto"
         fused = mk.create_model(model.name, recompute=recompute, drop_path_rate=0.0)
-        fused.load_state_dict(stock.state_dict())
+        fused.load_state_dict(stock.state_dict(), assign=True)  # moat_4 fits once
         fused.train(training)
         ours = mk.freeze(fused) if name in FROZEN else fused
         return make_contender(ours, channels_last, training, backend)

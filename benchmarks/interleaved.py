@@ -23,7 +23,7 @@ SECONDS = 4.0
 # from this one's; then as many as fit, at least one.
 SPIN_SECONDS = 0.02
 TURN_SECONDS = 0.05
-# Calls this long outlast any spinning.
+# Calls this long outlast any spinning, so that the first is timed.
 LONG_SECONDS = 1.0
 
 
@@ -53,10 +53,11 @@ class Contender:
 def _turn(contender: Contender, before: Contender) -> list[float]:
     """Seconds of a contender's calls, once the threads of the one before are asleep."""
     settled = time.perf_counter() + before.spins
-    while time.perf_counter() < settled:
-        if _time(contender) > LONG_SECONDS:
-            break
-    seconds = [_time(contender)]
+    seconds: list[float] = []
+    while time.perf_counter() < settled and not seconds:
+        first = _time(contender)
+        if first > LONG_SECONDS:
+            seconds = [first]
     while sum(seconds) < TURN_SECONDS:
         seconds.append(_time(contender))
     contender.setup()  # gradients of large models would take memory from the next contender

@@ -11,6 +11,8 @@ import io
 from collections.abc import Callable, Sequence
 from contextlib import redirect_stdout
 from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from device import chosen
@@ -41,10 +43,13 @@ def make_peers(names: Sequence[str], model: torch.nn.Module, x: Tensor) -> dict[
     makers = {"OpenVINO": _openvino, "ONNX Runtime": _onnxruntime}
     spins = {"ONNX Runtime": 0.1}  # 60 ms were measured
     wanted = [name for name in names if name in makers]
-    program = to_onnx(model, x) if wanted else b""
-    for name in wanted:
-        forward = makers[name](program, x)
-        peers[name] = Contender(forward, keeps_memory=True, spins=spins.get(name, SPIN_SECONDS))
+    if not wanted:
+        return peers
+    with TemporaryDirectory() as folder:
+        program = to_onnx(model, x, Path(folder))
+        for name in wanted:
+            forward = makers[name](program, x)
+            peers[name] = Contender(forward, keeps_memory=True, spins=spins.get(name, SPIN_SECONDS))
     return peers
 
 
@@ -70,14 +75,14 @@ def checkpoint_blocks(model: torch.nn.Module) -> torch.nn.Module:
     return model
 
 
-def to_onnx(model: torch.nn.Module, x: Tensor) -> bytes:
-    """The model as ONNX for inputs of x's shape."""
-    file = io.BytesIO()
+def to_onnx(model: torch.nn.Module, x: Tensor, folder: Path) -> Path:
+    """A file of the model as ONNX for inputs of x's shape; large weights lie beside it."""
+    file = folder / "model.onnx"
     with redirect_stdout(io.StringIO()):  # the exporter reports its progress there
         program = torch.onnx.export(model.eval(), (x,), dynamo=True)
     assert program is not None
     program.save(file)
-    return file.getvalue()
+    return file
 
 
 def _compiled(model: torch.nn.Module, x: Tensor) -> Forward:
@@ -85,12 +90,12 @@ def _compiled(model: torch.nn.Module, x: Tensor) -> Forward:
     return torch.no_grad()(lambda: forward(x))
 
 
-def _openvino(program: bytes, x: Tensor) -> Forward:
+def _openvino(program: Path, x: Tensor) -> Forward:
     import openvino
 
     core = openvino.Core()
     compiled = core.compile_model(
-        core.read_model(program, b""),
+        core.read_model(program),
         "CPU",
         {
             "INFERENCE_NUM_THREADS": torch.get_num_threads(),
@@ -103,7 +108,7 @@ def _openvino(program: bytes, x: Tensor) -> Forward:
     return lambda: request.infer([images])
 
 
-def _onnxruntime(program: bytes, x: Tensor) -> Forward:
+def _onnxruntime(program: Path, x: Tensor) -> Forward:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
