@@ -112,15 +112,16 @@ def attention_targets() -> list[Target]:
             (over,),
             at_least=least,
         )
-        for over, least in (("scaled_dot_product_attention", 2.0), ("torch.compile", 1.3))
+        for over, least in (("scaled_dot_product_attention", 2.5), ("torch.compile", 2.0))
         for attention_map in ATTENTION_MAPS
     ]
 
 
-# Speedups; 1 for the variants that are not named.
-EVAL_SPEEDUPS = {"tiny_moat_0": 1.20, "moat_0": 1.10}
-TRAINING_SPEEDUPS = {"tiny_moat_0": 1.9, "moat_0": 1.4}
-SAVED_LIMITS = {"cpu auto": 0.45, "cpu expand": 0.30, "cpu block": 0.12}
+# Raised once they were easy: docs/cpu_kernels.md says from what. Speedups of the variants that are
+# not named are the least.
+EVAL_SPEEDUPS, LEAST_EVAL_SPEEDUP = {"tiny_moat_0": 1.30, "moat_0": 1.15}, 1.10
+TRAINING_SPEEDUPS, LEAST_TRAINING_SPEEDUP = {"tiny_moat_0": 1.9, "moat_0": 1.6}, 1.5
+SAVED_LIMITS = {"cpu auto": 0.40, "cpu expand": 0.22, "cpu block": 0.10}
 
 
 def model_targets() -> list[Target]:
@@ -128,7 +129,7 @@ def model_targets() -> list[Target]:
         Target(
             f"model eval, both with weights prepared once, speedup over {runtime}",
             *(f"model eval {model} batch {batch}", TIME, "cpu frozen", (runtime,)),
-            at_least=EVAL_SPEEDUPS.get(model.name, 1.0),
+            at_least=EVAL_SPEEDUPS.get(model.name, LEAST_EVAL_SPEEDUP),
         )
         for runtime in RUNTIMES
         for batch in (1, 8)
@@ -140,7 +141,7 @@ def model_targets() -> list[Target]:
         Target(
             "model training step, speedup over the fastest of eager and torch.compile",
             *(group, TIME, "cpu auto", (*STOCK, "torch.compile")),
-            at_least=TRAINING_SPEEDUPS.get(model.name, 1.0),
+            at_least=TRAINING_SPEEDUPS.get(model.name, LEAST_TRAINING_SPEEDUP),
         )
         for group, model in groups.items()
     ]
