@@ -21,8 +21,6 @@ constexpr int64_t kFewestRows = 48;
 
 int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-int64_t whole_lines(int64_t floats) { return divide_up(floats, 16) * 16; }
-
 int64_t table_size(const AttentionHalf& problem) {
   return (2 * problem.window_height - 1) * (2 * problem.window_width - 1);
 }

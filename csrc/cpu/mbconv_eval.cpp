@@ -81,8 +81,6 @@ MBConvTask task_at(const MBConvProblem& problem, const Partition& partition, int
   return task;
 }
 
-int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
-
 // The weights of squeeze-excite in a packed buffer, behind all others, as they are.
 struct GateLayout {
   int64_t reduce, reduce_bias, expand, expand_bias, end;

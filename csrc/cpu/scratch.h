@@ -9,6 +9,9 @@
 
 namespace moat_kernels::cpu {
 
+// Floats of as many whole cache lines: parts of a block begin on one.
+inline int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
+
 // A process keeps one block of at most this size from one call to the next: touching memory that is
 // new to the process costs several times what computing on it does.
 constexpr int64_t kKeptFloats = int64_t{8} << 20;  // 32 MiB
