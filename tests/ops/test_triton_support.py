@@ -100,7 +100,7 @@ def test_an_absent_or_old_triton_is_named(monkeypatch) -> None:
         raise launching.importlib.metadata.PackageNotFoundError
 
     unwrapped = launching.triton_missing.__wrapped__
-    monkeypatch.setattr(launching.importlib.metadata, "version", lambda _: "3.6.0")
-    assert unwrapped() == "triton 3.6.0 is installed; at least 3.7 is needed"
+    monkeypatch.setattr(launching.importlib.metadata, "version", lambda _: "3.5.1")
+    assert unwrapped() == "triton 3.5.1 is installed; at least 3.6 is needed"
     monkeypatch.setattr(launching.importlib.metadata, "version", version)
     assert unwrapped() == "triton is not installed"

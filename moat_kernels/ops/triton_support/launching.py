@@ -18,7 +18,7 @@ from torch.torch_version import TorchVersion
 from moat_kernels.ops.triton_support import traffic
 from moat_kernels.ops.triton_support.planning import device_type, planned_architecture
 
-MINIMUM_TRITON = "3.7"
+MINIMUM_TRITON = "3.6"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 

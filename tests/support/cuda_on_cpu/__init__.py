@@ -58,7 +58,8 @@ def _ninja_file() -> str:
 
     # The stand-ins come first; headers that are not ours, as system headers, do not warn.
     includes = [f"-I{HERE / 'include'}", f"-I{HERE}", f"-I{ROOT / 'csrc'}"]
-    foreign = [*include_paths(), pybind11.get_include(), sysconfig.get_path("include")]
+    # torch 2.11 brings its own pybind11, whose headers refuse TORCH_TARGET_VERSION.
+    foreign = [pybind11.get_include(), *include_paths(), sysconfig.get_path("include")]
     includes += [f"-isystem{path}" for path in foreign]
     lines = [
         "rule compile",
