@@ -287,6 +287,7 @@ def extension_arguments() -> dict:
 
 
 setup(
+    license="Apache-2.0",
     cmdclass={"build_ext": build_ext_command(), "build_py": BuildPython},
     **extension_arguments(),
 )

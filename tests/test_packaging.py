@@ -76,6 +76,8 @@ def test_without_native_kernels_the_wheel_is_pure_and_one_line_says_why(
     with zipfile.ZipFile(wheel) as archive:
         names = archive.namelist()
         record = json.loads(archive.read("moat_kernels/_build_record.json"))
+        (metadata,) = (name for name in names if name.endswith(".dist-info/METADATA"))
+        assert "\nLicense: Apache-2.0\n" in archive.read(metadata).decode()
     assert record["reason_not_built"].startswith(reason)
     assert "moat_kernels/py.typed" in names
     assert not [name for name in names if name.endswith(".so")]
