@@ -15,10 +15,10 @@ BUILD_LOG := build/extension.log
 # pip and the kernels' build find ninja there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench targets lint sanitize release clean
+.PHONY: help demo test bench targets gpu lint sanitize release clean
 
 help:
-	@echo "make demo | test | bench | targets | lint | sanitize | release | clean" \
+	@echo "make demo | test | bench | targets | gpu | lint | sanitize | release | clean" \
 	      "(ARGS=... is passed on)"
 
 demo: $(EXTENSION)
@@ -35,6 +35,10 @@ bench: $(EXTENSION) $(PEERS)
 # The targets and what this machine reaches of them; measures what `make bench` has not.
 targets: $(EXTENSION) $(PEERS)
 	$(VENV)/bin/python benchmarks/targets.py $(ARGS)
+
+# Everything that a GPU can tell, in the Python that is there: see docs/gpu.md.
+gpu:
+	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 lint: $(REQUIREMENTS)
 	$(VENV)/bin/ruff check .

@@ -4,16 +4,21 @@
 
 runs the named model, and for every kernel that it launches tries the launch tables' neighbours
 (triton_support/launch_table.py), checks that they compute the same, and writes the fastest to the
-user's launch table, which every later process on the same GPU reads. It takes some tens of minutes,
-mostly compiling, and needs the memory of a training step. Sums are formed in the order that a
-launch says, so results change in their last bits.
+user's launch table, which every later process on the same GPU reads. Kernels that lose the most
+against the time of their bytes come first, and each is written as soon as it is measured. It takes
+some tens of minutes, mostly compiling, or as long as `--seconds` says, and needs the memory of a
+training step. Sums are formed in the order that a launch says, so results change in their last
+bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import math
 import sys
-from collections.abc import Callable, Iterable, Sequence
+import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -23,8 +28,15 @@ from moat_kernels.models import create_model
 from moat_kernels.ops.backends import backend_status, use_backend
 from moat_kernels.ops.launch_tables import LAUNCH_TABLES
 from moat_kernels.ops.triton_support import user_table
+from moat_kernels.ops.triton_support.launch_table import Problem
 from moat_kernels.ops.triton_support.launching import device_name
-from moat_kernels.ops.triton_support.tuning import Tuner, observing, time_on_gpu
+from moat_kernels.ops.triton_support.tuning import (
+    Observer,
+    Survey,
+    Tuner,
+    observing,
+    time_on_gpu,
+)
 from moat_kernels.ops.triton_support.user_table import Entry
 from moat_kernels.variants import get_preprocessing, list_models
 
@@ -34,27 +46,61 @@ RECOMPUTE = ("none", "expand")
 
 
 def tune(
-    models: Iterable[nn.Module],
+    models: Sequence[nn.Module],
     x: Tensor,
     measure: Callable[[Callable[[], Any]], float],
     report: Callable[[Entry], None],
+    *,
+    bandwidth: float = math.inf,
+    seconds: float = math.inf,
+    autocast: torch.dtype | None = None,
 ) -> None:
     """Report the fastest launches of models on a batch x, in evaluation and training.
 
-    measure: the time that a function takes on the GPU, in microseconds.
+    Those that lose the most come first. measure: the time that a function takes on the GPU, in
+    microseconds. bandwidth: bytes per second of a copy, for the losses. seconds: after which the
+    search ends. autocast: the dtype that the models run under; None: their own.
     """
-    tuner = Tuner(LAUNCH_TABLES, measure, report)
+    until = time.monotonic() + seconds
+    where: dict[Problem, nn.Module] = {}
+    losses: dict[Problem, float] = {}
+    for model in models:
+        survey = Survey(measure, bandwidth)
+        _run(model, x, survey, autocast)
+        for problem, lost in survey.losses.items():
+            where.setdefault(problem, model)
+            losses[problem] = max(lost, losses.get(problem, 0.0))
+
+    def out_of_time() -> bool:
+        return time.monotonic() >= until
+
+    tuner = Tuner(LAUNCH_TABLES, measure, report, out_of_time)
+    for problem in sorted(losses, key=losses.__getitem__, reverse=True):
+        if out_of_time():
+            break
+        tuner.wanted = problem
+        _run(where[problem], x, tuner, autocast)
+
+
+def _run(model: nn.Module, x: Tensor, observer: Observer, autocast: torch.dtype | None) -> None:
+    """Evaluation and a training step, with their launches handed to the observer."""
+    low_precision = (
+        contextlib.nullcontext()
+        if autocast is None
+        else torch.autocast(x.device.type, autocast, cache_enabled=False)
+    )
     # Launches are observed in this thread only: so the backward pass must run here too.
     with (
         use_backend("triton"),
-        observing(tuner),
+        observing(observer),
         torch.autograd.set_multithreading_enabled(False),
     ):
-        for model in models:
+        with low_precision:
             with torch.no_grad():
                 model.eval()(x)
-            model.train()(x).float().sum().backward()
-            model.zero_grad()
+            loss = model.train()(x).float().sum()
+        loss.backward()
+        model.zero_grad()
 
 
 def describe(entry: Entry) -> str:
@@ -78,6 +124,7 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resolution", type=int, help="pixels (default: the model's own)")
     parser.add_argument("--batch", type=int, default=64, help="images (default: 64)")
     parser.add_argument("--dtype", choices=DTYPES, default="bfloat16")
+    parser.add_argument("--seconds", type=float, default=math.inf, help="of the search, at most")
     return parser.parse_args(arguments)
 
 
@@ -91,23 +138,36 @@ def main(arguments: Sequence[str] | None = None) -> None:
         sys.exit(f"nothing can be measured here: {reason}. The static launch tables are in use.")
     device, dtype = torch.device("cuda", torch.cuda.current_device()), DTYPES[options.dtype]
     resolution = options.resolution or get_preprocessing(options.model).resolution
-    models = (
+    models = [
         create_model(options.model, recompute=recompute).to(device, dtype)
         for recompute in RECOMPUTE
-    )
+    ]
     x = torch.randn(options.batch, 3, resolution, resolution, device=device, dtype=dtype)
-    entries: list[Entry] = []
+    written = 0
 
     def report(entry: Entry) -> None:
-        entries.append(entry)
+        nonlocal written
         print(describe(entry), flush=True)
+        # At once: what was measured is kept when the rest is interrupted.
+        user_table.write(device_name(device), [entry])
+        written += 1
 
-    try:
-        tune(models, x.to(memory_format=torch.channels_last), time_on_gpu, report)
-    finally:  # what was measured is kept when the rest is interrupted
-        if entries:
-            file = user_table.write(device_name(device), entries)
-            print(f"{len(entries)} launches for {device_name(device)} written to {file}")
+    tune(
+        models,
+        x.to(memory_format=torch.channels_last),
+        time_on_gpu,
+        report,
+        bandwidth=copy_bandwidth(device),
+        seconds=options.seconds,
+    )
+    print(f"{written} launches for {device_name(device)} written to {user_table.path()}")
+
+
+def copy_bandwidth(device: torch.device) -> float:
+    """Bytes per second, read and written, of a copy larger than any cache."""
+    source = torch.empty(2**30, dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2e6 * source.numel() / time_on_gpu(lambda: target.copy_(source))
 
 
 if __name__ == "__main__":

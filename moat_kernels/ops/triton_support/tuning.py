@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import statistics
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from moat_kernels.ops.triton_support.launch_table import Blocks, LaunchTable, Problem, choosing
 from moat_kernels.ops.triton_support.launching import collect_compiled
+from moat_kernels.ops.triton_support.traffic import record_passes
 from moat_kernels.ops.triton_support.user_table import Entry
 
 Result = TypeVar("Result")
@@ -52,6 +54,47 @@ def observing(observer: Observer | None) -> Iterator[None]:
         _observer.reset(token)
 
 
+class Survey:
+    """What the static launches lose: microseconds of every problem above the time of its bytes.
+
+    losses: of all calls that were observed together.
+    """
+
+    def __init__(self, measure: Callable[[Callable[[], Any]], float], bandwidth: float) -> None:
+        """bandwidth: bytes per second that a copy reaches."""
+        self.measure = measure
+        self.bandwidth = bandwidth
+        self._calls: Counter[Problem] = Counter()
+        self._lost: dict[Problem, float] = {}
+
+    @property
+    def losses(self) -> dict[Problem, float]:
+        return {problem: self._calls[problem] * lost for problem, lost in self._lost.items()}
+
+    def __call__(self, launcher: Callable[[], Result]) -> Result:
+        """Run a launcher, and measure it if its problem is a new one."""
+        asked: list[Problem] = []
+
+        def choose(problem: Problem, static: Blocks) -> Blocks:
+            asked.append(problem)
+            return static
+
+        with observing(self), choosing(choose):
+            result = launcher()
+        if asked:
+            self._calls[asked[0]] += 1
+            if asked[0] not in self._lost:
+                with observing(None), choosing(lambda _, static: static):
+                    self._lost[asked[0]] = self._lose(launcher)
+        return result
+
+    def _lose(self, launcher: Callable[[], Any]) -> float:
+        with record_passes() as passes:
+            launcher()
+        floor = 1e6 * sum(one.bytes for one in passes) / self.bandwidth
+        return max(0.0, self.measure(launcher) - floor)
+
+
 class Tuner:
     """Finds the fastest launch of every problem that it observes, beginning at the static table's.
 
@@ -65,11 +108,16 @@ class Tuner:
         tables: Mapping[str, LaunchTable],
         measure: Callable[[Callable[[], Any]], float],
         report: Callable[[Entry], None],
+        out_of_time: Callable[[], bool] = lambda: False,
     ) -> None:
-        """measure: the time that a call takes on the GPU, in microseconds."""
+        """measure: the time that a call takes on the GPU, in microseconds. out_of_time: whether the
+        search must end with the best that it has.
+        """
         self.tables = tables
         self.measure = measure
         self.report = report
+        self.out_of_time = out_of_time
+        self.wanted: Problem | None = None  # the only one to tune; None: all
         self.entries: dict[Problem, Entry] = {}
 
     def __call__(self, launcher: Callable[[], Result]) -> Result:
@@ -85,7 +133,7 @@ class Tuner:
         if not asked:  # nothing to compute
             return result
         problem, static = asked[0]
-        if problem not in self.entries:
+        if problem not in self.entries and self.wanted in (None, problem):
             with observing(None):
                 self.entries[problem] = self._search(launcher, problem, static)
             self.report(self.entries[problem])
@@ -102,7 +150,7 @@ class Tuner:
         best, improving = static, True
         while improving:
             for candidate in self.tables[problem.op].neighbours(best):
-                if candidate not in times:
+                if candidate not in times and not self.out_of_time():
                     for tensor in results:  # those written in place: what is not written shows
                         tensor.fill_(float("nan"))
                     times[candidate] = self._try(launcher, problem, candidate, expected)
