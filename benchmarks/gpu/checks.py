@@ -1,4 +1,4 @@
-"""`pytest -m gpu` over several processes, and the CUDA C++ kernels under compute-sanitizer."""
+"""The tests that need a GPU, over several processes, and compute-sanitizer on CUDA C++ kernels."""
 
 from __future__ import annotations
 
@@ -18,7 +18,13 @@ from benchmarks.gpu.kernels import _beside_nvcc
 
 TESTS_SECONDS, SANITIZER_SECONDS = 200, 100
 TEST_SECONDS = 60  # a single test that takes longer hangs
-PROCESSES = 8
+PROCESSES = 12
+# What `pytest -m gpu` selects, by file, so that not every process collects all tests; and the tests
+# that the interpreter runs elsewhere.
+SUITES = {
+    "pytest -m gpu": ("-m", "gpu", "tests/gpu", "tests/cuda", "tests/test_fuse_recipes.py"),
+    "tests/triton_kernels": ("tests/triton_kernels",),
+}
 SANITIZERS = ("memcheck", "racecheck")
 # What a rehearsal runs in their place.
 REHEARSED = ("tests/test_tensor_access.py",)
@@ -26,7 +32,7 @@ REHEARSED = ("tests/test_tensor_access.py",)
 
 def steps(bench: Bench) -> list[Step]:
     return [
-        Step("pytest -m gpu", partial(tests, bench), TESTS_SECONDS + 20.0),
+        *(Step(name, partial(tests, bench, name), TESTS_SECONDS + 20.0) for name in SUITES),
         *(
             Step(
                 f"compute-sanitizer {tool}",
@@ -38,13 +44,13 @@ def steps(bench: Bench) -> list[Step]:
     ]
 
 
-def tests(bench: Bench) -> list[Row]:
+def tests(bench: Bench, suite: str) -> list[Row]:
     """One row for the counts, and one for each failure."""
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--tb=short"]
         command += ["-p", "no:benchmark", f"--junitxml={report}"]
-        command += REHEARSED if bench.rehearsal else ("-m", "gpu", "tests")
+        command += REHEARSED if bench.rehearsal else SUITES[suite]
         if importlib.util.find_spec("pytest_timeout"):
             command += [f"--timeout={TEST_SECONDS}", "--timeout-method=thread"]
         if importlib.util.find_spec("xdist") and not bench.rehearsal:
@@ -53,10 +59,10 @@ def tests(bench: Bench) -> list[Row]:
         subprocess.run(command, timeout=TESTS_SECONDS, env={**os.environ, "TRITON_INTERPRET": "0"})
         if not report.exists():
             raise RuntimeError("pytest wrote no report, see log.txt")
-        return read_report(report)
+        return read_report(report, suite)
 
 
-def read_report(report: Path) -> list[Row]:
+def read_report(report: Path, suite: str) -> list[Row]:
     """The counts of a JUnit file, then what failed and the end of its message."""
     cases = list(ElementTree.parse(report).iter("testcase"))
     failed = [
@@ -65,7 +71,7 @@ def read_report(report: Path) -> list[Row]:
     skipped = sum(any(child.tag == "skipped" for child in case) for case in cases)
     passed = len(cases) - skipped - len({id(case) for case, _ in failed})
     counts = f"{passed} passed, {len(failed)} failed, {skipped} skipped"
-    rows: list[Row] = [{"tests": "all", "outcome": counts}]
+    rows: list[Row] = [{"tests": suite, "outcome": counts}]
     for case, child in failed:
         name = f"{case.get('classname', '').split('.')[-1]}::{case.get('name')}"
         message = " ".join((child.get("message") or "").split())

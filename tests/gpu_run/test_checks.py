@@ -16,7 +16,7 @@ def test_failures_are_named(tmp_path: Path) -> None:
         '<testcase classname="tests.gpu.test_a" name="three"><skipped/></testcase>'
         "</testsuite></testsuites>"
     )
-    assert read_report(report) == [
+    assert read_report(report, "all") == [
         {"tests": "all", "outcome": "1 passed, 1 failed, 1 skipped"},
         {"tests": "test_a::two", "outcome": "a b"},
     ]
