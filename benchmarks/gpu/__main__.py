@@ -11,6 +11,7 @@ same folder it goes on where it ended. docs/gpu.md describes the sections.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import subprocess
 import sys
@@ -23,7 +24,7 @@ for _path in (ROOT / "tests", ROOT):
 
 from benchmarks.gpu import archive  # noqa: E402
 from benchmarks.gpu.prepare import ARCHIVE  # noqa: E402
-from benchmarks.gpu.runner import Plan, run  # noqa: E402
+from benchmarks.gpu.runner import Plan, Section, run  # noqa: E402
 from benchmarks.gpu.sections import sections  # noqa: E402
 
 BUILD_SECONDS = 240
@@ -50,17 +51,25 @@ def main() -> None:
             print(f"{options.archive} is not used: {error}", flush=True)
     if not options.rehearse and not (ROOT / archive.LIBRARY[0]).exists():
         _build(options.output / "log.txt")
-    chosen = [
-        section
-        for section in sections(options.output)
-        if options.sections is None or section.name in options.sections
-    ]
-    run(Plan(chosen, deadline, environment, options.rehearse), options.output)
+    plan = Plan(_choose(options), deadline, environment, options.rehearse)
+    run(plan, options.output)
     print((options.output / "tables.md").read_text())
 
 
+def _choose(options: argparse.Namespace) -> list[Section]:
+    """The sections asked for, in that order, with the limits asked for."""
+    known = {section.name: section for section in sections(options.output)}
+    chosen = []
+    for text in options.sections or known:
+        name, _, seconds = text.partition("=")
+        if name not in known:
+            sys.exit(f"--sections: {name!r} is none of {', '.join(known)}")
+        section = known[name]
+        chosen.append(dataclasses.replace(section, seconds=float(seconds or section.seconds)))
+    return chosen
+
+
 def _parse() -> argparse.Namespace:
-    names = [section.name for section in sections(Path())]
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.gpu",
         description=__doc__,
@@ -68,7 +77,12 @@ def _parse() -> argparse.Namespace:
     )
     parser.add_argument("--output", type=Path, default=ROOT / "build" / "gpu", help="a folder")
     parser.add_argument("--minutes", type=float, default=10.0, help="that all of it may take")
-    parser.add_argument("--sections", nargs="+", choices=names, help="default: all, in order")
+    parser.add_argument(
+        "--sections",
+        nargs="+",
+        metavar="NAME[=SECONDS]",
+        help="those to run, in this order, and what each may take (default: all, see docs/gpu.md)",
+    )
     parser.add_argument(
         "--archive",
         type=Path,

@@ -99,7 +99,7 @@ def unpack(archive: Path, cache: Path) -> dict[str, Any]:
             listing.write_text(listing.read_text().replace(FOLDER, str(cache)))
         for source in sorted((folder / "launchers").glob("*.c")):
             _place_launcher(source, cache)
-        if not (ROOT / LIBRARY[0]).exists():
+        if not all((ROOT / name).exists() for name in manifest["library"]):
             for name in manifest["library"]:
                 shutil.copy(folder / name, ROOT / name)
     return manifest

@@ -88,7 +88,7 @@ def sanitize(bench: Bench, tool: str) -> list[Row]:
         raise Skipped("compute-sanitizer is not installed beside nvcc")
     result = subprocess.run(
         [
-            *(command, "--tool", tool, "--kernel-name", "kernel_substring=moat_kernels"),
+            *(command, "--tool", tool, "--kernel-name", "kns=moat_kernels"),
             *("--print-limit", "20", sys.executable, "-m", "benchmarks.gpu.sanitized"),
         ],
         capture_output=True,

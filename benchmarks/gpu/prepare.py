@@ -187,12 +187,13 @@ def compile_part(part: str, share: int, shares: int) -> tuple[int, list[str], se
     """
     os.environ["TRITON_CACHE_DIR"] = str(CACHE)
     os.environ["TRITON_STORE_BINARY_ONLY"] = "1"
-    from support.compile_only_driver import _compiling_for
+    torch.set_num_threads(1)  # threads that wait would take the other processes' cores
+    from support.compile_only_driver import compiling_for
 
     launches = launches_of(part)
     failed, sources = [], set()
     mine = launches[share::shares]
-    with _compiling_for(ARCHITECTURE):
+    with compiling_for(ARCHITECTURE):
         for launch in mine:
             try:
                 sources.add(launcher_source(launch.compile()))

@@ -131,7 +131,7 @@ def gpu_target(arch: int | str) -> GPUTarget:
 
 
 @contextmanager
-def _compiling_for(arch: int | str) -> Iterator[None]:
+def compiling_for(arch: int | str) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(driver, "_active", _CompileOnlyDriver(gpu_target(arch)))
         patch.setattr(launching, "_architecture", lambda _: arch if isinstance(arch, int) else 0)
@@ -151,7 +151,7 @@ def record_launches(arch: int | str) -> Iterator[list[Launch]]:
             found.append(launch)
         return launch
 
-    with _compiling_for(arch), pytest.MonkeyPatch.context() as patch:
+    with compiling_for(arch), pytest.MonkeyPatch.context() as patch:
         patch.setattr(launching, "_run", record)
         yield found
 
@@ -175,7 +175,7 @@ def _describe(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict)
 
 def compile_launches(launches: Iterable[Launch], arch: int | str) -> list[Any]:
     """The launches compiled for `arch`, two at a time; Triton keeps results on disk."""
-    with _compiling_for(arch), ThreadPoolExecutor(2) as pool, AsyncCompileMode(pool):
+    with compiling_for(arch), ThreadPoolExecutor(2) as pool, AsyncCompileMode(pool):
         kernels = [launch.compile() for launch in launches]
     # Those that this process compiled before come as they are.
     return [kernel.result() if isinstance(kernel, FutureKernel) else kernel for kernel in kernels]
