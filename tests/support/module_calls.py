@@ -25,6 +25,7 @@ from moat_kernels.functional import (
     mbconv,
     window_attention,
 )
+from moat_kernels.models import FusedStem, Stem
 from moat_kernels.modules import FusedAttention
 from support.peers import import_peer
 from support.wrong_arguments import Call, exact
@@ -100,9 +101,17 @@ def own_calls() -> list[Call]:
             ("FusedAttention", plain, fused, randn(2, 4, 5, 32)),
             ("FusedMBConv", InReference(mbconv_block), mbconv_block, randn(2, 16, 6, 8)),
             ("FusedMOATBlock", InReference(moat_block), moat_block, randn(2, 32, 5, 4)),
+            ("FusedStem", Stem(16), FusedStem(16), randn(2, 3, 9, 8)),
         )
         for trains in (False, True)
     ]
+
+
+def frozen_call() -> Call:
+    block = mk.FusedMOATBlock(32, 32, head_dim=16, position_size=4).eval()
+    plain = copy.deepcopy(block).double()
+    arguments = [randn(2, 32, 5, 4)]
+    return Call("freeze", torch.no_grad()(mk.freeze(block)), arguments, torch.no_grad()(plain))
 
 
 def peer_calls() -> list[Call]:
@@ -179,4 +188,4 @@ def functional_calls() -> list[Call]:
 
 
 def calls() -> list[Call]:
-    return [*own_calls(), *peer_calls(), *functional_calls()]
+    return [*own_calls(), frozen_call(), *peer_calls(), *functional_calls()]
