@@ -21,6 +21,7 @@ from moat_kernels.modules import (
 from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
 from moat_kernels.ops import stem, stem_training
 from moat_kernels.ops.backends import warn_once
+from moat_kernels.ops.checks import check_devices
 from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, head_step, stem_step
 from moat_kernels.reference import (
     MBConvBlock,
@@ -101,6 +102,8 @@ class FusedStem(Stem):
             if stem_training.covers(x, first, norm, tensors, second):
                 z = self.conv_0(x.contiguous(memory_format=torch.channels_last))
                 return stem_training.norm_gelu_conv(z, norm, tensors, second, self.recompute)
+            names = ("conv_0.weight", "conv_0.bias", "conv_1.weight", "conv_1.bias")
+            check_devices("stem", x, dict(zip(names, (*first, *second), strict=True)))
         # The blocks that follow would each convert to channels_last and back.
         return super().forward(x.contiguous(memory_format=torch.channels_last))
 

@@ -28,6 +28,7 @@ KERNEL_TESTS = [
     "tests/ops/test_window_attention_cpu.py",
     "tests/ops/test_properties.py",
     "tests/ops/test_threads.py",
+    "tests/ops/test_wrong_arguments.py",
 ]
 # ThreadSanitizer looks at how threads meet, not at every shape.
 SELECTION = {

@@ -292,27 +292,26 @@ void AttentionHalfEval::compute(float* scratch) const { Run(problem_, packed_).c
 
 AttentionHalf read_attention_half(const OptionalTensors& tensors, int64_t heads, int64_t head_dim,
                                   double scale, double eps) {
-  STD_TORCH_CHECK(tensors.size() == kAttentionHalfTensors && heads > 0 && head_dim > 0,
-                  "attention half: wrong number of tensors, or sizes that are not positive");
-  STD_TORCH_CHECK(tensors[kQkvWeight].has_value() && tensors[kProjWeight].has_value(),
-                  "qkv.weight and proj.weight must be given");
+  STD_TORCH_CHECK(tensors.size() == kAttentionHalfTensors, "attention half: tensors must be ",
+                  int{kAttentionHalfTensors}, ", got ", tensors.size());
+  STD_TORCH_CHECK(heads > 0 && head_dim > 0 && heads < kLongestSide && head_dim < kLongestSide,
+                  "heads and head_dim must be positive and below 2^20, got ", heads, " and ",
+                  head_dim);
   AttentionHalf problem = {};
-  problem.channels = tensors[kProjWeight]->size(0);
+  axis_of("qkv.weight", tensors[kQkvWeight], 1);
+  problem.channels = axis_of("proj.weight", tensors[kProjWeight], 0);
   problem.heads = heads;
   problem.head_dim = head_dim;
   problem.scale = static_cast<float>(scale);
   problem.eps = static_cast<float>(eps);
   const int64_t channels = problem.channels;
   const int64_t inner = heads * head_dim;
-  const auto data = [&](const char* name, AttentionHalfTensor place, int64_t count) {
-    return float_data(name, tensors[place], count);
-  };
-  problem.norm_weight = data("norm.weight", kNormWeight, channels);
-  problem.norm_bias = data("norm.bias", kNormBias, channels);
-  problem.qkv_weight = data("qkv.weight", kQkvWeight, 3 * inner * channels);
-  problem.qkv_bias = data("qkv.bias", kQkvBias, 3 * inner);
-  problem.proj_weight = data("proj.weight", kProjWeight, inner * channels);
-  problem.proj_bias = data("proj.bias", kProjBias, channels);
+  problem.norm_weight = float_data("norm.weight", tensors[kNormWeight], {channels});
+  problem.norm_bias = float_data("norm.bias", tensors[kNormBias], {channels});
+  problem.qkv_weight = float_data("qkv.weight", tensors[kQkvWeight], {3 * inner, channels});
+  problem.qkv_bias = float_data("qkv.bias", tensors[kQkvBias], {3 * inner});
+  problem.proj_weight = float_data("proj.weight", tensors[kProjWeight], {channels, inner});
+  problem.proj_bias = float_data("proj.bias", tensors[kProjBias], {channels});
   set_position_table(tensors[kPositionTable], problem);
   return problem;
 }
@@ -320,10 +319,13 @@ AttentionHalf read_attention_half(const OptionalTensors& tensors, int64_t heads,
 void set_position_table(const std::optional<Tensor>& table, AttentionHalf& problem) {
   if (!table.has_value()) return;
   STD_TORCH_CHECK(table->dim() == 3 && table->size(0) == problem.heads && table->numel() > 0,
-                  "the position table must be [", problem.heads, ", height, width]");
+                  "the position table must be [", problem.heads, ", height, width], got ",
+                  shape_of(*table));
   problem.position_height = table->size(1);
   problem.position_width = table->size(2);
-  problem.position_table = float_data("the position table", table, table->numel());
+  problem.position_table =
+      float_data("the position table", table,
+                 {problem.heads, problem.position_height, problem.position_width});
   problem.bias_table = problem.position_table;
 }
 
@@ -331,8 +333,10 @@ void set_maps(const MapSize& y, const std::vector<int64_t>& window, AttentionHal
   STD_TORCH_CHECK(y.height > 0 && y.width > 0, "y must be [B, C, H, W] with H, W >= 1");
   STD_TORCH_CHECK(y.channels == problem.channels, "y must have ", problem.channels,
                   " channels, got ", y.channels);
-  STD_TORCH_CHECK(window.size() == 2 && window[0] > 0 && window[1] > 0,
-                  "window must be a height and a width");
+  STD_TORCH_CHECK(window.size() == 2 && window[0] > 0 && window[1] > 0 &&
+                      window[0] < kLongestSide && window[1] < kLongestSide,
+                  "window must be a height and a width, positive and below 2^20, got ",
+                  text_of(window.data(), window.size()));
   problem.batch = y.batch;
   problem.height = y.height;
   problem.width = y.width;
@@ -347,11 +351,12 @@ namespace {
 Tensor attention_half_eval(Tensor y, OptionalTensors tensors, int64_t heads, int64_t head_dim,
                            const std::vector<int64_t>& window, double scale, double eps) {
   const MapSize size = map_size("y", y);
+  const ElementType element = element_type("y", y.scalar_type());
   y = torch::stable::contiguous(y, torch::headeronly::MemoryFormat::ChannelsLast);
   make_readable(tensors);
   AttentionHalf problem = read_attention_half(tensors, heads, head_dim, scale, eps);
   set_maps(size, window, problem);
-  problem.element = element_type("y", y.scalar_type());
+  problem.element = element;
   const Tensor output = empty_maps(y, size, y.scalar_type());
   if (output.numel() == 0) return output;
   problem.y = y.const_data_ptr();

@@ -41,9 +41,10 @@ Tensor to_bytes(const Step& step, const Tensor& like) {
 }
 
 void check_steps(const Tensor& steps) {
-  STD_TORCH_CHECK(steps.scalar_type() == ScalarType::Byte && steps.is_contiguous() &&
-                      steps.numel() % kStepBytes == 0,
-                  "steps must come from cpu_freeze_*");
+  check_memory("steps", "", steps, DeviceType::CPU, ScalarType::Byte);
+  STD_TORCH_CHECK(steps.dim() == 1 && steps.numel() > 0 && steps.numel() % kStepBytes == 0,
+                  "steps must come from cpu_freeze_*: [n * ", kStepBytes, "], got ",
+                  shape_of(steps));
 }
 
 Step step_at(const Tensor& steps, int64_t index) {
@@ -129,7 +130,10 @@ std::tuple<Tensor, Tensor> freeze_for_maps(const Tensor& step_bytes,
                                            const std::vector<int64_t>& window,
                                            std::optional<Tensor> position_table) {
   check_steps(step_bytes);
-  STD_TORCH_CHECK(size.size() == 3, "the size of a map must be C, H, W");
+  STD_TORCH_CHECK(step_bytes.numel() == kStepBytes, "step must be one step, got ",
+                  step_bytes.numel() / kStepBytes);
+  STD_TORCH_CHECK(size.size() == 3, "the size of a map must be C, H, W, got ",
+                  text_of(size.data(), size.size()));
   const MapSize maps = {1, size[0], size[1], size[2]};
   Step step = step_at(step_bytes, 0);
   Tensor table = float_buffer(step_bytes, 0);
@@ -162,7 +166,10 @@ std::tuple<Tensor, Tensor> freeze_for_maps(const Tensor& step_bytes,
 class Sequence {
  public:
   Sequence(const Tensor& x, const std::vector<Tensor>& packed)
-      : maps_(x), size_(map_size("x", x)), packed_(packed) {}
+      : maps_(x), size_(map_size("x", x)), packed_(packed) {
+    STD_TORCH_CHECK(size_.height > 0 && size_.width > 0, "x must have H, W >= 1");
+    element_type("x", x.scalar_type());
+  }
 
   const Tensor& result() const { return maps_; }
   bool used_all_tensors() const { return next_ == packed_.size(); }
@@ -241,6 +248,7 @@ class Sequence {
     run(
         output, [&](float* scratch) { eval.compute(data_of(output), scratch); },
         [&] { return eval.scratch_size(); });
+    size_ = {problem.batch, eval.columns(), 1, 1};
   }
 
   void expect(int64_t channels, int64_t height, int64_t width) const {
@@ -251,7 +259,7 @@ class Sequence {
 
   const float* take_packed(int64_t count) {
     STD_TORCH_CHECK(next_ < packed_.size(), "a frozen step has no weights");
-    return float_data("packed weights", packed_[next_++], count);
+    return float_data("packed weights", packed_[next_++], {count});
   }
 
   // Results of steps are dense already, whatever shape their memory has.

@@ -9,18 +9,18 @@
 namespace moat_kernels::cpu {
 
 HeadProblem read_head(const OptionalTensors& tensors, double eps) {
-  STD_TORCH_CHECK(tensors.size() == kHeadTensors && tensors[kHeadNormWeight].has_value(),
-                  "head: wrong number of tensors");
+  STD_TORCH_CHECK(tensors.size() == kHeadTensors, "head: tensors must be ", int{kHeadTensors},
+                  ", got ", tensors.size());
   HeadProblem problem;
-  problem.channels = tensors[kHeadNormWeight]->numel();
+  problem.channels = axis_of("norm.weight", tensors[kHeadNormWeight], 0);
   problem.eps = static_cast<float>(eps);
-  problem.norm_weight = float_data("norm.weight", tensors[kHeadNormWeight], problem.channels);
-  problem.norm_bias = float_data("norm.bias", tensors[kHeadNormBias], problem.channels);
+  problem.norm_weight = float_data("norm.weight", tensors[kHeadNormWeight], {problem.channels});
+  problem.norm_bias = float_data("norm.bias", tensors[kHeadNormBias], {problem.channels});
   if (!tensors[kHeadWeight].has_value()) return problem;
-  problem.classes = tensors[kHeadWeight]->size(0);
+  problem.classes = axis_of("head.weight", tensors[kHeadWeight], 0);
   problem.weight =
-      float_data("head.weight", tensors[kHeadWeight], problem.classes * problem.channels);
-  problem.bias = float_data("head.bias", tensors[kHeadBias], problem.classes);
+      float_data("head.weight", tensors[kHeadWeight], {problem.classes, problem.channels});
+  problem.bias = float_data("head.bias", tensors[kHeadBias], {problem.classes});
   return problem;
 }
 

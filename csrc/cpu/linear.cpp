@@ -30,13 +30,14 @@ struct Sizes {
 };
 
 Sizes read_sizes(const Tensor& x, const Tensor& weight) {
-  STD_TORCH_CHECK(weight.dim() == 2 && x.dim() > 0 && x.numel() > 0,
-                  "linear: x must be [.., K] with at least one row, weight [N, K]");
-  const Sizes sizes = {x.numel() / weight.size(1), weight.size(0), weight.size(1)};
-  STD_TORCH_CHECK(sizes.columns % kMultiple == 0 && sizes.depth % kMultiple == 0,
-                  "linear: weight must be [N, K] with multiples of ", kMultiple, ", got [",
-                  sizes.columns, ", ", sizes.depth, "]");
-  return sizes;
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.numel() > 0 && weight.size(0) % kMultiple == 0 &&
+                      weight.size(1) % kMultiple == 0,
+                  "weight must be [N, K] with multiples of ", kMultiple, ", got ",
+                  shape_of(weight));
+  const int64_t depth = weight.size(1);
+  STD_TORCH_CHECK(x.dim() > 0 && x.size(x.dim() - 1) == depth && x.numel() > 0, "x must be [.., ",
+                  depth, "] with at least one row, got ", shape_of(x));
+  return {x.numel() / depth, weight.size(0), depth};
 }
 
 // out [rows, columns] = x [rows, depth] times what pack(first column, columns) has packed, + bias.
@@ -75,15 +76,15 @@ std::vector<int64_t> shape_with(const Tensor& x, int64_t last) {
 // x [.., K], weight [N, K], bias [N] -> x weight^T + bias [.., N]
 Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias) {
   const Sizes sizes = read_sizes(x, weight);
+  const float* rows = any_float_data("x", x, shape_with(x, sizes.depth));
+  const float* weights = float_data("weight", weight, {sizes.columns, sizes.depth});
+  const float* biases = float_data("bias", bias, {sizes.columns});
   const Tensor output = recycled_floats(x, shape_with(x, sizes.columns));
-  const float* weights = float_data("weight", weight, sizes.columns * sizes.depth);
   const auto pack = MOAT_KERNELS_DISPATCH(train_pack);
-  multiply_rows(x, sizes, float_data("x", x, sizes.rows * sizes.depth),
-                float_data("bias", bias, sizes.columns), data_of(output),
-                [&](int64_t first, int64_t count, float* packed) {
-                  pack(weights + first * sizes.depth, sizes.depth, count, sizes.depth, nullptr,
-                       packed);
-                });
+  multiply_rows(
+      x, sizes, rows, biases, data_of(output), [&](int64_t first, int64_t count, float* packed) {
+        pack(weights + first * sizes.depth, sizes.depth, count, sizes.depth, nullptr, packed);
+      });
   return output;
 }
 
@@ -129,14 +130,12 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
                                                    const Tensor& weight, bool needs_input,
                                                    bool needs_parameters) {
   const Sizes sizes = read_sizes(x, weight);
-  const float* gradient = float_data("grad", grad, sizes.rows * sizes.columns);
-  const float* weights = float_data("weight", weight, sizes.columns * sizes.depth);
+  const float* gradient = any_float_data("grad", grad, shape_with(x, sizes.columns));
+  const float* rows = any_float_data("x", x, shape_with(x, sizes.depth));
+  const float* weights = float_data("weight", weight, {sizes.columns, sizes.depth});
   const Tensor nothing = recycled_floats(x, {0});
   std::tuple<Tensor, Tensor> parameters = {nothing, nothing};
-  if (needs_parameters) {
-    parameters =
-        parameter_gradients(x, sizes, gradient, float_data("x", x, sizes.rows * sizes.depth));
-  }
+  if (needs_parameters) parameters = parameter_gradients(x, sizes, gradient, rows);
   const auto [grad_weight, grad_bias] = parameters;
   if (!needs_input) return {nothing, grad_weight, grad_bias};
   const Tensor grad_input = recycled_floats(x, shape_with(x, sizes.depth));

@@ -313,6 +313,8 @@ Tensor mbconv_eval(Tensor x, OptionalTensors convolutions, OptionalTensors norms
                    const std::vector<std::string>& activations, bool residual,
                    const std::string& pool_kind, const std::vector<int64_t>& pool,
                    ScalarType dtype) {
+  const MapSize size = map_size("x", x);
+  const ElementType output_type = element_type("dtype", dtype);
   x = torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
   make_readable(convolutions);
   make_readable(norms);
@@ -320,13 +322,13 @@ Tensor mbconv_eval(Tensor x, OptionalTensors convolutions, OptionalTensors norms
   MBConvProblem problem = read_block(convolutions, norms, eps, stride, activations);
   problem.residual = residual;
   problem.pool = read_pool(pool_kind, pool);
-  set_maps(map_size("x", x), padding, pool_padding(pool), problem);
+  set_maps(size, padding, pool_padding(pool), problem);
   problem.x = x.const_data_ptr();
   problem.x_type = element_type("x", x.scalar_type());
-  problem.drop_path_scale = float_data("drop_path_scale", drop_path_scale, problem.batch);
+  problem.drop_path_scale = float_data("drop_path_scale", drop_path_scale, {problem.batch});
   const Tensor output = empty_maps(x, output_map(problem), dtype);
   problem.output = output.mutable_data_ptr();
-  problem.output_type = element_type("dtype", dtype);
+  problem.output_type = output_type;
   if (output.numel() == 0) return output;
 
   const MBConvEval eval(problem, nullptr);

@@ -4,6 +4,7 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <iterator>
 #include <tuple>
 
 #include "cpu/moments.h"
@@ -23,22 +24,35 @@ NormTensors read_train_norm(const char* name, const TrainSettings& settings, int
   STD_TORCH_CHECK(settings.modes[index] >= 0 && settings.modes[index] <= 2, name, ": unknown mode ",
                   settings.modes[index]);
   norm.mode = static_cast<NormMode>(settings.modes[index]);
-  norm.weight = float_data(name, settings.norms[4 * index], channels);
-  norm.bias = float_data(name, settings.norms[4 * index + 1], channels);
-  norm.mean = float_data(name, settings.norms[4 * index + 2], channels);
-  norm.variance = float_data(name, settings.norms[4 * index + 3], channels);
+  norm.weight = float_data(name, settings.norms[4 * index], {channels}, ".weight");
+  norm.bias = float_data(name, settings.norms[4 * index + 1], {channels}, ".bias");
+  norm.mean = float_data(name, settings.norms[4 * index + 2], {channels}, ".running_mean");
+  norm.variance = float_data(name, settings.norms[4 * index + 3], {channels}, ".running_var");
   norm.eps = settings.eps[index];
   STD_TORCH_CHECK(norm.mode != NormMode::frozen || (norm.mean && norm.variance), name,
                   " is frozen but has no running statistics");
   return norm;
 }
 
-TrainSettings checked(const TrainSettings& settings) {
+// Here, before memory of these sizes is taken.
+void check_channels(const char* name, const std::optional<Tensor>& weight, int64_t axis,
+                    int64_t channels) {
+  const int64_t length = axis_of(name, weight, axis);
+  STD_TORCH_CHECK(length == channels, "axis ", axis, " of ", name, " must be ", channels,
+                  " as geometry says, got ", length);
+}
+
+TrainShape checked_shape(const TrainSettings& settings) {
   STD_TORCH_CHECK(settings.weights.size() == kTrainWeights &&
                       settings.norms.size() == 4 * kTrainNorms &&
                       settings.eps.size() == kTrainNorms && settings.modes.size() == kTrainNorms,
                   "mbconv: wrong number of tensors or settings");
-  return settings;
+  const TrainShape shape = read_shape(settings.geometry, settings.activations);
+  check_channels("expand_weight", settings.weights[kTrainExpand], 0, shape.wide_channels);
+  check_channels("expand_weight", settings.weights[kTrainExpand], 1, shape.in_channels);
+  check_channels("depthwise_weight", settings.weights[kTrainDepthwise], 0, shape.wide_channels);
+  check_channels("project_weight", settings.weights[kTrainProject], 0, shape.out_channels);
+  return shape;
 }
 
 void store_scale(const Affine& affine, int64_t channel, std::vector<float>& scale,
@@ -57,10 +71,10 @@ int64_t last_channel(const TrainShape& shape, const Blocks& blocks) {
 
 TrainCall::TrainCall(const Tensor& like, const TrainSettings& settings)
     : like(like),
-      shape(read_shape(settings.geometry, settings.activations)),
+      shape(checked_shape(settings)),
       workers(thread_count()),
       waves(wave_count(shape)),
-      norms{read_train_norm("pre_norm", checked(settings), kPreNorm, shape.in_channels),
+      norms{read_train_norm("pre_norm", settings, kPreNorm, shape.in_channels),
             read_train_norm("expand_norm", settings, kExpandNorm, shape.wide_channels),
             read_train_norm("depthwise_norm", settings, kDepthwiseNorm, shape.wide_channels)},
       pre(norms[kPreNorm], shape.in_channels),
@@ -77,15 +91,19 @@ TrainCall::TrainCall(const Tensor& like, const TrainSettings& settings)
       expand_shift_(shape.padded_wide()),
       depthwise_scale_(shape.padded_wide()),
       depthwise_shift_(shape.padded_wide()) {
-  const int64_t sizes[kTrainWeights] = {shape.wide_channels * shape.in_channels,
-                                        shape.wide_channels * 9,
-                                        shape.out_channels * shape.wide_channels,
-                                        shape.wide_channels,
-                                        shape.wide_channels,
-                                        shape.out_channels};
-  for (int64_t index = 0; index < kTrainWeights; ++index) {
-    weights_[index] = float_data("weights", settings.weights[index], sizes[index]);
-  }
+  const OptionalTensors& given = settings.weights;
+  weights_[kTrainExpand] =
+      pointwise_data("expand_weight", given[kTrainExpand], shape.wide_channels, shape.in_channels);
+  weights_[kTrainDepthwise] =
+      float_data("depthwise_weight", given[kTrainDepthwise], {shape.wide_channels, 1, 3, 3});
+  weights_[kTrainProject] = pointwise_data("project_weight", given[kTrainProject],
+                                           shape.out_channels, shape.wide_channels);
+  weights_[kTrainExpandBias] =
+      float_data("expand_bias", given[kTrainExpandBias], {shape.wide_channels});
+  weights_[kTrainDepthwiseBias] =
+      float_data("depthwise_bias", given[kTrainDepthwiseBias], {shape.wide_channels});
+  weights_[kTrainProjectBias] =
+      float_data("project_bias", given[kTrainProjectBias], {shape.out_channels});
   for (int64_t channel = 0; channel < shape.wide_channels; ++channel) {
     for (int64_t tap = 0; tap < 9; ++tap) {
       taps[tap * shape.padded_wide() + channel] = weights_[kTrainDepthwise][channel * 9 + tap];
@@ -98,11 +116,15 @@ Tensor TrainCall::wide_tensor(int64_t pixels, ScalarType type) const {
 }
 
 Wide TrainCall::wide_of(const char* name, const Tensor& tensor, int64_t pixels) const {
-  STD_TORCH_CHECK(
-      tensor.is_contiguous() && tensor.numel() == shape.images * shape.padded_wide() * pixels, name,
-      " must be contiguous with ", shape.images * shape.padded_wide() * pixels, " elements, got ",
-      tensor.numel());
-  return {tensor.mutable_data_ptr(), element_type(name, tensor.scalar_type()), shape.blocks(), 0};
+  const ScalarType type = tensor.scalar_type();
+  const ElementType element = element_type(name, type);
+  const int64_t sizes[] = {shape.images, shape.blocks(), pixels, kWideChannels};
+  checked_data(name, "", tensor, type, sizes, std::size(sizes));
+  return {tensor.mutable_data_ptr(), element, shape.blocks(), 0};
+}
+
+double* TrainCall::statistics_of(const Tensor& statistics) const {
+  return double_data("statistics", statistics, {statistics_size()});
 }
 
 Tensor TrainCall::wave_buffer(int64_t pixels) const {
@@ -114,9 +136,8 @@ Wide TrainCall::wave_of(const Tensor& buffer, const Blocks& blocks) const {
   return {data_of(buffer), ElementType::float32, blocks.last - blocks.first, blocks.first};
 }
 
-Tensor TrainCall::make_rows(const Tensor& maps, int64_t pixels, int64_t channels,
-                            const float* shift, const float* scales, float* sums) const {
-  const float* data = float_data("maps", maps, shape.images * pixels * channels);
+Tensor TrainCall::make_rows(const float* maps, int64_t pixels, int64_t channels, const float* shift,
+                            const float* scales, float* sums) const {
   const int64_t columns = panelled(channels);
   const Tensor result = recycled_floats(like, {shape.images, pixels, columns});
   const int64_t strips = strip_count(shape.images, pixels);
@@ -125,7 +146,7 @@ Tensor TrainCall::make_rows(const Tensor& maps, int64_t pixels, int64_t channels
   for_each_task(shape.images * strips, workers, [&](int64_t index, int64_t) {
     const PixelRange range = strip_at(index, strips, pixels);
     const int64_t first = range.image * pixels + range.first;
-    convert(data + first * channels, range.last - range.first, channels, shift,
+    convert(maps + first * channels, range.last - range.first, channels, shift,
             scales ? scales[range.image] : 1.0f, data_of(result) + first * columns,
             sums ? parts.data() + index * channels : nullptr);
   });
@@ -142,7 +163,7 @@ Tensor TrainCall::make_rows(const Tensor& maps, int64_t pixels, int64_t channels
 void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure) {
   const int64_t channels = shape.in_channels;
   const int64_t pixels = shape.in_pixels();
-  const float* data = float_data("x", x, shape.images * pixels * channels);
+  const float* data = float_data("x", x, {shape.images, shape.height, shape.width, channels});
   double* input = input_statistics(shape, statistics);
   // All pixels as one row: a few long parts for every thread.
   if (measure) measure_moments(data, shape.images * pixels, channels, kParts, workers, input);
@@ -152,7 +173,7 @@ void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure)
     pre.fold(channel, 0.0, input[channels + channel], static_cast<double>(mean[channel]));
     store_scale(pre, channel, pre_scale, pre_shift);
   }
-  rows = make_rows(x, pixels, channels, mean.data(), nullptr, nullptr);
+  rows = make_rows(data, pixels, channels, mean.data(), nullptr, nullptr);
   packed_expand_ = recycled_floats(like, {shape.padded_wide() * channels});
   const auto pack = MOAT_KERNELS_DISPATCH(train_pack);
   const auto multiply = MOAT_KERNELS_DISPATCH(train_constants);
@@ -243,17 +264,8 @@ void TrainCall::fold_depthwise(const Blocks& blocks, const double* statistics) {
 
 namespace {
 
-double* doubles_of(const Tensor& tensor) { return static_cast<double*>(tensor.mutable_data_ptr()); }
-
 Tensor doubles(const Tensor& like, int64_t count) {
   return torch::stable::new_zeros(like, {count}, ScalarType::Double);
-}
-
-double* statistics_of(const Tensor& statistics, const TrainCall& call) {
-  STD_TORCH_CHECK(statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous() &&
-                      statistics.numel() == call.statistics_size(),
-                  "statistics must be float64 with ", call.statistics_size(), " elements");
-  return doubles_of(statistics);
 }
 
 // What the running statistics take: `statistics` with the constants that z1 and z2 lack.
@@ -279,10 +291,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_front(
     const Tensor& x, const std::optional<Tensor>& given, bool keep_z1, ScalarType type,
     const OptionalTensors& weights, const OptionalTensors& norms, const std::vector<double>& eps,
     const std::vector<int64_t>& modes, const Geometry& geometry, const Names& activations) {
+  element_type("dtype", type);
   TrainCall call(x, {weights, norms, eps, modes, geometry, activations});
   const TrainShape& shape = call.shape;
   const Tensor statistics = given ? *given : doubles(x, call.statistics_size());
-  double* values = statistics_of(statistics, call);
+  double* values = call.statistics_of(statistics);
   const bool measure = !given;
   call.prepare_input(x, values, measure);
   const int64_t waves = call.waves;
@@ -309,8 +322,8 @@ Tensor train_pool(const Tensor& z2, const Tensor& statistics, const OptionalTens
                   const Names& activations) {
   TrainCall call(z2, {weights, norms, eps, modes, geometry, activations});
   const TrainShape& shape = call.shape;
-  call.fold_depthwise(all_blocks(shape), statistics_of(statistics, call));
   const Wide in = call.wide_of("z2", z2, shape.out_pixels());
+  call.fold_depthwise(all_blocks(shape), call.statistics_of(statistics));
   const int64_t wide = shape.padded_wide();
   const Tensor means = recycled_floats(z2, {shape.images, wide});
   const auto compute = MOAT_KERNELS_DISPATCH(train_pool);
@@ -328,13 +341,14 @@ Tensor train_project(const Tensor& z2, const Tensor& statistics, const std::opti
                      const Names& activations) {
   TrainCall call(z2, {weights, norms, eps, modes, geometry, activations});
   const TrainShape& shape = call.shape;
-  call.fold_depthwise(all_blocks(shape), statistics_of(statistics, call));
   const int64_t pixels = shape.out_pixels();
   const int64_t channels = shape.out_channels;
   const Wide in = call.wide_of("z2", z2, pixels);
-  const float* gates = float_data("gate", gate, shape.images * shape.padded_wide());
-  const float* keep = float_data("drop_path_scale", drop_path_scale, shape.images);
-  const float* extra = float_data("addend", addend, shape.images * pixels * channels);
+  call.fold_depthwise(all_blocks(shape), call.statistics_of(statistics));
+  const float* gates = float_data("gate", gate, {shape.images, shape.padded_wide()});
+  const float* keep = float_data("drop_path_scale", drop_path_scale, {shape.images});
+  const float* extra =
+      float_data("addend", addend, {shape.images, shape.out_height, shape.out_width, channels});
   const Tensor packed = recycled_floats(z2, {shape.padded_wide() * panelled(channels)});
   const auto pack = MOAT_KERNELS_DISPATCH(train_pack);
   for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {

@@ -46,7 +46,8 @@ enum TrainNorm { kPreNorm, kExpandNorm, kDepthwiseNorm, kTrainNorms };
 
 inline TrainShape read_shape(const Geometry& geometry, const Names& activations) {
   STD_TORCH_CHECK(geometry.size() == 11 && activations.size() == 2,
-                  "mbconv: wrong number of settings");
+                  "geometry must be 11 numbers and activations 2 names, got ", geometry.size(),
+                  " and ", activations.size());
   TrainShape shape;
   shape.images = geometry[0];
   shape.height = geometry[1];
@@ -61,8 +62,25 @@ inline TrainShape read_shape(const Geometry& geometry, const Names& activations)
   shape.out_channels = geometry[10];
   shape.expand_activation = parse_activation(activations[0]);
   shape.depthwise_activation = parse_activation(activations[1]);
-  STD_TORCH_CHECK(shape.stride == 1 || shape.stride == 2, "stride must be 1 or 2");
+  STD_TORCH_CHECK(shape.stride == 1 || shape.stride == 2, "stride must be 1 or 2, got ",
+                  shape.stride);
   STD_TORCH_CHECK(shape.images > 0, "mbconv: training needs at least one image");
+  constexpr int64_t kMost = int64_t{1} << 31;
+  for (const int64_t size :
+       {shape.images, shape.height, shape.width, shape.out_height, shape.out_width, shape.top + 1,
+        shape.left + 1, shape.in_channels, shape.wide_channels, shape.out_channels}) {
+    STD_TORCH_CHECK(size > 0 && size < kMost, "geometry must be of maps that are not empty, got ",
+                    text_of(geometry.data(), geometry.size()));
+  }
+  // No product of sizes overflows.
+  const double pixels = std::max(static_cast<double>(shape.height) * shape.width,
+                                 static_cast<double>(shape.out_height) * shape.out_width);
+  const double channels = static_cast<double>(std::max(shape.in_channels, shape.out_channels)) +
+                          static_cast<double>(shape.padded_wide());
+  STD_TORCH_CHECK(
+      shape.images * pixels * channels < 0x1p50 && channels * shape.padded_wide() < 0x1p50,
+      "geometry is of maps larger than any memory, got ",
+      text_of(geometry.data(), geometry.size()));
   return shape;
 }
 
@@ -118,7 +136,7 @@ class TrainCall {
 
   // rows = (grad or x - mean) * scale, [pixels][panelled]; sums [channels]: of its columns, or
   // null.
-  Tensor make_rows(const Tensor& maps, int64_t pixels, int64_t channels, const float* shift,
+  Tensor make_rows(const float* maps, int64_t pixels, int64_t channels, const float* shift,
                    const float* scales, float* sums) const;
 
   template <class Function>
@@ -140,11 +158,16 @@ class TrainCall {
   // time.
   Tensor wide_tensor(int64_t pixels, ScalarType type) const;
   Wide wide_of(const char* name, const Tensor& tensor, int64_t pixels) const;
+  // Of statistics, [statistics_size()] in float64.
+  double* statistics_of(const Tensor& statistics) const;
   Tensor wave_buffer(int64_t pixels) const;
   Wide wave_of(const Tensor& buffer, const Blocks& blocks) const;
 
   float* scratch_of(int64_t worker) const { return data_of(scratch_) + worker * scratch_size_; }
   const float* weight(TrainWeight index) const { return weights_[index]; }
+  bool measures() const {
+    return pre.measured() || expand_affine.measured() || depthwise_affine.measured();
+  }
   int64_t statistics_size() const { return 2 * shape.in_channels + 4 * shape.wide_channels; }
   ScaleShift expand_norm() const { return {expand_scale_.data(), expand_shift_.data()}; }
   ScaleShift depthwise_norm() const { return {depthwise_scale_.data(), depthwise_shift_.data()}; }

@@ -111,18 +111,28 @@ void for_each_group(const TrainCall& call, const Blocks& blocks, int64_t groups,
   });
 }
 
+// The gradient of the output, and by what it is multiplied.
+struct OutputGradient {
+  const float* maps;
+  const float* scale;  // [images] or null
+
+  OutputGradient(const TrainShape& shape, const Tensor& grad,
+                 const std::optional<Tensor>& drop_path_scale)
+      : maps(float_data("grad", grad,
+                        {shape.images, shape.out_height, shape.out_width, shape.out_channels})),
+        scale(float_data("drop_path_scale", drop_path_scale, {shape.images})) {}
+};
+
 // The project convolution's backward.
 class ProjectBackward {
  public:
-  ProjectBackward(const TrainCall& call, const Tensor& grad,
-                  const std::optional<Tensor>& drop_path_scale)
+  ProjectBackward(const TrainCall& call, const OutputGradient& grad)
       : call_(call),
         sums_(call, group_count(call.shape, call.waves), call.shape.out_channels),
         grad_weight(floats(call, {call.shape.out_channels, call.shape.wide_channels})),
         grad_bias(floats(call, {call.shape.out_channels})) {
     const TrainShape& shape = call.shape;
-    rows_ = call.make_rows(grad, shape.out_pixels(), shape.out_channels, nullptr,
-                           float_data("drop_path_scale", drop_path_scale, shape.images),
+    rows_ = call.make_rows(grad.maps, shape.out_pixels(), shape.out_channels, nullptr, grad.scale,
                            data_of(grad_bias));
     packed_ = recycled_floats(call.like, {shape.padded_wide() * shape.out_channels});
     const auto pack = MOAT_KERNELS_DISPATCH(train_pack_transposed);
@@ -286,13 +296,6 @@ Tensor sum_taps(const TrainCall& call, const std::vector<double>& parts) {
   return result;
 }
 
-double* backward_statistics(const Tensor& statistics, const TrainCall& call) {
-  STD_TORCH_CHECK(statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous() &&
-                      statistics.numel() == call.statistics_size(),
-                  "statistics must be float64 with ", call.statistics_size(), " elements");
-  return static_cast<double*>(statistics.mutable_data_ptr());
-}
-
 // With squeeze-excite, the project convolution first: its input's gradient through the gate is
 // needed as a whole. -> gradient of gate * act(y2) (wide), of the weight, the bias and the gate
 // [B, padded E]
@@ -304,16 +307,17 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward_gated(
   TrainCall call(z2, {weights, norms, eps, modes, geometry, activations});
   const TrainShape& shape = call.shape;
   call.waves = 1;
+  const Wide kept = call.wide_of("z2", z2, shape.out_pixels());
   const Blocks blocks = {0, shape.blocks()};
-  call.fold_depthwise(blocks, backward_statistics(statistics, call));
+  call.fold_depthwise(blocks, call.statistics_of(statistics));
   const int64_t wide = shape.padded_wide();
-  const float* gates = float_data("gate", gate, shape.images * wide);
+  const float* gates = float_data("gate", gate, {shape.images, wide});
   const Tensor gradient = call.wide_tensor(shape.out_pixels(), ScalarType::Float);
   const Tensor grad_gate = float_zeros(call, {shape.images, wide});
-  ProjectBackward project(call, grad, drop_path_scale);
+  ProjectBackward project(call, OutputGradient(shape, grad, drop_path_scale));
   NormBackward unused(shape, project.groups());
-  project.run(blocks, call.wide_of("z2", z2, shape.out_pixels()), gates,
-              call.wide_of("gradient", gradient, shape.out_pixels()), unused, data_of(grad_gate));
+  project.run(blocks, kept, gates, call.wide_of("gradient", gradient, shape.out_pixels()), unused,
+              data_of(grad_gate));
   return {gradient, project.grad_weight, project.grad_bias, grad_gate};
 }
 
@@ -334,15 +338,25 @@ std::vector<Tensor> train_backward(
   const TrainShape& shape = call.shape;
   const int64_t in_pixels = shape.in_pixels();
   const int64_t out_pixels = shape.out_pixels();
+  STD_TORCH_CHECK(gated_gradient.has_value() == gate.has_value() &&
+                      gated_gradient.has_value() == grad_mean.has_value(),
+                  "gated_gradient, gate and grad_mean come together");
+  if (gated_gradient) {  // overwritten in float32
+    check_memory("gated_gradient", "", *gated_gradient, DeviceType::CPU, ScalarType::Float);
+  }
+  STD_TORCH_CHECK(statistics.has_value() || !call.measures(),
+                  "statistics must be given: a norm measures its batch");
   std::vector<double> measured(statistics ? 0 : call.statistics_size());
-  double* values = statistics ? backward_statistics(*statistics, call) : measured.data();
+  double* values = statistics ? call.statistics_of(*statistics) : measured.data();
   call.prepare_input(x, values, !statistics);
 
   std::optional<ProjectBackward> project;
-  if (!gated_gradient) project.emplace(call, grad, drop_path_scale);
-  const float* gates = float_data("gate", gate, shape.images * shape.padded_wide());
-  const float* means = float_data("grad_mean", grad_mean, shape.images * shape.padded_wide());
-  const float* extra = float_data("addend", addend, shape.images * in_pixels * shape.in_channels);
+  const OutputGradient output_gradient(shape, grad, drop_path_scale);
+  if (!gated_gradient) project.emplace(call, output_gradient);
+  const float* gates = float_data("gate", gate, {shape.images, shape.padded_wide()});
+  const float* means = float_data("grad_mean", grad_mean, {shape.images, shape.padded_wide()});
+  const float* extra =
+      float_data("addend", addend, {shape.images, shape.height, shape.width, shape.in_channels});
   ExpandBackward expand(call, needs_input);
   NormBackward depthwise_norm(shape, gated_gradient ? shape.images : project->groups());
   NormBackward expand_norm(shape, shape.images);

@@ -27,19 +27,19 @@ enum StemTensor {
 }  // namespace
 
 StemProblem read_stem(const OptionalTensors& tensors, double eps) {
-  STD_TORCH_CHECK(tensors.size() == kStemTensors && tensors[kFirstWeight].has_value() &&
-                      tensors[kSecondWeight].has_value(),
-                  "stem: wrong number of tensors");
+  STD_TORCH_CHECK(tensors.size() == kStemTensors, "stem: tensors must be ", int{kStemTensors},
+                  ", got ", tensors.size());
   StemProblem problem;
-  problem.channels = tensors[kFirstWeight]->size(0);
-  problem.in_channels = tensors[kFirstWeight]->size(1);
+  problem.channels = axis_of("conv_0.weight", tensors[kFirstWeight], 0);
+  problem.in_channels = axis_of("conv_0.weight", tensors[kFirstWeight], 1);
+  axis_of("conv_1.weight", tensors[kSecondWeight], 0);
   const int64_t channels = problem.channels;
   problem.first.weight =
-      float_data("conv_0.weight", tensors[kFirstWeight], channels * problem.in_channels * 9);
-  problem.first.bias = float_data("conv_0.bias", tensors[kFirstBias], channels);
+      float_data("conv_0.weight", tensors[kFirstWeight], {channels, problem.in_channels, 3, 3});
+  problem.first.bias = float_data("conv_0.bias", tensors[kFirstBias], {channels});
   problem.second.weight =
-      float_data("conv_1.weight", tensors[kSecondWeight], channels * channels * 9);
-  problem.second.bias = float_data("conv_1.bias", tensors[kSecondBias], channels);
+      float_data("conv_1.weight", tensors[kSecondWeight], {channels, channels, 3, 3});
+  problem.second.bias = float_data("conv_1.bias", tensors[kSecondBias], {channels});
   const OptionalTensors norm(tensors.begin() + kNormWeight, tensors.begin() + kSecondWeight);
   problem.norm = read_norm("norm_0", norm, 0, {eps}, channels);
   STD_TORCH_CHECK(problem.norm.present, "norm_0 must have running statistics");
@@ -61,7 +61,9 @@ void set_maps(const MapSize& x, StemProblem& problem) {
 }
 
 void check_stem_input(const Tensor& x) {
-  STD_TORCH_CHECK(x.dim() == 4 && x.scalar_type() == ScalarType::Float, "x must be a float32 map");
+  STD_TORCH_CHECK(x.is_cpu() && x.dim() == 4 && x.scalar_type() == ScalarType::Float,
+                  "x must be a float32 map [B, C, H, W] on the CPU, got ", shape_of(x), " in ",
+                  name_of(x.scalar_type()));
 }
 
 MapSize output_map(const StemProblem& problem) {

@@ -25,12 +25,15 @@ constexpr int64_t kStripFloats = 16 << 10;  // of a map that a task takes: two m
 // A map [B, H, W, C] as rows of a whole number of pixels and of groups of vectors.
 struct Rows {
   int64_t pixels, channels, period;
+  std::vector<int64_t> sizes;
 
   explicit Rows(const Tensor& map)
       : pixels(map.dim() == 4 ? map.size(0) * map.size(1) * map.size(2) : 0),
         channels(map.dim() == 4 ? map.size(3) : 0),
         period(std::lcm(channels, kStemGroup)) {
-    STD_TORCH_CHECK(floats() > 0, "z must be a map [B, H, W, C] with at least one element");
+    STD_TORCH_CHECK(floats() > 0, "z must be a map [B, H, W, C] with at least one element, got ",
+                    shape_of(map));
+    sizes = {map.size(0), map.size(1), map.size(2), map.size(3)};
   }
   int64_t floats() const { return pixels * channels; }
   int64_t strip() const { return period * std::max<int64_t>(1, kStripFloats / period); }
@@ -67,11 +70,7 @@ std::vector<float> spread(const Rows& rows, const Value& value_of) {
 }
 
 const double* statistics_data(const Rows& rows, const Tensor& statistics) {
-  STD_TORCH_CHECK(statistics.scalar_type() == ScalarType::Double && statistics.is_contiguous() &&
-                      statistics.numel() == 2 * rows.channels,
-                  "statistics must be contiguous and float64 with ", 2 * rows.channels,
-                  " elements, got ", statistics.numel());
-  return static_cast<const double*>(statistics.const_data_ptr());
+  return double_data("statistics", statistics, {2, rows.channels});
 }
 
 // The norm as the passes take it. They see z less its mean in float32, so that a mean far from zero
@@ -80,8 +79,8 @@ class Norm {
  public:
   Norm(const Rows& rows, const std::optional<Tensor>& weight, const std::optional<Tensor>& bias,
        const Tensor& statistics, double eps)
-      : affine_({NormMode::measured, float_data("norm.weight", weight, rows.channels),
-                 float_data("norm.bias", bias, rows.channels), nullptr, nullptr, eps},
+      : affine_({NormMode::measured, float_data("norm.weight", weight, {rows.channels}),
+                 float_data("norm.bias", bias, {rows.channels}), nullptr, nullptr, eps},
                 rows.channels) {
     const double* mean = statistics_data(rows, statistics);
     centre_ = spread(rows, [&](int64_t channel) { return mean[channel]; });
@@ -107,7 +106,7 @@ std::tuple<Tensor, Tensor> stem_train_forward(const Tensor& z, const std::option
                                               const std::optional<Tensor>& bias,
                                               const std::optional<Tensor>& given, double eps) {
   const Rows rows(z);
-  const float* map = float_data("z", z, rows.floats());
+  const float* map = any_float_data("z", z, rows.sizes);
   const Tensor statistics = torch::stable::new_empty(z, {2, rows.channels}, ScalarType::Double);
   double* values = static_cast<double*>(statistics.mutable_data_ptr());
   if (given) {
@@ -117,7 +116,7 @@ std::tuple<Tensor, Tensor> stem_train_forward(const Tensor& z, const std::option
     measure_moments(map, rows.pixels, rows.channels, rows.strips(), thread_count(), values);
   }
   const Norm norm(rows, weight, bias, statistics, eps);
-  const Tensor output = recycled_floats(z, {z.size(0), z.size(1), z.size(2), z.size(3)});
+  const Tensor output = recycled_floats(z, rows.sizes);
   const auto compute = MOAT_KERNELS_DISPATCH(stem_train_forward);
   for_each_strip(rows, map, data_of(output),
                  [&](int64_t, int64_t count, const float* from, float* to) {
@@ -133,8 +132,8 @@ std::tuple<Tensor, Tensor> stem_train_backward(const Tensor& grad, const Tensor&
                                                const std::optional<Tensor>& bias,
                                                const Tensor& statistics, double eps, bool frozen) {
   const Rows rows(z);
-  const float* map = float_data("z", z, rows.floats());
-  float_data("grad", grad, rows.floats());
+  const float* map = any_float_data("z", z, rows.sizes);
+  any_float_data("grad", grad, rows.sizes);
   const Norm norm(rows, weight, bias, statistics, eps);
   std::vector<double> sums(rows.strips() * 2 * rows.period);
   const auto add = MOAT_KERNELS_DISPATCH(stem_train_sums);

@@ -62,7 +62,8 @@ AttentionMap map_of(const char* name, const Tensor& tensor, const WindowAttentio
                       tensor.size(2) == problem.width && tensor.size(3) == channels &&
                       (tensor.stride(3) == 1 || channels == 1),
                   name, " must be [", problem.batch, ", ", problem.height, ", ", problem.width,
-                  ", ", channels, "] of qkv's dtype, with dense channels, on the CPU");
+                  ", ", channels, "] in ", name_of(type), " with dense channels on the CPU, got ",
+                  shape_of(tensor), " in ", name_of(tensor.scalar_type()));
   return {static_cast<char*>(tensor.data_ptr()), tensor.stride(0), tensor.stride(1),
           tensor.stride(2)};
 }
@@ -72,9 +73,13 @@ void describe(WindowAttention& problem, const Tensor& qkv, const std::optional<T
               int64_t heads, int64_t head_dim, int64_t window_height, int64_t window_width,
               double scale, bool heads_first, bool grid) {
   STD_TORCH_CHECK(heads > 0 && head_dim > 0 && window_height > 0 && window_width > 0,
-                  "heads, head_dim and the window's sides must be positive");
+                  "heads, head_dim and the window's sides must be positive, got ", heads, ", ",
+                  head_dim, ", ", window_height, " and ", window_width);
+  STD_TORCH_CHECK(heads < kLongestSide && head_dim < kLongestSide && window_height < kLongestSide &&
+                      window_width < kLongestSide,
+                  "heads, head_dim and the window's sides must be below 2^20");
   STD_TORCH_CHECK(qkv.dim() == 4 && qkv.size(1) > 0 && qkv.size(2) > 0,
-                  "qkv must be [B, H, W, 3*heads*head_dim] with H, W >= 1");
+                  "qkv must be [B, H, W, 3*heads*head_dim] with H, W >= 1, got ", shape_of(qkv));
   problem.element = element_type("qkv", qkv.scalar_type());
   problem.batch = qkv.size(0);
   problem.height = qkv.size(1);
@@ -92,8 +97,8 @@ void describe(WindowAttention& problem, const Tensor& qkv, const std::optional<T
   problem.part_stride = heads_first ? head_dim : heads * head_dim;
   problem.head_stride = heads_first ? 3 * head_dim : head_dim;
   problem.qkv = map_of("qkv", qkv, problem, 3 * heads * head_dim, qkv.scalar_type());
-  problem.bias_table = float_data("bias_table", bias_table,
-                                  heads * (2 * window_height - 1) * (2 * window_width - 1));
+  problem.bias_table =
+      float_data("bias_table", bias_table, {heads, 2 * window_height - 1, 2 * window_width - 1});
 }
 
 // (Chunk of windows, group of heads).
@@ -159,18 +164,18 @@ std::tuple<Tensor, Tensor> window_attention_backward(
   describe(problem, qkv, bias_table, heads, head_dim, window_height, window_width, scale,
            heads_first, grid);
   const ScalarType type = qkv.scalar_type();
+  problem.output = map_of("output", output, problem, heads * head_dim, type);
+  problem.output_gradient = map_of("grad", grad, problem, heads * head_dim, type);
+  problem.log_sum_exp = const_cast<float*>(float_data(
+      "log_sum_exp", log_sum_exp, {problem.batch, heads, problem.height, problem.width}));
   const Tensor grad_qkv = recycled_tensor(
       qkv, {problem.batch, problem.height, problem.width, 3 * heads * head_dim}, type);
   const int64_t table_size =
       needs_table ? heads * (2 * window_height - 1) * (2 * window_width - 1) : 0;
   const Tensor grad_table = float_buffer(qkv, table_size);
   const Tensor chunk_grads = recycled_floats(qkv, {problem.chunks * table_size});
-  problem.output = map_of("output", output, problem, heads * head_dim, type);
-  problem.output_gradient = map_of("grad", grad, problem, heads * head_dim, type);
   problem.qkv_gradient = map_of("grad_qkv", grad_qkv, problem, 3 * heads * head_dim, type);
   problem.table_gradients = needs_table ? data_of(chunk_grads) : nullptr;
-  problem.log_sum_exp = const_cast<float*>(float_data(
-      "log_sum_exp", log_sum_exp, problem.batch * heads * problem.height * problem.width));
   if (problem.chunks > 0) {
     run(problem, count_groups(problem),
         MOAT_KERNELS_DISPATCH(window_attention_backward_scratch)(problem), qkv,

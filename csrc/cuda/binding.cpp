@@ -6,8 +6,8 @@
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/util/Exception.h>
 
+#include <limits>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -15,6 +15,7 @@
 
 #include "cuda/launchers.h"
 #include "cuda/stream.h"
+#include "tensor_checks.h"
 
 // The tests compile the kernels for the host and register them there.
 #ifndef MOAT_KERNELS_CUDA_KEY
@@ -24,8 +25,6 @@
 namespace moat_kernels::cuda {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 using OptionalTensor = std::optional<Tensor>;
 
 void check_status(const char* op, int status) {
@@ -37,7 +36,8 @@ Element element_of(const char* name, const Tensor& tensor) {
   const ScalarType type = tensor.scalar_type();
   if (type == ScalarType::Float) return Element::float32;
   if (type == ScalarType::BFloat16) return Element::bfloat16;
-  STD_TORCH_CHECK(type == ScalarType::Half, name, " must be float32, bfloat16 or float16");
+  STD_TORCH_CHECK(type == ScalarType::Half, name, " must be float32, bfloat16 or float16, got ",
+                  name_of(type));
   return Element::float16;
 }
 
@@ -50,14 +50,13 @@ Activation parse_activation(const std::string& name) {
 // The data of a contiguous, 16-byte aligned tensor of these sizes.
 const void* data_of(const char* name, const Tensor& tensor, ScalarType type, int32_t device,
                     const std::vector<int64_t>& sizes) {
-  bool same = static_cast<size_t>(tensor.dim()) == sizes.size();
-  for (size_t i = 0; same && i < sizes.size(); ++i) same = tensor.size(i) == sizes[i];
-  STD_TORCH_CHECK(same, name, " has the wrong shape");
-  STD_TORCH_CHECK(tensor.scalar_type() == type, name, " has the wrong dtype");
-  STD_TORCH_CHECK(tensor.get_device_index() == device, name, " is on another device");
+  check_memory(name, "", tensor, DeviceType::MOAT_KERNELS_CUDA_KEY, type);
+  check_sizes(name, "", tensor, sizes.data(), sizes.size());
+  STD_TORCH_CHECK(tensor.get_device_index() == device, name, " must be on GPU ", device,
+                  ", got one on GPU ", tensor.get_device_index());
   const void* data = tensor.const_data_ptr();
-  STD_TORCH_CHECK(tensor.is_contiguous() && reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
-                  " must be contiguous and aligned to 16 bytes");
+  STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(data) % 16 == 0, name,
+                  " must be aligned to 16 bytes");
   return data;
 }
 
@@ -70,8 +69,17 @@ const float* floats_of(const char* name, const OptionalTensor& tensor, int32_t d
 // geometry: out height, out width, stride, top, left.
 DepthwiseShape read_shape(const Tensor& map, int64_t channels,
                           const std::vector<int64_t>& geometry) {
-  STD_TORCH_CHECK(map.dim() == 4 && map.numel() > 0, "the map must be [B, H, W, C], not empty");
-  STD_TORCH_CHECK(geometry.size() == 5, "geometry must have 5 numbers");
+  STD_TORCH_CHECK(map.device().type() == DeviceType::MOAT_KERNELS_CUDA_KEY,
+                  "the map must be on the GPU, as the other tensors are");
+  STD_TORCH_CHECK(map.dim() == 4 && map.numel() > 0,
+                  "the map must be [B, H, W, C] and not be empty, got ", shape_of(map));
+  STD_TORCH_CHECK(geometry.size() == 5, "geometry must have 5 numbers, got ", geometry.size());
+  constexpr int64_t kMost = std::numeric_limits<int>::max() / 2;  // kernels count pixels in ints
+  bool fits = channels <= kMost;
+  for (const int64_t size : map.sizes()) fits = fits && size <= kMost;
+  for (const int64_t size : geometry) fits = fits && size >= 0 && size <= kMost;
+  STD_TORCH_CHECK(fits, "sizes must be from 0 to 2^30, got a map of ", shape_of(map), " with ",
+                  channels, " channels and geometry ", text_of(geometry.data(), geometry.size()));
   DepthwiseShape shape;
   shape.images = map.size(0);
   shape.height = static_cast<int>(map.size(1));
@@ -85,7 +93,8 @@ DepthwiseShape read_shape(const Tensor& map, int64_t channels,
   STD_TORCH_CHECK(shape.stride == 1 || shape.stride == 2, "stride must be 1 or 2, got ",
                   shape.stride);
   STD_TORCH_CHECK(shape.out_height > 0 && shape.out_width > 0 && shape.top >= 0 && shape.left >= 0,
-                  "geometry must be of a padded, not empty output");
+                  "geometry must be of a padded, not empty output, got ",
+                  text_of(geometry.data(), geometry.size()));
   return shape;
 }
 
@@ -232,7 +241,8 @@ ExpandInput read_expand(const Tensor& x, const Tensor& weight, const OptionalTen
   ExpandInput input;
   input.type = element_of("x", x);
   STD_TORCH_CHECK(input.type != Element::float32, "x must be bfloat16 or float16");
-  STD_TORCH_CHECK(weight.dim() == 2, "weight must be [E, C]");
+  STD_TORCH_CHECK(weight.dim() == 2 && weight.numel() > 0,
+                  "weight must be [E, C] and not be empty, got ", shape_of(weight));
   input.shape = read_shape(x, weight.size(0), geometry);
   const DepthwiseShape& shape = input.shape;
   const int64_t in_channels = x.size(3);

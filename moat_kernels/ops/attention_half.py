@@ -18,6 +18,7 @@ from moat_kernels.ops.backends import (
     needs_standard_operators,
     requested_backend,
 )
+from moat_kernels.ops.registration import register_fake
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 
 # Where the CPU multiplies bfloat16 itself, oneDNN's linear layers are faster than the float32
@@ -55,13 +56,14 @@ def fits(
     channels: int, tensors: Sequence[Tensor | None], description: WindowAttentionDescription
 ) -> bool:
     """Whether the native kernel computes such an attention, for maps of that many channels."""
-    _, _, qkv_weight, _, proj_weight, _, table = tensors
+    *layers, table = tensors
     inner = description.heads * description.head_dim
+    norm, qkv, proj = (channels,), (3 * inner, channels), (channels, inner)
+    shapes = (norm, norm, qkv, qkv[:1], proj, proj[:1])
     return (
-        qkv_weight is not None
-        and qkv_weight.shape == (3 * inner, channels)
-        and proj_weight is not None
-        and proj_weight.shape == (channels, inner)
+        layers[2] is not None
+        and layers[4] is not None
+        and all(t is None or t.shape == shape for t, shape in zip(layers, shapes, strict=True))
         and (table is None or (table.dim() == 3 and table.shape[0] == description.heads))
         and description.qkv_layout == "qkv_heads"
         and description.partition == "window"
@@ -105,4 +107,4 @@ def _fake(y: Tensor, *_: object) -> Tensor:
 
 
 if load_extension().usable:
-    torch.library.register_fake("moat_kernels::cpu_attention_half_eval", _fake)
+    register_fake("cpu_attention_half_eval", _fake)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -16,3 +18,16 @@ def check_tensor(name: str, x: object, shape: str) -> None:
         raise TypeError(f"{name} must be float64, float32, float16 or bfloat16, got {x.dtype}")
     if x.dim() != 4:
         raise ValueError(f"{name} must be {shape}, got shape {tuple(x.shape)}")
+
+
+def check_devices(op: str, x: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
+    """All must be on x's device. RuntimeError, as of stock's layers.
+
+    Some of those return memory that nobody wrote where x is on a CPU and the weight on meta.
+    """
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.device != x.device:
+            raise RuntimeError(
+                f"{op}: {name} is on {tensor.device} but x is on {x.device}; "
+                "all tensors must be on one device"
+            )

@@ -92,7 +92,7 @@ def stem_step(
     tensors = [*first, *norm[:4], *second]
     dtype = _dtype_of(tensors, (torch.float32,))
     weight = first[0]
-    if weight is None or weight.dim() != 4 or not stem.fits(weight.shape[1], weight, second[0]):
+    if weight is None or weight.dim() != 4 or not stem.fits(weight.shape[1], first, norm, second):
         raise CannotFreeze("a stem that the native kernel does not cover")
     channels = weight.shape[0]
     native, packed = torch.ops.moat_kernels.cpu_freeze_stem.default(tensors, eps)
@@ -164,6 +164,8 @@ def head_step(tensors: Sequence[Tensor | None], eps: float) -> FrozenStep:
     dtype = _dtype_of(tensors, (torch.float32,))
     if tensors[0] is None:
         raise CannotFreeze("a norm without weights")
+    if tensors[2] is not None and not tensors[2].numel():
+        raise CannotFreeze("a classifier without classes")
     native, packed = torch.ops.moat_kernels.cpu_freeze_head.default(list(tensors), eps)
     return FrozenStep(native, packed, dtype, Placement)
 

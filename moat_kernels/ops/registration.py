@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +25,37 @@ def define_op(schema: str, implementation: Implementation, fake: Implementation)
     IMPLEMENTATIONS[name] = implementation
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"moat_kernels::{name}", fake, lib=LIBRARY)
+    register_fake(name, fake, LIBRARY)
+
+
+def register_fake(
+    name: str, fake: Callable[..., Any], library: torch.library.Library | None = None
+) -> None:
+    """Register what gives the shapes of an op's results, for fake and meta tensors.
+
+    PyTorch asks it as well where one tensor is on meta and others are not: its results would be
+    memory that nobody writes, so such calls raise RuntimeError.
+    """
+
+    @functools.wraps(fake)
+    def checked(*arguments: Any) -> Any:
+        devices = {str(tensor.device) for tensor in _tensors_in(arguments)}
+        if len(devices) > 1:
+            raise RuntimeError(
+                f"{name}: all tensors must be on one device, got {', '.join(sorted(devices))}"
+            )
+        return fake(*arguments)
+
+    torch.library.register_fake(f"moat_kernels::{name}", checked, lib=library)
+
+
+def _tensors_in(arguments: Iterable[Any]) -> Iterator[Tensor]:
+    """The tensors among the arguments and in lists of them."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            yield argument
+        elif isinstance(argument, (list, tuple)):
+            yield from _tensors_in(argument)
 
 
 def is_watched() -> bool:

@@ -15,6 +15,7 @@ from moat_kernels.extension import load_extension
 from moat_kernels.ops.autocast import autocast_dtype
 from moat_kernels.ops.backends import backend_status, is_eager, requested_backend
 from moat_kernels.ops.mbconv.description import NormParameters
+from moat_kernels.ops.registration import register_fake
 
 
 def covers(
@@ -48,20 +49,25 @@ def is_native(
         and all(t.dtype == torch.float32 and t.device == x.device for t in tensors)
         and x.dim() == 4
         and min(x.shape[2:]) >= 1
-        and fits(x.shape[1], first[0], second[0])
+        and fits(x.shape[1], first, norm, second)
     )
 
 
-def fits(in_channels: int, first: Tensor | None, second: Tensor | None) -> bool:
-    """Whether the native kernel has convolutions of such weights."""
-    if first is None or second is None:
+def fits(
+    in_channels: int,
+    first: Sequence[Tensor | None],
+    norm: NormParameters,
+    second: Sequence[Tensor | None],
+) -> bool:
+    """Whether the native kernel has convolutions and a norm of such tensors."""
+    if first[0] is None or second[0] is None or not first[0].numel():
         return False
-    channels = first.shape[0]
-    return first.shape == (channels, in_channels, 3, 3) and second.shape == (
-        channels,
-        channels,
-        3,
-        3,
+    channels = first[0].shape[0]
+    vectors = (first[1], *norm[:4], second[1])
+    return (
+        first[0].shape == (channels, in_channels, 3, 3)
+        and second[0].shape == (channels, channels, 3, 3)
+        and all(tensor is None or tensor.shape == (channels,) for tensor in vectors)
     )
 
 
@@ -95,4 +101,4 @@ def _fake(x: Tensor, tensors: Sequence[Tensor | None], eps: float) -> Tensor:
 
 
 if load_extension().usable:
-    torch.library.register_fake("moat_kernels::cpu_stem_eval", _fake)
+    register_fake("cpu_stem_eval", _fake)

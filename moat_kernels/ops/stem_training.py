@@ -17,6 +17,7 @@ from torch import Tensor
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.mbconv.description import Norm, NormParameters
 from moat_kernels.ops.mbconv.running import update_norm
+from moat_kernels.ops.registration import register_fake
 from moat_kernels.ops.stem import is_native
 
 
@@ -150,5 +151,5 @@ def _fake_backward(
 
 
 if load_extension().usable:
-    torch.library.register_fake("moat_kernels::cpu_stem_train_forward", _fake_forward)
-    torch.library.register_fake("moat_kernels::cpu_stem_train_backward", _fake_backward)
+    register_fake("cpu_stem_train_forward", _fake_forward)
+    register_fake("cpu_stem_train_backward", _fake_backward)

@@ -25,6 +25,7 @@ from support.tolerances import (
     assert_close,
     relative_error,
 )
+from support.wrong_arguments import run_in_process
 from torch import Tensor
 
 from moat_kernels.ops.mbconv import cuda_kernels
@@ -345,6 +346,9 @@ class TestOnTheHost:
         results = all_results(seed, monkeypatch)
         assert all(same(results[name], expected[name]) for name in expected)
 
+    def test_wrong_arguments_raise(self, tmp_path: Path) -> None:
+        assert run_in_process("cuda_calls", 2, tmp_path) >= 500
+
     @pytest.mark.parametrize("barrier", list(barriers()))
     def test_without_any_one_barrier_results_are_wrong(
         self, barrier: str, expected: dict[str, list[Tensor]], monkeypatch: pytest.MonkeyPatch
@@ -361,7 +365,9 @@ class TestOnTheHost:
     [
         ({"z1": torch.zeros(30, 6)}, "the channels must be a multiple of 4"),
         ({"z1": torch.zeros(30, 8, dtype=torch.float64)}, "z1 must be float32, bfloat16"),
-        ({"taps": torch.zeros(9, 4)}, "weights has the wrong shape"),
+        ({"taps": torch.zeros(9, 4)}, r"weights must be \[9, 8\], got \[9, 4\]"),
+        ({"taps": torch.zeros(9, 8).half()}, "weights must be float32, got float16"),
+        ({"affine": torch.zeros(2, 8, device="meta")}, "all tensors must be on one device"),
         ({"taps": torch.zeros(8, 9).t()}, "weights must be contiguous"),
         ({"activation": "relu"}, "activation must be gelu or identity, got relu"),
         ({"target_blocks": 0}, "target_blocks must be positive"),
@@ -380,7 +386,7 @@ def test_bad_arguments_are_named(change: dict, message: str, device: str) -> Non
     }
     arguments |= {("z" if name == "z1" else name): value for name, value in change.items()}
     for name, value in arguments.items():
-        if isinstance(value, Tensor):
+        if isinstance(value, Tensor) and not value.is_meta:
             arguments[name] = value.to(device)
     with pytest.raises(RuntimeError, match=message):
         depthwise(**arguments)

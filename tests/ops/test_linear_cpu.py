@@ -167,5 +167,7 @@ def test_bad_input_is_named() -> None:
     x, weight, bias, _ = make(3, 32, 48)
     with pytest.raises(RuntimeError, match="multiples of 16"):
         forward(x[:, :8], weight[:, :8], bias)
-    with pytest.raises(RuntimeError, match="bias must have 48 elements"):
+    with pytest.raises(RuntimeError, match=r"bias must be \[48\], got \[40\]"):
         forward(x, weight, bias[:40])
+    with pytest.raises(RuntimeError, match=r"x must be \[.., 32\] .*, got \[3, 64\]"):
+        forward(torch.cat([x, x], 1), weight, bias)

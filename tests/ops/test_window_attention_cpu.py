@@ -271,7 +271,7 @@ def test_opcheck() -> None:
     [
         ({0: torch.zeros(1, 4, 4, 48).double()}, "qkv must be float32, bfloat16 or float16"),
         ({0: torch.zeros(1, 4, 4, 47)}, r"qkv must be \[1, 4, 4, 48\]"),
-        ({1: torch.zeros(2, 5, 7)}, "bias_table must have 98 elements, got 70"),
+        ({1: torch.zeros(2, 5, 7)}, r"bias_table must be \[2, 7, 7\], got \[2, 5, 7\]"),
         ({2: 0}, "heads, head_dim and the window's sides must be positive"),
     ],
 )

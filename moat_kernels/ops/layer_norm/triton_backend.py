@@ -35,6 +35,8 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
         return reason
     if weight is None or bias is None:
         return "a norm without weight or bias"
+    if weight.device != x.device or bias.device != x.device:
+        return "tensors on several devices"
     if weight.dim() != 1 or weight.shape != bias.shape or weight.shape[0] != x.shape[-1]:
         return f"a norm over {tuple(weight.shape)} of {tuple(x.shape)}"
     if x.shape[-1] > LARGEST_ROW:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moat_kernels.extension import load_extension
+from moat_kernels.ops.registration import register_fake
 
 # The widest vector of the kernels: rows of the operands are read without remainders.
 MULTIPLE = 16
@@ -20,15 +21,24 @@ FEWEST_ROWS = 32
 _VECTORS = load_extension().usable and torch.ops.moat_kernels.cpu_isa() != "baseline"
 
 
-def unsupported(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
-    """Why this backend does not cover a call; empty: it does."""
-    if x.device.type != "cpu":
-        return f"tensors on {x.device}"
+def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
+    """Why this backend does not cover a call; empty: it does.
+
+    What does not fit together is not covered: stock raises the error.
+    """
+    if weight is None:
+        return "a layer without weight"
+    if any(t is not None and t.device.type != "cpu" for t in (x, weight, bias)):
+        return "tensors that are not all on the CPU"
+    if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
+        return f"x of {tuple(x.shape)} with a weight of {tuple(weight.shape)}"
+    if bias is not None and bias.shape != weight.shape[:1]:
+        return f"a bias of {tuple(bias.shape)}"
     if any(t is not None and t.dtype != torch.float32 for t in (x, weight, bias)):
         return "another dtype than float32"
     if x.numel() < FEWEST_ROWS * weight.shape[1]:
         return f"fewer than {FEWEST_ROWS} rows"
-    if weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
+    if not weight.numel() or weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
         return f"a weight of {tuple(weight.shape)}"
     if not _VECTORS:
         return "CPUs without AVX2, where stock is faster"
@@ -66,5 +76,5 @@ def _fake_backward(
 
 
 if load_extension().usable:
-    torch.library.register_fake("moat_kernels::cpu_linear_forward", _fake_forward)
-    torch.library.register_fake("moat_kernels::cpu_linear_backward", _fake_backward)
+    register_fake("cpu_linear_forward", _fake_forward)
+    register_fake("cpu_linear_backward", _fake_backward)

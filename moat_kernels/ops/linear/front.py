@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moat_kernels.ops.autocast import autocast_dtype
 from moat_kernels.ops.backends import backend_status, is_eager, is_exporting, requested_backend
+from moat_kernels.ops.checks import check_devices
 from moat_kernels.ops.linear.cpu_backend import backward, forward, unsupported
 from moat_kernels.tensor_access import tensor_of
 
@@ -33,6 +34,7 @@ def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """x weight^T + bias; native where cpu_backend.py covers it."""
     if not _is_native(x, weight, bias):
+        check_devices("linear", x, {"weight": weight, "bias": bias})
         return F.linear(x, weight, bias)
     tensors = (x, weight, bias)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):

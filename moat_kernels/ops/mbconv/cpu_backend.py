@@ -41,6 +41,11 @@ def unsupported(x: Tensor, parameters: MBConvParameters, description: MBConvDesc
         for tensor in (parameters.expand_weight, parameters.project_weight)
     ):
         return "parameters in float64"
+    gate_weight = parameters.se_reduce_weight
+    if not parameters.expand_weight.numel() or not parameters.project_weight.numel():
+        return "maps without channels"
+    if gate_weight is not None and not gate_weight.numel():
+        return "squeeze-excite without channels"
     if description.order != "expand_first":
         return f"order {description.order!r}"
     if description.stride not in (1, 2):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.mbconv.cpu_training import KERNEL_SIZE, WIDE_CHANNELS, padded_wide
+from moat_kernels.ops.registration import register_fake
 from moat_kernels.ops.spatial import output_size
 
 
@@ -138,4 +139,4 @@ def register_fakes() -> None:
         "train_backward": _fake_backward,
     }
     for name, fake in fakes.items():
-        torch.library.register_fake(f"moat_kernels::cpu_mbconv_{name}", fake)
+        register_fake(f"cpu_mbconv_{name}", fake)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from moat_kernels.ops.mbconv.stencil import Stencil
-from moat_kernels.ops.registration import LIBRARY
+from moat_kernels.ops.registration import LIBRARY, register_fake
 from moat_kernels.ops.triton_support.launching import architecture
 
 # Blocks that a launch aims at: several times what a GPU holds at once, so that the last ones leave
@@ -314,4 +314,4 @@ for _name, _fake in (
     ("cuda_expand_depthwise", _fake_expand_depthwise),
     ("cuda_expand_depthwise_backward", _fake_expand_depthwise_backward),
 ):
-    torch.library.register_fake(f"moat_kernels::{_name}", _fake, lib=LIBRARY)
+    register_fake(_name, _fake, LIBRARY)

@@ -31,6 +31,11 @@ def batch_norm(
     if norm.frozen:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, norm.eps)
         return y, None
+    for name, tensor in (("weight", weight), ("bias", bias)):  # native_batch_norm does not look
+        if tensor is not None and tensor.shape != x.shape[1:2]:
+            raise ValueError(
+                f"{name} of a batch norm must be [{x.shape[1]}], got {tuple(tensor.shape)}"
+            )
     dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
     weight = None if weight is None else weight.to(dtype)
     bias = None if bias is None else bias.to(dtype)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moat_kernels.extension import load_extension
+from moat_kernels.ops.registration import register_fake
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,5 +102,5 @@ def _fake_backward(
 
 # The shapes of the native ops' results, for torch.compile.
 if load_extension().usable:
-    torch.library.register_fake("moat_kernels::cpu_window_attention_forward", _fake_forward)
-    torch.library.register_fake("moat_kernels::cpu_window_attention_backward", _fake_backward)
+    register_fake("cpu_window_attention_forward", _fake_forward)
+    register_fake("cpu_window_attention_backward", _fake_backward)

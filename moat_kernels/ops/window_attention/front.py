@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moat_kernels.ops.autocast import autocast_dtype, without_autocast
 from moat_kernels.ops.backends import choose_backend, is_exporting
-from moat_kernels.ops.checks import check_tensor
+from moat_kernels.ops.checks import FLOATING, check_tensor
 from moat_kernels.ops.registration import define_op, is_watched
 from moat_kernels.ops.window_attention import (
     cpu_backend,
@@ -86,6 +86,8 @@ def _check(qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionD
             f"bias_table must be {shape} for windows of {window[0]} x {window[1]}, got {found}; "
             "resize_table makes a table of another size fit"
         )
+    if bias_table.dtype not in FLOATING:
+        raise TypeError(f"bias_table must be floating point, got {bias_table.dtype}")
     if bias_table.device != qkv.device:
         raise ValueError(f"bias_table is on {bias_table.device} but qkv is on {qkv.device}")
 
