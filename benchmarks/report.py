@@ -12,6 +12,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from charts import DARK, DIM, GREY, LIGHT, draw_bars, save, title, title_beside
 from results import MEBIBYTE, Groups, describe, load
 
 if TYPE_CHECKING:
@@ -35,8 +36,6 @@ COLUMNS = (
     *("saved for backward", "peak of a call"),
 )
 
-# Rows of the same kind keep their colour in every chart.
-GREY, DIM, LIGHT, DARK = "#8b929e", "#c3c8d0", "#f0a67f", "#d9480f"
 CHARTED_MODELS = ("tiny_moat_0", "moat_0")
 
 
@@ -113,24 +112,16 @@ def draw_training(groups: Groups, facts: dict[str, Any], path: Path) -> None:
         height_ratios=[len(contenders) for contenders in groups.values()],
     )
     for (times, saved, peak), (name, contenders) in zip(axes, groups.items(), strict=True):
-        draw_bars(times, contenders, "interleaved_ms", 1e-3, "{:.2f} s")
-        draw_bars(saved, contenders, "saved_bytes", 1 / MEBIBYTE, "{:.0f} MiB")
-        draw_bars(peak, contenders, "peak_bytes", 1 / MEBIBYTE, "{:.0f} MiB")
+        draw_contenders(times, contenders, "interleaved_ms", 1e-3, "{:.2f} s")
+        draw_contenders(saved, contenders, "saved_bytes", 1 / MEBIBYTE, "{:.0f} MiB")
+        draw_contenders(peak, contenders, "peak_bytes", 1 / MEBIBYTE, "{:.0f} MiB")
         title(times, "time of a training step")
-        times.annotate(
-            name,
-            (0, 1),
-            xytext=(-6, 6),  # points: beside the title, above the labels
-            xycoords="axes fraction",
-            textcoords="offset points",
-            ha="right",
-            weight="bold",
-        )
+        title_beside(times, name)
         title(saved, "kept for the backward pass")
         title(peak, "peak of a step")
         for axis in (saved, peak):
             axis.set_yticklabels([])
-    save(figure, facts, path)
+    save(figure, describe(facts), path)
 
 
 def draw_eval(groups: Groups, facts: dict[str, Any], path: Path) -> None:
@@ -145,39 +136,16 @@ def draw_eval(groups: Groups, facts: dict[str, Any], path: Path) -> None:
     for axis in axes[len(groups) :]:
         axis.set_axis_off()
     for axis, (name, contenders) in zip(axes[: len(groups)], groups.items(), strict=True):
-        draw_bars(axis, contenders, "interleaved_ms", 1.0, "{:.1f} ms")
+        draw_contenders(axis, contenders, "interleaved_ms", 1.0, "{:.1f} ms")
         title(axis, name)
-    save(figure, facts, path)
+    save(figure, describe(facts), path)
 
 
-def draw_bars(axis: Axes, rows: dict[str, dict], key: str, unit: float, text: str) -> None:
-    """Horizontal bars of info[key] * unit, labelled with the value and its share of the first."""
-    names, colours = zip(*map(describe_contender, rows), strict=True)
+def draw_contenders(axis: Axes, rows: dict[str, dict], key: str, unit: float, text: str) -> None:
+    """Horizontal bars of info[key] * unit."""
+    labels, colours = zip(*map(describe_contender, rows), strict=True)
     values = [(info.get(key) or 0) * unit for info in rows.values()]
-    positions = range(len(values))
-    axis.barh(positions, values, color=colours, height=0.68)
-    axis.set_yticks(positions, names)
-    axis.invert_yaxis()
-    axis.set_xticks([])
-    axis.set_xlim(0, 1.45 * max(values))
-    axis.tick_params(length=0)
-    for side in ("top", "right", "bottom"):
-        axis.spines[side].set_visible(False)
-    for position, value in zip(positions, values, strict=True):
-        share = f"  ({value / values[0]:.2f}×)" if position and values[0] else ""
-        label = f" {text.format(value)}{share}" if value else " not measured"
-        axis.text(value, position, label, va="center", size=9)
-
-
-def title(axis: Axes, text: str) -> None:
-    axis.set_title(text, loc="left", size=10, weight="bold")
-
-
-def save(figure: Any, facts: dict[str, Any], path: Path) -> None:
-    figure.text(0.01, 0.015, describe(facts), size=8, color=GREY)
-    figure.tight_layout(rect=(0, 0.3 / figure.get_figheight(), 1, 1))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
+    draw_bars(axis, labels, colours, values, text)
 
 
 def main() -> None:
