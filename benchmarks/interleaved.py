@@ -174,6 +174,7 @@ class Group:
         if not contender.keeps_memory:
             contender.setup()
             row["peak_bytes"] = peak_bytes(contender.call)
+            contender.setup()
         return {**row, **contender.facts(), **summary()}
 
     @cached_property
