@@ -1,4 +1,4 @@
-"""`fuse` on other people's models: eval at batch 1, a training step (forward, backward) at batch 2.
+"""`fuse` on other people's models: eval, and a training step (forward and backward).
 
 timm, torchvision and vit-pytorch as installed; twins (tests/support/twins) of what no registry
 carries. `fused_share` is how much of the stock forward pass the replaced methods take: the rest
@@ -10,12 +10,15 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import lru_cache, partial
 from typing import Any
 
 import pytest
 import torch
+from device import placed, synchronize
 from interleaved import Comparison, Contender, Group, contenders_of
+from shapes import ADAPTER_BATCHES
 from support.peers import import_peer
 from support.twins import apple, changzy00, rookichenn
 from torch import Tensor, nn
@@ -26,7 +29,6 @@ from moat_kernels.adapters.fused import FusedModule
 from moat_kernels.adapters.registry import find_adapter
 
 RESOLUTION = 224
-BATCH = {"eval": 1, "training": 2}
 CONTENDERS = {
     "stock": (False, torch.contiguous_format),
     "stock channels_last": (False, torch.channels_last),
@@ -65,19 +67,23 @@ def make_group(name: str, mode: str, names: Sequence[str]) -> Group:
     """The contenders named for one model, with the same weights and images."""
     torch.manual_seed(0)
     stock = MODELS[name]().train(mode == "training")
-    x = torch.randn(BATCH[mode], 3, RESOLUTION, RESOLUTION)
-    contenders = {}
-    for contender in names:
+    x = torch.randn(ADAPTER_BATCHES[mode], 3, RESOLUTION, RESOLUTION)
+
+    def make(contender: str) -> Contender:
         fused, memory_format = CONTENDERS[contender]
         model = copy.deepcopy(stock)
         if fused:
             mk.fuse(model)
         model = model.to(memory_format=memory_format)
-        contenders[contender] = _contender(model, x.to(memory_format=memory_format), mode)
+        made = _contender(model, x.to(memory_format=memory_format), mode)
+        if contender != "stock":
+            return made
+        return replace(made, facts=lambda: {"fused_share": fused_share(name)})
+
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         copy.deepcopy(stock).eval()(x[:1])
-    flops = counter.get_total_flops() * BATCH[mode] * (3 if mode == "training" else 1)
-    return Group(contenders, flops)
+    flops = counter.get_total_flops() * ADAPTER_BATCHES[mode] * (3 if mode == "training" else 1)
+    return Group(names, make, flops)
 
 
 def _contender(model: nn.Module, x: Tensor, mode: str) -> Contender:
@@ -96,7 +102,9 @@ def _contender(model: nn.Module, x: Tensor, mode: str) -> Contender:
 def fused_share(name: str) -> float:
     """Time in the methods that `fuse` replaces, over the whole stock forward pass (eval)."""
     torch.manual_seed(0)
-    model, x = MODELS[name]().eval(), torch.randn(1, 3, RESOLUTION, RESOLUTION)
+    with placed():
+        model = MODELS[name]().eval()
+        x = torch.randn(ADAPTER_BATCHES["eval"], 3, RESOLUTION, RESOLUTION)
     mk.fuse(model)
     replaced = {
         module: find_adapter(module.adapter_key).method
@@ -109,8 +117,10 @@ def fused_share(name: str) -> float:
     def timed(method: Callable[..., Any]) -> Callable[..., Any]:
         def run(*inputs: Any, **options: Any) -> Any:
             nonlocal spent
+            synchronize()
             start = time.perf_counter()
             result = method(*inputs, **options)
+            synchronize()
             spent += time.perf_counter() - start
             return result
 
@@ -120,26 +130,26 @@ def fused_share(name: str) -> float:
         setattr(module, method, timed(getattr(module, method)))
     with torch.no_grad():
         model(x)
+        synchronize()
         spent, start = 0.0, time.perf_counter()
         for _ in range(5):
             model(x)
+        synchronize()
     return spent / (time.perf_counter() - start)
 
 
-COMPARISONS = {
+COMPARISONS = [
     Comparison(
         f"adapters {mode} {name} {RESOLUTION} batch {batch}",
         partial(make_group, name, mode),
         contenders=tuple(CONTENDERS),
         full=name not in QUICK,
-    ): name
+    )
     for name in MODELS
-    for mode, batch in BATCH.items()
-}
+    for mode, batch in ADAPTER_BATCHES.items()
+]
 
 
-@pytest.mark.parametrize(("comparison", "contender"), contenders_of(list(COMPARISONS)))
-def test_adapters(benchmark: Any, measure: Any, comparison: Comparison, contender: str) -> None:
-    if contender == "stock":
-        benchmark.extra_info["fused_share"] = fused_share(COMPARISONS[comparison])
+@pytest.mark.parametrize(("comparison", "contender"), contenders_of(COMPARISONS))
+def test_adapters(measure: Any, comparison: Comparison, contender: str) -> None:
     measure(comparison, contender)

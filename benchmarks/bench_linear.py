@@ -11,16 +11,16 @@ from typing import Any
 
 import pytest
 import torch
+from device import own_backends
 from interleaved import Comparison, Contender, Group, contenders_of
 from shapes import ATTENTION_MAPS, TRAINING_BATCH
 from torch import Tensor
 
 import moat_kernels as mk
-from moat_kernels.ops.backends import backend_status
 from moat_kernels.ops.linear.front import linear
 
-# use_backend("torch") is torch.nn.functional.linear.
-OURS = tuple(name for name in ("torch", "cpu") if backend_status()[name].usable)
+# use_backend("torch") is torch.nn.functional.linear. There is no kernel of "triton" for it.
+OURS = tuple(name for name in own_backends() if name != "triton")
 
 
 def bare_products(x: Tensor, weight: Tensor, grad: Tensor) -> Contender:
@@ -56,7 +56,7 @@ def make_group(rows: int, channels: int, columns: int, names: Sequence[str]) -> 
         return Contender(lambda: forward().backward(grad), setup, forward, (weight, bias))
 
     flops = 3 * 2 * rows * channels * columns
-    return Group({name: make(name) for name in names}, flops)
+    return Group(names, make, flops)
 
 
 TRAINING = [

@@ -17,7 +17,14 @@ from device import frozen_backends, own_backends
 from floor import Product, product_floors
 from interleaved import Comparison, Contender, Group, contenders_of
 from peers import RUNTIMES, checkpointed, compiled, make_peers
-from shapes import EXPAND_RATIO, OTHER_BLOCKS, PLAIN_BLOCKS, TRAINING_BATCH, Block
+from shapes import (
+    EVAL_BATCHES,
+    EXPAND_RATIO,
+    OTHER_BLOCKS,
+    PLAIN_BLOCKS,
+    TRAINING_BATCH,
+    Block,
+)
 from torch import Tensor
 
 import moat_kernels as mk
@@ -135,7 +142,7 @@ def make_eval_group(block: Block, batch: int, names: Sequence[str]) -> Group:
         fused = make_fused("auto").eval()
         return eval_contender(mk.freeze(fused) if name in FROZEN else fused, x, name.split()[0])
 
-    return Group({name: make(name) for name in names}, flops=total_flops(sizes))
+    return Group(names, make, flops=total_flops(sizes))
 
 
 def make_training_group(block: Block, batch: int, names: Sequence[str]) -> Group:
@@ -154,7 +161,7 @@ def make_training_group(block: Block, batch: int, names: Sequence[str]) -> Group
         backend, level = name.split()
         return training_contender(make_fused(level), x, backend)
 
-    return Group({name: make(name) for name in names}, flops=3 * total_flops(sizes))
+    return Group(names, make, flops=3 * total_flops(sizes))
 
 
 def total_flops(sizes: Sequence[tuple[int, int, int]]) -> float:
@@ -167,10 +174,10 @@ EVAL = [
         partial(make_eval_group, block, batch),
         contenders=(*FLOORS, *STOCK, *RUNTIMES, *FUSED, *FROZEN),
         slow=("torch.compile",),
-        full=batch > 1,
+        full=batch != EVAL_BATCHES[0],
     )
     for block in (*PLAIN_BLOCKS, *OTHER_BLOCKS)
-    for batch in (1, 8)
+    for batch in EVAL_BATCHES
 ]
 TRAINING = [
     Comparison(

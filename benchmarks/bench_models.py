@@ -1,8 +1,7 @@
-"""Whole models: eval at batch 1 and 8, and a training step (forward, backward) at batch 8.
+"""Whole models: eval, and a training step (forward and backward), at the batches of shapes.py.
 
 OpenVINO and ONNX Runtime (peers.py) take part in eval where they are installed. They prepare
-weights once, as do torch.compile with its weights frozen and our frozen model (`freeze`). The
-largest models are measured at smaller batches (shapes.py).
+weights once, as do torch.compile with its weights frozen and our frozen model (`freeze`).
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ import torch
 from bench_mbconv import FROZEN, FUSED, LEVELS, STOCK
 from interleaved import Comparison, Contender, Group, contenders_of
 from peers import RUNTIMES, checkpoint_blocks, compiled, make_peers
-from shapes import LARGE_MODELS, MODELS, Model
+from shapes import MODELS, Model
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -72,7 +71,7 @@ def make_group(model: Model, batch: int, training: bool, names: Sequence[str]) -
         return make_contender(ours, channels_last, training, backend)
 
     flops = (3 if training else 1) * batch * _flops(model)
-    return Group({name: make(name) for name in names}, flops)
+    return Group(names, make, flops)
 
 
 def _flops(model: Model) -> float:
@@ -88,10 +87,10 @@ EVAL = [
         f"model eval {model} batch {batch}",
         partial(make_group, model, batch, False),
         contenders=(*STOCK, "torch.compile", *RUNTIMES, *FUSED, *FROZEN),
-        full=model.name not in QUICK_EVAL or batch > 1,
+        full=model.name not in QUICK_EVAL or batch != model.eval_batches[0],
     )
     for model in MODELS
-    for batch in ((1,) if model.name in LARGE_MODELS else (1, 8))
+    for batch in model.eval_batches
 ]
 TRAINING = [
     Comparison(

@@ -90,7 +90,7 @@ def make_group(attention_map: AttentionMap, names: Sequence[str]) -> Group:
         return contender(window_attention, name)
 
     flops = 7 * 2 * windows * side**4 * HEAD_DIM
-    return Group({name: make(name) for name in names}, flops)
+    return Group(names, make, flops)
 
 
 TRAINING = [

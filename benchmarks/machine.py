@@ -6,7 +6,7 @@ import importlib.metadata
 from typing import Any
 
 import torch
-from device import chosen
+from device import chosen, measured_dtype
 
 from moat_kernels.info import collect
 
@@ -27,7 +27,7 @@ def facts() -> dict[str, Any]:
     collected["measured"] = {
         "device": torch.cuda.get_device_name() if on_gpu else collected["cpu"]["name"],
         "is_gpu": on_gpu,
-        "dtype": str(torch.get_default_dtype()).removeprefix("torch."),
+        "dtype": str(measured_dtype()).removeprefix("torch."),
     }
     return collected
 

@@ -3,6 +3,9 @@
     pytest benchmarks/ --benchmark-only --benchmark-json build/benchmarks.json
     python benchmarks/report.py build/benchmarks.json
 
+It reads the JSON lines of `--results` as well. RESULTS.md and the charts are a CPU's: results of a
+GPU go to the files named by `--tables` and `--charts`.
+
 Times are the interleaved medians that every benchmark records (interleaved.py).
 """
 
@@ -13,12 +16,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from charts import DARK, DIM, GREY, LIGHT, draw_bars, save, title, title_beside
-from results import MEBIBYTE, Groups, describe, load
+from results import MEBIBYTE, Groups, Results, describe, is_gpu, load
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 HERE = Path(__file__).parent
+TABLES, CHARTS = HERE / "RESULTS.md", HERE.parent / "docs"
 
 HEAD = """# Benchmark results
 
@@ -28,9 +32,13 @@ other people's models ("adapters") take part with `--full`.
 Measured on: {machine}. Contenders take turns in one process; medians. 'stock / this' compares with
 the faster of the stock rows; 'over floor' with the bare matrix products alone, by torch.mm (of the
 stem: its two convolutions); 'of peak' with {peak:.0f} GFLOP/s, the most that a large matrix product
-reached here. 'Peak of a call' is the growth of the resident set; runtimes that keep their memory
-between calls have none. 'frozen' rows are models made by `freeze`.
+reached here. {memory}
 """
+CPU_MEMORY = """'Peak of a call' is the growth of the resident set; runtimes that keep their memory
+between calls have none. 'frozen' rows are models made by `freeze`."""
+GPU_MEMORY = """'Peak of a call' is what PyTorch's allocator gave out at most, beyond what there was
+before. Times are by CUDA events, of calls that follow each other without waiting; each table was
+measured in a process of its own."""
 COLUMNS = (
     *("", "ms", "stock / this", "over floor", "GFLOP/s", "of peak"),
     *("saved for backward", "peak of a call"),
@@ -39,8 +47,10 @@ COLUMNS = (
 CHARTED_MODELS = ("tiny_moat_0", "moat_0")
 
 
-def format_group(name: str, rows: dict[str, dict], peak_gflops: float) -> str:
-    """One Markdown table."""
+def format_group(
+    name: str, rows: dict[str, dict], failures: dict[str, str], peak_gflops: float
+) -> str:
+    """One Markdown table, and below it who failed, with the first line of the reason."""
     stock = min(
         (rows[key]["interleaved_ms"] for key in ("stock", "stock channels_last") if key in rows),
         default=None,
@@ -58,6 +68,8 @@ def format_group(name: str, rows: dict[str, dict], peak_gflops: float) -> str:
             format_bytes(info.get("peak_bytes")),
         )
         lines.append(f"| {' | '.join(cells)} |")
+    for key, reason in failures.items():
+        lines += ["", f"{key} failed: `{reason.splitlines()[0]}`"]
     return "\n".join(lines)
 
 
@@ -65,11 +77,18 @@ def format_bytes(number: int | None) -> str:
     return "" if number is None else f"{number / MEBIBYTE:.1f} MiB"
 
 
-def write_tables(groups: Groups, facts: dict[str, Any], path: Path) -> None:
+def write_tables(results: Results, path: Path) -> None:
     """All groups as Markdown, with what was measured and how."""
-    peak = max(info["peak_gflops"] for rows in groups.values() for info in rows.values())
-    head = HEAD.format(machine=describe(facts), peak=peak)
-    tables = "\n\n".join(format_group(name, rows, peak) for name, rows in groups.items())
+    groups, facts, failures = results
+    peak = max(
+        (info["peak_gflops"] for rows in groups.values() for info in rows.values()), default=0
+    )
+    memory = GPU_MEMORY if is_gpu(facts) else CPU_MEMORY
+    head = HEAD.format(machine=describe(facts), peak=peak, memory=memory)
+    tables = "\n\n".join(
+        format_group(name, groups.get(name, {}), failures.get(name, {}), peak)
+        for name in dict.fromkeys((*groups, *failures))
+    )
     path.write_text(f"{head}\n{tables}\n")
 
 
@@ -89,7 +108,11 @@ def describe_contender(name: str) -> tuple[str, str]:
     if backend == "stock":
         labels = {"checkpoint": "stock, every block checkpointed"}
         return labels.get(level, f"stock, {level}" if level else "stock"), GREY
-    kinds = {"torch": ("fused, stock operations", LIGHT), "cpu": ("fused, native CPU", DARK)}
+    kinds = {
+        "torch": ("fused, stock operations", LIGHT),
+        "cpu": ("fused, native CPU", DARK),
+        "triton": ("fused, Triton", DARK),
+    }
     if backend not in kinds:
         return name, DIM
     label, colour = kinds[backend]
@@ -150,18 +173,24 @@ def draw_contenders(axis: Axes, rows: dict[str, dict], key: str, unit: float, te
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("results", type=Path, nargs="+", help="JSON files of pytest-benchmark")
-    parser.add_argument("--tables", type=Path, default=HERE / "RESULTS.md")
-    parser.add_argument("--charts", type=Path, default=HERE.parent / "docs", help="their folder")
+    parser.add_argument(
+        "results", type=Path, nargs="+", help="JSON files of pytest-benchmark, or .jsonl"
+    )
+    parser.add_argument("--tables", type=Path, help=f"default: {TABLES.name} beside this")
+    parser.add_argument("--charts", type=Path, help=f"their folder; default: {CHARTS.name}")
     options = parser.parse_args()
-    groups: Groups = {}
+    merged = Results({}, {}, {})
     for path in options.results:
-        found, facts = load(path)
-        groups |= found
-    write_tables(groups, facts, options.tables)
+        results = load(path)
+        merged.groups.update(results.groups)
+        merged.failures.update(results.failures)
+        merged.facts.update(results.facts)
+    if is_gpu(merged.facts) and None in (options.tables, options.charts):
+        parser.error("results of a GPU need --tables FILE and --charts FOLDER")
+    write_tables(merged, options.tables or TABLES)
     for mode, draw in (("training", draw_training), ("eval", draw_eval)):
-        if models := charted(groups, mode):
-            draw(models, facts, options.charts / f"{mode}.png")
+        if models := charted(merged.groups, mode):
+            draw(models, merged.facts, (options.charts or CHARTS) / f"{mode}.png")
 
 
 if __name__ == "__main__":

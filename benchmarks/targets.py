@@ -3,6 +3,8 @@
 Takes what the newest benchmark results hold (build/benchmarks.json of `make bench`, and what this
 program measured before), measures what is missing, and prints a table. Only what the benchmarks
 measure by default is measured, unless --full is given (an hour and more on two cores).
+
+All targets are those of the native CPU kernels: a GPU is neither measured nor looked up.
 """
 
 from __future__ import annotations
@@ -19,9 +21,9 @@ import bench_mbconv
 import bench_models
 import bench_window_attention
 import torch
-from interleaved import Comparison
-from machine import facts, summary
-from results import Groups, load
+from interleaved import Comparison, Row
+from machine import facts
+from results import Groups, is_gpu, load
 from shapes import ATTENTION_MAPS, LARGE_MODELS, MODELS, OTHER_BLOCKS, PLAIN_BLOCKS, TRAINING_BATCH
 
 BUILD = Path(__file__).parents[1] / "build"
@@ -185,10 +187,17 @@ def find(group: str, results: Sequence[Groups]) -> dict[str, dict] | None:
 
 
 def measure(comparison: Comparison) -> dict[str, dict]:
-    """extra_info of all contenders needed, as the benchmarks record it."""
-    names = needed(comparison.name)
-    group = comparison.make(names)
-    return {name: {**group.extra_info(name), **summary()} for name in names}
+    """extra_info of all contenders needed, as the benchmarks record it; not of those that fail."""
+    rows: dict[str, Row] = {}
+
+    def report(row: Row) -> None:
+        if "failure" in row:
+            print(f"{row['contender']} failed: {row['failure']}", file=sys.stderr)
+        else:
+            rows[row["contender"]] = row
+
+    comparison.measure(needed(comparison.name), report)
+    return rows
 
 
 def save(groups: Groups) -> None:
@@ -250,7 +259,7 @@ def main() -> None:
 
     files = [path for path in options.results if path.exists()]
     files.sort(key=lambda path: path.stat().st_mtime, reverse=True)
-    earlier = [load(path)[0] for path in files]
+    earlier = [results.groups for results in map(load, files) if not is_gpu(results.facts)]
     found = {group: rows for group in groups if (rows := find(group, earlier))}
     missing = [
         group
@@ -260,12 +269,14 @@ def main() -> None:
     if not options.full:
         missing = [group for group in missing if not COMPARISONS[group].full]
     if missing and not options.no_run:
-        measured = load(MEASURED)[0] if MEASURED.exists() else {}
+        measured = load(MEASURED).groups if MEASURED.exists() else {}
         for number, group in enumerate(missing, start=1):
             print(f"measuring {number} of {len(missing)}: {group}", file=sys.stderr, flush=True)
             found[group] = measured[group] = measure(COMPARISONS[group])
             save(measured)
     print(format_table(targets, found))
+    if torch.cuda.is_available():
+        print("These are targets of the CPU; the GPU here has none: make bench measures it")
 
 
 if __name__ == "__main__":
