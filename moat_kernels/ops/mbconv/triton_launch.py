@@ -48,6 +48,10 @@ class Implementation:
     kernels: str
 
 
+# Backward of a stencil of stride 2 computes four pixels where stride 1 computes one: the registers
+# that these take decide its launch.
+STRIDE_1, STRIDE_2 = "stride 1", "stride 2"
+
 # Of products, rows and columns are those of the kernel's result, depth is what is summed over.
 LAUNCHES = LaunchTable(
     "mbconv",
@@ -68,8 +72,10 @@ LAUNCHES = LaunchTable(
         ("expand_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
         ("depthwise", 2, ANY_SIZE): StencilBlocks(8, 64, 16, 8),
         ("depthwise", 4, ANY_SIZE): StencilBlocks(8, 64, 16, 8),
-        ("depthwise_backward", 2, ANY_SIZE): StencilBlocks(8, 64, 16, 8),
-        ("depthwise_backward", 4, ANY_SIZE): StencilBlocks(8, 64, 16, 8),
+        ("depthwise_backward", 2, STRIDE_1): StencilBlocks(8, 64, 16, 8),
+        ("depthwise_backward", 2, STRIDE_2): StencilBlocks(8, 64, 16, 16),
+        ("depthwise_backward", 4, STRIDE_1): StencilBlocks(8, 64, 16, 8),
+        ("depthwise_backward", 4, STRIDE_2): StencilBlocks(8, 64, 16, 16),
         ("pool", 2, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
         ("pool", 4, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
         # Passes that CUDA C++ kernels cover too (depthwise_passes.py): Triton's until a GPU has
@@ -103,7 +109,7 @@ LAUNCHES = LaunchTable(
         },
         12: {  # with fewer warps, or more channels, registers spill
             ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
-            ("depthwise_backward", 4, ANY_SIZE): StencilBlocks(8, 32, 16, 4),
+            ("depthwise_backward", 4, STRIDE_1): StencilBlocks(8, 32, 16, 4),
         },
     },
 )
@@ -126,12 +132,15 @@ def gemm_blocks(kernel: str, like: Tensor, rows: int, columns: int, depth: int) 
     )
 
 
-def stencil_blocks(kernel: str, like: Tensor, channels: int, *sizes: int) -> StencilBlocks:
+def stencil_blocks(
+    kernel: str, like: Tensor, channels: int, *sizes: int, size: str = ANY_SIZE
+) -> StencilBlocks:
     """The tile of a pass over maps of `channels`, in the dtype of `like`.
 
-    sizes: what else tells one problem from another: images, pixels, stride.
+    sizes: what else tells one problem from another: images, pixels, stride. size: the table's name
+    for them.
     """
-    blocks = LAUNCHES.choose(kernel, like, (channels, *sizes))
+    blocks = LAUNCHES.choose(kernel, like, (channels, *sizes), size)
     return StencilBlocks(
         blocks.width, _fit(blocks.channels, channels), blocks.band, blocks.warps, blocks.stages
     )
