@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import pytest
 
-triton = pytest.importorskip("triton")
+pytest.importorskip("triton")
 
+import triton
 from support.compile_only_driver import AMD, Usage, amd_vector_spills, compile_launches
 from support.gpu_kernels import (
     COMPILED,

@@ -55,6 +55,10 @@ LAUNCHES = LaunchTable(
         "stages": STAGES,
     },
     exceptions={
+        8: {  # with fewer warps registers spill under Triton 3.6
+            ("key_value", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
+            ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
+        },
         10: {  # with two stages registers spill
             ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
             ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 1),
