@@ -15,10 +15,10 @@ BUILD_LOG := build/extension.log
 # pip and the kernels' build find ninja there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench targets lint sanitize release clean
+.PHONY: help demo test bench targets oldest lint sanitize release clean
 
 help:
-	@echo "make demo | test | bench | targets | lint | sanitize | release | clean" \
+	@echo "make demo | test | bench | targets | oldest | lint | sanitize | release | clean" \
 	      "(ARGS=... is passed on)"
 
 demo: $(EXTENSION)
@@ -35,6 +35,11 @@ bench: $(EXTENSION) $(PEERS)
 # The targets and what this machine reaches of them; measures what `make bench` has not.
 targets: $(EXTENSION) $(PEERS)
 	$(VENV)/bin/python benchmarks/targets.py $(ARGS)
+
+# The oldest Triton and the headers of the oldest PyTorch that are supported, into build/oldest: 300 MB
+# of downloads. `make test` runs what needs them where they lie there.
+oldest: $(REQUIREMENTS)
+	$(VENV)/bin/python tests/support/oldest.py
 
 lint: $(REQUIREMENTS)
 	$(VENV)/bin/ruff check .
