@@ -15,10 +15,10 @@ BUILD_LOG := build/extension.log
 # pip and the kernels' build find ninja there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench targets gpu lint sanitize release clean
+.PHONY: help demo test bench targets gpu oldest lint sanitize release clean
 
 help:
-	@echo "make demo | test | bench | targets | gpu | lint | sanitize | release | clean" \
+	@echo "make demo | test | bench | targets | gpu | oldest | lint | sanitize | release | clean" \
 	      "(ARGS=... is passed on)"
 
 demo: $(EXTENSION)
@@ -39,6 +39,11 @@ targets: $(EXTENSION) $(PEERS)
 # Everything that a GPU can tell, in the Python that is there: see docs/gpu.md.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+# The oldest Triton and the headers of the oldest PyTorch that are supported, into build/oldest: 300 MB
+# of downloads. `make test` runs what needs them where they lie there.
+oldest: $(REQUIREMENTS)
+	$(VENV)/bin/python tests/support/oldest.py
 
 lint: $(REQUIREMENTS)
 	$(VENV)/bin/ruff check .

@@ -11,10 +11,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
 
+import triton
 from support.gpu_kernels import SUMMARY, compile_all, summarise, write_table
 
 if __name__ == "__main__":
     table, wrong = compile_all(report=lambda line: print(line, flush=True))
     write_table(table)
-    SUMMARY.write_text(summarise(table))
+    SUMMARY.write_text(summarise(table, triton.__version__))
     sys.exit(len(wrong) > 0)

@@ -17,7 +17,7 @@ import torch
 from support.backend_comparison import Results, check
 from support.mbconv_cases import Case, make_parameters, map_tensors
 from support.mbconv_cases import run as run_mbconv
-from support.tolerances import relative_error
+from support.tolerances import FOLDED_ROUNDING, LOW_PRECISION_ROUNDING, relative_error
 from torch import Tensor
 
 from benchmarks.gpu.bench import Bench, Skipped, Step, poisoned_memory
@@ -118,7 +118,7 @@ def compare(
         "not the same twice": ", ".join(differing),
     }
     print(row, flush=True)
-    check(first, stock, exact, dtype)
+    check(first, stock, exact, dtype, FOLDED_ROUNDING if "eval" in name else LOW_PRECISION_ROUNDING)
     if differing:
         raise AssertionError(f"two runs differ in {', '.join(differing)}")
     return [row]

@@ -29,6 +29,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(autouse=True)
+def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's convolutions, the stem's among them, would multiply float32 as TF32."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
 def correct_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     if interpreting():
         from support import triton_interpreter

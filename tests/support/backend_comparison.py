@@ -14,7 +14,9 @@ from support.tolerances import (
     BACKEND_GRADIENT,
     BACKEND_OUTPUT,
     BACKEND_ZERO_GRADIENT,
+    FOLDED_ROUNDING,
     LOW_PRECISION_FACTOR,
+    LOW_PRECISION_ROUNDING,
     assert_close,
     relative_error,
 )
@@ -22,8 +24,17 @@ from support.tolerances import (
 Results = dict[str, Tensor]
 
 
-def check(fused: Results, stock: Results, exact: Results, dtype: torch.dtype) -> None:
-    """float32: close to float64; else no further from it than twice stock operations are."""
+def check(
+    fused: Results,
+    stock: Results,
+    exact: Results,
+    dtype: torch.dtype,
+    rounding: float = LOW_PRECISION_ROUNDING,
+) -> None:
+    """float32: close to float64; else no further from it than twice stock operations are.
+
+    rounding: what may come on top, in units in the last place.
+    """
     assert fused.keys() == exact.keys()
     for name, value in exact.items():
         assert fused[name].dtype == stock[name].dtype, name
@@ -34,7 +45,7 @@ def check(fused: Results, stock: Results, exact: Results, dtype: torch.dtype) ->
             assert_close(fused[name], value, tolerance[dtype], name)
         else:
             allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value)
-            assert_close(fused[name], value, allowed + torch.finfo(dtype).eps, name)
+            assert_close(fused[name], value, allowed + rounding * torch.finfo(dtype).eps, name)
 
 
 def check_mbconv(
@@ -63,7 +74,8 @@ def check_mbconv(
             return run(x, parameters, case.description, precision, training=training, **options)
 
     exact, stock = step("reference", torch.float64), step("reference", dtype)
-    check(step("triton", dtype, recompute=recompute), stock, exact, dtype)
+    rounding = LOW_PRECISION_ROUNDING if training else FOLDED_ROUNDING
+    check(step("triton", dtype, recompute=recompute), stock, exact, dtype, rounding)
 
 
 def train_step(module: nn.Module, x: Tensor) -> Results:

@@ -206,6 +206,12 @@ def write_table(table: Table) -> None:
             writer.writerow((*key, *cells))
 
 
+def table_triton() -> str:
+    """The version of Triton that compiled the table in docs/: another's registers are not its."""
+    (version,) = re.findall(r"by Triton (\d[\w.]*\w)", SUMMARY.read_text())
+    return version
+
+
 def _title(key: Key) -> str:
     """The kernel and its block sizes."""
     blocks = re.findall(r"\bBLOCK_\w+=(\d+)", key[3])
@@ -221,16 +227,18 @@ def _summarise(usages: list[Usage], arch: int) -> str:
     return f"{registers} reg., {shared_memory:.1f} KiB, {occupancy:.0%}"
 
 
-def summarise(table: Table) -> str:
+def summarise(table: Table, triton_version: str) -> str:
     """The document: for each op, kernel and tile the most that any of its launches takes."""
     kernels = sum(len(usages) for usages in table.values())
     lines = [
         "# What the GPU kernels compile to",
         "",
-        "Written by `python benchmarks/gpu_kernels.py`, which needs no GPU; the tests compare.",
+        "Written by `python benchmarks/gpu_kernels.py`, which needs no GPU.",
         f"All {kernels} kernels that the nine variants launch in training and evaluation at their",
         "own resolutions, at batch 1 and 64, in models of a dtype and under autocast, compiled",
-        "for A100 (sm_80), H100 and H200 (sm_90), B200 (sm_100) and RTX 50 (sm_120). None spills,",
+        f"by Triton {triton_version} for A100 (sm_80), H100 and H200 (sm_90), B200 (sm_100) and",
+        "RTX 50 (sm_120). Each version of Triton allots registers in its own way: the tests",
+        "compare under this one, and compile some kernels under whichever is there. None spills,",
         "each fits the shared memory, and those with products use tensor cores (attention in",
         "float32 does not, on purpose). None was run on a GPU: this says nothing about speed.",
         "",

@@ -11,11 +11,17 @@ from support.mbconv_cases import Case, make_parameters, map_tensors
 
 
 def training_passes(
-    case: Case, dtype: torch.dtype, recompute: str, batch: int, height: int, width: int
+    case: Case,
+    dtype: torch.dtype,
+    recompute: str,
+    batch: int,
+    height: int,
+    width: int,
+    device: str = "cpu",
 ) -> tuple[list[Pass], list[Pass]]:
     """(forward, backward)."""
-    parameters = make_parameters(case, dtype)
-    x = torch.empty(batch, case.in_channels, height, width, dtype=dtype)
+    parameters = map_tensors(make_parameters(case, dtype), lambda tensor: tensor.to(device))
+    x = torch.empty(batch, case.in_channels, height, width, dtype=dtype, device=device)
     x = x.to(memory_format=torch.channels_last)
     description = front.resolve_frozen(case.description, parameters, training=True)
     needed = frozenset(("x", *front.PARAMETER_NAMES))

@@ -9,6 +9,7 @@ import functools
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -71,6 +72,14 @@ def nvcc_version() -> str:
     output = subprocess.check_output(["nvcc", "--version"], text=True)
     match = re.search(r"release ([\d.]+)", output)
     return match[1] if match else ""
+
+
+def include_flags() -> list[str]:
+    """Where CUDA's own headers lie, as g++ is told: without warnings about them."""
+    command = ["nvcc", "--dryrun", str(SOURCES[0]), "-o", "unused"]
+    plan = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    (line,) = re.findall(r"^#\$ INCLUDES=(.*)$", plan, re.MULTILINE)
+    return [flag.replace("-I", "-isystem", 1) for flag in shlex.split(line)]
 
 
 def _readable(mangled: str) -> str:

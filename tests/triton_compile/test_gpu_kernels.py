@@ -2,7 +2,8 @@
 
 The table in docs/ has every kernel for every architecture and dtype, which take a quarter of an
 hour to compile. Here all launches are compared with it, and of some pairs of an architecture and a
-dtype one of each kernel is compiled.
+dtype one of each kernel is compiled. What that takes is compared too, under the version of Triton
+that the table was made with: every version allots registers in its own way.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import pytest
 
 pytest.importorskip("triton")
 
+import triton
 from support.compile_only_driver import AMD, Usage, amd_vector_spills, compile_launches
 from support.gpu_kernels import (
     COMPILED,
@@ -23,6 +25,7 @@ from support.gpu_kernels import (
     representatives,
     row_key,
     summarise,
+    table_triton,
 )
 
 each_op = pytest.mark.parametrize("op", OPS)
@@ -51,10 +54,11 @@ def test_the_table_has_what_is_launched(op: str, arch: int, dtype: str) -> None:
 @some_pairs
 def test_what_compiles_today_is_right_and_in_the_table(op: str, arch: int, dtype: str) -> None:
     launches = representatives(record(op, arch, dtype))
-    table = read_table()
+    table, comparable = read_table(), triton.__version__ == table_triton()
     for launch, usage in zip(launches, compile_for(launches, arch), strict=True):
         assert not faults(op, dtype, arch, launch.kernel, usage)
-        assert table[row_key(op, dtype, launch)][arch] == usage, OUTDATED
+        if comparable:
+            assert table[row_key(op, dtype, launch)][arch] == usage, OUTDATED
 
 
 def test_nothing_in_the_table_is_wrong() -> None:
@@ -83,7 +87,7 @@ def test_faults_are_seen(usage: Usage, fault: str | None) -> None:
 
 
 def test_the_summary_is_the_tables() -> None:
-    assert SUMMARY.read_text() == summarise(read_table()), OUTDATED
+    assert SUMMARY.read_text() == summarise(read_table(), table_triton()), OUTDATED
 
 
 @each_op

@@ -53,33 +53,39 @@ def names(passes: list[Pass]) -> list[str]:
 @pytest.mark.parametrize(
     ("recompute", "forward", "backward"), [("none", 4, 9), ("expand", 2, 8), ("block", 2, 9)]
 )
-def test_how_often_wide_tensors_cross_memory(recompute: str, forward: int, backward: int) -> None:
+def test_how_often_wide_tensors_cross_memory(
+    recompute: str, forward: int, backward: int, device: str
+) -> None:
     """By Triton alone: 4 and 9, 4 and 10, 4 and 12; by stock PyTorch 14 and 24."""
     case = Case(MBConvDescription(), 16, 64, 16)
-    passes = training_passes(case, torch.bfloat16, recompute, 8, 32, 32)
+    passes = training_passes(case, torch.bfloat16, recompute, 8, 32, 32, device)
     assert [wide_crossings(each, 64) for each in passes] == [forward, backward]
 
 
 @pytest.mark.parametrize(("choice", "crossings"), [("never", 4), ("always", 2)])
 def test_how_often_wide_tensors_cross_memory_in_evaluation(
-    choice: str, crossings: int, monkeypatch: pytest.MonkeyPatch
+    choice: str, crossings: int, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(SWITCH, choice)
     case = Case(MBConvDescription(), 16, 64, 16)
-    parameters = make_parameters(case, torch.bfloat16)
+    parameters = map_tensors(make_parameters(case, torch.bfloat16), lambda t: t.to(device))
     description = front.resolve_frozen(case.description, parameters, training=False)
     with FakeTensorMode() as mode, record_passes() as passes:
-        x = torch.empty(8, 16, 32, 32, dtype=torch.bfloat16)
+        x = torch.empty(8, 16, 32, 32, dtype=torch.bfloat16, device=device)
         fakes = map_tensors(parameters, mode.from_tensor)
         triton_backend.forward(x, fakes, description, "block", None)
     assert wide_crossings(passes, 64) == crossings
 
 
-def test_each_pass_is_taken_over() -> None:
-    forward, backward = map(names, training_passes(STRIDE_1, torch.bfloat16, "none", *SHAPE))
+def test_each_pass_is_taken_over(device: str) -> None:
+    def kernels(recompute: str) -> tuple[list[str], ...]:
+        passes = training_passes(STRIDE_1, torch.bfloat16, recompute, *SHAPE, device)
+        return tuple(map(names, passes))
+
+    forward, backward = kernels("none")
     assert "cuda_depthwise_forward" in forward and "depthwise_kernel" not in forward
     assert "cuda_depthwise_backward" in backward
-    forward, backward = map(names, training_passes(STRIDE_1, torch.bfloat16, "expand", *SHAPE))
+    forward, backward = kernels("expand")
     assert "cuda_expand_depthwise" in forward and "expand_kernel" not in forward
     assert "cuda_expand_depthwise_backward" in backward and "expand_kernel" not in backward
 
@@ -107,22 +113,23 @@ def test_evaluation(case: Case, device: str) -> None:
 
 def test_few_rows_store_z1_for_its_statistics(device: str) -> None:
     """56 rows of 8 channels measure z1: only the passes after it are CUDA's."""
-    forward, _ = training_passes(STRIDE_1, torch.bfloat16, "expand", 1, 7, 8)
+    forward, _ = training_passes(STRIDE_1, torch.bfloat16, "expand", 1, 7, 8, device)
     assert {"expand_kernel", "cuda_depthwise_forward"} <= set(names(forward))
 
 
-def test_what_cuda_does_not_cover_is_tritons_and_says_so() -> None:
+def test_what_cuda_does_not_cover_is_tritons_and_says_so(device: str) -> None:
     silu = dataclasses.replace(STRIDE_1.description, expand_activation="silu")
     with pytest.warns(FallbackWarning, match="CUDA kernels do not cover activation 'silu'"):
         forward, _ = training_passes(
-            dataclasses.replace(STRIDE_1, description=silu), torch.bfloat16, "none", *SHAPE
+            *(dataclasses.replace(STRIDE_1, description=silu), torch.bfloat16, "none"),
+            *(*SHAPE, device),
         )
     assert "depthwise_kernel" in names(forward)
 
 
-def test_the_table_and_the_switch_decide(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_table_and_the_switch_decide(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def kernels() -> list[str]:
-        return names(training_passes(STRIDE_1, torch.bfloat16, "none", *SHAPE)[0])
+        return names(training_passes(STRIDE_1, torch.bfloat16, "none", *SHAPE, device)[0])
 
     monkeypatch.delenv(SWITCH)
     assert "depthwise_kernel" in kernels()

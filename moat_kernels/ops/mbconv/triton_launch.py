@@ -6,6 +6,7 @@ sm_80 to sm_120; none was timed on a GPU. `python -m moat_kernels.tune` does tha
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moat_kernels.ops.mbconv.stencil import Stencil
 from moat_kernels.ops.triton_support.launch_table import ANY_SIZE, STAGES, WARPS, LaunchTable
 from moat_kernels.ops.triton_support.launching import architecture
 from moat_kernels.ops.triton_support.launching import launch as launch_kernel
@@ -48,6 +50,9 @@ class Implementation:
     kernels: str
 
 
+# A thread needs more registers for stride 2: nine taps without neighbours to share, or four pixels.
+STRIDE_1, STRIDE_2 = "stride 1", "stride 2"
+
 # Of products, rows and columns are those of the kernel's result, depth is what is summed over.
 LAUNCHES = LaunchTable(
     "mbconv",
@@ -66,10 +71,14 @@ LAUNCHES = LaunchTable(
         ("expand_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
         ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 3),
         ("expand_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
-        ("depthwise", 2, ANY_SIZE): StencilBlocks(8, 64, 16, 8),
-        ("depthwise", 4, ANY_SIZE): StencilBlocks(8, 64, 16, 8),
-        ("depthwise_backward", 2, ANY_SIZE): StencilBlocks(8, 64, 16, 8),
-        ("depthwise_backward", 4, ANY_SIZE): StencilBlocks(8, 64, 16, 8),
+        ("depthwise", 2, STRIDE_1): StencilBlocks(8, 64, 16, 8),
+        ("depthwise", 2, STRIDE_2): StencilBlocks(8, 64, 16, 8),
+        ("depthwise", 4, STRIDE_1): StencilBlocks(8, 64, 16, 8),
+        ("depthwise", 4, STRIDE_2): StencilBlocks(8, 64, 16, 8),
+        ("depthwise_backward", 2, STRIDE_1): StencilBlocks(8, 64, 16, 8),
+        ("depthwise_backward", 2, STRIDE_2): StencilBlocks(8, 64, 16, 16),
+        ("depthwise_backward", 4, STRIDE_1): StencilBlocks(8, 64, 16, 8),
+        ("depthwise_backward", 4, STRIDE_2): StencilBlocks(8, 64, 16, 16),
         ("pool", 2, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
         ("pool", 4, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
         # Passes that CUDA C++ kernels cover too (depthwise_passes.py): Triton's until a GPU has
@@ -97,13 +106,16 @@ LAUNCHES = LaunchTable(
         "kernels": ("triton", "cuda"),
     },
     exceptions={
+        8: {  # with fewer warps registers spill under Triton 3.6
+            ("depthwise", 4, STRIDE_2): StencilBlocks(8, 64, 16, 16),
+        },
         10: {  # with steps twice as deep registers spill
             ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
             ("expand_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
         },
         12: {  # with fewer warps, or more channels, registers spill
             ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
-            ("depthwise_backward", 4, ANY_SIZE): StencilBlocks(8, 32, 16, 4),
+            ("depthwise_backward", 4, STRIDE_1): StencilBlocks(8, 32, 16, 4),
         },
     },
 )
@@ -126,15 +138,20 @@ def gemm_blocks(kernel: str, like: Tensor, rows: int, columns: int, depth: int) 
     )
 
 
-def stencil_blocks(kernel: str, like: Tensor, channels: int, *sizes: int) -> StencilBlocks:
-    """The tile of a pass over maps of `channels`, in the dtype of `like`.
+def depthwise_blocks(kernel: str, like: Tensor, channels: int, stencil: Stencil) -> StencilBlocks:
+    """The tile of a stencil over maps of `channels`, in the dtype of `like`."""
+    size = STRIDE_1 if stencil.stride == 1 else STRIDE_2
+    sizes = (channels, *stencil.sizes)
+    return _fit_channels(LAUNCHES.choose(kernel, like, sizes, size), channels)
 
-    sizes: what else tells one problem from another: images, pixels, stride.
-    """
-    blocks = LAUNCHES.choose(kernel, like, (channels, *sizes))
-    return StencilBlocks(
-        blocks.width, _fit(blocks.channels, channels), blocks.band, blocks.warps, blocks.stages
-    )
+
+def pool_blocks(like: Tensor, channels: int, batch: int, pixels: int) -> StencilBlocks:
+    """The tile of a sum over the pixels of maps of `channels`, in the dtype of `like`."""
+    return _fit_channels(LAUNCHES.choose("pool", like, (channels, batch, pixels)), channels)
+
+
+def _fit_channels(blocks: StencilBlocks, channels: int) -> StencilBlocks:
+    return dataclasses.replace(blocks, channels=_fit(blocks.channels, channels))
 
 
 def _fit(block: int, size: int) -> int:

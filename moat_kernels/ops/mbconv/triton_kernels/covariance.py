@@ -31,7 +31,8 @@ def covariance_kernel(
 ):
     """sums = sum(d), products = d^T d over a chunk of rows, with d = rows - pilot.
 
-    Reads rows once per block of channels (from L2 after the first), writes splits x C x C. One
+    The products are of d rounded to the dtype of rows, the sums of d itself: a mean near zero is
+    smaller than what rounding would leave of it. Reads rows once per block of channels (from L2 after the first), writes splits x C x C. One
     program: one tile of the upper triangle, which it also writes mirrored.
     """
     first_block, second_block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
@@ -51,10 +52,10 @@ def covariance_kernel(
         a = tl.load(pointers + first[None, :], mask=mask & (first < channels)[None, :], other=0.0)
         b = tl.load(pointers + second[None, :], mask=mask & (second < channels)[None, :], other=0.0)
         dtype = a.dtype
-        a = tl.where(mask, a.to(tl.float32) - first_pilot[None, :], 0.0).to(dtype)
-        b = tl.where(mask, b.to(tl.float32) - second_pilot[None, :], 0.0).to(dtype)
-        products = tl.dot(tl.trans(a), b, products, input_precision=PRECISION)
-        sums += tl.sum(a.to(tl.float32), 0)
+        a = tl.where(mask, a.to(tl.float32) - first_pilot[None, :], 0.0)
+        b = tl.where(mask, b.to(tl.float32) - second_pilot[None, :], 0.0)
+        sums += tl.sum(a, 0)
+        products = tl.dot(tl.trans(a.to(dtype)), b.to(dtype), products, input_precision=PRECISION)
     target = products_ptr + split.to(tl.int64) * channels * channels
     mask = (first < channels)[:, None] & (second < channels)[None, :]
     tl.store(target + first[:, None] * channels + second[None, :], products, mask=mask)

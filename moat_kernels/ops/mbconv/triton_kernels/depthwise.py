@@ -10,7 +10,7 @@ from torch import Tensor
 from moat_kernels.ops.mbconv.stencil import Stencil
 from moat_kernels.ops.mbconv.triton_kernels.affine import load_affine
 from moat_kernels.ops.mbconv.triton_kernels.moments import merge_moments, store_moments
-from moat_kernels.ops.mbconv.triton_launch import launch, stencil_blocks
+from moat_kernels.ops.mbconv.triton_launch import depthwise_blocks, launch
 from moat_kernels.ops.triton_support.activations import activate
 from moat_kernels.ops.triton_support.tuning import tunable
 
@@ -219,7 +219,7 @@ def depthwise(
     Returns ([B*H_out*W_out, E], None or its mean and biased variance, float64 [E] each).
     """
     channels = z.shape[1]
-    blocks = stencil_blocks("depthwise", z, channels, *stencil.sizes)
+    blocks = depthwise_blocks("depthwise", z, channels, stencil)
     out_height, out_width = stencil.out_height, stencil.out_width
     bands, column_blocks = (
         triton.cdiv(out_height, blocks.band),

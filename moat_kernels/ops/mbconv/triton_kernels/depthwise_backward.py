@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moat_kernels.ops.mbconv.stencil import Stencil
 from moat_kernels.ops.mbconv.triton_kernels.affine import load_affine
-from moat_kernels.ops.mbconv.triton_launch import launch, stencil_blocks
+from moat_kernels.ops.mbconv.triton_launch import depthwise_blocks, launch
 from moat_kernels.ops.triton_support.activations import activate, activation_derivative
 from moat_kernels.ops.triton_support.tuning import tunable
 
@@ -146,7 +146,7 @@ def depthwise_backward(
     z1: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E].
     """
     channels = z1.shape[1]
-    blocks = stencil_blocks("depthwise_backward", z1, channels, *stencil.sizes)
+    blocks = depthwise_blocks("depthwise_backward", z1, channels, stencil)
     stride = stencil.stride
     bands = triton.cdiv(triton.cdiv(stencil.height, stride), blocks.band)
     column_blocks = triton.cdiv(triton.cdiv(stencil.width, stride), blocks.width)

@@ -14,7 +14,7 @@ from moat_kernels.ops.mbconv.triton_launch import (
     dot_precision,
     gemm_blocks,
     launch,
-    stencil_blocks,
+    pool_blocks,
 )
 from moat_kernels.ops.triton_support.activations import activate
 from moat_kernels.ops.triton_support.tuning import tunable
@@ -73,7 +73,7 @@ def pool_kernel(
 def pool(z: Tensor, affine: Tensor | None, activation: str, pixels: int) -> Tensor:
     """Mean over each image's pixels of activation(z [M, E] scale + shift), float32 [B, E]."""
     batch, channels = z.shape[0] // pixels, z.shape[1]
-    blocks = stencil_blocks("pool", z, channels, batch, pixels)
+    blocks = pool_blocks(z, channels, batch, pixels)
     splits = triton.cdiv(pixels, blocks.band)
     sums = z.new_empty((batch, splits, channels), dtype=torch.float32)
     launch(
