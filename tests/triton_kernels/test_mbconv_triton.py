@@ -277,6 +277,14 @@ def test_memory_format_and_strides_of_the_input_do_not_matter(device: str) -> No
         assert torch.equal(output, outputs["plain"]), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_mean_near_zero_is_not_rounded(dtype: torch.dtype, device: str) -> None:
+    rows = torch.randn(2000, 32, device=device).to(dtype)
+    pilot = rows[::2].mean(0, dtype=torch.float32)
+    mean, _ = covariance(rows, pilot)
+    assert_close(pilot + mean, rows.double().mean(0), 1e-5)
+
+
 def test_covariance_of_data_far_from_zero(device: str) -> None:
     """Mean/std of 1e4, more channels than a tile holds and rows for two splits."""
     rows = torch.randn(80, 70).to(device) @ torch.randn(70, 70).to(device) / 8 + 1e4

@@ -31,9 +31,10 @@ def covariance_kernel(
 ):
     """sums = sum(d), products = d^T d over a chunk of rows, with d = rows - pilot.
 
-    The products are of d rounded to the dtype of rows, the sums of d itself: a mean near zero is
-    smaller than what rounding would leave of it. Reads rows once per block of channels (from L2 after the first), writes splits x C x C. One
-    program: one tile of the upper triangle, which it also writes mirrored.
+    The products are of d rounded to the dtype of rows, the sums of d itself: rounding would leave
+    little of a mean near zero. Reads rows once per block of channels (from L2 after the first),
+    writes splits x C x C. One program: one tile of the upper triangle, which it also writes
+    mirrored.
     """
     first_block, second_block, split = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     if second_block < first_block:
