@@ -43,6 +43,8 @@ from moat_kernels.variants import get_preprocessing, list_models
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 # Which passes run depends on what is recomputed: z1 is stored, or it is not.
 RECOMPUTE = ("none", "expand")
+# Problems are tuned in rounds: those that lose at least the largest loss over this, then the next.
+ROUND = 4
 
 
 def tune(
@@ -75,11 +77,12 @@ def tune(
         return time.monotonic() >= until
 
     tuner = Tuner(LAUNCH_TABLES, measure, report, out_of_time)
-    for problem in sorted(losses, key=losses.__getitem__, reverse=True):
-        if out_of_time():
-            break
-        tuner.wanted = problem
-        _run(where[problem], x, tuner, autocast)
+    while losses and not out_of_time():
+        least = max(losses.values()) / ROUND
+        tuner.wanted = frozenset(name for name, lost in losses.items() if lost >= least)
+        for model in dict.fromkeys(where[problem] for problem in tuner.wanted):
+            _run(model, x, tuner, autocast)
+        losses = {name: lost for name, lost in losses.items() if name not in tuner.wanted}
 
 
 def _run(model: nn.Module, x: Tensor, observer: Observer, autocast: torch.dtype | None) -> None:

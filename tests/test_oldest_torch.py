@@ -1,4 +1,4 @@
-"""csrc/ compiles against the headers of the oldest PyTorch: a symbol that came later is an error."""
+"""csrc/ compiles against the headers of the oldest PyTorch: what came later is an error."""
 
 from __future__ import annotations
 

@@ -1,7 +1,8 @@
 """Triton kernels: tests/triton_kernels and tests/triton_compile, in processes of their own.
 
 Triton decides when it is imported whether it interprets or compiles. Both folders can also be
-given to pytest by themselves; it does not enter them otherwise.
+given to pytest by themselves; it does not enter them otherwise. The oldest Triton runs them too,
+where `make oldest` has fetched it.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import oldest
 
 from moat_kernels.ops.triton_support.launching import triton_missing
 
@@ -24,12 +26,13 @@ pytestmark = pytest.mark.skipif(bool(triton_missing()), reason=triton_missing())
 
 
 class _Run:
-    """pytest at work in another process, on one folder."""
+    """pytest at work in another process, on one folder, with `variables` in its environment."""
 
-    def __init__(self, folder: str, interpret: bool, log: Path) -> None:
+    def __init__(self, folder: str, interpret: bool, log: Path, *options: str, **variables) -> None:
         self.log = log
-        environment = {**os.environ, "TRITON_INTERPRET": str(int(interpret))}
-        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v", TESTS / folder]
+        environment = {**os.environ, **variables, "TRITON_INTERPRET": str(int(interpret))}
+        command = [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", "-v"]
+        command += [*options, TESTS / folder]
         with log.open("w") as file:
             self.process = subprocess.Popen(
                 command, env=environment, stdout=file, stderr=subprocess.STDOUT
@@ -60,6 +63,27 @@ def without_gpu(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
 @pytest.mark.parametrize("name", ["interpreter", "compile"])
 def test_without_a_gpu(name: str, without_gpu: dict[str, _Run]) -> None:
     without_gpu[name].check()
+
+
+@pytest.mark.skipif(bool(oldest.reason_no_triton()), reason=oldest.reason_no_triton())
+def test_under_the_oldest_triton(tmp_path: Path) -> None:
+    """The interpreter's tests, and of what is compiled one of each kernel: two minutes."""
+    inherited = os.environ.get("PYTHONPATH")
+    path = os.pathsep.join((str(oldest.TRITON), *([inherited] if inherited else [])))
+    version = "import triton; print(triton.__version__)"
+    environment = {**os.environ, "PYTHONPATH": path}
+    used = subprocess.check_output([sys.executable, "-c", version], env=environment, text=True)
+    assert used.strip() == oldest.TRITON_VERSION
+    runs = (
+        _Run("triton_kernels", True, tmp_path / "interpreter", PYTHONPATH=path),
+        _Run("triton_compile", False, tmp_path / "compile", "-k", "compiles", PYTHONPATH=path),
+    )
+    try:
+        for run in runs:
+            run.check()
+    finally:
+        for run in runs:
+            run.process.kill()
 
 
 @pytest.mark.gpu

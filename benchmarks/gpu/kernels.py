@@ -84,7 +84,7 @@ def profile(bench: Bench, contender: Contender) -> list[Row]:
         times, counts = device_times(step)
     rows = []
     for name, seconds in sorted(times.items(), key=lambda item: -item[1]):
-        passes = declared.get(_declared_name(name), [])
+        passes = declared.get(name, [])
         moved, flops = sum(p.bytes for p in passes), sum(p.flops for p in passes)
         floor = sum(max(p.bytes / bandwidth, p.flops / rate) for p in passes)
         rows.append(
@@ -129,8 +129,9 @@ def device_times(
     counts: dict[str, int] = collections.defaultdict(int)
     for event in profiler.events():
         if event.device_type == torch.autograd.DeviceType.CUDA and not event.is_user_annotation:
-            times[event.name] += 1e-6 * event.time_range.elapsed_us() / calls
-            counts[event.name] += 1
+            name = _declared_name(event.name)
+            times[name] += 1e-6 * event.time_range.elapsed_us() / calls
+            counts[name] += 1
     return dict(times), {name: round(count / calls) for name, count in counts.items()}
 
 

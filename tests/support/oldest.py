@@ -47,9 +47,8 @@ def _unpack_torch_headers(target: Path) -> None:
     subprocess.run([*PIP, "download", *options, f"torch=={TORCH_VERSION}"], check=True)
     (wheel,) = target.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
-        archive.extractall(
-            target, [name for name in archive.namelist() if name.startswith(INCLUDE)]
-        )
+        headers = [name for name in archive.namelist() if name.startswith(INCLUDE)]
+        archive.extractall(target, headers)
     wheel.unlink()
 
 

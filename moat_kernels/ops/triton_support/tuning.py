@@ -6,7 +6,7 @@ import contextlib
 import functools
 import statistics
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextvars import ContextVar
 from typing import Any, TypeVar
 
@@ -117,7 +117,7 @@ class Tuner:
         self.measure = measure
         self.report = report
         self.out_of_time = out_of_time
-        self.wanted: Problem | None = None  # the only one to tune; None: all
+        self.wanted: Collection[Problem] | None = None  # None: all
         self.entries: dict[Problem, Entry] = {}
 
     def __call__(self, launcher: Callable[[], Result]) -> Result:
@@ -133,7 +133,8 @@ class Tuner:
         if not asked:  # nothing to compute
             return result
         problem, static = asked[0]
-        if problem not in self.entries and self.wanted in (None, problem):
+        wanted = self.wanted is None or problem in self.wanted
+        if wanted and problem not in self.entries and not self.out_of_time():
             with observing(None):
                 self.entries[problem] = self._search(launcher, problem, static)
             self.report(self.entries[problem])
