@@ -1,7 +1,8 @@
 """How the kernels of `mbconv` are launched: its launch table.
 
 The entries were chosen so that the compiled kernels spill no registers and fit the shared memory of
-sm_80 to sm_120; none was timed on a GPU. `python -m moat_kernels.tune` does that.
+sm_80 to sm_120. Those of Hopper (9) were measured on an H200, the others on no GPU: `python -m
+moat_kernels.tune` does that.
 """
 
 from __future__ import annotations
@@ -82,7 +83,7 @@ LAUNCHES = LaunchTable(
         ("pool", 2, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
         ("pool", 4, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
         # Passes that CUDA C++ kernels cover too (depthwise_passes.py): Triton's until a GPU has
-        # been seen to be faster with the others. None has run either.
+        # been seen to be faster with the others.
         **{
             (name, size, ANY_SIZE): Implementation("triton")
             for name in (
@@ -108,6 +109,12 @@ LAUNCHES = LaunchTable(
     exceptions={
         8: {  # with fewer warps registers spill under Triton 3.6
             ("depthwise", 4, STRIDE_2): StencilBlocks(8, 64, 16, 16),
+        },
+        9: {  # measured on an H200, see docs/launch_tables.md
+            ("project", 2, ANY_SIZE): GemmBlocks(128, 64, 32, 4, 3),
+            ("project_weight", 2, ANY_SIZE): GemmBlocks(128, 64, 64, 8, 2),
+            ("depthwise_pass", 2, ANY_SIZE): Implementation("cuda"),
+            ("depthwise_backward_pass", 2, ANY_SIZE): Implementation("cuda"),
         },
         10: {  # with steps twice as deep registers spill
             ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),

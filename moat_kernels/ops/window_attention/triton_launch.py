@@ -1,7 +1,8 @@
 """How the Triton kernels of window attention are launched: its launch table.
 
-Chosen by counting registers and shared memory (docs/gpu_kernels.md has what each compiles to);
-none has been timed on a GPU. `python -m moat_kernels.tune` does that.
+Chosen by counting registers and shared memory (docs/gpu_kernels.md has what each compiles to).
+Those of Hopper (9) were measured on an H200, the others on no GPU: `python -m moat_kernels.tune`
+does that.
 """
 
 from __future__ import annotations
@@ -58,6 +59,12 @@ LAUNCHES = LaunchTable(
         8: {  # with fewer warps registers spill under Triton 3.6
             ("key_value", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
             ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
+        },
+        9: {  # measured on an H200, see docs/launch_tables.md
+            ("forward", 2, LARGE): AttentionBlocks(128, 16, 4, 1),
+            ("query", 2, LARGE): AttentionBlocks(128, 16, 8, 1),
+            ("key_value", 2, LARGE): AttentionBlocks(32, 128, 4, 1),
+            ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 4),
         },
         10: {  # with two stages registers spill
             ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
