@@ -119,10 +119,14 @@ LAUNCHES = LaunchTable(
         10: {  # with steps twice as deep registers spill
             ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
             ("expand_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
+            # With fewer warps, under Triton 3.6.
+            ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
         },
         12: {  # with fewer warps, or more channels, registers spill
             ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
             ("depthwise_backward", 4, STRIDE_1): StencilBlocks(8, 32, 16, 4),
+            # With steps twice as deep, under Triton 3.6.
+            ("project", 2, ANY_SIZE): GemmBlocks(128, 128, 16, 8, 2),
         },
     },
 )

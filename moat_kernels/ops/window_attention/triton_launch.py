@@ -70,6 +70,8 @@ LAUNCHES = LaunchTable(
             ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
             ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 1),
             ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 1),
+            ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+            ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
         },
     },
 )
