@@ -240,7 +240,7 @@ def summarise(table: Table, triton_version: str) -> str:
         "RTX 50 (sm_120). Each version of Triton allots registers in its own way: the tests",
         "compare under this one, and compile some kernels under whichever is there. None spills,",
         "each fits the shared memory, and those with products use tensor cores (attention in",
-        "float32 does not, on purpose). None was run on a GPU: this says nothing about speed.",
+        "float32 does not, on purpose). This says nothing about speed; gpu_results.md does.",
         "",
         "Kernels that differ only in which steps they take and in what is known to be a multiple",
         "of 16 share a line: the most registers a thread and shared memory a block of any, and the",

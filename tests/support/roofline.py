@@ -20,7 +20,7 @@ HEAD = f"""\
 # Roofline on paper
 
 Written by `python benchmarks/roofline.py`; the tests compare. **Everything here is predicted from
-shapes and data sheets. Nothing was measured: no kernel of this package has run on a GPU.**
+shapes and data sheets. What was measured is in [gpu_results.md](gpu_results.md).**
 
 A training step at batch {BATCH}: forward, cross entropy, backward, AdamW in one kernel; autocast in
 bfloat16, channels_last, eager; each variant at its own resolution. `python -m moat_kernels.plan`

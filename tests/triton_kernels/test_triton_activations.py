@@ -28,6 +28,23 @@ def kernel(x, value, derivative, KIND: tl.constexpr, SIZE: tl.constexpr):
     tl.store(derivative + index, activation_derivative(values, KIND))
 
 
+def test_gelu_and_its_derivative_within_1e_6(device: str) -> None:
+    """Its polynomials everywhere, their ends included; -infinity is NaN, as PyTorch's is."""
+    x = torch.cat(
+        [torch.linspace(-9, 9, SIZE - 3), torch.tensor([float("inf"), -float("inf"), 0.0])]
+    )
+    x = x.to(device)
+    value, derivative = torch.empty_like(x), torch.empty_like(x)
+    kernel[(1,)](x, value, derivative, KIND="gelu", SIZE=SIZE)
+    exact = x.double()
+    expected = torch.nn.functional.gelu(exact)
+    assert torch.equal(value.isnan(), expected.isnan())
+    finite = exact.isfinite()
+    assert (value.double() - expected)[finite].abs().max() < 1e-6
+    slope = activate_backward("gelu", torch.ones_like(exact), exact)
+    assert (derivative.double() - slope)[finite].abs().max() < 1e-6
+
+
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu", "relu", "identity"])
 def test_values_and_derivatives(kind: str, device: str) -> None:
     x = torch.linspace(-12, 12, SIZE, device=device)

@@ -22,7 +22,7 @@ from moat_kernels.ops.mbconv.triton_launch import Implementation
 from moat_kernels.ops.triton_support import launch_table, launching, user_table
 from moat_kernels.ops.triton_support.launch_table import Blocks, LaunchTable
 from moat_kernels.ops.triton_support.traffic import Pass, record_passes
-from moat_kernels.ops.triton_support.tuning import Tuner, observing, tunable
+from moat_kernels.ops.triton_support.tuning import Survey, Tuner, observing, tunable
 from moat_kernels.ops.triton_support.user_table import Entry
 
 GPU = "Some GPU"
@@ -46,8 +46,8 @@ TOYS = LaunchTable(
 class Toy:
     """Stands for a kernel: what it writes to, and what goes wrong with launches of some costs."""
 
-    def __init__(self) -> None:
-        self.buffer = torch.zeros(8)
+    def __init__(self, size: int = 8) -> None:
+        self.buffer = torch.zeros(size)
         self.cost = 0
         self.faults: dict[int, str] = {}
         self.calls = 0
@@ -109,6 +109,31 @@ def test_nan_of_the_data_are_no_difference() -> None:
     with observing(Tuner({"toys": TOYS}, toy.clock, entries.append)):
         add(toy, x)
     assert entries[0].blocks.cost == 1
+
+
+def test_the_search_ends_in_time() -> None:
+    """With no time left a problem keeps its launch, and none is begun."""
+    toy, entries = Toy(), []
+    clock = iter((False, False, True))
+    tuner = Tuner({"toys": TOYS}, toy.clock, entries.append, lambda: next(clock, True))
+    with observing(tuner):
+        add(toy, torch.ones(8))  # asked before the search and before each neighbour
+        add(Toy(16), torch.ones(16))
+    (entry,) = entries
+    assert (entry.blocks.cost, entry.problem.sizes) == (3, (8,))
+
+
+def test_what_static_launches_lose() -> None:
+    """Time above that of the bytes, times the calls; nothing is launched otherwise."""
+    toy = Toy()
+    survey = Survey(lambda function: function().numel() / 2, bandwidth=1e12)
+    with observing(survey):
+        for _ in range(3):
+            add(toy, torch.ones(8))
+        add(Toy(16), torch.ones(16))
+    losses = {problem.sizes: lost for problem, lost in survey.losses.items()}
+    assert losses == {(8,): 3 * 4.0, (16,): 8.0}
+    assert toy.cost == 4
 
 
 @pytest.fixture

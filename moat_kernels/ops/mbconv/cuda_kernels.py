@@ -1,8 +1,8 @@
 """The stencil passes of the inverted bottleneck by CUDA C++ kernels (csrc/cuda), where built.
 
 Names and arguments are those of the Triton kernels that they can take the place of;
-depthwise_passes.py chooses. They have never run on a GPU: the tests run the same sources on the
-host, and compile them by nvcc.
+depthwise_passes.py chooses. Without a GPU the tests run the same sources on the host, and compile
+them by nvcc.
 """
 
 from __future__ import annotations
