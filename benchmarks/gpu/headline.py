@@ -84,6 +84,12 @@ CUDA_KERNELS = Contender(
     "graph",
     environment=(("MOAT_KERNELS_CUDA_KERNELS", "always"),),
 )
+TRITON_KERNELS = Contender(
+    "fused, Triton kernels only, CUDA graph",
+    True,
+    "graph",
+    environment=(("MOAT_KERNELS_CUDA_KERNELS", "never"),),
+)
 STOCK_COMPILED = Contender("stock, compiled", False, "default")
 FUSED_COMPILED = Contender("fused, compiled", True, "default")
 STOCK_AUTOTUNED = Contender("stock, compiled, max-autotune", False, "max-autotune")
@@ -101,7 +107,7 @@ TIMM = tuple(
 # What answers the most questions first: the time may not suffice for all.
 ORDER: tuple[tuple[tuple[Workload, ...], tuple[Contender, ...]], ...] = (
     (MAIN, EAGER),
-    (MAIN[:1], (*LEVELS, CHECKPOINTED, CUDA_KERNELS)),
+    (MAIN[:1], (*LEVELS, CHECKPOINTED, CUDA_KERNELS, TRITON_KERNELS)),
     (MAIN, COMPILED),
     (TINY, EAGER),
     (LARGE, EAGER),
