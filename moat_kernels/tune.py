@@ -86,7 +86,7 @@ def tune(
 
 
 def _run(model: nn.Module, x: Tensor, observer: Observer, autocast: torch.dtype | None) -> None:
-    """Evaluation and a training step, with their launches handed to the observer."""
+    """A training step and evaluation, with their launches handed to the observer."""
     low_precision = (
         contextlib.nullcontext()
         if autocast is None
@@ -98,12 +98,13 @@ def _run(model: nn.Module, x: Tensor, observer: Observer, autocast: torch.dtype 
         observing(observer),
         torch.autograd.set_multithreading_enabled(False),
     ):
+        # Training first: what a kernel is launched for in both is tuned as it is there.
         with low_precision:
-            with torch.no_grad():
-                model.eval()(x)
             loss = model.train()(x).float().sum()
         loss.backward()
         model.zero_grad()
+        with low_precision, torch.no_grad():
+            model.eval()(x)
 
 
 def describe(entry: Entry) -> str:

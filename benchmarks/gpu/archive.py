@@ -61,7 +61,7 @@ def pack(cache: Path, launchers: Iterable[tuple[str, Path]], archive: Path) -> d
         manifest = {**versions(), "kernels": kernels, "launchers": count, "library": carried}
         (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n")
         archive.parent.mkdir(parents=True, exist_ok=True)
-        with tarfile.open(archive, "w:xz", preset=6) as file:
+        with tarfile.open(archive, "w:xz", preset=9) as file:
             for name in (MANIFEST, "triton", "launchers"):
                 file.add(folder / name, name)
             for name in carried:

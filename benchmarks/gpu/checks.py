@@ -96,6 +96,8 @@ def sanitize(bench: Bench, tool: str) -> list[Row]:
         timeout=SANITIZER_SECONDS,
     )
     print(result.stdout[-5000:], result.stderr[-2000:], flush=True)
+    if "Internal Sanitizer Error" in result.stdout:
+        raise RuntimeError(f"the checker itself failed: {_message(result.stdout)}")
     summary = re.findall(r"=+ (ERROR SUMMARY.*|RACECHECK SUMMARY.*)", result.stdout)
     if not summary:
         raise RuntimeError(f"no summary: {result.stdout[-200:]} {result.stderr[-200:]}")
@@ -104,3 +106,7 @@ def sanitize(bench: Bench, tool: str) -> list[Row]:
     if "0 errors" not in summary[-1] and "0 hazards" not in summary[-1]:
         raise AssertionError(f"{outcome}")
     return [outcome]
+
+
+def _message(output: str) -> str:
+    return next(line for line in output.splitlines() if "Internal Sanitizer Error" in line)

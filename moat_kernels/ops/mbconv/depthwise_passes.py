@@ -1,8 +1,8 @@
 """The passes with the depthwise convolution, by Triton kernels or, where built, by CUDA C++ ones.
 
-Which of them is an entry of the launch table (triton_launch.py): in the static one CUDA C++ where an
-H200 has been seen to be faster with it, and what was faster in one that `python -m moat_kernels.tune`
-wrote.
+Which of them is an entry of the launch table (triton_launch.py): in the static one CUDA C++ where
+an H200 has been seen to be faster with it, and what was faster in one that `python -m
+moat_kernels.tune` wrote.
 MOAT_KERNELS_CUDA_KERNELS overrides: "always" takes CUDA C++ wherever it covers a call, "never"
 leaves it out. What the choice decides is memory traffic: only the CUDA kernels that begin with the
 expand convolution keep its output, z1, on the chip.

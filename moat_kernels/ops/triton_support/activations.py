@@ -26,9 +26,9 @@ def _gelu_tanh_inner(x):
     return 0.7978845608028654 * (x + 0.044715 * x * x * x)
 
 
-# GELU(x) = relu(x) - t Phi(-t) with t = |x|. The 16th root of Phi(-t) is nearly a straight line, so a
-# polynomial of low degree raised to the 16th power follows it: a dozen instructions, where erf takes
-# 35 and the stencils evaluate it several times for each element. The fits are those of
+# GELU(x) = relu(x) - t Phi(-t) with t = |x|. The 16th root of Phi(-t) is nearly a straight line,
+# so a polynomial of low degree raised to the 16th power follows it: a dozen instructions, where erf
+# takes 35 and the stencils evaluate it several times for each element. The fits are those of
 # csrc/cpu/activation.h; beyond 5.6 the product is below 1e-7 and is held constant.
 
 
@@ -51,7 +51,7 @@ def _gelu(x):
 
 @triton.jit
 def _gelu_derivative(x):
-    """Absolute error 9e-7. With h(t) = t q^16, h' = q^15 (q + 16 t q'): r is what is in brackets."""
+    """Absolute error 9e-7. With h(t) = t q^16, h' = q^15 r and r = q + 16 t q'."""
     t = tl.minimum(tl.abs(x), 5.6)
     q = 6.17843966e-07 * t - 8.13178212e-06
     r = 6.981636816e-05 * t - 7.887828656e-04
