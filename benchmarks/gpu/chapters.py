@@ -101,7 +101,7 @@ def attention(card: Card) -> list[str]:
     rows = card.rows("attention")
     expected = expected_steps(card.is_rehearsal)["attention"]
     for name in TINY_MAPS if card.is_rehearsal else MAPS:
-        mine = [row for row in rows if row["map"] == name]
+        mine = [row for row in rows if row.get("map") == name]
         found = {row["attention"] for row in mine}
         steps = {
             step.removeprefix(f"{name}: "): step

@@ -91,7 +91,8 @@ def _draw_inference(cards: Sequence[Card], path: Path) -> Path | None:
     columns = min(2, len(groups))
     lines = -(-len(groups) // columns)
     most = max(map(len, groups.values()))
-    figure = Figure(figsize=(1 + 6 * columns, 0.5 + lines * (1.1 + 0.3 * most)))
+    # One column alone would be narrower than the note at its foot.
+    figure = Figure(figsize=(max(11, 1 + 6 * columns), 0.5 + lines * (1.1 + 0.3 * most)))
     axes = figure.subplots(lines, columns, squeeze=False).flat
     for axis in axes[len(groups) :]:
         axis.set_axis_off()
@@ -134,7 +135,11 @@ def _draw_kernels(cards: Sequence[Card], path: Path) -> Path | None:
 
 def _steps(card: Card) -> dict[str, dict[str, float]]:
     rows = {each.name: losses.profile(card, each.name) for each in PROFILED}
-    return {step: losses.by_kind(mine) for step, mine in rows.items() if mine}
+    return {
+        f"{step} (run {mine[0]['run']})" if "run" in mine[0] else step: losses.by_kind(mine)
+        for step, mine in rows.items()
+        if mine
+    }
 
 
 def _own(card: Card) -> tuple[str, dict[str, tuple[float, float | None]]]:

@@ -162,14 +162,24 @@ def _entries(rows: list[Row]) -> list[str]:
     return [*lines, "", *(format_table(tuple(shown[0]), shown) if shown else ["None."])]
 
 
+def _untuned(card: Card, workload: str, tuned: Row) -> Row | None:
+    """The same contender with the static table in the same run: later ones have other kernels."""
+    step = f"{workload}: {tuned['contender']}"
+    for run in card.runs:
+        if run.number == tuned.get("run", run.number):
+            for record in run.records:
+                if (record["section"], record["step"]) == ("headline", step) and record["rows"]:
+                    return record["rows"][0]
+    return None
+
+
 def _tuned(card: Card) -> list[str]:
     rows = []
     # The section `tuned` has the same workloads in a rehearsal.
     for workload, contenders in expected(rehearsal=False).items():
         stock = measured(card, workload, contenders, "headline")
-        before = {row["contender"]: row for row in stock}
         for row in compare(measured(card, workload, contenders, "tuned"), stock):
-            untuned = before.get(row["contender"])
+            untuned = _untuned(card, workload, row)
             rows.append(
                 {
                     "workload": workload,
