@@ -82,7 +82,8 @@ def counted_kernels(name: str, journal: Journal) -> Iterator[None]:
     found: list[tuple[str, bool, float]] = []
 
     def listen(*, src, metadata, metadata_group, times, cache_hit) -> None:  # type: ignore[no-untyped-def]
-        found.append((src.name, cache_hit, times.total / 1e6))
+        if not src.name.startswith("triton_"):  # those are torch.compile's own
+            found.append((src.name, cache_hit, times.total / 1e6))
 
     knobs.compilation.listener = listen
     try:

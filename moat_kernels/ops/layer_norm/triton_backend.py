@@ -1,7 +1,7 @@
 """LayerNorm of a residual branch by Triton kernels, in float32, bfloat16 and float16.
 
 Bytes for each element of x that cross DRAM (and 8 for each row in each pass), as counted from what
-stock modules launch; nothing was timed on a GPU:
+stock modules launch:
 
                                                         bfloat16   autocast of a float32 x
     forward, stock: normalise; autocast copies                 4      8 + 6

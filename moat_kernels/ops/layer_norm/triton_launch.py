@@ -1,7 +1,7 @@
 """How the Triton kernels of LayerNorm are launched: its launch table.
 
 Chosen by counting registers and bytes in flight (docs/gpu_kernels.md has what each compiles to);
-none has been timed on a GPU. `python -m moat_kernels.tune` does that.
+none was chosen by its time on a GPU. `python -m moat_kernels.tune` does that.
 """
 
 from __future__ import annotations
