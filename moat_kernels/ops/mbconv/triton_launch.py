@@ -125,8 +125,9 @@ LAUNCHES = LaunchTable(
             ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
             # With two elements for each thread Triton 3.6 crashes (LLVM, packed float32).
             ("depthwise_backward", 4, STRIDE_1): StencilBlocks(8, 32, 16, 8),
-            # With steps twice as deep, under Triton 3.6.
+            # With steps twice as deep.
             ("project", 2, ANY_SIZE): GemmBlocks(128, 128, 16, 8, 2),
+            ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
         },
     },
 )
