@@ -14,7 +14,7 @@ from pathlib import Path
 
 from benchmarks.gpu.bench import Bench, Skipped, Step
 from benchmarks.gpu.journal import Row
-from benchmarks.gpu.kernels import _beside_nvcc
+from benchmarks.gpu.machine import cuda_program
 
 TESTS_SECONDS, SANITIZER_SECONDS = 200, 100
 TEST_SECONDS = 60  # a single test that takes longer hangs
@@ -83,9 +83,9 @@ def sanitize(bench: Bench, tool: str) -> list[Row]:
     """The small and some of MOAT's shapes through the CUDA C++ kernels, under a checker."""
     if bench.rehearsal:
         raise Skipped("compute-sanitizer is for GPUs")
-    command = _beside_nvcc("compute-sanitizer")
+    command = cuda_program("compute-sanitizer")
     if command is None:
-        raise Skipped("compute-sanitizer is not installed beside nvcc")
+        raise Skipped("compute-sanitizer is not installed")
     result = subprocess.run(
         [
             *(command, "--tool", tool, "--kernel-name", "kns=moat_kernels"),

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import collections
 import csv
-import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -25,7 +24,7 @@ import torch
 from benchmarks.gpu.bench import Bench, Skipped, Step
 from benchmarks.gpu.headline import CUDA_KERNELS, FUSED, MAIN, STOCK, Contender, Workload, make_step
 from benchmarks.gpu.journal import Row
-from benchmarks.gpu.machine import GIGA, TERA, ceilings
+from benchmarks.gpu.machine import GIGA, TERA, ceilings, cuda_program
 from moat_kernels.ops.triton_support import launching, traffic
 from moat_kernels.ops.triton_support.tuning import time_on_gpu
 
@@ -218,7 +217,7 @@ def counters(bench: Bench) -> list[Row]:
     """Instructions and DRAM bytes of our kernels in a fused step, as the hardware counts them."""
     if bench.rehearsal:
         raise Skipped("Nsight Compute is for GPUs")
-    command = shutil.which("ncu") or _beside_nvcc("ncu")
+    command = cuda_program("ncu")
     if command is None:
         raise Skipped("Nsight Compute (ncu) is not installed")
     result = subprocess.run(
@@ -261,12 +260,6 @@ def sum_counters(table: list[dict[str, str]]) -> list[Row]:
         for kernel, found in sums.items()
     ]
     return sorted(rows, key=lambda row: -row["ms"])
-
-
-def _beside_nvcc(program: str) -> str | None:
-    nvcc = shutil.which("nvcc")
-    path = None if nvcc is None else Path(nvcc).resolve().with_name(program)
-    return str(path) if path is not None and path.exists() else None
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import shutil
 import subprocess
 from functools import partial
+from pathlib import Path
 
 import torch
 
@@ -49,6 +50,13 @@ def driver_version() -> str:
     query = [command, "--query-gpu=driver_version,clocks.max.sm", "--format=csv,noheader"]
     result = subprocess.run(query, capture_output=True, text=True, timeout=30)
     return result.stdout.strip().splitlines()[0] if result.stdout.strip() else "not known"
+
+
+def cuda_program(name: str) -> str | None:
+    """The path of a program of the CUDA toolkit: on PATH, or beside nvcc; None: not installed."""
+    nvcc = shutil.which("nvcc")
+    beside = None if nvcc is None else shutil.which(name, path=str(Path(nvcc).resolve().parent))
+    return shutil.which(name) or beside
 
 
 def copy(bench: Bench) -> list[Row]:
