@@ -17,7 +17,7 @@ def sections(folder: Path) -> list[Section]:
     return [
         Section("machine", "benchmarks.gpu.machine", 40.0, no_table),
         Section("smoke", "benchmarks.gpu.smoke", 90.0, no_table),
-        Section("headline", "benchmarks.gpu.headline", 300.0, no_table),
+        Section("headline", "benchmarks.gpu.headline", 220.0, no_table),
         Section("kernels", "benchmarks.gpu.kernels", 240.0, no_table),
         Section("attention", "benchmarks.gpu.attention", 120.0, no_table),
         Section("checks", "benchmarks.gpu.checks", 420.0, no_table),

@@ -1,8 +1,8 @@
 """How the kernels of `mbconv` are launched: its launch table.
 
 The entries were chosen so that the compiled kernels spill no registers and fit the shared memory of
-sm_80 to sm_120. Those of Hopper (9) were measured on an H200, the others on no GPU: `python -m
-moat_kernels.tune` does that.
+sm_80 to sm_120. Those of Hopper (9) that say so were measured on an H200, the others on no GPU:
+`python -m moat_kernels.tune` does that.
 """
 
 from __future__ import annotations
