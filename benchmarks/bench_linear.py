@@ -17,7 +17,7 @@ from shapes import ATTENTION_MAPS, TRAINING_BATCH
 from torch import Tensor
 
 import moat_kernels as mk
-from moat_kernels.ops.linear.front import linear
+from moat_kernels.ops.linear.api import linear
 
 # use_backend("torch") is torch.nn.functional.linear. There is no kernel of "triton" for it.
 OURS = tuple(name for name in own_backends() if name != "triton")

@@ -21,8 +21,8 @@ from torch import Tensor
 
 import moat_kernels as mk
 from moat_kernels.functional import WindowAttentionDescription, window_attention
-from moat_kernels.ops.window_attention.partition import partition, reverse
-from moat_kernels.ops.window_attention.position_bias import gather_bias
+from moat_kernels.ops.window_attention.algebra.partition import partition, reverse
+from moat_kernels.ops.window_attention.algebra.position_bias import gather_bias
 from moat_kernels.ops.window_attention.reference import split_heads
 
 OURS = ["reference", *own_backends()]

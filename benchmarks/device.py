@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from moat_kernels import memory
-from moat_kernels.ops.backends import backend_status
+from moat_kernels.ops.common.backends import backend_status
 
 _chosen = "cpu"
 

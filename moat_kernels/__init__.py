@@ -13,7 +13,7 @@ from moat_kernels.fuse import FusionReport, fuse, unfuse
 from moat_kernels.models import MOAT, create_model, get_preprocessing, list_models
 from moat_kernels.modules import FusedMBConv, FusedMOATBlock
 from moat_kernels.normalization import convert_sync_batchnorm
-from moat_kernels.ops.backends import FallbackWarning, use_backend
+from moat_kernels.ops.common.backends import FallbackWarning, use_backend
 
 __all__ = [
     "MOAT",

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from moat_kernels.adapters.fused import FusedModule
 from moat_kernels.models import MOAT, FusedStem, endpoints
 from moat_kernels.modules import FusedInvertedBottleneck
-from moat_kernels.ops.backends import warn_once
+from moat_kernels.ops.common.backends import warn_once
+from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.frozen import CannotFreeze, FrozenSequence, FrozenStep
-from moat_kernels.ops.spatial import in_format_of
 
 Module = TypeVar("Module", bound="FrozenModule")
 

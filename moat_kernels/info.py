@@ -35,7 +35,7 @@ def collect() -> dict[str, Any]:
     `reason` where not).
     """
     # Here, because the registry itself asks about the extension.
-    from moat_kernels.ops.backends import backend_status
+    from moat_kernels.ops.common.backends import backend_status
 
     return {
         "versions": {

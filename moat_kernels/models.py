@@ -19,10 +19,11 @@ from moat_kernels.modules import (
     obstacle,
 )
 from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
-from moat_kernels.ops import stem, stem_training
-from moat_kernels.ops.backends import warn_once
-from moat_kernels.ops.checks import check_devices
+from moat_kernels.ops.common.backends import warn_once
+from moat_kernels.ops.common.checks import check_devices
 from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, head_step, stem_step
+from moat_kernels.ops.stem import cpu as stem
+from moat_kernels.ops.stem import cpu_training as stem_training
 from moat_kernels.reference import (
     MBConvBlock,
     MOATBlock,

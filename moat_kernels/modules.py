@@ -11,8 +11,9 @@ from torch.utils.checkpoint import checkpoint
 from moat_kernels import reference
 from moat_kernels.drop_path import DropPath
 from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm
-from moat_kernels.ops import attention_half
-from moat_kernels.ops.backends import NO_TORCHSCRIPT, keep_backend, warn_once
+from moat_kernels.ops.attention_half import cpu as attention_half
+from moat_kernels.ops.common.backends import NO_TORCHSCRIPT, keep_backend, warn_once
+from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.frozen import (
     CannotFreeze,
     FrozenStep,
@@ -22,9 +23,8 @@ from moat_kernels.ops.frozen import (
 from moat_kernels.ops.layer_norm import add_branch, branch_layer_norm, covers
 from moat_kernels.ops.linear import apply_linear
 from moat_kernels.ops.mbconv import mbconv
+from moat_kernels.ops.mbconv.api import resolve_frozen
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
-from moat_kernels.ops.mbconv.front import resolve_frozen
-from moat_kernels.ops.spatial import in_format_of
 from moat_kernels.ops.window_attention import window_attention
 from moat_kernels.tensor_access import tensor_of
 

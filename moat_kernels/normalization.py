@@ -8,10 +8,10 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from moat_kernels.ops.common.synchronization import group_name, world_name
+from moat_kernels.ops.mbconv.algebra.running_statistics import update_norm
 from moat_kernels.ops.mbconv.description import Norm, NormParameters
 from moat_kernels.ops.mbconv.reference import batch_norm
-from moat_kernels.ops.mbconv.running import update_norm
-from moat_kernels.ops.synchronization import group_name, world_name
 from moat_kernels.tensor_access import plain_class, tensor_of
 
 Module = TypeVar("Module", bound=nn.Module)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moat_kernels.drop_path import DropPath
 from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
+from moat_kernels.ops.common.spatial import pad_map, resolve_padding, split_padding
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
@@ -24,7 +25,6 @@ from moat_kernels.ops.mbconv.description import (
     SqueezeExcite,
 )
 from moat_kernels.ops.mbconv.reference import pool_map
-from moat_kernels.ops.spatial import pad_map, resolve_padding, split_padding
 from moat_kernels.ops.window_attention import WindowAttentionDescription, resize_table
 from moat_kernels.ops.window_attention.reference import window_attention
 from moat_kernels.tensor_access import tensor_of

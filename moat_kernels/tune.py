@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from moat_kernels.models import create_model
-from moat_kernels.ops.backends import backend_status, use_backend
+from moat_kernels.ops.common.backends import backend_status, use_backend
 from moat_kernels.ops.launch_tables import LAUNCH_TABLES
 from moat_kernels.ops.triton_support import user_table
 from moat_kernels.ops.triton_support.launch_table import Problem

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import moat_kernels as mk
-from moat_kernels.ops import backends
-from moat_kernels.ops.backends import choose_backend, requested_backend
+from moat_kernels.ops.common import backends
+from moat_kernels.ops.common.backends import choose_backend, requested_backend
 
 CPU = torch.device("cpu")
 

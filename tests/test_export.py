@@ -14,7 +14,7 @@ from support.tolerances import BACKEND_OUTPUT, EXPORTED_OUTPUT, assert_close
 from torch import Tensor, nn
 
 import moat_kernels as mk
-from moat_kernels.ops.backends import backend_status
+from moat_kernels.ops.common.backends import backend_status
 
 EXAMPLE_BATCH, OTHER_BATCH = 2, 5
 

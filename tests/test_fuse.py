@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import moat_kernels as mk
-from moat_kernels.ops import backends
+from moat_kernels.ops.common import backends
 
 
 @pytest.fixture(autouse=True)

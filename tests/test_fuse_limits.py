@@ -17,7 +17,7 @@ from torch.nn.utils import parametrize
 
 import moat_kernels as mk
 from moat_kernels.adapters.cases import COMBINATIONS
-from moat_kernels.ops import backends
+from moat_kernels.ops.common import backends
 
 
 @pytest.fixture(autouse=True)

@@ -13,7 +13,7 @@ from support.tolerances import assert_close
 
 import moat_kernels as mk
 from moat_kernels.checkpoints import convert_variables
-from moat_kernels.ops.backends import backend_status
+from moat_kernels.ops.common.backends import backend_status
 from moat_kernels.reference import MBConvBlock, MOATBlock
 
 BLOCKS = [name for name in CASES if "block" in CASES[name]["config"]]

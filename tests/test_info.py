@@ -10,7 +10,7 @@ import torch
 import moat_kernels
 from moat_kernels import info
 from moat_kernels.extension import ExtensionStatus
-from moat_kernels.ops.backends import BackendStatus
+from moat_kernels.ops.common.backends import BackendStatus
 
 
 def test_collect_survives_json_and_names_this_process() -> None:
@@ -26,7 +26,7 @@ def test_collect_survives_json_and_names_this_process() -> None:
 
 def test_unusable_parts_are_printed_with_their_reasons(monkeypatch: pytest.MonkeyPatch) -> None:
     backends = {"torch": BackendStatus(True), "triton": BackendStatus(False, "no CUDA device")}
-    monkeypatch.setattr("moat_kernels.ops.backends.backend_status", lambda: backends)
+    monkeypatch.setattr("moat_kernels.ops.common.backends.backend_status", lambda: backends)
     monkeypatch.setattr(
         info, "load_extension", lambda: ExtensionStatus(False, "not built: skipped")
     )

@@ -13,7 +13,7 @@ import torch
 
 import moat_kernels as mk
 from moat_kernels.memory import peak_bytes, release_memory, saved_bytes
-from moat_kernels.ops.backends import backend_status
+from moat_kernels.ops.common.backends import backend_status
 
 CHANNELS, BATCH, SIZE = 32, 8, 32
 UNIT = BATCH * SIZE * SIZE * CHANNELS * 4  # bytes of C channels of the map

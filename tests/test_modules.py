@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 import moat_kernels as mk
-from moat_kernels.ops import backends
+from moat_kernels.ops.common import backends
 from moat_kernels.reference import MBConvBlock, MOATBlock
 
 PAIRS = {

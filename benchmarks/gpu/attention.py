@@ -19,8 +19,11 @@ from benchmarks.gpu.bench import Bench, Skipped, Step
 from benchmarks.gpu.journal import Row
 from moat_kernels import use_backend
 from moat_kernels.functional import WindowAttentionDescription, window_attention
-from moat_kernels.ops.window_attention.partition import partition, reverse
-from moat_kernels.ops.window_attention.position_bias import gather_bias, relative_position_index
+from moat_kernels.ops.window_attention.algebra.partition import partition, reverse
+from moat_kernels.ops.window_attention.algebra.position_bias import (
+    gather_bias,
+    relative_position_index,
+)
 from moat_kernels.ops.window_attention.reference import split_heads
 
 # (batch, side of the map, heads, window or None): moat_0's stages, and the first in windows.

@@ -39,8 +39,8 @@ def on_paper() -> Iterator[Any]:
     from support.compile_only_driver import record_launches
 
     from moat_kernels import use_backend
+    from moat_kernels.ops.common.device import planning
     from moat_kernels.ops.triton_support import launching
-    from moat_kernels.ops.triton_support.planning import planning
 
     with record_launches(ARCHITECTURE) as launches, planning(ARCHITECTURE):
         # `launch` would skip planned launches before they are recorded.

@@ -7,7 +7,7 @@ import os
 import torch
 
 from benchmarks.gpu.smoke import DTYPES, KERNELS, LEVELS, SMALL, mbconv_step
-from moat_kernels.ops.mbconv import depthwise_passes
+from moat_kernels.ops.mbconv.triton import passes as depthwise_passes
 
 
 def main() -> None:

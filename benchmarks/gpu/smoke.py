@@ -31,7 +31,8 @@ from moat_kernels.functional import (
     window_attention,
 )
 from moat_kernels.ops.layer_norm import branch_layer_norm
-from moat_kernels.ops.mbconv import cuda_kernels, depthwise_passes
+from moat_kernels.ops.mbconv.triton import cuda_kernels
+from moat_kernels.ops.mbconv.triton import passes as depthwise_passes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LEVELS = ("none", "expand", "block")

@@ -309,7 +309,7 @@ std::tuple<Tensor, Tensor> expand_backward(
 }  // namespace
 }  // namespace moat_kernels::cuda
 
-// The schemas are those of moat_kernels/ops/mbconv/cuda_kernels.py.
+// The schemas are those of moat_kernels/ops/mbconv/triton/cuda_kernels.py.
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, MOAT_KERNELS_CUDA_KEY, library) {
   library.impl("cuda_depthwise_forward", TORCH_BOX(&moat_kernels::cuda::forward));
   library.impl("cuda_depthwise_backward", TORCH_BOX(&moat_kernels::cuda::backward));

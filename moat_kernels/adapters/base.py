@@ -17,7 +17,7 @@ from moat_kernels.adapters.reading import (
     refuse_hooks,
     tensor_names,
 )
-from moat_kernels.ops.backends import warn_once
+from moat_kernels.ops.common.backends import warn_once
 from moat_kernels.ops.mbconv import mbconv
 from moat_kernels.ops.window_attention import WindowAttentionDescription, window_attention
 

@@ -20,6 +20,7 @@ from moat_kernels.normalization import (
     has_activation,
     norm_tensors,
 )
+from moat_kernels.ops.common.spatial import Padding
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
@@ -28,7 +29,6 @@ from moat_kernels.ops.mbconv.description import (
     Pool,
     SqueezeExcite,
 )
-from moat_kernels.ops.spatial import Padding
 from moat_kernels.tensor_access import plain_class
 
 _ACTIVATIONS = {

@@ -18,7 +18,7 @@ from moat_kernels.normalization import (
     SyncBatchNorm,
     has_activation,
 )
-from moat_kernels.ops.backends import use_backend
+from moat_kernels.ops.common.backends import use_backend
 
 # float64, values of order one: what is the same differs by 1e-13, another eps by 1e-4.
 TOLERANCE = 1e-8

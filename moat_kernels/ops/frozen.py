@@ -16,15 +16,16 @@ import torch
 from torch import Tensor
 from torch.nn import Parameter
 
-from moat_kernels.ops import attention_half, stem
-from moat_kernels.ops.backends import backend_status
-from moat_kernels.ops.mbconv import cpu_backend
-from moat_kernels.ops.mbconv.cpu_training import KERNEL_SIZE
+from moat_kernels.ops.attention_half import cpu as attention_half
+from moat_kernels.ops.common.backends import backend_status
+from moat_kernels.ops.mbconv.cpu import backend as cpu_backend
+from moat_kernels.ops.mbconv.cpu.training import KERNEL_SIZE
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
     NormParameters,
 )
+from moat_kernels.ops.stem import cpu as stem
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 
 Size = tuple[int, int, int]  # C, H, W of a map

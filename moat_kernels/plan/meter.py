@@ -14,7 +14,7 @@ from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from moat_kernels.ops.registration import IMPLEMENTATIONS, LIBRARY
+from moat_kernels.ops.common.registration import IMPLEMENTATIONS, LIBRARY
 from moat_kernels.ops.triton_support.traffic import Pass
 from moat_kernels.plan.operators import SEVERAL_PASSES, operator_passes
 

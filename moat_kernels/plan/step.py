@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
 from moat_kernels.models import create_model
-from moat_kernels.ops.backends import use_backend
+from moat_kernels.ops.common.backends import use_backend
+from moat_kernels.ops.common.device import planning
 from moat_kernels.ops.triton_support.launching import triton_missing
-from moat_kernels.ops.triton_support.planning import planning
 from moat_kernels.ops.triton_support.traffic import Pass, crossing_of, record_passes
 from moat_kernels.plan.autocast import CudaAutocast
 from moat_kernels.plan.meter import Meter

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from moat_kernels.ops import backends
+from moat_kernels.ops.common import backends
 
 
 @pytest.fixture(autouse=True)

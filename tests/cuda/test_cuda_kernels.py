@@ -28,8 +28,8 @@ from support.tolerances import (
 from support.wrong_arguments import run_in_process
 from torch import Tensor
 
-from moat_kernels.ops.mbconv import cuda_kernels
-from moat_kernels.ops.mbconv.cuda_kernels import (
+from moat_kernels.ops.mbconv.triton import cuda_kernels
+from moat_kernels.ops.mbconv.triton.cuda_kernels import (
     depthwise,
     depthwise_backward,
     expand_depthwise,

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 import moat_kernels as mk
 from moat_kernels.adapters.fused import FusedModule
-from moat_kernels.ops import synchronization
-from moat_kernels.ops.mbconv import synchronized as mbconv_synchronized
+from moat_kernels.ops.common import synchronization
+from moat_kernels.ops.mbconv.algebra import synchronized as mbconv_synchronized
 
 UNEQUAL = [3, 1, 2, 2]
 

@@ -13,7 +13,8 @@ import pytest
 import torch
 from support import cuda_on_cpu
 
-from moat_kernels.ops.mbconv import cuda_kernels, depthwise_passes
+from moat_kernels.ops.mbconv.triton import cuda_kernels
+from moat_kernels.ops.mbconv.triton import passes as depthwise_passes
 from moat_kernels.ops.triton_support.launching import interpreting, triton_missing
 
 # The deterministic algorithms that the tests switch on want it of cuBLAS.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import moat_kernels as mk
 from moat_kernels.extension import load_extension
-from moat_kernels.ops import attention_half
+from moat_kernels.ops.attention_half import cpu as attention_half
 from moat_kernels.reference import MOATBlock
 
 pytestmark = pytest.mark.skipif(

@@ -13,11 +13,11 @@ import torch
 
 from moat_kernels import info
 from moat_kernels.ops.launch_tables import LAUNCH_TABLES
-from moat_kernels.ops.mbconv.triton_launch import GemmBlocks, gemm_blocks
+from moat_kernels.ops.mbconv.triton.launches import GemmBlocks, gemm_blocks
 from moat_kernels.ops.triton_support import launch_table, launching, user_table
 from moat_kernels.ops.triton_support.launch_table import LaunchTable, Problem, choosing
 from moat_kernels.ops.triton_support.user_table import Entry
-from moat_kernels.ops.window_attention.triton_launch import attention_blocks
+from moat_kernels.ops.window_attention.triton.launches import attention_blocks
 
 GPU = "Some GPU"
 VERSIONS = {"triton": "3.9.0", "moat_kernels": "1.0"}

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from moat_kernels import use_backend
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.linear import apply_linear
-from moat_kernels.ops.linear.cpu_backend import FEWEST_ROWS, backward, forward, unsupported
+from moat_kernels.ops.linear.cpu import FEWEST_ROWS, backward, forward, unsupported
 
 pytestmark = pytest.mark.skipif(
     not load_extension().usable, reason=f"native kernels {load_extension().reason}"

@@ -29,7 +29,8 @@ from moat_kernels.functional import (
     SqueezeExcite,
     mbconv,
 )
-from moat_kernels.ops.mbconv import cpu_backend, front
+from moat_kernels.ops.mbconv import api as front
+from moat_kernels.ops.mbconv.cpu import backend as cpu_backend
 
 pytestmark = pytest.mark.skipif(
     not load_extension().usable, reason=f"native kernels {load_extension().reason}"

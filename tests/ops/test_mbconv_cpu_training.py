@@ -13,7 +13,7 @@ from moat_kernels import FallbackWarning, use_backend
 from moat_kernels.extension import load_extension
 from moat_kernels.functional import MBConvDescription, Pool, SqueezeExcite, mbconv
 from moat_kernels.memory import saved_bytes
-from moat_kernels.ops.mbconv import front
+from moat_kernels.ops.mbconv import api as front
 
 pytestmark = pytest.mark.skipif(
     not load_extension().usable, reason=f"native kernels {load_extension().reason}"

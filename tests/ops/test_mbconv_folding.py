@@ -17,8 +17,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moat_kernels import use_backend
 from moat_kernels.functional import MBConvDescription, Norm, mbconv
-from moat_kernels.ops.mbconv import front, torch_backend
-from moat_kernels.ops.mbconv.folding import covariance, projected_variance
+from moat_kernels.ops.mbconv import api as front
+from moat_kernels.ops.mbconv.algebra.folding import covariance, projected_variance
+from moat_kernels.ops.mbconv.torch import backend as torch_backend
 
 CASE = Case(in_channels=8, wide_channels=32, out_channels=8, biases=False)
 SHAPE = (8, 8, 12, 12)  # 1152 rows of 8 channels: statistics by covariance

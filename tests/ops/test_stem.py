@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import moat_kernels as mk
 from moat_kernels.extension import load_extension
 from moat_kernels.models import FusedStem, Stem
-from moat_kernels.ops import backends
+from moat_kernels.ops.common import backends
 
 pytestmark = pytest.mark.skipif(
     not load_extension().usable, reason=f"native kernels {load_extension().reason}"

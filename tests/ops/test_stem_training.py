@@ -23,8 +23,8 @@ from moat_kernels.extension import load_extension
 from moat_kernels.memory import saved_bytes
 from moat_kernels.models import FusedStem, Stem
 from moat_kernels.normalization import BatchNorm2d
-from moat_kernels.ops import stem_training
 from moat_kernels.ops.mbconv.description import Norm
+from moat_kernels.ops.stem import cpu_training as stem_training
 from moat_kernels.reference import SameConv2d
 
 pytestmark = pytest.mark.skipif(

@@ -10,8 +10,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moat_kernels import use_backend
+from moat_kernels.ops.common.device import planning
 from moat_kernels.ops.triton_support import launching
-from moat_kernels.ops.triton_support.planning import planning
 from moat_kernels.ops.triton_support.traffic import Part, Pass, record_passes
 
 

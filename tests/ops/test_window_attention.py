@@ -18,9 +18,9 @@ from torch import Tensor
 
 from moat_kernels import use_backend
 from moat_kernels.functional import WindowAttentionDescription, resize_table, window_attention
-from moat_kernels.ops.window_attention import torch_backend
-from moat_kernels.ops.window_attention.partition import partition, reverse
-from moat_kernels.ops.window_attention.position_bias import gather_bias, scatter_bias
+from moat_kernels.ops.window_attention.algebra.partition import partition, reverse
+from moat_kernels.ops.window_attention.algebra.position_bias import gather_bias, scatter_bias
+from moat_kernels.ops.window_attention.torch import backend as torch_backend
 
 MAPS = [(2, 6, 8), (3, 7, 5), (1, 1, 1)]
 WINDOWS = [None, (3, 4), (4, 4), (9, 3)]  # whole map; dividing 6 x 8; not dividing; beyond the map

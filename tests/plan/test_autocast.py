@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 
-from moat_kernels.ops.autocast import autocast_dtype, without_autocast
-from moat_kernels.ops.triton_support.planning import planning
+from moat_kernels.ops.common.autocast import autocast_dtype, without_autocast
+from moat_kernels.ops.common.device import planning
 from moat_kernels.plan.autocast import CudaAutocast
 
 

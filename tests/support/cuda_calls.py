@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moat_kernels.ops.mbconv import cuda_kernels  # noqa: F401  defines the ops
+from moat_kernels.ops.mbconv.triton import cuda_kernels  # noqa: F401  defines the ops
 from support import cuda_on_cpu
 from support.wrong_arguments import Call, exact
 

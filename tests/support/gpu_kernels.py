@@ -19,8 +19,8 @@ from torch import Tensor
 
 from moat_kernels import get_preprocessing, list_models
 from moat_kernels.functional import WindowAttentionDescription
-from moat_kernels.ops.layer_norm import triton_backend as layer_norm
-from moat_kernels.ops.window_attention import triton_backend as window_attention
+from moat_kernels.ops.layer_norm.triton import backend as layer_norm
+from moat_kernels.ops.window_attention.triton import backend as window_attention
 from moat_kernels.variants import get_variant
 from support.compile_only_driver import (
     MULTIPROCESSORS,

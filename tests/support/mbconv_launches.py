@@ -8,8 +8,9 @@ import torch
 
 from moat_kernels import get_preprocessing, list_models
 from moat_kernels.functional import MBConvDescription, MBConvParameters, Pool, SqueezeExcite
-from moat_kernels.ops.mbconv import front, triton_backend
+from moat_kernels.ops.mbconv import api as front
 from moat_kernels.ops.mbconv.description import WEIGHTS
+from moat_kernels.ops.mbconv.triton import backend as triton_backend
 from moat_kernels.variants import get_variant
 from support.mbconv_cases import Case, make_parameters
 

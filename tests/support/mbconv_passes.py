@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moat_kernels.ops.mbconv import front, triton_backend
+from moat_kernels.ops.mbconv import api as front
+from moat_kernels.ops.mbconv.triton import backend as triton_backend
 from moat_kernels.ops.triton_support.traffic import Pass, record_passes
 from support.mbconv_cases import Case, make_parameters, map_tensors
 

@@ -20,7 +20,7 @@ from moat_kernels.functional import (
 )
 from moat_kernels.ops.mbconv import reference as mbconv_reference
 from moat_kernels.ops.window_attention import reference as attention_reference
-from moat_kernels.ops.window_attention.position_bias import resize_table
+from moat_kernels.ops.window_attention.algebra.position_bias import resize_table
 from support.wrong_arguments import Call, exact, in_float64
 
 OPS = torch.ops.moat_kernels

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moat_kernels.ops.activations import activate
-from moat_kernels.ops.spatial import output_size, pad_map, resolve_padding
+from moat_kernels.ops.common.activations import activate
+from moat_kernels.ops.common.spatial import output_size, pad_map, resolve_padding
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from triton import knobs
 
 from benchmarks.gpu import archive
 from moat_kernels.functional import WindowAttentionDescription
-from moat_kernels.ops.window_attention import triton_backend
+from moat_kernels.ops.window_attention.triton import backend as triton_backend
 
 ARCHITECTURE = 90
 

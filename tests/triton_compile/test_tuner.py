@@ -15,8 +15,8 @@ from support.compile_only_driver import (
 )
 
 from moat_kernels.ops.launch_tables import LAUNCH_TABLES
-from moat_kernels.ops.mbconv.triton_kernels.expand import expand
-from moat_kernels.ops.mbconv.triton_launch import GemmBlocks
+from moat_kernels.ops.mbconv.triton.kernels.expand import expand
+from moat_kernels.ops.mbconv.triton.launches import GemmBlocks
 from moat_kernels.ops.triton_support.launch_table import LaunchTable
 from moat_kernels.ops.triton_support.tuning import Tuner, observing
 

@@ -21,8 +21,11 @@ pytest.importorskip("triton")
 
 from moat_kernels import FallbackWarning, use_backend
 from moat_kernels.functional import MBConvDescription, Pool, SqueezeExcite
-from moat_kernels.ops.mbconv import cuda_kernels, depthwise_passes, front, triton_backend
-from moat_kernels.ops.mbconv.triton_launch import Implementation
+from moat_kernels.ops.mbconv import api as front
+from moat_kernels.ops.mbconv.triton import backend as triton_backend
+from moat_kernels.ops.mbconv.triton import cuda_kernels
+from moat_kernels.ops.mbconv.triton import passes as depthwise_passes
+from moat_kernels.ops.mbconv.triton.launches import Implementation
 from moat_kernels.ops.triton_support.launch_table import choosing
 from moat_kernels.ops.triton_support.traffic import Pass, record_passes
 

@@ -29,12 +29,14 @@ from moat_kernels.functional import (
     SqueezeExcite,
     mbconv,
 )
-from moat_kernels.ops.mbconv import front, triton_backend, triton_launch
+from moat_kernels.ops.mbconv import api as front
+from moat_kernels.ops.mbconv.triton import backend as triton_backend
+from moat_kernels.ops.mbconv.triton import launches as triton_launch
 
 pytest.importorskip("triton")
 
-from moat_kernels.ops.mbconv.triton_kernels.covariance import covariance
-from moat_kernels.ops.mbconv.triton_launch import GemmBlocks, StencilBlocks
+from moat_kernels.ops.mbconv.triton.kernels.covariance import covariance
+from moat_kernels.ops.mbconv.triton.launches import GemmBlocks, StencilBlocks
 from moat_kernels.ops.triton_support.launch_table import choosing
 
 # 84 rows of 6 channels measure expand_norm directly, 112 by covariance.

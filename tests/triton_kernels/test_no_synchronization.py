@@ -22,12 +22,12 @@ from moat_kernels.functional import (
     SqueezeExcite,
     WindowAttentionDescription,
 )
-from moat_kernels.ops.layer_norm import triton_backend as layer_norm
-from moat_kernels.ops.mbconv import front
-from moat_kernels.ops.mbconv import triton_backend as mbconv
-from moat_kernels.ops.mbconv.running import update_running_statistics
+from moat_kernels.ops.layer_norm.triton import backend as layer_norm
+from moat_kernels.ops.mbconv import api as front
+from moat_kernels.ops.mbconv.algebra.running_statistics import update_running_statistics
+from moat_kernels.ops.mbconv.triton import backend as mbconv
 from moat_kernels.ops.triton_support import launching
-from moat_kernels.ops.window_attention import triton_backend as window_attention
+from moat_kernels.ops.window_attention.triton import backend as window_attention
 
 CASES = {
     "1": MBConvDescription(),

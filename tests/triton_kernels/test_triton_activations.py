@@ -10,8 +10,8 @@ triton = pytest.importorskip("triton")
 
 import triton.language as tl  # noqa: E402
 
-from moat_kernels.ops.activations import activate as reference  # noqa: E402
-from moat_kernels.ops.activations import activate_backward  # noqa: E402
+from moat_kernels.ops.common.activations import activate as reference  # noqa: E402
+from moat_kernels.ops.common.activations import activate_backward  # noqa: E402
 from moat_kernels.ops.triton_support.activations import (  # noqa: E402
     activate,
     activation_derivative,

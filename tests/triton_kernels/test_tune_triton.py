@@ -17,8 +17,8 @@ pytest.importorskip("triton")
 
 import moat_kernels as mk
 from moat_kernels import tune
-from moat_kernels.ops.mbconv import cuda_kernels
-from moat_kernels.ops.mbconv.triton_launch import Implementation
+from moat_kernels.ops.mbconv.triton import cuda_kernels
+from moat_kernels.ops.mbconv.triton.launches import Implementation
 from moat_kernels.ops.triton_support import launch_table, launching, user_table
 from moat_kernels.ops.triton_support.launch_table import Blocks, LaunchTable
 from moat_kernels.ops.triton_support.traffic import Pass, record_passes

@@ -25,7 +25,7 @@ from moat_kernels.functional import WindowAttentionDescription, window_attention
 pytest.importorskip("triton")
 
 from moat_kernels.ops.triton_support.traffic import record_passes
-from moat_kernels.ops.window_attention import triton_backend
+from moat_kernels.ops.window_attention.triton import backend as triton_backend
 
 WHOLE = WindowAttentionDescription(heads=2, head_dim=16)
 SMALL = (1, 4, 5)

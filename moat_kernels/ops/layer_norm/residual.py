@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.autocast import without_autocast
+from moat_kernels.ops.common.autocast import without_autocast
 
 
 def add_branch(x: Tensor, branch: Tensor, scale: Tensor | None) -> Tensor:

@@ -1,5 +1,6 @@
 """The inverted bottleneck of MBConv and MOAT blocks as one operator."""
 
+from moat_kernels.ops.mbconv.api import mbconv
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
@@ -8,7 +9,6 @@ from moat_kernels.ops.mbconv.description import (
     Pool,
     SqueezeExcite,
 )
-from moat_kernels.ops.mbconv.front import mbconv
 
 __all__ = [
     "MBConvDescription",

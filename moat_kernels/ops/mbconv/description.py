@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 from torch import Tensor
 
-from moat_kernels.ops.encoding import decode_fields, encode
-from moat_kernels.ops.spatial import Padding
+from moat_kernels.ops.common.encoding import decode_fields, encode
+from moat_kernels.ops.common.spatial import Padding
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "identity")
 NORMS = ("pre_norm", "expand_norm", "depthwise_norm", "project_norm")

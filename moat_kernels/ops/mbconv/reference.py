@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moat_kernels.ops.activations import activate
+from moat_kernels.ops.common.activations import activate
+from moat_kernels.ops.common.spatial import pad_map, resolve_padding, split_padding, valid_counts
+from moat_kernels.ops.common.synchronization import all_reduce, differentiable_all_reduce
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
@@ -14,8 +16,6 @@ from moat_kernels.ops.mbconv.description import (
     NormParameters,
     Pool,
 )
-from moat_kernels.ops.spatial import pad_map, resolve_padding, split_padding, valid_counts
-from moat_kernels.ops.synchronization import all_reduce, differentiable_all_reduce
 
 Moments = dict[str, tuple[Tensor, ...]]
 

@@ -15,8 +15,8 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.torch_version import TorchVersion
 
+from moat_kernels.ops.common.device import device_type, planned_architecture
 from moat_kernels.ops.triton_support import traffic
-from moat_kernels.ops.triton_support.planning import device_type, planned_architecture
 
 MINIMUM_TRITON = "3.6"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-from moat_kernels.ops.encoding import decode_fields, encode
+from moat_kernels.ops.common.encoding import decode_fields, encode
 
 PARTITIONS = ("window", "grid")
 QKV_LAYOUTS = ("qkv_heads", "heads_qkv")

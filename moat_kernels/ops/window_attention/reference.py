@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moat_kernels.ops.window_attention.algebra.partition import padding_mask, partition, reverse
+from moat_kernels.ops.window_attention.algebra.position_bias import gather_bias
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
-from moat_kernels.ops.window_attention.partition import padding_mask, partition, reverse
-from moat_kernels.ops.window_attention.position_bias import gather_bias
 
 
 def split_heads(windows: Tensor, description: WindowAttentionDescription) -> Tensor:

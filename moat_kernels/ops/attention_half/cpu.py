@@ -1,0 +1,110 @@
+"""The attention half of a MOAT block without gradients, by a native CPU kernel.
+
+y + proj(attention(qkv(layer_norm(y)))): one operator instead of a norm, two linear layers, window
+attention and a sum, none of whose wide results crosses memory. Everything else is those layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moat_kernels.extension import load_extension
+from moat_kernels.ops.common.autocast import autocast_dtype
+from moat_kernels.ops.common.backends import (
+    backend_status,
+    needs_standard_operators,
+    requested_backend,
+)
+from moat_kernels.ops.common.registration import register_fake
+from moat_kernels.ops.window_attention.description import WindowAttentionDescription
+
+# Where the CPU multiplies bfloat16 itself, oneDNN's linear layers are faster than the float32
+# arithmetic here.
+DTYPES = (
+    (torch.float32, torch.float16)
+    if torch.cpu._is_avx512_bf16_supported()
+    else (torch.float32, torch.float16, torch.bfloat16)
+)
+
+
+def covers(
+    y: Tensor, tensors: Sequence[Tensor | None], description: WindowAttentionDescription
+) -> bool:
+    """Whether `attention_half` computes this call: inference on a CPU, shapes that fit.
+
+    tensors: as `attention_half` takes them.
+    """
+    given = [tensor for tensor in tensors if tensor is not None]
+    return (
+        y.device.type == "cpu"
+        and y.dtype in DTYPES
+        and requested_backend() in (None, "cpu")
+        and backend_status()["cpu"].usable
+        and autocast_dtype(y) is None
+        and all(t.dtype == y.dtype and t.device == y.device for t in given)
+        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (y, *given)))
+        and not needs_standard_operators()
+        and y.dim() == 4
+        and fits(y.shape[1], tensors, description)
+    )
+
+
+def fits(
+    channels: int, tensors: Sequence[Tensor | None], description: WindowAttentionDescription
+) -> bool:
+    """Whether the native kernel computes such an attention, for maps of that many channels."""
+    *layers, table = tensors
+    inner = description.heads * description.head_dim
+    norm, qkv, proj = (channels,), (3 * inner, channels), (channels, inner)
+    shapes = (norm, norm, qkv, qkv[:1], proj, proj[:1])
+    return (
+        layers[2] is not None
+        and layers[4] is not None
+        and all(t is None or t.shape == shape for t, shape in zip(layers, shapes, strict=True))
+        and (table is None or (table.dim() == 3 and table.shape[0] == description.heads))
+        and description.qkv_layout == "qkv_heads"
+        and description.partition == "window"
+    )
+
+
+def attention_half(
+    y: Tensor,
+    tensors: Sequence[Tensor | None],
+    eps: float,
+    description: WindowAttentionDescription,
+) -> Tensor:
+    """y + proj(attention(qkv(layer_norm(y)))): [B, C, H, W] -> [B, C, H, W] in channels_last.
+
+    tensors: weight [C] and bias of the norm, weight [3 * heads * head_dim, C] and bias of qkv,
+        weight [C, heads * head_dim] and bias of proj, and the position table [heads, ., .], which
+        is resized to the windows. All but the two matrices may be None.
+    """
+    return torch.ops.moat_kernels.cpu_attention_half_eval.default(
+        y,
+        list(tensors),
+        *settings(description, y.shape[2], y.shape[3]),
+        eps,
+    )
+
+
+def settings(
+    description: WindowAttentionDescription, height: int, width: int
+) -> tuple[int, int, list[int], float]:
+    """The description as the native op takes it, for a map of `height` x `width`."""
+    return (
+        description.heads,
+        description.head_dim,
+        list(description.window_for(height, width)),
+        description.scale_or_default(),
+    )
+
+
+def _fake(y: Tensor, *_: object) -> Tensor:
+    return torch.empty_like(y, memory_format=torch.channels_last)
+
+
+if load_extension().usable:
+    register_fake("cpu_attention_half_eval", _fake)

@@ -1,0 +1,95 @@
+"""Training with a batch norm behind the project convolution, around kernels that have none.
+
+    output = shortcut + drop_path(norm(bottleneck(x)))
+
+The bottleneck is native; norm and shortcut are stock passes over C_out channels, a small part of
+it. The norm's input, one map more, is kept for the backward pass at every level of `recompute`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from torch import Tensor
+
+from moat_kernels.ops.mbconv.algebra.stages import BatchNorm
+from moat_kernels.ops.mbconv.cpu import training as cpu_training
+from moat_kernels.ops.mbconv.description import (
+    MBConvDescription,
+    MBConvParameters,
+    NormParameters,
+)
+from moat_kernels.ops.mbconv.torch.backend import Forward, build_shortcut
+
+
+def _bottleneck(
+    parameters: MBConvParameters, description: MBConvDescription
+) -> tuple[MBConvParameters, MBConvDescription]:
+    """The block without the norm, the shortcut and what belongs to them."""
+    return (
+        parameters._replace(
+            project_norm=NormParameters(), shortcut_weight=None, shortcut_bias=None
+        ),
+        dataclasses.replace(description, project_norm=None, residual=False, pool=None),
+    )
+
+
+def _norm(parameters: MBConvParameters, description: MBConvDescription) -> BatchNorm:
+    assert description.project_norm is not None
+    return BatchNorm("project_norm", description.project_norm, parameters.project_norm)
+
+
+def forward(
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    recompute: str,
+    drop_path_scale: Tensor | None,
+) -> Forward:
+    """Compute the block; saves the norm's input and statistics, then what the bottleneck saves."""
+    inner = cpu_training.forward(x, *_bottleneck(parameters, description), recompute, None)
+    norm = _norm(parameters, description)
+    output = norm.forward(inner.output)
+    if description.residual:
+        shortcut, _ = build_shortcut(parameters, description).forward(x)
+        if drop_path_scale is not None:
+            output = output * drop_path_scale[:, None, None, None]
+        output = output + shortcut
+    moments = {**inner.moments, **norm.batch_moments()}
+    return Forward(output, moments, [inner.output, *norm.statistics, *inner.saved])
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    drop_path_scale: Tensor | None,
+    saved: list[Tensor],
+    needed: frozenset[str],
+) -> dict[str, Tensor]:
+    """Gradients by name, of "x" and of the parameters in `needed` (and of some others)."""
+    bottleneck = _bottleneck(parameters, description)
+    if not saved:  # the kernel for fixed statistics saves nothing
+        saved = forward(x, parameters, description, "block", None).saved
+    norm = _norm(parameters, description)
+    norm.needed = needed
+    projected, *statistics = saved[:3]
+    norm.statistics = tuple(statistics)
+    grad_output = grad
+    if description.residual and drop_path_scale is not None:
+        grad_output = grad * drop_path_scale[:, None, None, None]
+    grad_projected = norm.backward(grad_output, projected, True)
+    assert grad_projected is not None
+    gradients = cpu_training.backward(grad_projected, x, *bottleneck, None, saved[3:], needed)
+    gradients.update(norm.gradients)
+    if description.residual:
+        shortcut = build_shortcut(parameters, description)
+        for stage in shortcut.stages:
+            stage.needed = needed
+        grad_shortcut = shortcut.backward(grad, x, [], "x" in needed)
+        if grad_shortcut is not None:
+            gradients["x"] = gradients["x"] + grad_shortcut
+        for stage in shortcut.stages:
+            gradients.update(stage.gradients)
+    return gradients

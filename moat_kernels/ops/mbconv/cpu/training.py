@@ -1,0 +1,216 @@
+"""Training of the inverted bottleneck by native CPU passes (csrc/cpu/mbconv_train*.cpp).
+
+Wide tensors (E channels), and the algebra of the norms between the passes, are the native ops'.
+With rows = x - mean(x):
+
+    z1 = rows W'^T          W' = W1 diag(pre_norm's scale)
+    y1 = z1 scale1 + shift1                 expand_norm, and what the centring left out
+    z2 = depthwise(act(y1))
+    y2 = z2 scale2 + shift2                 depthwise_norm
+    output = gate act(y2) W2^T + bias, and the shortcut
+
+Statistics of z1 and z2 are summed by the passes that write them: z1 around 0, which is its mean, z2
+around one of its values. Sums over all pixels are finished in float64. Every pass adds in an order
+that depends on the shape only, so results do not depend on the number of threads; squeeze-excite's
+small products and the shortcut, which are stock, may. z1 and z2 are kept in the dtype of the
+convolutions' weights; all arithmetic is in float32.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moat_kernels.ops.common.spatial import output_size, resolve_padding
+from moat_kernels.ops.mbconv.algebra.squeeze_excite import Gate
+from moat_kernels.ops.mbconv.description import (
+    NORMS,
+    WEIGHTS,
+    MBConvDescription,
+    MBConvParameters,
+    NormParameters,
+)
+from moat_kernels.ops.mbconv.torch.backend import Forward, build_shortcut
+
+# Channels that the kernels keep together; vectors of E channels are padded to a multiple.
+WIDE_CHANNELS = 64
+KERNEL_SIZE = (3, 3)
+
+# The gradients that cpu_mbconv_train_backward gives, in its order.
+GRADIENTS = (
+    "x",
+    *("expand_weight", "expand_bias"),
+    *("depthwise_weight", "depthwise_bias"),
+    *("project_weight", "project_bias"),
+    *("pre_norm_weight", "pre_norm_bias"),
+    *("expand_norm_weight", "expand_norm_bias"),
+    *("depthwise_norm_weight", "depthwise_norm_bias"),
+)
+_PASSED_WEIGHTS = (
+    *("expand_weight", "depthwise_weight", "project_weight"),
+    *("expand_bias", "depthwise_bias", "project_bias"),
+)
+_PASSED_NORMS = ("pre_norm", "expand_norm", "depthwise_norm")
+
+
+def padded_wide(channels: int) -> int:
+    return -(-channels // WIDE_CHANNELS) * WIDE_CHANNELS
+
+
+def _in_float(parameters: MBConvParameters) -> MBConvParameters:
+    """The same in float32; as they are, if they are that already."""
+
+    def convert(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.float()
+
+    fields: dict[str, Any] = {name: convert(getattr(parameters, name)) for name in WEIGHTS}
+    for name in NORMS:
+        fields[name] = NormParameters(*map(convert, getattr(parameters, name)[:4]))
+    return MBConvParameters(**fields)
+
+
+class Call:
+    """One call's tensors and numbers, shared by forward and backward."""
+
+    def __init__(
+        self, x: Tensor, parameters: MBConvParameters, description: MBConvDescription
+    ) -> None:
+        self.x = x.permute(0, 2, 3, 1).contiguous().float()
+        self.wide_dtype = parameters.expand_weight.dtype
+        self.parameters = parameters = _in_float(parameters)
+        batch, height, width, channels = self.x.shape
+        stride = description.stride
+        top, bottom, left, right = resolve_padding(
+            description.padding, height, width, KERNEL_SIZE, stride
+        )
+        out_height = output_size(height, top, bottom, KERNEL_SIZE[0], stride)
+        out_width = output_size(width, left, right, KERNEL_SIZE[1], stride)
+        self.out_channels, self.wide = parameters.project_weight.shape[:2]
+        self.out_pixels = out_height * out_width
+        norms = [(getattr(description, name), getattr(parameters, name)) for name in _PASSED_NORMS]
+        weights = [getattr(parameters, name) for name in _PASSED_WEIGHTS]
+        # csrc/cpu/mbconv_train.h
+        self.settings = (
+            [None if tensor is None else tensor.contiguous() for tensor in weights],
+            [tensor for _, tensors in norms for tensor in tensors[:4]],
+            [0.0 if norm is None else norm.eps for norm, _ in norms],
+            [0 if norm is None else 1 if norm.frozen else 2 for norm, _ in norms],
+            [
+                *(batch, height, width, out_height, out_width),
+                *(stride, top, left, channels, self.wide, self.out_channels),
+            ],
+            [description.expand_activation, description.depthwise_activation],
+        )
+
+
+def _padded(vectors: Tensor) -> Tensor:
+    """[B, E] as the kernels read it, [B, padded E]."""
+    return F.pad(vectors, (0, padded_wide(vectors.shape[1]) - vectors.shape[1]))
+
+
+def forward(
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    recompute: str,
+    drop_path_scale: Tensor | None,
+) -> Forward:
+    """Compute the block, in float32, and save what `recompute` says beside the statistics."""
+    native = torch.ops.moat_kernels
+    call = Call(x, parameters, description)
+    z1, z2, statistics, measured = native.cpu_mbconv_train_front(
+        call.x, None, recompute == "none", call.wide_dtype, *call.settings
+    )
+    saved, gate = [statistics], None
+    if description.squeeze_excite is not None:
+        squeezed = native.cpu_mbconv_train_pool(z2, statistics, *call.settings)[:, : call.wide]
+        activation = description.squeeze_excite.activation
+        gate = _padded(Gate.compute(squeezed, call.parameters, activation).gate)
+        saved.append(squeezed)
+
+    addend = None
+    if description.residual:
+        shortcut = build_shortcut(call.parameters, description)
+        addend = shortcut.forward(call.x.permute(0, 3, 1, 2))[0].permute(0, 2, 3, 1).contiguous()
+    output = native.cpu_mbconv_train_project(
+        z2, statistics, gate, drop_path_scale, addend, *call.settings
+    )
+
+    channels = call.x.shape[3]
+    widths = [channels] * 2 + [call.wide] * 4
+    moments = iter(measured.split(widths))
+    pairs = {name: (next(moments), next(moments)) for name in _PASSED_NORMS}
+    measuring = {
+        name: pair
+        for name, pair in pairs.items()
+        if (norm := getattr(description, name)) is not None and not norm.frozen
+    }
+    saved += {"none": [z1, z2], "expand": [z2], "block": []}[recompute]
+    return Forward(output.permute(0, 3, 1, 2), measuring, saved)
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    drop_path_scale: Tensor | None,
+    saved: list[Tensor],
+    needed: frozenset[str],
+) -> dict[str, Tensor]:
+    """Gradients by name, of "x" and of the parameters in `needed` (and of some others)."""
+    native = torch.ops.moat_kernels
+    call = Call(x, parameters, description)
+    parameters, excite = call.parameters, description.squeeze_excite
+    grad = grad.permute(0, 2, 3, 1).contiguous().float()
+    # The kernel for fixed statistics saves nothing.
+    statistics = saved[0] if saved else None
+    wide_tensors = saved[2 if excite else 1 :]
+    z1 = wide_tensors[0] if len(wide_tensors) == 2 else None
+    z2 = wide_tensors[-1] if wide_tensors else None
+
+    gradients: dict[str, Tensor] = {}
+    gated_gradient, gate, grad_mean = None, None, None
+    if excite is not None:
+        if z2 is None:
+            z1, z2, measured, _ = native.cpu_mbconv_train_front(
+                call.x, statistics, True, call.wide_dtype, *call.settings
+            )
+            statistics = measured if statistics is None else statistics
+        squeezed = (
+            saved[1]
+            if saved
+            else native.cpu_mbconv_train_pool(z2, statistics, *call.settings)[:, : call.wide]
+        )
+        gating = Gate.compute(squeezed, parameters, excite.activation)
+        gate = _padded(gating.gate)
+        gated_gradient, grad_weight, grad_bias, grad_gate = native.cpu_mbconv_train_backward_gated(
+            grad, z2, statistics, gate, drop_path_scale, *call.settings
+        )
+        mean, gradients = gating.backward(grad_gate[:, : call.wide], parameters, excite.activation)
+        grad_mean = _padded(mean / call.out_pixels)
+
+    shortcut_grad = None
+    if description.residual:
+        shortcut = build_shortcut(parameters, description)
+        for stage in shortcut.stages:
+            stage.needed = needed
+        view = shortcut.backward(
+            grad.permute(0, 3, 1, 2), call.x.permute(0, 3, 1, 2), [], "x" in needed
+        )
+        shortcut_grad = None if view is None else view.permute(0, 2, 3, 1).contiguous()
+        for stage in shortcut.stages:
+            gradients.update(stage.gradients)
+    results = native.cpu_mbconv_train_backward(
+        *(grad, call.x, z1, z2, gated_gradient, gate, grad_mean, statistics),
+        *(drop_path_scale, shortcut_grad, "x" in needed),
+        *call.settings,
+    )
+    gradients.update(zip(GRADIENTS, results, strict=True))
+    gradients["x"] = gradients["x"].permute(0, 3, 1, 2) if "x" in needed else x.new_empty(0)
+    if excite is not None:
+        gradients.update(project_weight=grad_weight, project_bias=grad_bias)
+    return gradients

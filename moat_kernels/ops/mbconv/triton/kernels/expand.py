@@ -1,0 +1,101 @@
+"""The expand 1x1 convolution on folded weights."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moat_kernels.ops.mbconv.triton.kernels.moments import merge_moments, store_tile_moments
+from moat_kernels.ops.mbconv.triton.launches import dot_precision, gemm_blocks, launch
+from moat_kernels.ops.triton_support.activations import activate
+from moat_kernels.ops.triton_support.tuning import tunable
+
+
+@triton.jit
+def expand_kernel(
+    rows_ptr,  # [N, C]
+    weight_ptr,  # [E, C]
+    bias_ptr,  # [E] float32
+    output_ptr,  # [N, E]
+    moments_ptr,  # [row blocks, 2, E] float32, or None
+    count,
+    channels,
+    wide,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """output = act(rows weight^T + bias); moments of each block of rows, if asked for.
+
+    Reads rows (C-wide) and writes output (E-wide) once. Blocks of the same rows run side by side,
+    so that all but the first find the rows in L2.
+    """
+    wide_blocks = tl.cdiv(wide, BLOCK_WIDE)
+    row_block = tl.program_id(0) // wide_blocks
+    row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    column = (tl.program_id(0) % wide_blocks) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
+    row_offset = row.to(tl.int64)
+    products = tl.zeros([BLOCK_ROWS, BLOCK_WIDE], tl.float32)
+    for start in tl.range(0, channels, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C)
+        a = tl.load(
+            rows_ptr + row_offset[:, None] * channels + channel[None, :],
+            mask=(row < count)[:, None] & (channel < channels)[None, :],
+            other=0.0,
+        )
+        b = tl.load(
+            weight_ptr + column[None, :] * channels + channel[:, None],
+            mask=(column < wide)[None, :] & (channel < channels)[:, None],
+            other=0.0,
+        )
+        products = tl.dot(a, b, products, input_precision=PRECISION)
+    bias = tl.load(bias_ptr + column, mask=column < wide, other=0.0)
+    value = activate(products + bias[None, :], ACTIVATION)
+    valid = (row < count)[:, None]
+    tl.store(
+        output_ptr + row_offset[:, None] * wide + column[None, :],
+        value.to(output_ptr.dtype.element_ty),
+        mask=valid & (column < wide)[None, :],
+    )
+    if moments_ptr is not None:
+        size = tl.minimum(BLOCK_ROWS, count - row_block * BLOCK_ROWS)
+        store_tile_moments(moments_ptr, row_block, column, wide, value, valid, size)
+
+
+@tunable
+def expand(
+    rows: Tensor, weight: Tensor, bias: Tensor, activation: str, measure: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+    """act(rows [N, C] weight [E, C]^T + bias [E]) and, to measure, its moments.
+
+    Returns ([N, E] in the dtype of rows, None or mean and biased variance, float64 [E] each).
+    """
+    (count, channels), wide = rows.shape, weight.shape[0]
+    blocks = gemm_blocks("expand", rows, count, wide, channels)
+    row_blocks = triton.cdiv(count, blocks.rows)
+    output = rows.new_empty((count, wide))
+    moments = rows.new_empty((row_blocks, 2, wide), dtype=torch.float32) if measure else None
+    launch(
+        expand_kernel,
+        (row_blocks * triton.cdiv(wide, blocks.columns),),
+        (rows, weight, bias, output, moments, count, channels, wide),
+        {
+            "BLOCK_ROWS": blocks.rows,
+            "BLOCK_WIDE": blocks.columns,
+            "BLOCK_C": blocks.depth,
+            "ACTIVATION": activation,
+            "PRECISION": dot_precision(rows),
+        },
+        blocks,
+        reads=(rows, weight, bias),
+        writes=(output, moments),
+        flops=2 * count * wide * channels,
+    )
+    if moments is None:
+        return output, None
+    starts = torch.arange(row_blocks, device=rows.device) * blocks.rows
+    return output, merge_moments(moments, (count - starts).clamp(max=blocks.rows))

@@ -1,0 +1,191 @@
+"""The passes with the depthwise convolution, by Triton kernels or, where built, by CUDA C++ ones.
+
+Which of them is an entry of the launch table (triton_launch.py): in the static one CUDA C++ where
+an H200 has been seen to be faster with it, and what was faster in one that `python -m
+moat_kernels.tune` wrote.
+MOAT_KERNELS_CUDA_KERNELS overrides: "always" takes CUDA C++ wherever it covers a call, "never"
+leaves it out. What the choice decides is memory traffic: only the CUDA kernels that begin with the
+expand convolution keep its output, z1, on the chip.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from moat_kernels.ops.common.backends import warn_once
+from moat_kernels.ops.mbconv.algebra.geometry import Stencil
+from moat_kernels.ops.mbconv.triton import cuda_kernels
+from moat_kernels.ops.mbconv.triton.kernels import depthwise as triton_forward
+from moat_kernels.ops.mbconv.triton.kernels import depthwise_backward as triton_backward
+from moat_kernels.ops.mbconv.triton.kernels.expand import expand
+from moat_kernels.ops.mbconv.triton.kernels.moments import merge_moments
+from moat_kernels.ops.mbconv.triton.launches import LAUNCHES, Implementation
+from moat_kernels.ops.triton_support import traffic
+from moat_kernels.ops.triton_support.tuning import tunable
+
+ENVIRONMENT_VARIABLE = "MOAT_KERNELS_CUDA_KERNELS"
+SETTINGS = ("table", "always", "never")
+
+# A pass's output, and mean and biased variance [E] of it in float64 if they were asked for.
+Measured = tuple[Tensor, tuple[Tensor, Tensor] | None]
+
+
+def setting() -> str:
+    """What MOAT_KERNELS_CUDA_KERNELS says: "table" (the default), "always" or "never"."""
+    chosen = os.environ.get(ENVIRONMENT_VARIABLE) or SETTINGS[0]
+    if chosen not in SETTINGS:
+        allowed = ", ".join(SETTINGS)
+        raise ValueError(f"{ENVIRONMENT_VARIABLE} must be one of {allowed}, got {chosen!r}")
+    return chosen
+
+
+def _takes_cuda(name: str, like: Tensor, sizes: Sequence[int], unsupported: str) -> bool:
+    """Whether CUDA C++ kernels compute a pass; unsupported: why they do not cover it, or empty."""
+    chosen = setting()
+    if chosen == "never":
+        return False
+    if chosen == "always":
+        if unsupported:
+            warn_once(
+                f"mbconv: the CUDA kernels do not cover {unsupported}; falling back to Triton's"
+            )
+        return not unsupported
+    return not unsupported and LAUNCHES.choose(name, like, sizes) == Implementation("cuda")
+
+
+@tunable
+def depthwise(
+    z: Tensor,
+    affine: Tensor | None,
+    activation: str,
+    taps: Tensor,
+    bias: Tensor | None,
+    output_activation: str,
+    stencil: Stencil,
+    measure: bool,
+) -> Measured:
+    """output_activation(convolution of activation(z scale + shift) by taps, + bias) and moments.
+
+    z: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E]; bias: float32 [E].
+    """
+    arguments = (z, affine, activation, taps, bias, output_activation, stencil, measure)
+    sizes = (z.shape[1], *stencil.sizes)
+    unsupported = cuda_kernels.unsupported(z, (activation, output_activation))
+    if not _takes_cuda("depthwise_pass", z, sizes, unsupported):
+        return triton_forward.depthwise(*arguments)
+    output, moments = cuda_kernels.depthwise(*arguments)
+    reads, writes = (z, affine, taps, bias), (output, *(moments or ()))
+    traffic.record("cuda_depthwise_forward", (), reads, writes, _stencil_flops(output), "float32")
+    return output, _merged(moments)
+
+
+@tunable
+def depthwise_backward(
+    grad: Tensor,
+    z2: Tensor,
+    factors: Tensor,
+    z1: Tensor,
+    affine: Tensor | None,
+    activation: str,
+    taps: Tensor,
+    stencil: Stencil,
+) -> tuple[Tensor, Tensor]:
+    """Gradient of y1 [B*H*W, E]; and sums, float64 [11, E]: of the taps, and of it, and it * z1.
+
+    grad, z2: [B*H_out*W_out, E]; factors: float32 (a, b, c) [3, E] of dz2 = a grad + b z2 + c;
+    z1: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E].
+    """
+    arguments = (grad, z2, factors, z1, affine, activation, taps, stencil)
+    sizes = (z1.shape[1], *stencil.sizes)
+    unsupported = cuda_kernels.unsupported(z1, (activation,))
+    if not _takes_cuda("depthwise_backward_pass", z1, sizes, unsupported):
+        return triton_backward.depthwise_backward(*arguments)
+    output, sums = cuda_kernels.depthwise_backward(*arguments)
+    reads, flops = (grad, z2, factors, z1, affine, taps), 2 * _stencil_flops(grad)
+    traffic.record("cuda_depthwise_backward", (), reads, (output, sums), flops, "float32")
+    return output, sums
+
+
+@tunable
+def expand_depthwise(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    taps: Tensor,
+    depthwise_bias: Tensor | None,
+    output_activation: str,
+    stencil: Stencil,
+    measure: bool,
+) -> Measured:
+    """`depthwise` of z = rows weight^T + bias, which nobody else needs.
+
+    rows: [B*H*W, C]; weight: [E, C]; bias, depthwise_bias: float32 [E].
+    """
+    sizes = (*weight.shape, *stencil.sizes)
+    convolution = (taps, depthwise_bias, output_activation, stencil, measure)
+    unsupported = cuda_kernels.unsupported_expand(rows, weight, (activation, output_activation))
+    if not _takes_cuda("expand_depthwise_pass", rows, sizes, unsupported):
+        # Activated once on the way out rather than three times in the stencil.
+        h, _ = expand(rows, weight, bias, activation, measure=False)
+        return depthwise(h, None, "identity", *convolution)
+    output, moments = cuda_kernels.expand_depthwise(rows, weight, bias, activation, *convolution)
+    reads, writes = (rows, weight, bias, taps, depthwise_bias), (output, *(moments or ()))
+    flops = _product_flops(rows, weight) + _stencil_flops(output)
+    traffic.record("cuda_expand_depthwise", (), reads, writes, flops, _unit(rows))
+    return output, _merged(moments)
+
+
+def fuses_backward(rows: Tensor, weight: Tensor, activation: str, stencil: Stencil) -> bool:
+    """Whether `expand_depthwise_backward` computes z1 without storing it."""
+    sizes = (*weight.shape, *stencil.sizes)
+    unsupported = cuda_kernels.unsupported_expand(rows, weight, (activation,))
+    return _takes_cuda("expand_depthwise_backward_pass", rows, sizes, unsupported)
+
+
+@tunable
+def expand_depthwise_backward(
+    grad: Tensor,
+    z2: Tensor,
+    factors: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    taps: Tensor,
+    stencil: Stencil,
+) -> tuple[Tensor, Tensor]:
+    """`depthwise_backward` with z1 = y1 = rows weight^T + bias computed again.
+
+    rows: [B*H*W, C]; weight: [E, C]; bias: float32 [E].
+    """
+    if not fuses_backward(rows, weight, activation, stencil):
+        z1, _ = expand(rows, weight, bias, "identity", measure=False)
+        return depthwise_backward(grad, z2, factors, z1, None, activation, taps, stencil)
+    output, sums = cuda_kernels.expand_depthwise_backward(
+        grad, z2, factors, rows, weight, bias, activation, taps, stencil
+    )
+    reads = (grad, z2, factors, rows, weight, bias, taps)
+    flops = _product_flops(rows, weight) + 2 * _stencil_flops(grad)
+    traffic.record("cuda_expand_depthwise_backward", (), reads, (output, sums), flops, _unit(rows))
+    return output, sums
+
+
+def _merged(moments: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
+    return None if moments is None else merge_moments(*moments)
+
+
+def _stencil_flops(output: Tensor) -> int:
+    return 2 * 9 * output.numel()
+
+
+def _product_flops(rows: Tensor, weight: Tensor) -> int:
+    """Pixels of halos, which are multiplied more than once, are not counted."""
+    return 2 * rows.shape[0] * weight.numel()
+
+
+def _unit(rows: Tensor) -> str:
+    return str(rows.dtype).removeprefix("torch.")

@@ -1,0 +1,261 @@
+"""Triton kernels of window attention's backward pass: gradients of q, of k and v, of the table.
+
+With P = softmax(S), recomputed from the saved log2-sum-exp, and G the gradient of the output:
+
+    dV = P^T G      dP = G V^T      delta = rowsum(G * output)      dS = P * (dP - delta)
+    dQ = scale dS K      dK = scale dS^T Q      dbias = sum of dS over batch and windows
+
+Importing this imports triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moat_kernels.ops.window_attention.triton.kernels.forward import (
+    SIZES,
+    load_rows,
+    locate,
+    scores,
+    store_rows,
+    window_count,
+)
+
+
+@triton.jit
+def score_gradient(score, log_sum_exp, delta, weight_gradient, valid):
+    """(P, dS) of a tile; zero where not valid, whatever is there."""
+    weight = tl.where(valid, tl.exp2(score - log_sum_exp), 0.0)
+    return weight, tl.where(valid, weight * (weight_gradient - delta), 0.0)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def query_gradient_kernel(
+    grad_output, output, log_sum_exp, qkv, table, grad_qkv, delta,
+    stride_batch, stride_row, stride_column, stride_part, stride_head,
+    scale, heads, height, width, window_height, window_width,
+    GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ = scale dS K and delta for one (block of queries, window, head) a program.
+
+    Reads q, k, v, output and its gradient once from DRAM; writes dQ once and a float32 delta per
+    query. Scores, dP and dQ's accumulator stay in registers.
+
+    Grid: (query blocks * windows * batch, heads). Maps but qkv are contiguous; grad_qkv has the
+    layout of qkv.
+    """
+    tokens = window_height * window_width
+    query_blocks = tl.cdiv(tokens, BLOCK_QUERIES)
+    windows = window_count(height, width, window_height, window_width)
+    first = tl.program_id(0) % query_blocks * BLOCK_QUERIES
+    window = tl.program_id(0) // query_blocks % windows
+    batch = (tl.program_id(0) // query_blocks // windows).to(tl.int64)
+    head = tl.program_id(1)
+    base = qkv + batch * stride_batch + head * stride_head
+    if HAS_TABLE:
+        table += head * (2 * window_height - 1) * (2 * window_width - 1)
+
+    query_token = first + tl.arange(0, BLOCK_QUERIES)
+    row, column, query_valid = locate(
+        query_token, window, height, width, window_height, window_width, GRID
+    )
+    position = batch * height * width + row * width + column
+    query = load_rows(base, row * stride_row + column * stride_column, query_valid, HEAD_DIM)
+    output_offset = (position * heads + head) * HEAD_DIM
+    gradient = load_rows(grad_output, output_offset, query_valid, HEAD_DIM)
+    result = load_rows(output, output_offset, query_valid, HEAD_DIM)
+    difference = tl.sum(gradient.to(tl.float32) * result.to(tl.float32), 1)
+    statistic = (batch * heads + head) * height * width + row * width + column
+    tl.store(delta + statistic, difference, mask=query_valid)
+    normalizer = tl.load(log_sum_exp + statistic, mask=query_valid, other=0.0)
+
+    sums = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
+    for start in range(0, tokens, BLOCK_KEYS):
+        key_token = start + tl.arange(0, BLOCK_KEYS)
+        key_row, key_column, key_valid = locate(
+            key_token, window, height, width, window_height, window_width, GRID
+        )
+        key_offset = key_row * stride_row + key_column * stride_column
+        key = load_rows(base + stride_part, key_offset, key_valid, HEAD_DIM)
+        value = load_rows(base + 2 * stride_part, key_offset, key_valid, HEAD_DIM)
+        score = scores(
+            query, key, query_token, key_token, key_valid, table, scale,
+            window_height, window_width, True, HAS_TABLE, PRECISION,
+        )  # fmt: skip
+        weight_gradient = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
+        _, grad_score = score_gradient(
+            score, normalizer[:, None], difference[:, None], weight_gradient, key_valid[None, :]
+        )
+        sums = tl.dot(grad_score.to(key.dtype), key, sums, input_precision=PRECISION)
+
+    grad_offset = position * 3 * heads * HEAD_DIM + head * stride_head
+    store_rows(grad_qkv, grad_offset, query_valid, sums * scale, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=SIZES)
+def key_value_gradient_kernel(
+    grad_output, log_sum_exp, delta, qkv, table, grad_qkv,
+    stride_batch, stride_row, stride_column, stride_part, stride_head,
+    scale, heads, height, width, window_height, window_width,
+    GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dK = scale dS^T Q and dV = P^T G for one (block of keys, window, head) a program.
+
+    Reads q, k, v, the output's gradient and two float32 per query once from DRAM; writes dK and dV
+    once. The tile is computed transposed, [keys, queries], as both products need it; it and the
+    two accumulators stay in registers.
+
+    Grid: (key blocks * windows * batch, heads). Layouts as in `query_gradient_kernel`.
+    """
+    tokens = window_height * window_width
+    key_blocks = tl.cdiv(tokens, BLOCK_KEYS)
+    windows = window_count(height, width, window_height, window_width)
+    first = tl.program_id(0) % key_blocks * BLOCK_KEYS
+    window = tl.program_id(0) // key_blocks % windows
+    batch = (tl.program_id(0) // key_blocks // windows).to(tl.int64)
+    head = tl.program_id(1)
+    base = qkv + batch * stride_batch + head * stride_head
+    if HAS_TABLE:
+        table += head * (2 * window_height - 1) * (2 * window_width - 1)
+
+    key_token = first + tl.arange(0, BLOCK_KEYS)
+    row, column, key_valid = locate(
+        key_token, window, height, width, window_height, window_width, GRID
+    )
+    offset = row * stride_row + column * stride_column
+    key = load_rows(base + stride_part, offset, key_valid, HEAD_DIM)
+    value = load_rows(base + 2 * stride_part, offset, key_valid, HEAD_DIM)
+
+    key_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
+    value_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
+    for start in range(0, tokens, BLOCK_QUERIES):
+        query_token = start + tl.arange(0, BLOCK_QUERIES)
+        query_row, query_column, query_valid = locate(
+            query_token, window, height, width, window_height, window_width, GRID
+        )
+        query_offset = query_row * stride_row + query_column * stride_column
+        query = load_rows(base, query_offset, query_valid, HEAD_DIM)
+        position = query_row * width + query_column
+        output_offset = ((batch * height * width + position) * heads + head) * HEAD_DIM
+        gradient = load_rows(grad_output, output_offset, query_valid, HEAD_DIM)
+        statistic = (batch * heads + head) * height * width + position
+        normalizer = tl.load(log_sum_exp + statistic, mask=query_valid, other=0.0)
+        difference = tl.load(delta + statistic, mask=query_valid, other=0.0)
+        score = scores(
+            key, query, key_token, query_token, query_valid, table, scale,
+            window_height, window_width, False, HAS_TABLE, PRECISION,
+        )  # fmt: skip
+        weight_gradient = tl.dot(value, tl.trans(gradient), input_precision=PRECISION)
+        weight, grad_score = score_gradient(
+            score, normalizer[None, :], difference[None, :], weight_gradient, query_valid[None, :]
+        )
+        low = weight.to(gradient.dtype)
+        value_sums = tl.dot(low, gradient, value_sums, input_precision=PRECISION)
+        key_sums = tl.dot(grad_score.to(query.dtype), query, key_sums, input_precision=PRECISION)
+
+    position = batch * height * width + row * width + column
+    grad_offset = position * 3 * heads * HEAD_DIM + head * stride_head
+    store_rows(grad_qkv + stride_part, grad_offset, key_valid, key_sums * scale, HEAD_DIM)
+    store_rows(grad_qkv + 2 * stride_part, grad_offset, key_valid, value_sums, HEAD_DIM)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "batch_size"])
+def bias_gradient_kernel(
+    grad_output, log_sum_exp, delta, qkv, table, slabs,
+    stride_batch, stride_row, stride_column, stride_part, stride_head,
+    scale, heads, height, width, window_height, window_width, batch_size,
+    GRID: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """slabs[split, head] += dS over every splits-th window, one tile of [tokens, tokens] a program.
+
+    Reads what `key_value_gradient_kernel` reads (from the second-level cache, where other tiles of
+    the same windows run at the time); writes each tile of its slab once, float32. The sum over
+    windows stays in registers: no atomics, and always the same order.
+
+    Grid: (query blocks * key blocks, heads, splits).
+    """
+    tokens = window_height * window_width
+    key_blocks = tl.cdiv(tokens, BLOCK_KEYS)
+    query_token = tl.program_id(0) // key_blocks * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    key_token = tl.program_id(0) % key_blocks * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    head = tl.program_id(1)
+    table += head * (2 * window_height - 1) * (2 * window_width - 1)
+    windows = window_count(height, width, window_height, window_width)
+
+    sums = tl.zeros([BLOCK_QUERIES, BLOCK_KEYS], tl.float32)
+    for index in range(tl.program_id(2), batch_size * windows, tl.num_programs(2)):
+        window = index % windows
+        batch = (index // windows).to(tl.int64)
+        base = qkv + batch * stride_batch + head * stride_head
+        row, column, query_valid = locate(
+            query_token, window, height, width, window_height, window_width, GRID
+        )
+        query = load_rows(base, row * stride_row + column * stride_column, query_valid, HEAD_DIM)
+        position = row * width + column
+        output_offset = ((batch * height * width + position) * heads + head) * HEAD_DIM
+        gradient = load_rows(grad_output, output_offset, query_valid, HEAD_DIM)
+        statistic = (batch * heads + head) * height * width + position
+        normalizer = tl.load(log_sum_exp + statistic, mask=query_valid, other=0.0)
+        difference = tl.load(delta + statistic, mask=query_valid, other=0.0)
+        row, column, key_valid = locate(
+            key_token, window, height, width, window_height, window_width, GRID
+        )
+        offset = row * stride_row + column * stride_column
+        key = load_rows(base + stride_part, offset, key_valid, HEAD_DIM)
+        value = load_rows(base + 2 * stride_part, offset, key_valid, HEAD_DIM)
+        score = scores(
+            query, key, query_token, key_token, key_valid, table, scale,
+            window_height, window_width, True, True, PRECISION,
+        )  # fmt: skip
+        weight_gradient = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
+        valid = query_valid[:, None] & key_valid[None, :]
+        _, grad_score = score_gradient(
+            score, normalizer[:, None], difference[:, None], weight_gradient, valid
+        )
+        sums += grad_score
+
+    slab = (tl.program_id(2) * heads + head).to(tl.int64)
+    pointers = (slab * tokens + query_token[:, None]) * tokens + key_token[None, :]
+    inside = (query_token < tokens)[:, None] & (key_token < tokens)[None, :]
+    tl.store(slabs + pointers, sums, mask=inside)
+
+
+@triton.jit(do_not_specialize=["splits", *SIZES])
+def fold_table_kernel(
+    slabs, grad_table, splits, heads, window_height, window_width,
+    BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
+):  # fmt: skip
+    """grad_table[head, offset] = sum of slabs[:, head, query, key] with key - query = offset.
+
+    Reads every slab once; writes the table's gradient once, float32. Fixed order of summation.
+
+    Grid: (offsets by row, blocks of offsets by column, heads).
+    """
+    head = tl.program_id(2)
+    tokens = window_height * window_width
+    row_offset = tl.program_id(0) - (window_height - 1)
+    table_column = tl.program_id(1) * BLOCK_OFFSETS + tl.arange(0, BLOCK_OFFSETS)
+    column_offset = table_column - (window_width - 1)
+    sums = tl.zeros([BLOCK_COLUMNS, BLOCK_OFFSETS], tl.float32)
+    for split in range(0, splits):
+        slab = slabs + (split * heads + head).to(tl.int64) * tokens * tokens
+        for row in range(tl.maximum(0, -row_offset), tl.minimum(0, -row_offset) + window_height):
+            for first in range(0, window_width, BLOCK_COLUMNS):
+                column = first + tl.arange(0, BLOCK_COLUMNS)
+                key_column = column[:, None] + column_offset[None, :]
+                query = (row * window_width + column).to(tl.int64)[:, None]
+                key = (row + row_offset) * window_width + key_column
+                inside = (column < window_width)[:, None] & (key_column >= 0)
+                inside &= key_column < window_width
+                sums += tl.load(slab + query * tokens + key, mask=inside, other=0.0)
+    table_width = 2 * window_width - 1
+    line = head * (2 * window_height - 1) + tl.program_id(0)
+    tl.store(
+        grad_table + line * table_width + table_column,
+        tl.sum(sums, 0),
+        mask=table_column < table_width,
+    )
