@@ -23,8 +23,8 @@ from moat_kernels.ops.frozen import (
 from moat_kernels.ops.layer_norm import add_branch, branch_layer_norm, covers
 from moat_kernels.ops.linear import apply_linear
 from moat_kernels.ops.mbconv import mbconv
-from moat_kernels.ops.mbconv.api import resolve_frozen
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
+from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.window_attention import window_attention
 from moat_kernels.tensor_access import tensor_of
 

@@ -293,18 +293,18 @@ def test_nothing_is_kept_for_a_backward_that_cannot_come(context) -> None:
     _, fused, x = make_pair("MBConv")
 
     class Recorder(TorchDispatchMode):
-        results: tuple[Tensor, ...] = ()
+        results: object = None
 
         def __torch_dispatch__(self, function, types, args=(), kwargs=None):
             results = function(*args, **(kwargs or {}))
-            if "mbconv_forward" in str(function):
+            if "mbconv" in str(function):
                 self.results = results
             return results
 
     fused.eval()
     with context(), Recorder() as recorder:
         fused(x)
-    assert len(recorder.results) == 1  # the output alone
+    assert isinstance(recorder.results, Tensor)  # the output alone
 
 
 def test_repr_names_the_choices() -> None:

@@ -26,7 +26,9 @@ from benchmarks.gpu.headline import CUDA_KERNELS, FUSED, MAIN, STOCK, Contender,
 from benchmarks.gpu.journal import Row
 from benchmarks.gpu.machine import GIGA, TERA, ceilings, cuda_program
 from moat_kernels.ops.triton_support import launching, traffic
-from moat_kernels.ops.triton_support.tuning import time_on_gpu
+from moat_kernels.ops.triton_support.tuning import (
+    time_on_gpu,
+)
 
 WORKLOAD = MAIN[0]
 EXPAND = Contender('fused, recompute="expand"', True, "eager", "expand")

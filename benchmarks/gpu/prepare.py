@@ -152,8 +152,11 @@ def _tune() -> None:
     """moat_0's launches, their neighbours and the neighbours of these."""
     from benchmarks.gpu.headline import MAIN
     from moat_kernels import create_model, tune
-    from moat_kernels.ops.launch_tables import LAUNCH_TABLES
-    from moat_kernels.ops.triton_support.tuning import Tuner, observing
+    from moat_kernels.ops.triton_support.launch_table import (
+        LAUNCH_TABLES,
+    )
+    from moat_kernels.ops.triton_support.launching import observing
+    from moat_kernels.ops.triton_support.tuning import Tuner
     from moat_kernels.ops.triton_support.user_table import Entry
     from moat_kernels.plan.autocast import CudaAutocast
     from moat_kernels.plan.step import _backward

@@ -18,8 +18,8 @@ from torch.nn import Parameter
 
 from moat_kernels.ops.attention_half import cpu as attention_half
 from moat_kernels.ops.common.backends import backend_status
+from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE, all_frozen
 from moat_kernels.ops.mbconv.cpu import backend as cpu_backend
-from moat_kernels.ops.mbconv.cpu.training import KERNEL_SIZE
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
@@ -110,7 +110,7 @@ def mbconv_step(parameters: MBConvParameters, description: MBConvDescription) ->
     """The inverted bottleneck; arguments as of `mbconv`. Raises CannotFreeze."""
     convolutions, norms = cpu_backend.eval_tensors(parameters)
     dtype = _dtype_of([*convolutions, *norms], cpu_backend.DTYPES)
-    if not cpu_backend.is_frozen(description):
+    if not all_frozen(description):
         raise CannotFreeze("a batch norm that measures its batch")
     reason = cpu_backend.unsupported(parameters.expand_weight.new_empty(0), parameters, description)
     if reason:

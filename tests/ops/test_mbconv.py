@@ -19,8 +19,8 @@ from support.tolerances import (
 
 from moat_kernels import use_backend
 from moat_kernels.functional import MBConvDescription, Norm, Pool, mbconv
-from moat_kernels.ops.mbconv import api as front
-from moat_kernels.ops.mbconv.api import flatten
+from moat_kernels.ops.mbconv import dispatch
+from moat_kernels.ops.mbconv.description import flatten
 
 RECOMPUTE_LEVELS = ["none", "expand", "block"]
 # 84 rows measure expand_norm directly (6 channels), 504 rows by covariance.
@@ -237,11 +237,13 @@ def test_opcheck() -> None:
     x = torch.randn(9, case.in_channels, 7, 8, dtype=torch.float64)
     for layout in (x, x.to(memory_format=torch.channels_last)):
         arguments = (layout, tensors, running, None, case.description.encode())
-        torch.library.opcheck(
-            torch.ops.moat_kernels.mbconv_forward.default,
-            (*arguments, "expand", "torch", True),
-            test_utils=("test_schema", "test_faketensor"),
-        )
+        for operator, choices in (
+            (torch.ops.moat_kernels.mbconv_forward.default, ("expand", "torch")),
+            (torch.ops.moat_kernels.mbconv_evaluate.default, ("torch",)),
+        ):
+            torch.library.opcheck(
+                operator, (*arguments, *choices), test_utils=("test_schema", "test_faketensor")
+            )
 
 
 BAD_CALLS = {
@@ -345,8 +347,8 @@ def test_few_plans_are_remembered() -> None:
     case = Case()
     parameters = make_parameters(case, torch.float32)
     with torch.no_grad():
-        for width in range(1, front._MOST_PLANS + 10):
-            front._plan(
+        for width in range(1, dispatch._MOST_PLANS + 10):
+            dispatch.plan_call(
                 torch.empty(1, 6, 1, width), parameters, case.description, False, "auto", None
             )
-    assert 0 < len(front._plans) <= front._MOST_PLANS
+    assert 0 < len(dispatch._plans) <= dispatch._MOST_PLANS

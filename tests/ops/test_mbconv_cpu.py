@@ -29,8 +29,9 @@ from moat_kernels.functional import (
     SqueezeExcite,
     mbconv,
 )
-from moat_kernels.ops.mbconv import api as front
 from moat_kernels.ops.mbconv.cpu import backend as cpu_backend
+from moat_kernels.ops.mbconv.description import PARAMETER_NAMES, flatten
+from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 
 pytestmark = pytest.mark.skipif(
     not load_extension().usable, reason=f"native kernels {load_extension().reason}"
@@ -73,7 +74,7 @@ def check_eval(x: Tensor, case: Case, threads: int = 1, **options) -> Tensor:
 def covered(case: Case) -> bool:
     parameters = make_parameters(case, torch.float32)
     x = torch.randn(1, case.in_channels, 8, 8)
-    description = front.resolve_frozen(case.description, parameters, training=False)
+    description = resolve_frozen(case.description, parameters, training=False)
     return not cpu_backend.unsupported(x, parameters, description)
 
 
@@ -385,9 +386,7 @@ def test_recompute_decides_what_is_saved() -> None:
         hooks = torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor)
         with use_backend("cpu"), hooks:
             mbconv(x, parameters, case.description, training=True, recompute=recompute)
-        weights = sum(
-            tensor.numel() for tensor in front.flatten(parameters)[0] if tensor is not None
-        )
+        weights = sum(tensor.numel() for tensor in flatten(parameters)[0] if tensor is not None)
         per_pixel = (sum(saved) - weights) / (4 * 16 * 16)
         assert expected <= per_pixel < expected + 1
 
@@ -413,10 +412,10 @@ def test_fake_results_have_the_shapes_of_real_ones(description: MBConvDescriptio
     parameters = make_parameters(case, torch.float32)
     x = torch.randn(3, 6, 9, 8)
     for frozen in (False, True):
-        resolved = front.resolve_frozen(description, parameters, training=not frozen)
+        resolved = resolve_frozen(description, parameters, training=not frozen)
         level = "block" if frozen else "none"
         real = cpu_backend.forward(x, parameters, resolved, level, None)
-        needed = frozenset(("x", *front.PARAMETER_NAMES))
+        needed = frozenset(("x", *PARAMETER_NAMES))
         arguments = (parameters, resolved, level, None)
         grad = torch.randn_like(real.output)
         gradients = cpu_backend.backward(grad, x, *arguments, real.saved, needed)

@@ -13,7 +13,7 @@ from moat_kernels import FallbackWarning, use_backend
 from moat_kernels.extension import load_extension
 from moat_kernels.functional import MBConvDescription, Pool, SqueezeExcite, mbconv
 from moat_kernels.memory import saved_bytes
-from moat_kernels.ops.mbconv import api as front
+from moat_kernels.ops.mbconv.description import flatten
 
 pytestmark = pytest.mark.skipif(
     not load_extension().usable, reason=f"native kernels {load_extension().reason}"
@@ -59,7 +59,7 @@ def test_low_precision_halves_what_is_saved(dtype: torch.dtype) -> None:
     case = Case(in_channels=16, wide_channels=64, out_channels=16)
     parameters = make_parameters(case, dtype)
     parameters.expand_weight.requires_grad_()
-    tensors = [tensor for tensor in front.flatten(parameters)[0] if tensor is not None]
+    tensors = [tensor for tensor in flatten(parameters)[0] if tensor is not None]
     x = torch.randn(4, 16, 32, 32).to(dtype, memory_format=torch.channels_last)
     with use_backend("cpu"):
         saved = saved_bytes(lambda: mbconv(x, parameters, case.description, training=True), tensors)
@@ -103,7 +103,7 @@ def test_empty_batch(description: MBConvDescription, recompute: str) -> None:
         )
     side = (9, 8) if description.stride == 1 else (5, 4)
     assert results["output"].shape == (0, 16, *side)
-    running = [tensor for tensor in front.flatten(parameters)[1] if tensor is not None]
+    running = [tensor for tensor in flatten(parameters)[1] if tensor is not None]
     for before, name in zip(running, [key for key in results if "running" in key], strict=True):
         assert torch.equal(results.pop(name), before), name
     assert all((value == 0).all() for value in results.values())

@@ -17,9 +17,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from moat_kernels import use_backend
 from moat_kernels.functional import MBConvDescription, Norm, mbconv
-from moat_kernels.ops.mbconv import api as front
 from moat_kernels.ops.mbconv.algebra.folding import covariance, projected_variance
+from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.mbconv.torch import backend as torch_backend
+from moat_kernels.ops.mbconv.torch.bottleneck import joining_pays
 
 CASE = Case(in_channels=8, wide_channels=32, out_channels=8, biases=False)
 SHAPE = (8, 8, 12, 12)  # 1152 rows of 8 channels: statistics by covariance
@@ -127,17 +128,17 @@ def test_what_follows_the_depthwise_stage_linearly_is_one_product(expand_norm, b
 
     with torch.no_grad(), use_backend("reference"):
         expected = mbconv(x, parameters, description)
-    resolved = front.resolve_frozen(description, parameters, training=False)
+    resolved = resolve_frozen(description, parameters, training=False)
     with torch.no_grad(), Recorder():
-        actual = torch_backend.forward(x, parameters, resolved, "block", None).output
+        actual = torch_backend.evaluate(x, parameters, resolved, None)
     assert relative_error(actual, expected) < 1e-12
     assert max(widths) == 1
 
 
 def test_weights_are_joined_only_for_rows_enough() -> None:
     parameters = make_parameters(Case(wide_channels=24))
-    assert not torch_backend.joining_pays(3, parameters)
-    assert torch_backend.joining_pays(4, parameters)  # (24 + 4) * 36 < 4 * 24 * 12
+    assert not joining_pays(3, parameters)
+    assert joining_pays(4, parameters)  # (24 + 4) * 36 < 4 * 24 * 12
 
 
 @pytest.mark.parametrize("recompute", ["none", "block"])

@@ -16,7 +16,7 @@ from moat_kernels.functional import (
     SqueezeExcite,
     mbconv,
 )
-from moat_kernels.ops.mbconv.api import PARAMETER_NAMES, flatten
+from moat_kernels.ops.mbconv.description import PARAMETER_NAMES, flatten
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,8 @@ import torch
 
 from moat_kernels import get_preprocessing, list_models
 from moat_kernels.functional import MBConvDescription, MBConvParameters, Pool, SqueezeExcite
-from moat_kernels.ops.mbconv import api as front
-from moat_kernels.ops.mbconv.description import WEIGHTS
+from moat_kernels.ops.mbconv.description import PARAMETER_NAMES, WEIGHTS
+from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
 from moat_kernels.variants import get_variant
 from support.mbconv_cases import Case, make_parameters
@@ -44,7 +44,7 @@ def launch_mbconv(
 
     autocast: x and the norms are float32, as `mbconv` hands them on then.
     """
-    needed = frozenset(("x", *front.PARAMETER_NAMES))
+    needed = frozenset(("x", *PARAMETER_NAMES))
     for name in list_models() if names is None else names:
         for case, size in bottlenecks(name, stages):
             with torch.device("meta"):
@@ -53,10 +53,11 @@ def launch_mbconv(
                 shape = (batch, case.in_channels, size, size)
                 x = torch.empty(shape, dtype=torch.float32 if autocast else dtype, device="meta")
                 scale = x.new_empty(batch, dtype=dtype)
-                for training in (False, True):
-                    description = front.resolve_frozen(case.description, parameters, training)
-                    arguments = (parameters, description, "none" if training else "block", scale)
-                    result = triton_backend.forward(x, *arguments)
+                description = resolve_frozen(case.description, parameters, training=False)
+                triton_backend.evaluate(x, parameters, description, scale)
+                description = resolve_frozen(case.description, parameters, training=True)
+                arguments = (parameters, description, "none", scale)
+                result = triton_backend.forward(x, *arguments)
                 triton_backend.backward(result.output, x, *arguments, result.saved, needed)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moat_kernels.ops.mbconv import api as front
+from moat_kernels.ops.mbconv.description import PARAMETER_NAMES
+from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
 from moat_kernels.ops.triton_support.traffic import Pass, record_passes
 from support.mbconv_cases import Case, make_parameters, map_tensors
@@ -24,8 +25,8 @@ def training_passes(
     parameters = map_tensors(make_parameters(case, dtype), lambda tensor: tensor.to(device))
     x = torch.empty(batch, case.in_channels, height, width, dtype=dtype, device=device)
     x = x.to(memory_format=torch.channels_last)
-    description = front.resolve_frozen(case.description, parameters, training=True)
-    needed = frozenset(("x", *front.PARAMETER_NAMES))
+    description = resolve_frozen(case.description, parameters, training=True)
+    needed = frozenset(("x", *PARAMETER_NAMES))
     with FakeTensorMode() as mode:
         arguments = (map_tensors(parameters, mode.from_tensor), description, recompute, None)
         with record_passes() as forward:

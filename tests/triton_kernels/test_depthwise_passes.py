@@ -21,12 +21,14 @@ pytest.importorskip("triton")
 
 from moat_kernels import FallbackWarning, use_backend
 from moat_kernels.functional import MBConvDescription, Pool, SqueezeExcite
-from moat_kernels.ops.mbconv import api as front
+from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
 from moat_kernels.ops.mbconv.triton import cuda_kernels
 from moat_kernels.ops.mbconv.triton import passes as depthwise_passes
 from moat_kernels.ops.mbconv.triton.launches import Implementation
-from moat_kernels.ops.triton_support.launch_table import choosing
+from moat_kernels.ops.triton_support.choice import (
+    choosing,
+)
 from moat_kernels.ops.triton_support.traffic import Pass, record_passes
 
 # 144 rows of 8 channels, which fill 16 bytes: enough to measure expand_norm by covariance.
@@ -72,11 +74,11 @@ def test_how_often_wide_tensors_cross_memory_in_evaluation(
     monkeypatch.setenv(SWITCH, choice)
     case = Case(MBConvDescription(), 16, 64, 16)
     parameters = map_tensors(make_parameters(case, torch.bfloat16), lambda t: t.to(device))
-    description = front.resolve_frozen(case.description, parameters, training=False)
+    description = resolve_frozen(case.description, parameters, training=False)
     with FakeTensorMode() as mode, record_passes() as passes:
         x = torch.empty(8, 16, 32, 32, dtype=torch.bfloat16, device=device)
         fakes = map_tensors(parameters, mode.from_tensor)
-        triton_backend.forward(x, fakes, description, "block", None)
+        triton_backend.evaluate(x, fakes, description, None)
     assert wide_crossings(passes, 64) == crossings
 
 

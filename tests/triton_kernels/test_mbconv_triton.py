@@ -29,7 +29,7 @@ from moat_kernels.functional import (
     SqueezeExcite,
     mbconv,
 )
-from moat_kernels.ops.mbconv import api as front
+from moat_kernels.ops.mbconv.description import flatten
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
 from moat_kernels.ops.mbconv.triton import launches as triton_launch
 
@@ -37,7 +37,9 @@ pytest.importorskip("triton")
 
 from moat_kernels.ops.mbconv.triton.kernels.covariance import covariance
 from moat_kernels.ops.mbconv.triton.launches import GemmBlocks, StencilBlocks
-from moat_kernels.ops.triton_support.launch_table import choosing
+from moat_kernels.ops.triton_support.choice import (
+    choosing,
+)
 
 # 84 rows of 6 channels measure expand_norm directly, 112 by covariance.
 FEW_ROWS, MANY_ROWS = (2, 7, 6), (2, 7, 8)
@@ -360,12 +362,12 @@ def test_the_same_bits_every_time(device: str) -> None:
 def test_opcheck(name: str, device: str) -> None:
     """The operator's schema holds, and fake tensors go through it as real ones do."""
     case = CASES[name]
-    tensors, running = front.flatten(to(make_parameters(case), device, torch.float32))
+    tensors, running = flatten(to(make_parameters(case), device, torch.float32))
     x = torch.randn(2, case.in_channels, 7, 8).to(device)
-    arguments = (x, tensors, running, None, case.description.encode(), "expand", "triton", True)
+    arguments = (x, tensors, running, None, case.description.encode())
     torch.library.opcheck(
         torch.ops.moat_kernels.mbconv_forward.default,
-        arguments,
+        (*arguments, "expand", "triton"),
         test_utils=("test_schema", "test_faketensor"),
     )
 

@@ -23,8 +23,9 @@ from moat_kernels.functional import (
     WindowAttentionDescription,
 )
 from moat_kernels.ops.layer_norm.triton import backend as layer_norm
-from moat_kernels.ops.mbconv import api as front
 from moat_kernels.ops.mbconv.algebra.running_statistics import update_running_statistics
+from moat_kernels.ops.mbconv.description import PARAMETER_NAMES
+from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.mbconv.triton import backend as mbconv
 from moat_kernels.ops.triton_support import launching
 from moat_kernels.ops.window_attention.triton import backend as window_attention
@@ -67,8 +68,8 @@ def test_training_the_bottleneck(case: str, recompute: str, rows: str) -> None:
     with torch.device("meta"):
         parameters = make_parameters(case, torch.bfloat16)
         x, scale = on_gpu(2, 8, size, size), on_gpu(2)
-        description = front.resolve_frozen(description, parameters, training=True)
-        needed = frozenset(("x", *front.PARAMETER_NAMES))
+        description = resolve_frozen(description, parameters, training=True)
+        needed = frozenset(("x", *PARAMETER_NAMES))
         with OnOneDevice():
             result = mbconv.forward(x, parameters, description, recompute, scale)
             update_running_statistics(x, result.output, parameters, description, result.moments)
@@ -83,10 +84,10 @@ def test_evaluating_the_bottleneck(case: str) -> None:
     case = Case(CASES[case], 8, 16, 8)
     with torch.device("meta"):
         parameters = make_parameters(case, torch.bfloat16)
-        description = front.resolve_frozen(case.description, parameters, training=False)
+        description = resolve_frozen(case.description, parameters, training=False)
         x = on_gpu(2, 8, 12, 12)
         with OnOneDevice():
-            mbconv.forward(x, parameters, description, "block", None)
+            mbconv.evaluate(x, parameters, description, None)
 
 
 @pytest.mark.parametrize("window", [None, (4, 5)], ids=str)

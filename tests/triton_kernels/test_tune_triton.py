@@ -20,9 +20,20 @@ from moat_kernels import tune
 from moat_kernels.ops.mbconv.triton import cuda_kernels
 from moat_kernels.ops.mbconv.triton.launches import Implementation
 from moat_kernels.ops.triton_support import launch_table, launching, user_table
-from moat_kernels.ops.triton_support.launch_table import Blocks, LaunchTable
+from moat_kernels.ops.triton_support.choice import choose
+from moat_kernels.ops.triton_support.launch_table import (
+    Blocks,
+    LaunchTable,
+)
+from moat_kernels.ops.triton_support.launching import (
+    observing,
+    tunable,
+)
 from moat_kernels.ops.triton_support.traffic import Pass, record_passes
-from moat_kernels.ops.triton_support.tuning import Survey, Tuner, observing, tunable
+from moat_kernels.ops.triton_support.tuning import (
+    Survey,
+    Tuner,
+)
 from moat_kernels.ops.triton_support.user_table import Entry
 
 GPU = "Some GPU"
@@ -63,7 +74,7 @@ def add(toy: Toy, x: Tensor) -> Tensor:
     """x + 1 into the toy's buffer."""
     from triton.runtime.errors import OutOfResources
 
-    blocks = TOYS.choose("add", x, x.shape)
+    blocks = choose(TOYS, "add", x, x.shape)
     toy.cost, toy.calls = blocks.cost, toy.calls + 1
     fault = toy.faults.get(blocks.cost)
     if fault == "no memory":

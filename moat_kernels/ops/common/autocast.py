@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -22,15 +23,22 @@ def autocast_dtype(x: Tensor) -> torch.dtype | None:
     return torch.get_autocast_dtype(kind)
 
 
+_UNCHANGED = contextlib.nullcontext()
+
+
+def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Inside the `with` block autocast is off for x's device."""
+    kind = device_type(x)
+    # Entering torch.autocast takes longer than asking.
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _UNCHANGED
+
+
 def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:
     """Run `function`, whose first argument is a tensor, with autocast off for that device."""
 
     @functools.wraps(function)
     def wrapped(x: Tensor, *arguments: Any) -> Result:
-        kind = device_type(x)
-        if not torch.is_autocast_enabled(kind):  # entering a context takes longer
-            return function(x, *arguments)
-        with torch.autocast(kind, enabled=False):
+        with autocast_off(x):
             return function(x, *arguments)
 
     return wrapped

@@ -137,31 +137,37 @@ def warn_once(message: str) -> None:
 def choose_backend(
     op: str,
     device: torch.device,
-    implementations: Mapping[str, Implementation],
+    backends: Mapping[str, Implementation],
     unsupported: Callable[[Implementation], str],
+    *,
+    optional: bool = False,
 ) -> str:
-    """The backend that computes this call of `op`: a key of `implementations`, or "reference".
+    """The backend that computes this call of `op`: a key of `backends`, or "reference".
 
-    unsupported: tells why an implementation does not cover the call; empty if it does.
+    unsupported: tells why a backend does not cover the call; empty if it does.
+    optional: plain PyTorch does as well where no backend covers the call, so there is nothing to
+        warn of, and nothing to refuse where PyTorch's own operators are needed.
     """
     requested = requested_backend()
     if requested is not None:
-        candidates: tuple[str, ...] = (requested, "reference")
+        candidates: tuple[str, ...] = (requested,)
     else:
         preferred = _PREFERENCE.get(device.type, _DEFAULT_PREFERENCE)
         candidates = tuple(name for name in preferred if _STATUS[name].usable)
+    if optional and (needs_standard_operators() or backends.keys().isdisjoint(candidates)):
+        return "reference"
     reasons = []
     chosen = "reference"
     for name in candidates:
         if name == "reference":
             break
-        reason = "the op" if name not in implementations else unsupported(implementations[name])
+        reason = unsupported(backends[name]) if name in backends else "the op"
         if not reason:
             chosen = name
             break
         reasons.append(f"backend {name!r} does not cover {reason}")
     # Of the backends that nobody asked for, only the last one's failure costs much speed.
-    if reasons and (requested is not None or chosen == "reference"):
+    if reasons and not optional and (requested is not None or chosen == "reference"):
         warn_once(f"{op}: {'; '.join(reasons)}; falling back to {chosen!r}")
     return chosen if chosen == "reference" else _where_operators_are_known(op, chosen)
 

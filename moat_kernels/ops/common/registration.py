@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
-Implementation = Callable[..., list[Tensor]]
+Implementation = Callable[..., Tensor | list[Tensor]]
 
 # A fragment: the native extension, where it is built, defines the library itself.
 LIBRARY = torch.library.Library("moat_kernels", "FRAGMENT")

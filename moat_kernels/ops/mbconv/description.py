@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+import torch
 from torch import Tensor
 
 from moat_kernels.ops.common.encoding import decode_fields, encode
@@ -212,3 +214,47 @@ class MBConvParameters(NamedTuple):
 
 # The tensors of MBConvParameters that are not a norm's, in their order.
 WEIGHTS = tuple(name for name in MBConvParameters._fields if name not in NORMS)
+
+# The differentiable tensors in the order of `flatten`.
+PARAMETER_NAMES = WEIGHTS + tuple(f"{norm}_{part}" for norm in NORMS for part in ("weight", "bias"))
+
+
+def flatten(parameters: MBConvParameters) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """(differentiable tensors in the order of PARAMETER_NAMES, running mean and var per norm)."""
+    tensors = [getattr(parameters, name) for name in WEIGHTS]
+    running = []
+    for name in NORMS:
+        norm = getattr(parameters, name)
+        tensors += [norm.weight, norm.bias]
+        running += [norm.running_mean, norm.running_var]
+    return tensors, running
+
+
+def unflatten(
+    tensors: Sequence[Tensor | None], running: Sequence[Tensor | None]
+) -> MBConvParameters:
+    """The inverse of `flatten`."""
+    fields: dict[str, Any] = dict(zip(WEIGHTS, tensors, strict=False))
+    for index, name in enumerate(NORMS):
+        affine = tensors[len(WEIGHTS) + 2 * index : len(WEIGHTS) + 2 * index + 2]
+        fields[name] = NormParameters(*affine, *running[2 * index : 2 * index + 2])
+    return MBConvParameters(**fields)
+
+
+def cast_weights(parameters: MBConvParameters, dtype: torch.dtype | None) -> MBConvParameters:
+    """The same with all but the norms' tensors in `dtype`; as they are if it is None."""
+    if dtype is None:
+        return parameters
+    weights: dict[str, Any] = {
+        name: tensor.to(dtype)
+        for name in WEIGHTS
+        if (tensor := getattr(parameters, name)) is not None
+    }
+    return parameters._replace(**weights)
+
+
+def needs_gradient(x: Tensor, parameters: MBConvParameters) -> bool:
+    """Whether autograd records a call with these tensors."""
+    return torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (x, *flatten(parameters)[0])
+    )

@@ -2,21 +2,16 @@
 
 Every op has one static `LaunchTable`, written to be read: by kernel, bytes of an element and size
 of the problem, with the exceptions of an architecture beside it. What `python -m moat_kernels.tune`
-measured on a GPU (user_table.py) goes before it.
+measured on a GPU (user_table.py) goes before it; choice.py asks both.
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextvars import ContextVar
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
-from torch import Tensor
-
-from moat_kernels.ops.triton_support.launching import architecture, device_name
 
 # A launch: a frozen dataclass of an op's own, such as GemmBlocks. Those of kernels have `warps` and
 # `stages` beside the sizes of their tile.
@@ -53,20 +48,10 @@ class LaunchTable:
     choices: Mapping[str, tuple[Any, ...]]
     exceptions: Mapping[int, Mapping[Key, Blocks]]
 
-    def choose(
-        self, kernel: str, like: Tensor, sizes: Sequence[int], size: str = ANY_SIZE
-    ) -> Blocks:
-        """The launch of `kernel` on tensors like `like`, for a problem of these sizes."""
-        from moat_kernels.ops.triton_support import user_table
-
-        key = (kernel, like.element_size(), size)
-        exceptions = self.exceptions.get(architecture(like.device) // 10, {})
-        blocks = exceptions.get(key) or self.launches[key]
-        chooser = _chooser.get() or user_table.chooser(device_name(like.device))
-        if chooser is None:
-            return blocks
-        problem = Problem(self.op, kernel, like.dtype, tuple(map(_power_of_2, sizes)))
-        return chooser(problem, blocks)
+    def static_launch(self, kernel: str, element_size: int, size: str, architecture: int) -> Blocks:
+        """The launch for elements of so many bytes; architecture: 10 * major + minor."""
+        key = (kernel, element_size, size)
+        return self.exceptions.get(architecture // 10, {}).get(key) or self.launches[key]
 
     def example(self, kernel: str) -> Blocks | None:
         """A launch of `kernel`, to know its fields by; None: the op has no such kernel."""
@@ -85,22 +70,12 @@ class LaunchTable:
 
 # The launch of a problem, given the static table's.
 Chooser = Callable[[Problem, Blocks], Blocks]
-_chooser: ContextVar[Chooser | None] = ContextVar("moat_kernels_launch_chooser", default=None)
+
+# The tables of all ops, by the op's name: each registers itself where it is defined.
+LAUNCH_TABLES: dict[str, LaunchTable] = {}
 
 
-@contextlib.contextmanager
-def choosing(choose: Chooser) -> Iterator[None]:
-    """Ask `choose` instead of the user's table inside the `with` block, in this thread."""
-    token = _chooser.set(choose)
-    try:
-        yield
-    finally:
-        _chooser.reset(token)
-
-
-def _power_of_2(size: int) -> int:
-    """The smallest power of 2 that is not below `size`, which torch.compile may hold open."""
-    power = 1
-    while power < size:
-        power *= 2
-    return power
+def register_launch_table(table: LaunchTable) -> LaunchTable:
+    """Make a table known to the tuner and to user_table.py; returns it."""
+    LAUNCH_TABLES[table.op] = table
+    return table

@@ -6,9 +6,9 @@ import contextlib
 import functools
 import importlib.metadata
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextvars import ContextVar
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ from moat_kernels.ops.triton_support import traffic
 
 MINIMUM_TRITON = "3.6"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+Result = TypeVar("Result")
 
 
 @functools.cache
@@ -129,3 +131,36 @@ def collect_compiled() -> Iterator[list[Any]]:
         yield compiled
     finally:
         _compiled.reset(token)
+
+
+# Sees each call of a launcher: gets it as a function without arguments, and returns its result.
+Observer = Callable[[Callable[[], Any]], Any]
+_observer: ContextVar[Observer | None] = ContextVar("moat_kernels_launch_observer", default=None)
+
+
+def tunable(launcher: Callable[..., Result]) -> Callable[..., Result]:
+    """Mark a function that makes one choice in a launch table and may be called repeatedly."""
+
+    @functools.wraps(launcher)
+    def call(*arguments: Any, **options: Any) -> Result:
+        observer = _observer.get()
+        if observer is None:
+            return launcher(*arguments, **options)
+        return observer(functools.partial(launcher, *arguments, **options))
+
+    return call
+
+
+@contextlib.contextmanager
+def observing(observer: Observer | None) -> Iterator[None]:
+    """Hand the calls of launchers inside the `with` block, in this thread, to `observer`."""
+    token = _observer.set(observer)
+    try:
+        yield
+    finally:
+        _observer.reset(token)
+
+
+def is_observed() -> bool:
+    """Whether an observer sees the calls of launchers in this thread."""
+    return _observer.get() is not None

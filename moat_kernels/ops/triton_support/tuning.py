@@ -1,57 +1,28 @@
-"""Launchers that can be repeated with other launches, and the search for the fastest one."""
+"""The search for the fastest launch of every kernel: launchers are repeated with other launches."""
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import statistics
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextvars import ContextVar
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.triton_support.launch_table import Blocks, LaunchTable, Problem, choosing
-from moat_kernels.ops.triton_support.launching import collect_compiled
+from moat_kernels.ops.triton_support.choice import choosing
+from moat_kernels.ops.triton_support.launch_table import Blocks, LaunchTable, Problem
+from moat_kernels.ops.triton_support.launching import collect_compiled, observing
 from moat_kernels.ops.triton_support.traffic import record_passes
 from moat_kernels.ops.triton_support.user_table import Entry
 
 Result = TypeVar("Result")
-
-# Sees each call of a launcher: gets it as a function without arguments, and returns its result.
-Observer = Callable[[Callable[[], Any]], Any]
-_observer: ContextVar[Observer | None] = ContextVar("moat_kernels_launch_observer", default=None)
 
 # How much faster than the best so far a launch must be: less than that is noise.
 MARGIN = 0.02
 # Largest difference between two launches' results, of the largest element: they round and sum in
 # different orders.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 1e-2, torch.float16: 2e-3}
-
-
-def tunable(launcher: Callable[..., Result]) -> Callable[..., Result]:
-    """Mark a function that makes one choice in a launch table and may be called repeatedly."""
-
-    @functools.wraps(launcher)
-    def call(*arguments: Any, **options: Any) -> Result:
-        observer = _observer.get()
-        if observer is None:
-            return launcher(*arguments, **options)
-        return observer(functools.partial(launcher, *arguments, **options))
-
-    return call
-
-
-@contextlib.contextmanager
-def observing(observer: Observer | None) -> Iterator[None]:
-    """Hand the calls of launchers inside the `with` block, in this thread, to `observer`."""
-    token = _observer.set(observer)
-    try:
-        yield
-    finally:
-        _observer.reset(token)
 
 
 class Survey:

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from moat_kernels.ops.triton_support.launch_table import Blocks, Chooser, Problem
+from moat_kernels.ops.triton_support.launch_table import LAUNCH_TABLES, Blocks, Chooser, Problem
 from moat_kernels.ops.triton_support.launching import triton_missing
 
 ENVIRONMENT_VARIABLE = "MOAT_KERNELS_LAUNCH_TABLE"
@@ -171,8 +171,6 @@ def _encode(entry: Entry) -> dict[str, Any]:
 
 def _decode(entry: Any) -> tuple[Problem, Blocks]:
     """A problem and its launch; ValueError that names what is wrong."""
-    from moat_kernels.ops.launch_tables import LAUNCH_TABLES
-
     if not isinstance(entry, dict):
         raise ValueError(f"{entry!r} is not a launch")
     op, kernel, dtype, sizes, blocks = (

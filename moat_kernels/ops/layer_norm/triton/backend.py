@@ -24,8 +24,7 @@ from moat_kernels.ops.layer_norm.triton.launches import (
     norm_blocks,
     rows_of_a_program,
 )
-from moat_kernels.ops.triton_support.launching import DTYPES, launch, unsupported_tensor
-from moat_kernels.ops.triton_support.tuning import tunable
+from moat_kernels.ops.triton_support.launching import DTYPES, launch, tunable, unsupported_tensor
 
 
 def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:

@@ -10,7 +10,14 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moat_kernels.ops.triton_support.launch_table import ANY_SIZE, STAGES, WARPS, LaunchTable
+from moat_kernels.ops.triton_support.choice import choose
+from moat_kernels.ops.triton_support.launch_table import (
+    ANY_SIZE,
+    STAGES,
+    WARPS,
+    LaunchTable,
+    register_launch_table,
+)
 
 
 @dataclass(frozen=True)
@@ -30,16 +37,18 @@ class NormBlocks:
 # A row is held in registers whole.
 LARGEST_ROW = 2048
 
-LAUNCHES = LaunchTable(
-    "layer_norm",
-    {
-        ("forward", 2, ANY_SIZE): NormBlocks(2048, 4),
-        ("forward", 4, ANY_SIZE): NormBlocks(2048, 4),
-        ("backward", 2, ANY_SIZE): NormBlocks(2048, 4),
-        ("backward", 4, ANY_SIZE): NormBlocks(2048, 4),
-    },
-    choices={"elements": (512, 1024, 2048, 4096, 8192), "warps": WARPS, "stages": STAGES},
-    exceptions={},
+LAUNCHES = register_launch_table(
+    LaunchTable(
+        "layer_norm",
+        {
+            ("forward", 2, ANY_SIZE): NormBlocks(2048, 4),
+            ("forward", 4, ANY_SIZE): NormBlocks(2048, 4),
+            ("backward", 2, ANY_SIZE): NormBlocks(2048, 4),
+            ("backward", 4, ANY_SIZE): NormBlocks(2048, 4),
+        },
+        choices={"elements": (512, 1024, 2048, 4096, 8192), "warps": WARPS, "stages": STAGES},
+        exceptions={},
+    )
 )
 
 # Programs of the backward pass, each with sums of its own to write: enough for several on each
@@ -52,7 +61,7 @@ FEWEST_ROWS = 16
 
 def norm_blocks(kernel: str, x: Tensor, rows: int, channels: int) -> NormBlocks:
     """The tile of `kernel` ("forward" or "backward"), for x of a dtype."""
-    blocks: NormBlocks = LAUNCHES.choose(kernel, x, (rows, channels))
+    blocks: NormBlocks = choose(LAUNCHES, kernel, x, (rows, channels))
     return blocks
 
 

@@ -33,6 +33,16 @@ class Affine:
         return grad_weight, (self.scale, slope, constant), zeros
 
 
+def scale_and_bias(parameters: NormParameters, inverse_std: Tensor) -> tuple[Tensor, Tensor]:
+    """(weight / std, bias) of a norm [C] in the dtype of inverse_std; its defaults are 1 and 0."""
+    scale, bias = inverse_std, torch.zeros_like(inverse_std)
+    if parameters.weight is not None:
+        scale = inverse_std * parameters.weight
+    if parameters.bias is not None:
+        bias = parameters.bias.to(inverse_std.dtype)
+    return scale, bias
+
+
 def make_affine(
     norm: Norm | None,
     parameters: NormParameters,
@@ -51,8 +61,5 @@ def make_affine(
     else:
         centre, variance = (moment.double() for moment in moments)
     inverse_std = torch.rsqrt(variance + norm.eps)
-    scale = inverse_std if parameters.weight is None else inverse_std * parameters.weight
-    shift = -centre * scale
-    if parameters.bias is not None:
-        shift = shift + parameters.bias
-    return Affine(centre, inverse_std, scale, shift, not norm.frozen)
+    scale, bias = scale_and_bias(parameters, inverse_std)
+    return Affine(centre, inverse_std, scale, bias - centre * scale, not norm.frozen)

@@ -21,6 +21,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moat_kernels.ops.mbconv.algebra.affine import scale_and_bias
 from moat_kernels.ops.mbconv.algebra.stages import (
     Stage,
     as_map,
@@ -30,11 +31,16 @@ from moat_kernels.ops.mbconv.algebra.stages import (
     running_moments,
     statistics_dtype,
 )
-from moat_kernels.ops.mbconv.description import MBConvParameters, Norm, NormParameters
+from moat_kernels.ops.mbconv.description import MBConvParameters, Norm
 
 # Rows whose products are summed in float32 before float64 takes over: as fast as one large product
 # (two threads, 64 to 512 channels), and small beside the rows themselves.
 TILE_ROWS = 512
+
+# Batch statistics come from the covariance of x if there are this many rows per channel. With
+# fewer, the C x C work (about 2 C / N of the expand GEMM in float64) outweighs the E-wide passes
+# that it saves, and the covariance is no longer small beside x.
+FOLDING_ROWS_PER_CHANNEL = 16
 
 
 def _widest(device: torch.device) -> torch.dtype:
@@ -139,7 +145,7 @@ class FoldedExpand(Stage):
         else:
             centre, variance = running_moments(self.pre_parameters, self.dtype)
         inverse_std = torch.rsqrt(variance + self.pre_norm.eps)
-        scale, shift = _affine(self.pre_parameters, inverse_std)
+        scale, shift = scale_and_bias(self.pre_parameters, inverse_std)
         return inverse_std, scale, (mean - centre) * scale + shift
 
     def _expand_affine(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,7 +158,7 @@ class FoldedExpand(Stage):
         else:
             centre, variance = running_moments(self.expand_parameters, self.dtype)
         inverse_std = torch.rsqrt(variance + self.expand_norm.eps)
-        scale, _ = _affine(self.expand_parameters, inverse_std)
+        scale, _ = scale_and_bias(self.expand_parameters, inverse_std)
         return inverse_std, scale, centre
 
     def _expand_mean(self) -> Tensor:
@@ -274,19 +280,11 @@ def joined_pointwise(
         shift = parameters.expand_bias.to(dtype)
     if expand_norm is not None:
         mean, variance = running_moments(parameters.expand_norm, dtype)
-        scale, bias = _affine(parameters.expand_norm, torch.rsqrt(variance + expand_norm.eps))
+        scale, bias = scale_and_bias(
+            parameters.expand_norm, torch.rsqrt(variance + expand_norm.eps)
+        )
         expand, shift = scale[:, None] * expand, (shift - mean) * scale + bias
     bias = wide_project @ shift
     if parameters.project_bias is not None:
         bias = bias + parameters.project_bias
     return (wide_project @ expand).to(project.dtype), bias.to(project.dtype)
-
-
-def _affine(parameters: NormParameters, inverse_std: Tensor) -> tuple[Tensor, Tensor]:
-    """(weight / std, bias) of a norm, in the dtype of `inverse_std`."""
-    scale, shift = inverse_std, torch.zeros_like(inverse_std)
-    if parameters.weight is not None:
-        scale = inverse_std * parameters.weight
-    if parameters.bias is not None:
-        shift = parameters.bias.to(inverse_std.dtype)
-    return scale, shift

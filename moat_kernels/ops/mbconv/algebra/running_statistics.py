@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
@@ -73,7 +75,7 @@ def update_running_statistics(
     output: Tensor,
     parameters: MBConvParameters,
     description: MBConvDescription,
-    moments: dict[str, tuple[Tensor, ...]],
+    moments: Mapping[str, tuple[Tensor, ...]],
 ) -> None:
     """Update every norm in `moments` (name -> batch mean, biased variance, count over ranks)."""
     rows_in = x.shape[0] * x.shape[2] * x.shape[3]

@@ -13,7 +13,7 @@ from moat_kernels.ops.mbconv.description import MBConvParameters
 
 
 @dataclass(frozen=True)
-class Gate:
+class Excitation:
     """Squeeze-excite of one batch: sigmoid(W2 act(W1 mean + b1) + b2), [B, E]."""
 
     mean: Tensor
@@ -22,14 +22,14 @@ class Gate:
     gate: Tensor
 
     @staticmethod
-    def compute(mean: Tensor, parameters: MBConvParameters, activation: str) -> Gate:
+    def compute(mean: Tensor, parameters: MBConvParameters, activation: str) -> Excitation:
         assert parameters.se_reduce_weight is not None and parameters.se_expand_weight is not None
         reduced = F.linear(mean, parameters.se_reduce_weight.flatten(1), parameters.se_reduce_bias)
         activated = activate(activation, reduced)
         logit = F.linear(
             activated, parameters.se_expand_weight.flatten(1), parameters.se_expand_bias
         )
-        return Gate(mean, reduced, activated, torch.sigmoid(logit))
+        return Excitation(mean, reduced, activated, torch.sigmoid(logit))
 
     def backward(
         self, grad: Tensor, parameters: MBConvParameters, activation: str

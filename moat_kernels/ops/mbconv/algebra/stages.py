@@ -24,6 +24,8 @@ from moat_kernels.ops.common.spatial import (
     split_padding,
     valid_counts,
 )
+from moat_kernels.ops.mbconv.algebra.affine import scale_and_bias
+from moat_kernels.ops.mbconv.algebra.squeeze_excite import Excitation
 from moat_kernels.ops.mbconv.description import MBConvParameters, Norm, NormParameters, Pool
 
 
@@ -252,13 +254,11 @@ class Depthwise(Stage):
         if not self.statistics:
             self.statistics = running_moments(self.norm_parameters, dtype)
         mean, variance = self.statistics
-        scale = torch.rsqrt(variance + self.norm.eps)
-        if self.norm_parameters.weight is not None:
-            scale = scale * self.norm_parameters.weight
+        scale, norm_bias = scale_and_bias(
+            self.norm_parameters, torch.rsqrt(variance + self.norm.eps)
+        )
         shift = -mean if self.bias is None else self.bias - mean
-        bias = shift * scale
-        if self.norm_parameters.bias is not None:
-            bias = bias + self.norm_parameters.bias
+        bias = shift * scale + norm_bias
         weight = (self.weight * scale.view(-1, 1, 1, 1)).to(self.weight.dtype)
         return weight, bias.to(self.weight.dtype), scale
 
@@ -325,40 +325,31 @@ class SqueezeExcite(Stage):
 
     def __init__(self, parameters: MBConvParameters, activation: str) -> None:
         super().__init__()
-        assert parameters.se_reduce_weight is not None
-        assert parameters.se_expand_weight is not None
+        self.parameters = parameters
         self.activation = activation
-        self.reduce_weight = parameters.se_reduce_weight.flatten(1)
-        self.expand_weight = parameters.se_expand_weight.flatten(1)
-        self.reduce_bias = parameters.se_reduce_bias
-        self.expand_bias = parameters.se_expand_bias
 
-    def _gate(self) -> tuple[Tensor, Tensor, Tensor]:
-        """(reduced before activation [B, R], after, gate [B, C])."""
+    def _excite(self) -> Excitation:
         (squeezed,) = self.statistics
-        squeezed = squeezed.to(self.reduce_weight.dtype)
-        reduced = F.linear(squeezed, self.reduce_weight, self.reduce_bias)
-        activated = activate(self.activation, reduced)
-        gate = torch.sigmoid(F.linear(activated, self.expand_weight, self.expand_bias))
-        return reduced, activated, gate
+        assert self.parameters.se_reduce_weight is not None
+        squeezed = squeezed.to(self.parameters.se_reduce_weight.dtype)
+        return Excitation.compute(squeezed, self.parameters, self.activation)
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.statistics:
             self.statistics = (x.mean((2, 3)),)
-        _, _, gate = self._gate()
-        return x * gate[:, :, None, None]
+        return x * self._excite().gate[:, :, None, None]
 
     def backward(self, grad: Tensor, x: Tensor, needs_input: bool) -> Tensor | None:
-        (squeezed,) = self.statistics
-        reduced, activated, gate = self._gate()
-        grad_logit = torch.ops.aten.sigmoid_backward((grad * x).sum((2, 3)), gate)
-        self._collect("se_expand_weight", lambda: grad_logit.t() @ activated)
-        self._collect("se_expand_bias", lambda: grad_logit.sum(0))
-        grad_reduced = activate_backward(self.activation, grad_logit @ self.expand_weight, reduced)
-        self._collect("se_reduce_weight", lambda: grad_reduced.t() @ squeezed.to(gate.dtype))
-        self._collect("se_reduce_bias", lambda: grad_reduced.sum(0))
-        grad_mean = (grad_reduced @ self.reduce_weight) / (x.shape[2] * x.shape[3])
-        return torch.addcmul(grad_mean[:, :, None, None], grad, gate[:, :, None, None])
+        excitation = self._excite()
+        grad_mean, gradients = excitation.backward(
+            (grad * x).sum((2, 3)), self.parameters, self.activation
+        )
+        for name, gradient in gradients.items():
+            if name in self.needed:
+                self.gradients[name] = gradient
+        grad_mean = grad_mean / (x.shape[2] * x.shape[3])
+        gate = excitation.gate[:, :, None, None]
+        return torch.addcmul(grad_mean[:, :, None, None], grad, gate)
 
 
 class PoolStage(Stage):

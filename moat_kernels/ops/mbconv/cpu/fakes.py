@@ -14,7 +14,8 @@ from torch import Tensor
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.common.registration import register_fake
 from moat_kernels.ops.common.spatial import output_size
-from moat_kernels.ops.mbconv.cpu.training import KERNEL_SIZE, WIDE_CHANNELS, padded_wide
+from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE
+from moat_kernels.ops.mbconv.cpu.training import WIDE_CHANNELS, padded_wide
 
 
 def _fake_eval(

@@ -12,14 +12,15 @@ import dataclasses
 
 from torch import Tensor
 
+from moat_kernels.ops.mbconv.algebra.shortcut import scale_samples, shortcut, shortcut_backward
 from moat_kernels.ops.mbconv.algebra.stages import BatchNorm
-from moat_kernels.ops.mbconv.cpu import training as cpu_training
+from moat_kernels.ops.mbconv.contract import Forward
+from moat_kernels.ops.mbconv.cpu import training as bottleneck_training
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
     NormParameters,
 )
-from moat_kernels.ops.mbconv.torch.backend import Forward, build_shortcut
 
 
 def _bottleneck(
@@ -47,16 +48,19 @@ def forward(
     drop_path_scale: Tensor | None,
 ) -> Forward:
     """Compute the block; saves the norm's input and statistics, then what the bottleneck saves."""
-    inner = cpu_training.forward(x, *_bottleneck(parameters, description), recompute, None)
+    inner = bottleneck_training.forward(x, *_bottleneck(parameters, description), recompute, None)
     norm = _norm(parameters, description)
     output = norm.forward(inner.output)
     if description.residual:
-        shortcut, _ = build_shortcut(parameters, description).forward(x)
-        if drop_path_scale is not None:
-            output = output * drop_path_scale[:, None, None, None]
-        output = output + shortcut
+        added = shortcut(x, parameters, description)
+        output = scale_samples(output, drop_path_scale) + added
     moments = {**inner.moments, **norm.batch_moments()}
     return Forward(output, moments, [inner.output, *norm.statistics, *inner.saved])
+
+
+def unmeasured(x: Tensor, description: MBConvDescription) -> list[Tensor]:
+    """What `forward` saves for recompute="block", empty; see training.unmeasured."""
+    return [x.new_empty(0) for _ in range(3)] + bottleneck_training.unmeasured(x, description)
 
 
 def backward(
@@ -70,26 +74,22 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients by name, of "x" and of the parameters in `needed` (and of some others)."""
     bottleneck = _bottleneck(parameters, description)
-    if not saved:  # the kernel for fixed statistics saves nothing
+    if not saved[0].numel():  # see `unmeasured`
         saved = forward(x, parameters, description, "block", None).saved
     norm = _norm(parameters, description)
     norm.needed = needed
     projected, *statistics = saved[:3]
     norm.statistics = tuple(statistics)
-    grad_output = grad
-    if description.residual and drop_path_scale is not None:
-        grad_output = grad * drop_path_scale[:, None, None, None]
+    grad_output = scale_samples(grad, drop_path_scale if description.residual else None)
     grad_projected = norm.backward(grad_output, projected, True)
     assert grad_projected is not None
-    gradients = cpu_training.backward(grad_projected, x, *bottleneck, None, saved[3:], needed)
+    gradients = bottleneck_training.backward(
+        grad_projected, x, *bottleneck, None, saved[3:], needed
+    )
     gradients.update(norm.gradients)
     if description.residual:
-        shortcut = build_shortcut(parameters, description)
-        for stage in shortcut.stages:
-            stage.needed = needed
-        grad_shortcut = shortcut.backward(grad, x, [], "x" in needed)
+        grad_shortcut, others = shortcut_backward(grad, x, parameters, description, needed)
+        gradients |= others
         if grad_shortcut is not None:
             gradients["x"] = gradients["x"] + grad_shortcut
-        for stage in shortcut.stages:
-            gradients.update(stage.gradients)
     return gradients

@@ -25,7 +25,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moat_kernels.ops.common.spatial import output_size, resolve_padding
-from moat_kernels.ops.mbconv.algebra.squeeze_excite import Gate
+from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE
+from moat_kernels.ops.mbconv.algebra.shortcut import shortcut, shortcut_backward
+from moat_kernels.ops.mbconv.algebra.squeeze_excite import Excitation
+from moat_kernels.ops.mbconv.contract import Forward
 from moat_kernels.ops.mbconv.description import (
     NORMS,
     WEIGHTS,
@@ -33,11 +36,9 @@ from moat_kernels.ops.mbconv.description import (
     MBConvParameters,
     NormParameters,
 )
-from moat_kernels.ops.mbconv.torch.backend import Forward, build_shortcut
 
 # Channels that the kernels keep together; vectors of E channels are padded to a multiple.
 WIDE_CHANNELS = 64
-KERNEL_SIZE = (3, 3)
 
 # The gradients that cpu_mbconv_train_backward gives, in its order.
 GRADIENTS = (
@@ -106,6 +107,21 @@ class Call:
         )
 
 
+def as_float(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.float().contiguous()
+
+
+def unmeasured(x: Tensor, description: MBConvDescription) -> list[Tensor]:
+    """What `forward` saves for recompute="block", empty: `backward` then finds all that by itself.
+
+    For whoever computed the output in another way; fixed statistics only.
+    """
+    names = ["statistics"]
+    if description.squeeze_excite is not None:
+        names.append("squeezed")
+    return [x.new_empty(0) for _ in names]
+
+
 def _padded(vectors: Tensor) -> Tensor:
     """[B, E] as the kernels read it, [B, padded E]."""
     return F.pad(vectors, (0, padded_wide(vectors.shape[1]) - vectors.shape[1]))
@@ -128,13 +144,13 @@ def forward(
     if description.squeeze_excite is not None:
         squeezed = native.cpu_mbconv_train_pool(z2, statistics, *call.settings)[:, : call.wide]
         activation = description.squeeze_excite.activation
-        gate = _padded(Gate.compute(squeezed, call.parameters, activation).gate)
+        gate = _padded(Excitation.compute(squeezed, call.parameters, activation).gate)
         saved.append(squeezed)
 
     addend = None
     if description.residual:
-        shortcut = build_shortcut(call.parameters, description)
-        addend = shortcut.forward(call.x.permute(0, 3, 1, 2))[0].permute(0, 2, 3, 1).contiguous()
+        added = shortcut(call.x.permute(0, 3, 1, 2), call.parameters, description)
+        addend = added.permute(0, 2, 3, 1).contiguous()
     output = native.cpu_mbconv_train_project(
         z2, statistics, gate, drop_path_scale, addend, *call.settings
     )
@@ -166,8 +182,7 @@ def backward(
     call = Call(x, parameters, description)
     parameters, excite = call.parameters, description.squeeze_excite
     grad = grad.permute(0, 2, 3, 1).contiguous().float()
-    # The kernel for fixed statistics saves nothing.
-    statistics = saved[0] if saved else None
+    statistics = saved[0] if saved[0].numel() else None  # see `unmeasured`
     wide_tensors = saved[2 if excite else 1 :]
     z1 = wide_tensors[0] if len(wide_tensors) == 2 else None
     z2 = wide_tensors[-1] if wide_tensors else None
@@ -182,10 +197,10 @@ def backward(
             statistics = measured if statistics is None else statistics
         squeezed = (
             saved[1]
-            if saved
+            if saved[1].numel()
             else native.cpu_mbconv_train_pool(z2, statistics, *call.settings)[:, : call.wide]
         )
-        gating = Gate.compute(squeezed, parameters, excite.activation)
+        gating = Excitation.compute(squeezed, parameters, excite.activation)
         gate = _padded(gating.gate)
         gated_gradient, grad_weight, grad_bias, grad_gate = native.cpu_mbconv_train_backward_gated(
             grad, z2, statistics, gate, drop_path_scale, *call.settings
@@ -195,15 +210,10 @@ def backward(
 
     shortcut_grad = None
     if description.residual:
-        shortcut = build_shortcut(parameters, description)
-        for stage in shortcut.stages:
-            stage.needed = needed
-        view = shortcut.backward(
-            grad.permute(0, 3, 1, 2), call.x.permute(0, 3, 1, 2), [], "x" in needed
-        )
+        maps = (grad.permute(0, 3, 1, 2), call.x.permute(0, 3, 1, 2))
+        view, others = shortcut_backward(*maps, parameters, description, needed)
+        gradients |= others
         shortcut_grad = None if view is None else view.permute(0, 2, 3, 1).contiguous()
-        for stage in shortcut.stages:
-            gradients.update(stage.gradients)
     results = native.cpu_mbconv_train_backward(
         *(grad, call.x, z1, z2, gated_gradient, gate, grad_mean, statistics),
         *(drop_path_scale, shortcut_grad, "x" in needed),

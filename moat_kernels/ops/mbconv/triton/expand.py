@@ -14,11 +14,8 @@ import torch
 from torch import Tensor
 
 from moat_kernels.ops.mbconv.algebra.affine import make_affine
-from moat_kernels.ops.mbconv.algebra.folding import FoldedExpand
+from moat_kernels.ops.mbconv.algebra.folding import FOLDING_ROWS_PER_CHANNEL, FoldedExpand
 from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
-from moat_kernels.ops.mbconv.torch.backend import FOLDING_ROWS_PER_CHANNEL
-from moat_kernels.ops.mbconv.triton.kernels.covariance import covariance
-from moat_kernels.ops.mbconv.triton.kernels.expand import expand
 from moat_kernels.ops.mbconv.triton.kernels.expand_backward import expand_input, expand_weight
 
 # Rows whose mean the covariance is first taken around: enough to be within a fraction of the
@@ -33,8 +30,11 @@ class Expand(ABC):
     centre: what is left to subtract from rows, float32 [C].
     weight, bias: what rows go through, in the dtype of the weight and float32.
     complete: whether z1 is y1.
-    affine: float32 [2, E], y1 = z1 scale + shift; None if complete. Known after `forward`.
+    affine: float32 [2, E], y1 = z1 scale + shift; None if complete.
     statistics: small tensors from which a later call of `restore` continues.
+
+    The first call: `begin`, then `take_covariance` if it asks for that, then `take_moments` of z1,
+    unless complete. A later one: `restore`.
     """
 
     rows: Tensor
@@ -51,12 +51,30 @@ class Expand(ABC):
         """Take over what an earlier call measured."""
 
     @abstractmethod
-    def measure(self) -> None:
-        """Measure x for rows, weight and bias: instead of `restore`, in the first call."""
+    def begin(self) -> Tensor | None:
+        """Set `rows` and what is known before they are measured.
+
+        Returns about what [C] the covariance of rows is to be measured (kernels/covariance.py);
+        None if it is not.
+        """
+
+    def take_covariance(self, offset: Tensor, covariance: Tensor) -> None:
+        """Set weight and bias by the mean [C], less what `begin` gave, and covariance of rows."""
+        raise RuntimeError(f"{type(self).__name__} asks for no covariance")
+
+    @property
+    @abstractmethod
+    def measures(self) -> bool:
+        """Whether the moments of z1 are to be measured while it is written."""
 
     @abstractmethod
-    def forward(self) -> Tensor:
-        """z1, measuring it where its statistics are asked for and not known yet."""
+    def take_moments(self, moments: tuple[Tensor, Tensor] | None) -> None:
+        """Set `affine` by the mean and biased variance [E] of z1; None if not `measures`."""
+
+    @property
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """What kernels/expand.py computes z1 from."""
+        return self.rows, self.weight, self.bias
 
     @abstractmethod
     def moments(self) -> dict[str, tuple[Tensor, ...]]:
@@ -74,8 +92,7 @@ class Expand(ABC):
     ) -> dict[str, Tensor]:
         """Gradients by name, of "x" (plus addend [N, C]) and parameters, from that of y1.
 
-        z1: what `forward` gave; complete ones do not need it. total, product: sums of grad and
-        grad * z1, float64 [E].
+        z1: complete ones do not need it. total, product: sums of grad and grad * z1, float64 [E].
         """
 
 
@@ -107,23 +124,22 @@ class CovarianceExpand(Expand):
             centred = self.x - pilot if self.stage.centred else self.x
             self.rows = centred.to(self.stage.weight.dtype)
 
-    def measure(self) -> None:
-        if self.stage.centred:
-            self._measure_rows()
-        else:
+    def begin(self) -> Tensor | None:
+        if not self.stage.centred:
             self._shift(self.x)
             self.stage.statistics = tuple(
                 self.x.new_empty(0, dtype=torch.float32) for _ in range(4)
             )
-        self._fold()
-
-    def _measure_rows(self) -> None:
+            self._fold()
+            return None
         step = max(1, self.x.shape[0] // PILOT_ROWS)
-        pilot = self.x[::step].mean(0, dtype=torch.float32)
-        self._shift(pilot)
-        shifted = self.rows is not self.x
-        offset, matrix = covariance(self.rows, torch.zeros_like(pilot) if shifted else pilot)
-        self.stage.take_moments(pilot, offset, matrix)
+        self.pilot = self.x[::step].mean(0, dtype=torch.float32)
+        self._shift(self.pilot)
+        return torch.zeros_like(self.pilot) if self.rows is not self.x else self.pilot
+
+    def take_covariance(self, offset: Tensor, covariance: Tensor) -> None:
+        self.stage.take_moments(self.pilot, offset, covariance)
+        self._fold()
 
     def restore(self, statistics: tuple[Tensor, ...]) -> None:
         self.stage.statistics = statistics
@@ -143,8 +159,12 @@ class CovarianceExpand(Expand):
         # By the rounded weight, so that a large mean cancels.
         self.bias = bias - self.weight.float() @ self.centre
 
-    def forward(self) -> Tensor:
-        return expand(self.rows, self.weight, self.bias, "identity", measure=False)[0]
+    @property
+    def measures(self) -> bool:
+        return False
+
+    def take_moments(self, moments: tuple[Tensor, Tensor] | None) -> None:
+        """Nothing: z1 is y1."""
 
     def moments(self) -> dict[str, tuple[Tensor, ...]]:
         return self.stage.batch_moments()
@@ -239,21 +259,21 @@ class MeasuredExpand(Expand):
         bias = self.parameters.expand_bias
         return constant if bias is None else constant + bias
 
-    def measure(self) -> None:
+    def begin(self) -> Tensor | None:
         variance, mean = torch.var_mean(self.x.float(), 0, correction=0)
         self.statistics = (mean, variance)
         self._fold_pre()
+        return None
 
-    def forward(self) -> Tensor:
-        known = len(self.statistics) == self.statistics_count
-        measure = not known and self._measures("expand_norm")
-        z1, moments = expand(self.rows, self.weight, self.bias, "identity", measure)
-        if not known:
-            zeros = torch.zeros_like(self.bias)
-            moments = (zeros, zeros.clone()) if moments is None else moments
-            self.statistics += tuple(moment.float() for moment in moments)
-            self._fold_expand()
-        return z1
+    @property
+    def measures(self) -> bool:
+        return self._measures("expand_norm")
+
+    def take_moments(self, moments: tuple[Tensor, Tensor] | None) -> None:
+        if moments is None:
+            moments = (torch.zeros_like(self.bias), torch.zeros_like(self.bias))
+        self.statistics += tuple(moment.float() for moment in moments)
+        self._fold_expand()
 
     def moments(self) -> dict[str, tuple[Tensor, ...]]:
         moments: dict[str, tuple[Tensor, ...]] = {}

@@ -8,18 +8,21 @@ sm_80 to sm_120. Those of Hopper (9) that say so were measured on an H200, the o
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
-from moat_kernels.ops.triton_support.launch_table import ANY_SIZE, STAGES, WARPS, LaunchTable
+from moat_kernels.ops.triton_support.choice import choose
+from moat_kernels.ops.triton_support.launch_table import (
+    ANY_SIZE,
+    STAGES,
+    WARPS,
+    LaunchTable,
+    register_launch_table,
+)
 from moat_kernels.ops.triton_support.launching import architecture
-from moat_kernels.ops.triton_support.launching import launch as launch_kernel
-from moat_kernels.ops.triton_support.traffic import Touched
 
 
 @dataclass(frozen=True)
@@ -55,89 +58,91 @@ class Implementation:
 STRIDE_1, STRIDE_2 = "stride 1", "stride 2"
 
 # Of products, rows and columns are those of the kernel's result, depth is what is summed over.
-LAUNCHES = LaunchTable(
-    "mbconv",
-    {
-        ("covariance", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 3),
-        ("covariance", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
-        ("expand", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 3),
-        ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
-        ("project", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 2),
-        ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
-        ("project_input", 2, ANY_SIZE): GemmBlocks(128, 64, 32, 8, 3),
-        ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
-        ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 8, 2),
-        ("project_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
-        ("expand_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 2),
-        ("expand_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
-        ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 3),
-        ("expand_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
-        ("depthwise", 2, STRIDE_1): StencilBlocks(8, 64, 16, 8),
-        ("depthwise", 2, STRIDE_2): StencilBlocks(8, 64, 16, 8),
-        ("depthwise", 4, STRIDE_1): StencilBlocks(8, 64, 16, 8),
-        ("depthwise", 4, STRIDE_2): StencilBlocks(8, 64, 16, 8),
-        ("depthwise_backward", 2, STRIDE_1): StencilBlocks(8, 64, 16, 8),
-        ("depthwise_backward", 2, STRIDE_2): StencilBlocks(8, 64, 16, 16),
-        ("depthwise_backward", 4, STRIDE_1): StencilBlocks(8, 64, 16, 8),
-        ("depthwise_backward", 4, STRIDE_2): StencilBlocks(8, 64, 16, 16),
-        ("pool", 2, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
-        ("pool", 4, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
-        # Passes that CUDA C++ kernels cover too (depthwise_passes.py): Triton's until a GPU has
-        # been seen to be faster with the others.
-        **{
-            (name, size, ANY_SIZE): Implementation("triton")
-            for name in (
-                "depthwise_pass",
-                "depthwise_backward_pass",
-                "expand_depthwise_pass",
-                "expand_depthwise_backward_pass",
-            )
-            for size in (2, 4)
+LAUNCHES = register_launch_table(
+    LaunchTable(
+        "mbconv",
+        {
+            ("covariance", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 3),
+            ("covariance", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+            ("expand", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 3),
+            ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
+            ("project", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 2),
+            ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+            ("project_input", 2, ANY_SIZE): GemmBlocks(128, 64, 32, 8, 3),
+            ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+            ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 8, 2),
+            ("project_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
+            ("expand_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 2),
+            ("expand_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+            ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 3),
+            ("expand_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+            ("depthwise", 2, STRIDE_1): StencilBlocks(8, 64, 16, 8),
+            ("depthwise", 2, STRIDE_2): StencilBlocks(8, 64, 16, 8),
+            ("depthwise", 4, STRIDE_1): StencilBlocks(8, 64, 16, 8),
+            ("depthwise", 4, STRIDE_2): StencilBlocks(8, 64, 16, 8),
+            ("depthwise_backward", 2, STRIDE_1): StencilBlocks(8, 64, 16, 8),
+            ("depthwise_backward", 2, STRIDE_2): StencilBlocks(8, 64, 16, 16),
+            ("depthwise_backward", 4, STRIDE_1): StencilBlocks(8, 64, 16, 8),
+            ("depthwise_backward", 4, STRIDE_2): StencilBlocks(8, 64, 16, 16),
+            ("pool", 2, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
+            ("pool", 4, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
+            # Passes that CUDA C++ kernels cover too (depthwise_passes.py): Triton's until a GPU has
+            # been seen to be faster with the others.
+            **{
+                (name, size, ANY_SIZE): Implementation("triton")
+                for name in (
+                    "depthwise_pass",
+                    "depthwise_backward_pass",
+                    "expand_depthwise_pass",
+                    "expand_depthwise_backward_pass",
+                )
+                for size in (2, 4)
+            },
         },
-    },
-    choices={
-        "rows": (16, 32, 64, 128, 256),
-        "columns": (16, 32, 64, 128, 256),
-        "depth": (16, 32, 64, 128),
-        "width": (4, 8, 16, 32, 64),
-        "channels": (16, 32, 64, 128, 256),
-        "band": (2, 4, 8, 16, 32, 64, 128, 256, 512),
-        "warps": WARPS,
-        "stages": STAGES,
-        "kernels": ("triton", "cuda"),
-    },
-    # Without a word to the contrary, what the table has above spills registers there, under Triton
-    # 3.6 or 3.9.
-    exceptions={
-        8: {
-            ("depthwise", 4, STRIDE_1): StencilBlocks(8, 64, 16, 16),
-            ("depthwise", 4, STRIDE_2): StencilBlocks(8, 64, 16, 16),
-            ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
+        choices={
+            "rows": (16, 32, 64, 128, 256),
+            "columns": (16, 32, 64, 128, 256),
+            "depth": (16, 32, 64, 128),
+            "width": (4, 8, 16, 32, 64),
+            "channels": (16, 32, 64, 128, 256),
+            "band": (2, 4, 8, 16, 32, 64, 128, 256, 512),
+            "warps": WARPS,
+            "stages": STAGES,
+            "kernels": ("triton", "cuda"),
         },
-        9: {
-            ("depthwise", 2, STRIDE_2): StencilBlocks(4, 64, 16, 4),
-            # Measured on an H200, see docs/launch_tables.md.
-            ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 32, 8, 4),
-            ("project_weight", 2, ANY_SIZE): GemmBlocks(128, 64, 64, 8, 2),
-            ("depthwise_backward_pass", 2, ANY_SIZE): Implementation("cuda"),
+        # Without a word to the contrary, what the table has above spills registers there, under
+        # Triton 3.6 or 3.9.
+        exceptions={
+            8: {
+                ("depthwise", 4, STRIDE_1): StencilBlocks(8, 64, 16, 16),
+                ("depthwise", 4, STRIDE_2): StencilBlocks(8, 64, 16, 16),
+                ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
+            },
+            9: {
+                ("depthwise", 2, STRIDE_2): StencilBlocks(4, 64, 16, 4),
+                # Measured on an H200, see docs/launch_tables.md.
+                ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 32, 8, 4),
+                ("project_weight", 2, ANY_SIZE): GemmBlocks(128, 64, 64, 8, 2),
+                ("depthwise_backward_pass", 2, ANY_SIZE): Implementation("cuda"),
+            },
+            10: {
+                ("depthwise", 2, STRIDE_2): StencilBlocks(8, 64, 16, 16),
+                ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
+                ("expand_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
+                ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
+            },
+            12: {
+                ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
+                ("depthwise", 2, STRIDE_2): StencilBlocks(4, 64, 16, 4),
+                # With two elements for each thread Triton 3.6 crashes (LLVM, packed float32).
+                ("depthwise_backward", 4, STRIDE_1): StencilBlocks(8, 32, 16, 8),
+                ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 16, 8, 3),
+                ("project_input", 2, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 3),
+                ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
+                ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
+            },
         },
-        10: {
-            ("depthwise", 2, STRIDE_2): StencilBlocks(8, 64, 16, 16),
-            ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
-            ("expand_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
-            ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
-        },
-        12: {
-            ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
-            ("depthwise", 2, STRIDE_2): StencilBlocks(4, 64, 16, 4),
-            # With two elements for each thread Triton 3.6 crashes (LLVM, packed float32).
-            ("depthwise_backward", 4, STRIDE_1): StencilBlocks(8, 32, 16, 8),
-            ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 16, 8, 3),
-            ("project_input", 2, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 3),
-            ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
-            ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
-        },
-    },
+    )
 )
 
 # A product of two 16-bit or TF32 tiles takes at least 16 along each axis.
@@ -148,7 +153,7 @@ _REDUCTION_PROGRAMS = 512
 
 def gemm_blocks(kernel: str, like: Tensor, rows: int, columns: int, depth: int) -> GemmBlocks:
     """The tile for a [rows, columns] result summed over `depth`, in the dtype of `like`."""
-    blocks = LAUNCHES.choose(kernel, like, (rows, columns, depth))
+    blocks = choose(LAUNCHES, kernel, like, (rows, columns, depth))
     return GemmBlocks(
         _fit(blocks.rows, rows),
         _fit(blocks.columns, columns),
@@ -162,12 +167,12 @@ def depthwise_blocks(kernel: str, like: Tensor, channels: int, stencil: Stencil)
     """The tile of a stencil over maps of `channels`, in the dtype of `like`."""
     size = STRIDE_1 if stencil.stride == 1 else STRIDE_2
     sizes = (channels, *stencil.sizes)
-    return _fit_channels(LAUNCHES.choose(kernel, like, sizes, size), channels)
+    return _fit_channels(choose(LAUNCHES, kernel, like, sizes, size), channels)
 
 
 def pool_blocks(like: Tensor, channels: int, batch: int, pixels: int) -> StencilBlocks:
     """The tile of a sum over the pixels of maps of `channels`, in the dtype of `like`."""
-    return _fit_channels(LAUNCHES.choose("pool", like, (channels, batch, pixels)), channels)
+    return _fit_channels(choose(LAUNCHES, "pool", like, (channels, batch, pixels)), channels)
 
 
 def _fit_channels(blocks: StencilBlocks, channels: int) -> StencilBlocks:
@@ -201,28 +206,3 @@ def dot_precision(like: Tensor) -> str:
     if torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return "tf32x3" if architecture(like.device) else "ieee"
-
-
-def launch(
-    kernel: Any,
-    grid: tuple[int, ...],
-    arguments: Sequence[Any],
-    constants: dict[str, Any],
-    blocks: GemmBlocks | StencilBlocks,
-    *,
-    reads: Sequence[Touched],
-    writes: Sequence[Touched],
-    flops: int = 0,
-) -> None:
-    """Run `kernel`; the last three as `launching.launch` explains them."""
-    launch_kernel(
-        kernel,
-        grid,
-        *arguments,
-        reads=reads,
-        writes=writes,
-        flops=flops,
-        **constants,
-        num_warps=blocks.warps,
-        num_stages=blocks.stages,
-    )

@@ -1,6 +1,6 @@
 """The passes with the depthwise convolution, by Triton kernels or, where built, by CUDA C++ ones.
 
-Which of them is an entry of the launch table (triton_launch.py): in the static one CUDA C++ where
+Which of them is an entry of the launch table (launches.py): in the static one CUDA C++ where
 an H200 has been seen to be faster with it, and what was faster in one that `python -m
 moat_kernels.tune` wrote.
 MOAT_KERNELS_CUDA_KERNELS overrides: "always" takes CUDA C++ wherever it covers a call, "never"
@@ -11,7 +11,9 @@ expand convolution keep its output, z1, on the chip.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 
@@ -24,10 +26,13 @@ from moat_kernels.ops.mbconv.triton.kernels.expand import expand
 from moat_kernels.ops.mbconv.triton.kernels.moments import merge_moments
 from moat_kernels.ops.mbconv.triton.launches import LAUNCHES, Implementation
 from moat_kernels.ops.triton_support import traffic
-from moat_kernels.ops.triton_support.tuning import tunable
+from moat_kernels.ops.triton_support.choice import choose
+from moat_kernels.ops.triton_support.launching import is_observed, tunable
 
 ENVIRONMENT_VARIABLE = "MOAT_KERNELS_CUDA_KERNELS"
 SETTINGS = ("table", "always", "never")
+
+Result = TypeVar("Result")
 
 # A pass's output, and mean and biased variance [E] of it in float64 if they were asked for.
 Measured = tuple[Tensor, tuple[Tensor, Tensor] | None]
@@ -42,22 +47,66 @@ def setting() -> str:
     return chosen
 
 
-def _takes_cuda(name: str, like: Tensor, sizes: Sequence[int], unsupported: str) -> bool:
-    """Whether CUDA C++ kernels compute a pass; unsupported: why they do not cover it, or empty."""
-    chosen = setting()
-    if chosen == "never":
-        return False
-    if chosen == "always":
-        if unsupported:
-            warn_once(
-                f"mbconv: the CUDA kernels do not cover {unsupported}; falling back to Triton's"
-            )
-        return not unsupported
-    return not unsupported and LAUNCHES.choose(name, like, sizes) == Implementation("cuda")
+@dataclass(frozen=True)
+class Problem:
+    """What decides who computes a pass: like: a tensor of its dtype and device; sizes: for the
+
+    launch table; unsupported: why CUDA C++ does not cover it, or empty.
+    """
+
+    like: Tensor
+    sizes: Sequence[int]
+    unsupported: str
 
 
-@tunable
-def depthwise(
+class Pass(Generic[Result]):
+    """A pass that Triton's kernels and CUDA C++ ones compute alike. A call computes it.
+
+    name: in the launch table. triton, cuda: functions of the same arguments. problem: of the
+    arguments too.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        triton: Callable[..., Result],
+        cuda: Callable[..., Result],
+        problem: Callable[..., Problem],
+    ) -> None:
+        self.name = name
+        self.triton = triton
+        self.cuda = cuda
+        self.problem = problem
+        self.run = tunable(lambda *arguments: self._chosen(*arguments)(*arguments))
+
+    def __call__(self, *arguments: Any) -> Result:
+        return self.run(*arguments)
+
+    def choose(self, *arguments: Any) -> Callable[..., Result]:
+        """Who computes a call; while launches are tuned this pass, which chooses anew each time."""
+        return self.run if is_observed() else self._chosen(*arguments)
+
+    def is_cuda(self, *arguments: Any) -> bool:
+        """Whether CUDA C++ kernels compute a call."""
+        problem, chosen = self.problem(*arguments), setting()
+        if chosen == "never":
+            return False
+        if chosen == "always":
+            if problem.unsupported:
+                warn_once(
+                    f"mbconv: the CUDA kernels do not cover {problem.unsupported}; "
+                    "falling back to Triton's"
+                )
+            return not problem.unsupported
+        return not problem.unsupported and choose(
+            LAUNCHES, self.name, problem.like, problem.sizes
+        ) == Implementation("cuda")
+
+    def _chosen(self, *arguments: Any) -> Callable[..., Result]:
+        return self.cuda if self.is_cuda(*arguments) else self.triton
+
+
+def _depthwise_by_cuda(
     z: Tensor,
     affine: Tensor | None,
     activation: str,
@@ -67,23 +116,31 @@ def depthwise(
     stencil: Stencil,
     measure: bool,
 ) -> Measured:
-    """output_activation(convolution of activation(z scale + shift) by taps, + bias) and moments.
-
-    z: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E]; bias: float32 [E].
-    """
-    arguments = (z, affine, activation, taps, bias, output_activation, stencil, measure)
-    sizes = (z.shape[1], *stencil.sizes)
-    unsupported = cuda_kernels.unsupported(z, (activation, output_activation))
-    if not _takes_cuda("depthwise_pass", z, sizes, unsupported):
-        return triton_forward.depthwise(*arguments)
-    output, moments = cuda_kernels.depthwise(*arguments)
+    output, moments = cuda_kernels.depthwise(
+        z, affine, activation, taps, bias, output_activation, stencil, measure
+    )
     reads, writes = (z, affine, taps, bias), (output, *(moments or ()))
     traffic.record("cuda_depthwise_forward", (), reads, writes, _stencil_flops(output), "float32")
     return output, _merged(moments)
 
 
-@tunable
-def depthwise_backward(
+# (z, affine, activation, taps, bias, output_activation, stencil, measure) -> Measured
+#
+# output_activation(convolution of activation(z scale + shift) by taps, + bias) and moments.
+# z: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E]; bias: float32 [E].
+depthwise = Pass(
+    "depthwise_pass",
+    triton_forward.depthwise,
+    _depthwise_by_cuda,
+    lambda z, affine, activation, taps, bias, output_activation, stencil, measure: Problem(
+        z,
+        (z.shape[1], *stencil.sizes),
+        cuda_kernels.unsupported(z, (activation, output_activation)),
+    ),
+)
+
+
+def _depthwise_backward_by_cuda(
     grad: Tensor,
     z2: Tensor,
     factors: Tensor,
@@ -93,24 +150,30 @@ def depthwise_backward(
     taps: Tensor,
     stencil: Stencil,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of y1 [B*H*W, E]; and sums, float64 [11, E]: of the taps, and of it, and it * z1.
-
-    grad, z2: [B*H_out*W_out, E]; factors: float32 (a, b, c) [3, E] of dz2 = a grad + b z2 + c;
-    z1: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E].
-    """
-    arguments = (grad, z2, factors, z1, affine, activation, taps, stencil)
-    sizes = (z1.shape[1], *stencil.sizes)
-    unsupported = cuda_kernels.unsupported(z1, (activation,))
-    if not _takes_cuda("depthwise_backward_pass", z1, sizes, unsupported):
-        return triton_backward.depthwise_backward(*arguments)
-    output, sums = cuda_kernels.depthwise_backward(*arguments)
+    output, sums = cuda_kernels.depthwise_backward(
+        grad, z2, factors, z1, affine, activation, taps, stencil
+    )
     reads, flops = (grad, z2, factors, z1, affine, taps), 2 * _stencil_flops(grad)
     traffic.record("cuda_depthwise_backward", (), reads, (output, sums), flops, "float32")
     return output, sums
 
 
-@tunable
-def expand_depthwise(
+# (grad, z2, factors, z1, affine, activation, taps, stencil) -> (Tensor, Tensor)
+#
+# Gradient of y1 [B*H*W, E]; and sums, float64 [11, E]: of the taps, and of it, and it * z1.
+# grad, z2: [B*H_out*W_out, E]; factors: float32 (a, b, c) [3, E] of dz2 = a grad + b z2 + c;
+# z1: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E].
+depthwise_backward = Pass(
+    "depthwise_backward_pass",
+    triton_backward.depthwise_backward,
+    _depthwise_backward_by_cuda,
+    lambda grad, z2, factors, z1, affine, activation, taps, stencil: Problem(
+        z1, (z1.shape[1], *stencil.sizes), cuda_kernels.unsupported(z1, (activation,))
+    ),
+)
+
+
+def _expand_depthwise_by_triton(
     rows: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -121,17 +184,23 @@ def expand_depthwise(
     stencil: Stencil,
     measure: bool,
 ) -> Measured:
-    """`depthwise` of z = rows weight^T + bias, which nobody else needs.
+    # Activated once on the way out rather than three times in the stencil.
+    h, _ = expand(rows, weight, bias, activation, measure=False)
+    return depthwise(h, None, "identity", taps, depthwise_bias, output_activation, stencil, measure)
 
-    rows: [B*H*W, C]; weight: [E, C]; bias, depthwise_bias: float32 [E].
-    """
-    sizes = (*weight.shape, *stencil.sizes)
+
+def _expand_depthwise_by_cuda(
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    taps: Tensor,
+    depthwise_bias: Tensor | None,
+    output_activation: str,
+    stencil: Stencil,
+    measure: bool,
+) -> Measured:
     convolution = (taps, depthwise_bias, output_activation, stencil, measure)
-    unsupported = cuda_kernels.unsupported_expand(rows, weight, (activation, output_activation))
-    if not _takes_cuda("expand_depthwise_pass", rows, sizes, unsupported):
-        # Activated once on the way out rather than three times in the stencil.
-        h, _ = expand(rows, weight, bias, activation, measure=False)
-        return depthwise(h, None, "identity", *convolution)
     output, moments = cuda_kernels.expand_depthwise(rows, weight, bias, activation, *convolution)
     reads, writes = (rows, weight, bias, taps, depthwise_bias), (output, *(moments or ()))
     flops = _product_flops(rows, weight) + _stencil_flops(output)
@@ -139,15 +208,24 @@ def expand_depthwise(
     return output, _merged(moments)
 
 
-def fuses_backward(rows: Tensor, weight: Tensor, activation: str, stencil: Stencil) -> bool:
-    """Whether `expand_depthwise_backward` computes z1 without storing it."""
-    sizes = (*weight.shape, *stencil.sizes)
-    unsupported = cuda_kernels.unsupported_expand(rows, weight, (activation,))
-    return _takes_cuda("expand_depthwise_backward_pass", rows, sizes, unsupported)
+# (rows, weight, bias, activation, taps, depthwise_bias, output_activation, stencil, measure)
+# -> Measured
+#
+# `depthwise` of z = rows weight^T + bias, which nobody else needs.
+# rows: [B*H*W, C]; weight: [E, C]; bias, depthwise_bias: float32 [E].
+expand_depthwise = Pass(
+    "expand_depthwise_pass",
+    _expand_depthwise_by_triton,
+    _expand_depthwise_by_cuda,
+    lambda rows, weight, bias, activation, taps, depthwise_bias, output_activation, *rest: Problem(
+        rows,
+        (*weight.shape, *rest[0].sizes),
+        cuda_kernels.unsupported_expand(rows, weight, (activation, output_activation)),
+    ),
+)
 
 
-@tunable
-def expand_depthwise_backward(
+def _expand_depthwise_backward_by_triton(
     grad: Tensor,
     z2: Tensor,
     factors: Tensor,
@@ -158,13 +236,21 @@ def expand_depthwise_backward(
     taps: Tensor,
     stencil: Stencil,
 ) -> tuple[Tensor, Tensor]:
-    """`depthwise_backward` with z1 = y1 = rows weight^T + bias computed again.
+    z1, _ = expand(rows, weight, bias, "identity", measure=False)
+    return depthwise_backward(grad, z2, factors, z1, None, activation, taps, stencil)
 
-    rows: [B*H*W, C]; weight: [E, C]; bias: float32 [E].
-    """
-    if not fuses_backward(rows, weight, activation, stencil):
-        z1, _ = expand(rows, weight, bias, "identity", measure=False)
-        return depthwise_backward(grad, z2, factors, z1, None, activation, taps, stencil)
+
+def _expand_depthwise_backward_by_cuda(
+    grad: Tensor,
+    z2: Tensor,
+    factors: Tensor,
+    rows: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str,
+    taps: Tensor,
+    stencil: Stencil,
+) -> tuple[Tensor, Tensor]:
     output, sums = cuda_kernels.expand_depthwise_backward(
         grad, z2, factors, rows, weight, bias, activation, taps, stencil
     )
@@ -172,6 +258,22 @@ def expand_depthwise_backward(
     flops = _product_flops(rows, weight) + 2 * _stencil_flops(grad)
     traffic.record("cuda_expand_depthwise_backward", (), reads, (output, sums), flops, _unit(rows))
     return output, sums
+
+
+# (grad, z2, factors, rows, weight, bias, activation, taps, stencil) -> (Tensor, Tensor)
+#
+# `depthwise_backward` with z1 = y1 = rows weight^T + bias computed again: by CUDA C++ without
+# storing it. rows: [B*H*W, C]; weight: [E, C]; bias: float32 [E].
+expand_depthwise_backward = Pass(
+    "expand_depthwise_backward_pass",
+    _expand_depthwise_backward_by_triton,
+    _expand_depthwise_backward_by_cuda,
+    lambda grad, z2, factors, rows, weight, bias, activation, taps, stencil: Problem(
+        rows,
+        (*weight.shape, *stencil.sizes),
+        cuda_kernels.unsupported_expand(rows, weight, (activation,)),
+    ),
+)
 
 
 def _merged(moments: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:

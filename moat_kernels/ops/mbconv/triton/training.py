@@ -2,7 +2,7 @@
 
 Training, of rows in units of the map and E-wide tensors in capitals:
 
-    Z1 = rows Wf^T + bf                     expand, norms folded in (triton_expand.py)
+    Z1 = rows Wf^T + bf                     expand, norms folded in (expand.py)
     Z2 = depthwise(act(y1)),                y1 = Z1, or Z1 scale1 + shift1
     output = (gate * act(y2)) W2^T + ...    y2 = Z2 scale2 + shift2, depthwise_norm
 
@@ -21,16 +21,18 @@ from torch import Tensor
 
 from moat_kernels.ops.common.spatial import output_size, resolve_padding
 from moat_kernels.ops.mbconv.algebra.affine import Affine, make_affine
+from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
-from moat_kernels.ops.mbconv.algebra.squeeze_excite import Gate
+from moat_kernels.ops.mbconv.algebra.shortcut import shortcut, shortcut_backward
+from moat_kernels.ops.mbconv.algebra.squeeze_excite import Excitation
+from moat_kernels.ops.mbconv.contract import Forward
 from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
-from moat_kernels.ops.mbconv.torch.backend import Forward, build_shortcut
 from moat_kernels.ops.mbconv.triton import passes
 from moat_kernels.ops.mbconv.triton.expand import Expand, make_expand
+from moat_kernels.ops.mbconv.triton.kernels.covariance import covariance
+from moat_kernels.ops.mbconv.triton.kernels.expand import expand as expand_rows
 from moat_kernels.ops.mbconv.triton.kernels.project import pool, project
 from moat_kernels.ops.mbconv.triton.kernels.project_backward import project_input, project_weight
-
-KERNEL_SIZE = (3, 3)
 
 
 class Call:
@@ -66,28 +68,19 @@ class Call:
     def expand(self) -> Expand:
         return make_expand(self.rows, self.parameters, self.description)
 
-    def depthwise(
-        self, z1: Tensor, affine: Tensor | None, measure: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """z2 and, to measure, its moments."""
-        activation = self.description.expand_activation
-        return passes.depthwise(
-            z1, affine, activation, self.taps, None, "identity", self.stencil, measure
-        )
-
-    def expand_depthwise(
-        self, expand: Expand, measure: bool
-    ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-        """The same of an expand convolution whose z1 is complete, without keeping that."""
-        return passes.expand_depthwise(
-            *(expand.rows, expand.weight, expand.bias, self.description.expand_activation),
+    def convolution(self, measure: bool) -> tuple[Any, ...]:
+        """What the depthwise pass takes after its input: z2 of act(y1), unless it is folded."""
+        return (
+            self.description.expand_activation,
             *(self.taps, None, "identity", self.stencil, measure),
         )
 
     def fuses_backward(self, expand: Expand) -> bool:
-        """Whether the backward pass of the depthwise convolution computes z1 itself."""
-        activation = self.description.expand_activation
-        return passes.fuses_backward(expand.rows, expand.weight, activation, self.stencil)
+        """Whether the backward pass of the depthwise convolution computes z1 without storing it."""
+        convolution = (self.description.expand_activation, self.taps, self.stencil)
+        return passes.expand_depthwise_backward.is_cuda(
+            None, None, None, *expand.operands, *convolution
+        )
 
     def measures_depthwise(self) -> bool:
         norm = self.description.depthwise_norm
@@ -105,45 +98,31 @@ class Call:
         """What is added to the bottleneck, [M, C_out]."""
         if not self.description.residual:
             return None
-        chain = build_shortcut(self.parameters, self.description)
-        shortcut, _ = chain.forward(self.x.permute(0, 3, 1, 2))
-        return shortcut.permute(0, 2, 3, 1).reshape(self.rows_out, -1).contiguous()
+        added = shortcut(self.x.permute(0, 3, 1, 2), self.parameters, self.description)
+        return added.permute(0, 2, 3, 1).reshape(self.rows_out, -1).contiguous()
 
-    def project(
-        self,
-        z2: Tensor,
-        affine: Tensor | None,
-        activation: str,
-        gate: Tensor | None,
-    ) -> Tensor:
-        """The block's output as a channels_last [B, C_out, H_out, W_out]."""
+    def projection(self) -> tuple[Any, ...]:
+        """What `project` takes after the gate."""
         shortcut = self.shortcut()
         dtype = self.project_weight.dtype
         if shortcut is not None:
             dtype = torch.promote_types(dtype, shortcut.dtype)
-        rows = project(
-            z2,
-            affine,
-            activation,
-            gate,
-            self.project_weight,
-            _as_float(self.parameters.project_bias),
-            self.drop_path_scale,
-            shortcut,
-            self.out_pixels,
-            dtype,
+        bias = _as_float(self.parameters.project_bias)
+        return (
+            *(self.project_weight, bias, self.drop_path_scale, shortcut),
+            *(self.out_pixels, dtype),
         )
+
+    def output_map(self, rows: Tensor) -> Tensor:
+        """[M, C_out] as a channels_last [B, C_out, H_out, W_out]."""
         stencil = self.stencil
         maps = rows.view(stencil.batch, stencil.out_height, stencil.out_width, -1)
         return maps.permute(0, 3, 1, 2)
 
-    def squeeze(self, z2: Tensor, affine: Tensor | None, activation: str) -> Tensor:
-        return pool(z2, affine, activation, self.out_pixels)
-
-    def excite(self, squeezed: Tensor) -> Gate:
+    def excite(self, squeezed: Tensor) -> Excitation:
         gate = self.description.squeeze_excite
         assert gate is not None
-        return Gate.compute(squeezed, self.gate_parameters(), gate.activation)
+        return Excitation.compute(squeezed, self.gate_parameters(), gate.activation)
 
     def gate_parameters(self) -> MBConvParameters:
         """Those of squeeze-excite in float32: its two products are small."""
@@ -170,24 +149,22 @@ def evaluate(
     """The block with fixed statistics: every norm folded, every activation computed once."""
     call = Call(x, parameters, description, drop_path_scale)
     expand = call.expand()
-    expand.measure()
+    expand.begin()
     zeros = call.taps.new_zeros(call.taps.shape[1])
     norm = call.fold_depthwise((zeros, zeros))
     h2, _ = passes.expand_depthwise(
-        expand.rows,
-        expand.weight,
-        expand.bias,
+        *expand.operands,
         description.expand_activation,
         (call.taps * norm.scale).float(),
         norm.shift.float(),
         description.depthwise_activation,
         call.stencil,
-        measure=False,
+        False,
     )
     gate = None
     if description.squeeze_excite is not None:
-        gate = call.excite(call.squeeze(h2, None, "identity")).gate
-    return call.project(h2, None, "identity", gate)
+        gate = call.excite(pool(h2, None, "identity", call.out_pixels)).gate
+    return call.output_map(project(h2, None, "identity", gate, *call.projection()))
 
 
 def forward(
@@ -200,31 +177,38 @@ def forward(
     """Compute the block and save what `recompute` says, beside the statistics."""
     call = Call(x, parameters, description, drop_path_scale)
     expand = call.expand()
-    expand.measure()
+    pilot = expand.begin()
+    if pilot is not None:
+        expand.take_covariance(*covariance(expand.rows, pilot))
+    convolution = call.convolution(measure=call.measures_depthwise())
     keep = []
     if recompute != "none" and expand.complete:
-        z2, measured = call.expand_depthwise(expand, call.measures_depthwise())
+        z2, measured = passes.expand_depthwise(*expand.operands, *convolution)
     else:
-        z1 = expand.forward()
-        z2, measured = call.depthwise(z1, expand.affine, call.measures_depthwise())
+        z1, z1_moments = expand_rows(*expand.operands, "identity", expand.measures)
+        expand.take_moments(z1_moments)
+        # Called from here, not by passes.depthwise: a launch is found a few calls below `forward`.
+        depthwise = passes.depthwise.choose(z1, expand.affine, *convolution)
+        z2, measured = depthwise(z1, expand.affine, *convolution)
         keep = [z1]
     zeros = call.taps.new_zeros(call.taps.shape[1])
     depthwise_moments = (zeros, zeros.clone())
     if measured is not None:
         depthwise_moments = (measured[0].float(), measured[1].float())
     norm = call.fold_depthwise(depthwise_moments)
-    affine = _stencil_affine(norm)
+    affine, activation = _stencil_affine(norm), description.depthwise_activation
     squeezed, gate = zeros.new_empty(0), None
     if description.squeeze_excite is not None:
-        squeezed = call.squeeze(z2, affine, description.depthwise_activation)
+        squeezed = pool(z2, affine, activation, call.out_pixels)
         gate = call.excite(squeezed).gate
-    output = call.project(z2, affine, description.depthwise_activation, gate)
+    output = project(z2, affine, activation, gate, *call.projection())
     moments = expand.moments()
-    if call.measures_depthwise():
+    if measured is not None:
         constant = 0.0 if parameters.depthwise_bias is None else parameters.depthwise_bias
         moments["depthwise_norm"] = (depthwise_moments[0] + constant, depthwise_moments[1])
     wide = {"none": [*keep, z2], "expand": [z2], "block": []}[recompute]
-    return Forward(output, moments, [*expand.statistics, *depthwise_moments, squeezed, *wide])
+    saved = [*expand.statistics, *depthwise_moments, squeezed, *wide]
+    return Forward(call.output_map(output), moments, saved)
 
 
 def backward(
@@ -232,6 +216,7 @@ def backward(
     x: Tensor,
     parameters: MBConvParameters,
     description: MBConvDescription,
+    recompute: str,
     drop_path_scale: Tensor | None,
     saved: list[Tensor],
     needed: frozenset[str],
@@ -239,24 +224,20 @@ def backward(
     """Gradients by name, of "x" and of the parameters in `needed` (and of some others)."""
     call = Call(x, parameters, description, drop_path_scale)
     expand = call.expand()
-    zeros = call.taps.new_zeros(call.taps.shape[1])
-    (mean, variance, squeezed), wide = (zeros, zeros, zeros.new_empty(0)), []
-    if saved:
-        count = expand.statistics_count
-        expand.restore(tuple(saved[:count]))
-        (mean, variance, squeezed), wide = saved[count : count + 3], saved[count + 3 :]
-    else:  # by `evaluate`
-        expand.measure()
+    count = expand.statistics_count
+    expand.restore(tuple(saved[:count]))
+    (mean, variance, squeezed), wide = saved[count : count + 3], saved[count + 3 :]
     z1 = wide[0] if len(wide) == 2 else None
     z2 = wide[-1] if wide else None
+    convolution = call.convolution(measure=False)
     # Where nothing else needs z1, the last pass that does computes it.
     if z1 is None and not (expand.complete and (z2 is not None or call.fuses_backward(expand))):
-        z1 = expand.forward()
+        z1, _ = expand_rows(*expand.operands, "identity", False)
     if z2 is None:
         z2, _ = (
-            call.expand_depthwise(expand, measure=False)
+            passes.expand_depthwise(*expand.operands, *convolution)
             if z1 is None
-            else call.depthwise(z1, expand.affine, measure=False)
+            else passes.depthwise(z1, expand.affine, *convolution)
         )
     norm = call.fold_depthwise((mean, variance))
     affine = _stencil_affine(norm)
@@ -272,8 +253,6 @@ def backward(
 
     excite, gate, grad_mean = None, None, None
     if description.squeeze_excite is not None:
-        if not squeezed.numel():
-            squeezed = call.squeeze(z2, affine, activation)
         excite = call.excite(squeezed)
         gate = excite.gate
     grad_gate = None
@@ -299,13 +278,11 @@ def backward(
     gradients["depthwise_norm_bias"] = total
     gradients["depthwise_bias"] = grad_bias
     grad_norm = (dy2, z2, torch.stack(factors).float())
-    convolution = (description.expand_activation, call.taps, call.stencil)
+    stencil = (description.expand_activation, call.taps, call.stencil)
     if z1 is None:
-        dy1, sums = passes.expand_depthwise_backward(
-            *grad_norm, expand.rows, expand.weight, expand.bias, *convolution
-        )
+        dy1, sums = passes.expand_depthwise_backward(*grad_norm, *expand.operands, *stencil)
     else:
-        dy1, sums = passes.depthwise_backward(*grad_norm, z1, expand.affine, *convolution)
+        dy1, sums = passes.depthwise_backward(*grad_norm, z1, expand.affine, *stencil)
     gradients["depthwise_weight"] = sums[:9].t()
     gradients |= expand.backward(dy1, z1, sums[9], sums[10], shortcut_grad, needed)
     if "x" in needed:
@@ -319,21 +296,13 @@ def _shortcut_backward(
     """(gradient of x [N, C] through the shortcut if it is needed, those of its parameters)."""
     if not call.description.residual:
         return None, {}
-    weight = call.parameters.shortcut_weight
-    chain = build_shortcut(call.parameters, call.description)
-    for stage in chain.stages:
-        stage.needed = needed
-    grad_x = chain.backward(
-        grad.contiguous(memory_format=torch.channels_last).to(
-            grad.dtype if weight is None else weight.dtype
-        ),
+    grad_x, gradients = shortcut_backward(
+        grad.contiguous(memory_format=torch.channels_last),
         call.x.permute(0, 3, 1, 2),
-        [],
-        "x" in needed,
+        call.parameters,
+        call.description,
+        needed,
     )
-    gradients: dict[str, Tensor] = {}
-    for stage in chain.stages:
-        gradients.update(stage.gradients)
-    if grad_x is None or "x" not in needed:
+    if grad_x is None:
         return None, gradients
     return grad_x.permute(0, 2, 3, 1).reshape(call.rows.shape).contiguous(), gradients

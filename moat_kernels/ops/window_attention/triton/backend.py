@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.triton_support.launching import launch, unsupported_tensor
+from moat_kernels.ops.triton_support.launching import launch, tunable, unsupported_tensor
 from moat_kernels.ops.triton_support.traffic import Part
-from moat_kernels.ops.triton_support.tuning import tunable
 from moat_kernels.ops.window_attention.algebra.partition import window_counts
 from moat_kernels.ops.window_attention.algebra.position_bias import table_size
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription

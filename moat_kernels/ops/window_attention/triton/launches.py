@@ -11,7 +11,13 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moat_kernels.ops.triton_support.launch_table import STAGES, WARPS, LaunchTable
+from moat_kernels.ops.triton_support.choice import choose
+from moat_kernels.ops.triton_support.launch_table import (
+    STAGES,
+    WARPS,
+    LaunchTable,
+    register_launch_table,
+)
 
 
 @dataclass(frozen=True)
@@ -29,51 +35,53 @@ SMALL_WINDOW = 64
 SMALL, LARGE = "small window", "large window"
 
 # A program keeps its block of queries and walks over keys, of "key_value" the other way round.
-LAUNCHES = LaunchTable(
-    "window_attention",
-    {
-        ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
-        ("forward", 2, LARGE): AttentionBlocks(128, 32, 8, 2),
-        ("query", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
-        ("query", 2, LARGE): AttentionBlocks(128, 32, 8, 2),
-        ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 2),
-        ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 2),
-        ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
-        ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 2),
-        ("forward", 4, SMALL): AttentionBlocks(64, 32, 8, 1),
-        ("forward", 4, LARGE): AttentionBlocks(64, 32, 8, 1),
-        ("query", 4, SMALL): AttentionBlocks(32, 32, 4, 2),
-        ("query", 4, LARGE): AttentionBlocks(32, 32, 4, 2),
-        ("key_value", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
-        ("key_value", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
-        ("bias", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
-        ("bias", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
-    },
-    choices={
-        "queries": (16, 32, 64, 128),
-        "keys": (16, 32, 64, 128),
-        "warps": WARPS,
-        "stages": STAGES,
-    },
-    exceptions={
-        8: {  # with fewer warps registers spill under Triton 3.6
-            ("key_value", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
-            ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
+LAUNCHES = register_launch_table(
+    LaunchTable(
+        "window_attention",
+        {
+            ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
+            ("forward", 2, LARGE): AttentionBlocks(128, 32, 8, 2),
+            ("query", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
+            ("query", 2, LARGE): AttentionBlocks(128, 32, 8, 2),
+            ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 2),
+            ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 2),
+            ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
+            ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 2),
+            ("forward", 4, SMALL): AttentionBlocks(64, 32, 8, 1),
+            ("forward", 4, LARGE): AttentionBlocks(64, 32, 8, 1),
+            ("query", 4, SMALL): AttentionBlocks(32, 32, 4, 2),
+            ("query", 4, LARGE): AttentionBlocks(32, 32, 4, 2),
+            ("key_value", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
+            ("key_value", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
+            ("bias", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
+            ("bias", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
         },
-        9: {  # measured on an H200, see docs/launch_tables.md
-            ("forward", 2, LARGE): AttentionBlocks(128, 16, 4, 1),
-            ("query", 2, LARGE): AttentionBlocks(128, 16, 8, 1),
-            ("key_value", 2, LARGE): AttentionBlocks(32, 128, 4, 1),
-            ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 4),
+        choices={
+            "queries": (16, 32, 64, 128),
+            "keys": (16, 32, 64, 128),
+            "warps": WARPS,
+            "stages": STAGES,
         },
-        10: {  # with two stages registers spill
-            ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
-            ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 1),
-            ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 1),
-            ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
-            ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+        exceptions={
+            8: {  # with fewer warps registers spill under Triton 3.6
+                ("key_value", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
+                ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
+            },
+            9: {  # measured on an H200, see docs/launch_tables.md
+                ("forward", 2, LARGE): AttentionBlocks(128, 16, 4, 1),
+                ("query", 2, LARGE): AttentionBlocks(128, 16, 8, 1),
+                ("key_value", 2, LARGE): AttentionBlocks(32, 128, 4, 1),
+                ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 4),
+            },
+            10: {  # with two stages registers spill
+                ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+                ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 1),
+                ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 1),
+                ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+                ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            },
         },
-    },
+    )
 )
 
 # Programs that sum the table's gradient: enough for several on each multiprocessor of any GPU. A
@@ -86,7 +94,7 @@ def attention_blocks(
 ) -> AttentionBlocks:
     """The tile of `kernel` ("forward", "query", "key_value" or "bias"), in `like`'s dtype."""
     size = SMALL if tokens <= SMALL_WINDOW else LARGE
-    blocks: AttentionBlocks = LAUNCHES.choose(
-        kernel, like, (windows * heads, tokens, head_dim), size
+    blocks: AttentionBlocks = choose(
+        LAUNCHES, kernel, like, (windows * heads, tokens, head_dim), size
     )
     return blocks

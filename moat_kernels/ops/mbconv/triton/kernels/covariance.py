@@ -10,10 +10,9 @@ from torch import Tensor
 from moat_kernels.ops.mbconv.triton.launches import (
     dot_precision,
     gemm_blocks,
-    launch,
     reduction_splits,
 )
-from moat_kernels.ops.triton_support.tuning import tunable
+from moat_kernels.ops.triton_support.launching import launch, tunable
 
 
 @triton.jit
@@ -79,9 +78,12 @@ def covariance(rows: Tensor, pilot: Tensor) -> tuple[Tensor, Tensor]:
     launch(
         covariance_kernel,
         (tiles, tiles, splits),
-        (rows, pilot, sums, products, count, channels, chunk),
-        {"BLOCK_C": blocks.rows, "BLOCK_ROWS": blocks.depth, "PRECISION": dot_precision(rows)},
-        blocks,
+        *(rows, pilot, sums, products, count, channels, chunk),
+        BLOCK_C=blocks.rows,
+        BLOCK_ROWS=blocks.depth,
+        PRECISION=dot_precision(rows),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
         reads=(rows, pilot),
         writes=(sums, products),
         flops=count * channels * (channels + 1),

@@ -10,9 +10,11 @@ from torch import Tensor
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
 from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
 from moat_kernels.ops.mbconv.triton.kernels.moments import merge_moments, store_moments
-from moat_kernels.ops.mbconv.triton.launches import depthwise_blocks, launch
+from moat_kernels.ops.mbconv.triton.launches import (
+    depthwise_blocks,
+)
 from moat_kernels.ops.triton_support.activations import activate
-from moat_kernels.ops.triton_support.tuning import tunable
+from moat_kernels.ops.triton_support.launching import launch, tunable
 
 
 @triton.jit
@@ -231,19 +233,18 @@ def depthwise(
     launch(
         depthwise_kernel,
         (tiles * triton.cdiv(channels, blocks.channels),),
-        (
+        *(
             *(z, affine, taps, bias, output, moments),
             *(stencil.height, stencil.width, out_height, out_width),
             *(stencil.top, stencil.left, channels, blocks.band),
         ),
-        {
-            "STRIDE": stencil.stride,
-            "BLOCK_WIDTH": blocks.width,
-            "BLOCK_C": blocks.channels,
-            "ACTIVATION": activation,
-            "OUTPUT_ACTIVATION": output_activation,
-        },
-        blocks,
+        STRIDE=stencil.stride,
+        BLOCK_WIDTH=blocks.width,
+        BLOCK_C=blocks.channels,
+        ACTIVATION=activation,
+        OUTPUT_ACTIVATION=output_activation,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
         reads=(z, affine, taps, bias),
         writes=(output, moments),
         flops=2 * 9 * output.numel(),

@@ -9,9 +9,11 @@ from torch import Tensor
 
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
 from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
-from moat_kernels.ops.mbconv.triton.launches import depthwise_blocks, launch
+from moat_kernels.ops.mbconv.triton.launches import (
+    depthwise_blocks,
+)
 from moat_kernels.ops.triton_support.activations import activate, activation_derivative
-from moat_kernels.ops.triton_support.tuning import tunable
+from moat_kernels.ops.triton_support.launching import launch, tunable
 
 
 @triton.jit
@@ -156,20 +158,19 @@ def depthwise_backward(
     launch(
         depthwise_backward_kernel,
         (tiles * triton.cdiv(channels, blocks.channels),),
-        (
+        *(
             *(grad, z2, factors, z1, affine, taps, output, sums),
             *(stencil.height, stencil.width, stencil.out_height, stencil.out_width),
             *(stencil.top, stencil.left, channels, blocks.band),
         ),
-        {
-            "STRIDE": stride,
-            "TOP_PHASE": stencil.top % stride,
-            "LEFT_PHASE": stencil.left % stride,
-            "BLOCK_WIDTH": blocks.width,
-            "BLOCK_C": blocks.channels,
-            "ACTIVATION": activation,
-        },
-        blocks,
+        STRIDE=stride,
+        TOP_PHASE=stencil.top % stride,
+        LEFT_PHASE=stencil.left % stride,
+        BLOCK_WIDTH=blocks.width,
+        BLOCK_C=blocks.channels,
+        ACTIVATION=activation,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
         reads=(grad, z2, factors, z1, affine, taps),
         writes=(output, sums),
         flops=2 * 2 * 9 * grad.numel(),

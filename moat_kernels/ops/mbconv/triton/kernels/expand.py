@@ -8,9 +8,12 @@ import triton.language as tl
 from torch import Tensor
 
 from moat_kernels.ops.mbconv.triton.kernels.moments import merge_moments, store_tile_moments
-from moat_kernels.ops.mbconv.triton.launches import dot_precision, gemm_blocks, launch
+from moat_kernels.ops.mbconv.triton.launches import (
+    dot_precision,
+    gemm_blocks,
+)
 from moat_kernels.ops.triton_support.activations import activate
-from moat_kernels.ops.triton_support.tuning import tunable
+from moat_kernels.ops.triton_support.launching import launch, tunable
 
 
 @triton.jit
@@ -82,15 +85,14 @@ def expand(
     launch(
         expand_kernel,
         (row_blocks * triton.cdiv(wide, blocks.columns),),
-        (rows, weight, bias, output, moments, count, channels, wide),
-        {
-            "BLOCK_ROWS": blocks.rows,
-            "BLOCK_WIDE": blocks.columns,
-            "BLOCK_C": blocks.depth,
-            "ACTIVATION": activation,
-            "PRECISION": dot_precision(rows),
-        },
-        blocks,
+        *(rows, weight, bias, output, moments, count, channels, wide),
+        BLOCK_ROWS=blocks.rows,
+        BLOCK_WIDE=blocks.columns,
+        BLOCK_C=blocks.depth,
+        ACTIVATION=activation,
+        PRECISION=dot_precision(rows),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
         reads=(rows, weight, bias),
         writes=(output, moments),
         flops=2 * count * wide * channels,

@@ -14,10 +14,9 @@ from torch import Tensor
 from moat_kernels.ops.mbconv.triton.launches import (
     dot_precision,
     gemm_blocks,
-    launch,
     reduction_splits,
 )
-from moat_kernels.ops.triton_support.tuning import tunable
+from moat_kernels.ops.triton_support.launching import launch, tunable
 
 
 @triton.jit
@@ -104,14 +103,13 @@ def expand_weight(
     launch(
         expand_weight_kernel,
         (tiles, splits),
-        (grad, z, factors, rows, centre, partial, count, wide, channels, chunk),
-        {
-            "BLOCK_WIDE": blocks.rows,
-            "BLOCK_C": blocks.columns,
-            "BLOCK_ROWS": blocks.depth,
-            "PRECISION": dot_precision(grad),
-        },
-        blocks,
+        *(grad, z, factors, rows, centre, partial, count, wide, channels, chunk),
+        BLOCK_WIDE=blocks.rows,
+        BLOCK_C=blocks.columns,
+        BLOCK_ROWS=blocks.depth,
+        PRECISION=dot_precision(grad),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
         reads=(grad, z, factors, rows, centre),
         writes=(partial,),
         flops=2 * count * wide * channels,
@@ -212,17 +210,16 @@ def expand_input(
     launch(
         expand_input_kernel,
         (triton.cdiv(count, blocks.rows) * triton.cdiv(channels, blocks.columns),),
-        (
+        *(
             *(grad, z, factors, weight, corrected, correction, affine, addend, output),
             *(count, wide, channels),
         ),
-        {
-            "BLOCK_ROWS": blocks.rows,
-            "BLOCK_C": blocks.columns,
-            "BLOCK_WIDE": blocks.depth,
-            "PRECISION": dot_precision(grad),
-        },
-        blocks,
+        BLOCK_ROWS=blocks.rows,
+        BLOCK_C=blocks.columns,
+        BLOCK_WIDE=blocks.depth,
+        PRECISION=dot_precision(grad),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
         reads=(grad, z, factors, weight, corrected, correction, affine, addend),
         writes=(output,),
         flops=2 * count * channels * (wide + (0 if correction is None else channels)),

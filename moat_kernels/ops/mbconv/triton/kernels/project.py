@@ -13,11 +13,10 @@ from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
 from moat_kernels.ops.mbconv.triton.launches import (
     dot_precision,
     gemm_blocks,
-    launch,
     pool_blocks,
 )
 from moat_kernels.ops.triton_support.activations import activate
-from moat_kernels.ops.triton_support.tuning import tunable
+from moat_kernels.ops.triton_support.launching import launch, tunable
 
 
 @triton.jit
@@ -79,13 +78,12 @@ def pool(z: Tensor, affine: Tensor | None, activation: str, pixels: int) -> Tens
     launch(
         pool_kernel,
         (triton.cdiv(channels, blocks.channels), splits, batch),
-        (z, affine, sums, pixels, channels, blocks.band),
-        {
-            "BLOCK_PIXELS": blocks.width,
-            "BLOCK_C": blocks.channels,
-            "ACTIVATION": activation,
-        },
-        blocks,
+        *(z, affine, sums, pixels, channels, blocks.band),
+        BLOCK_PIXELS=blocks.width,
+        BLOCK_C=blocks.channels,
+        ACTIVATION=activation,
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
         reads=(z, affine),
         writes=(sums,),
     )
@@ -184,18 +182,17 @@ def project(
             row_blocks(count, pixels, blocks.rows, gate is not None)
             * triton.cdiv(channels, blocks.columns),
         ),
-        (
+        *(
             *(z, affine, gate, weight, bias, drop_path_scale, shortcut, output),
             *(count, pixels, wide, channels),
         ),
-        {
-            "BLOCK_ROWS": blocks.rows,
-            "BLOCK_C": blocks.columns,
-            "BLOCK_WIDE": blocks.depth,
-            "ACTIVATION": activation,
-            "PRECISION": dot_precision(z),
-        },
-        blocks,
+        BLOCK_ROWS=blocks.rows,
+        BLOCK_C=blocks.columns,
+        BLOCK_WIDE=blocks.depth,
+        ACTIVATION=activation,
+        PRECISION=dot_precision(z),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
         reads=(z, affine, gate, weight, bias, drop_path_scale, shortcut),
         writes=(output,),
         flops=2 * count * wide * channels,

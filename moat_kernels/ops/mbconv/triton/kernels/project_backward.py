@@ -15,11 +15,10 @@ from moat_kernels.ops.mbconv.triton.kernels.project import row_blocks, rows_of_b
 from moat_kernels.ops.mbconv.triton.launches import (
     dot_precision,
     gemm_blocks,
-    launch,
     reduction_splits,
 )
 from moat_kernels.ops.triton_support.activations import activate, activation_derivative
-from moat_kernels.ops.triton_support.tuning import tunable
+from moat_kernels.ops.triton_support.launching import launch, tunable
 
 
 @triton.jit
@@ -110,18 +109,17 @@ def project_input(
     launch(
         project_input_kernel,
         (blocks_of_rows * triton.cdiv(wide, blocks.columns),),
-        (
+        *(
             *(grad, weight, z, affine, gate, grad_mean, output, sums),
             *(count, pixels, wide, channels),
         ),
-        {
-            "BLOCK_ROWS": blocks.rows,
-            "BLOCK_WIDE": blocks.columns,
-            "BLOCK_C": blocks.depth,
-            "ACTIVATION": activation,
-            "PRECISION": dot_precision(z),
-        },
-        blocks,
+        BLOCK_ROWS=blocks.rows,
+        BLOCK_WIDE=blocks.columns,
+        BLOCK_C=blocks.depth,
+        ACTIVATION=activation,
+        PRECISION=dot_precision(z),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
         reads=(grad, weight, z, affine, gate, grad_mean),
         writes=(output, sums),
         flops=2 * count * wide * channels,
@@ -228,18 +226,17 @@ def project_weight(
     launch(
         project_weight_kernel,
         (tiles, splits),
-        (
+        *(
             *(grad, z, affine, gate, gated_weight, partial, grad_gate),
             *(count, wide, channels, part, parts_per_split),
         ),
-        {
-            "BLOCK_C": blocks.rows,
-            "BLOCK_WIDE": blocks.columns,
-            "BLOCK_ROWS": blocks.depth,
-            "ACTIVATION": activation,
-            "PRECISION": dot_precision(z),
-        },
-        blocks,
+        BLOCK_C=blocks.rows,
+        BLOCK_WIDE=blocks.columns,
+        BLOCK_ROWS=blocks.depth,
+        ACTIVATION=activation,
+        PRECISION=dot_precision(z),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
         reads=(grad, z, affine, gate, gated_weight),
         writes=(partial, grad_gate),
         flops=2 * count * wide * channels,

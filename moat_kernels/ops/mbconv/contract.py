@@ -1,0 +1,88 @@
+"""What a backend of `mbconv` must provide.
+
+Each of torch/, cpu/ and triton/ has a module backend.py that is one: `Backend` describes a module's
+functions. api.py checks a call, chooses who computes it, and calls these. What two backends need
+is in algebra/; no backend imports another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+from torch import Tensor
+
+from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
+
+# By the name of each norm that measured its batch: mean and biased variance [C], and of a
+# synchronised norm the number of values per channel over all ranks, [].
+Moments = Mapping[str, tuple[Tensor, ...]]
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass in training.
+
+    output: [B, C_out, H_out, W_out], in any memory format.
+    saved: what `Backend.backward` takes beside x and the parameters. How many tensors there are
+        follows from the description and `recompute` alone.
+    """
+
+    output: Tensor
+    moments: Moments
+    saved: list[Tensor]
+
+
+class Backend(Protocol):
+    """One way to compute the inverted bottleneck.
+
+    All take checked arguments, outside autocast: x [B, C_in, H, W] in any memory format, and a
+    description in which exactly the norms that use running statistics are `frozen`. None records
+    anything for autograd. drop_path_scale: [B] or None, multiplies each sample's residual.
+    """
+
+    def unsupported(
+        self, x: Tensor, parameters: MBConvParameters, description: MBConvDescription
+    ) -> str:
+        """Why this backend does not cover a call; empty if it does."""
+        ...
+
+    def evaluate(
+        self,
+        x: Tensor,
+        parameters: MBConvParameters,
+        description: MBConvDescription,
+        drop_path_scale: Tensor | None,
+    ) -> Tensor:
+        """The output, where every norm is frozen and no backward pass will follow."""
+        ...
+
+    def forward(
+        self,
+        x: Tensor,
+        parameters: MBConvParameters,
+        description: MBConvDescription,
+        recompute: str,
+        drop_path_scale: Tensor | None,
+    ) -> Forward:
+        """The output and what follows it; recompute is "none", "expand" or "block"."""
+        ...
+
+    def backward(
+        self,
+        grad: Tensor,
+        x: Tensor,
+        parameters: MBConvParameters,
+        description: MBConvDescription,
+        recompute: str,
+        drop_path_scale: Tensor | None,
+        saved: list[Tensor],
+        needed: frozenset[str],
+    ) -> dict[str, Tensor]:
+        """Gradients by name, of "x" and of the parameters in `needed` at least.
+
+        grad: of the output. saved: of `forward`, called with the same arguments. A norm's tensors
+        are called expand_norm_weight and so on, the others as in MBConvParameters.
+        """
+        ...

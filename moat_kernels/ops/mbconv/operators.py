@@ -1,0 +1,148 @@
+"""The operators of `mbconv`: what compilers, exporters and dispatch modes see of a call.
+
+Schemas carry tensors, numbers and text: the description is encoded, the parameters are two lists.
+Eager calls go to the backends without them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+
+from torch import Tensor
+
+from moat_kernels.ops.common.autocast import without_autocast
+from moat_kernels.ops.common.registration import define_op
+from moat_kernels.ops.common.spatial import in_format_of
+from moat_kernels.ops.mbconv.contract import Moments
+from moat_kernels.ops.mbconv.description import (
+    NORMS,
+    PARAMETER_NAMES,
+    MBConvDescription,
+    unflatten,
+)
+from moat_kernels.ops.mbconv.dispatch import BACKENDS
+
+
+def list_moments(moments: Moments) -> list[Tensor]:
+    """The moments of all norms in the order of NORMS."""
+    return [tensor for name in NORMS for tensor in moments.get(name, ())]
+
+
+def name_moments(counts: Mapping[str, int], listed: Iterable[Tensor]) -> Moments:
+    """The inverse of `list_moments`, given how many moments each norm measures."""
+    remaining = iter(listed)
+    return {
+        name: tuple(next(remaining) for _ in range(counts[name]))
+        for name in NORMS
+        if name in counts
+    }
+
+
+@without_autocast
+def evaluate(
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    running: Sequence[Tensor | None],
+    drop_path_scale: Tensor | None,
+    description: str,
+    backend: str,
+) -> Tensor:
+    output = BACKENDS[backend].evaluate(
+        x,
+        unflatten(parameters, running),
+        MBConvDescription.decode(description),
+        drop_path_scale,
+    )
+    return in_format_of(output, x)
+
+
+@without_autocast
+def forward(
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    running: Sequence[Tensor | None],
+    drop_path_scale: Tensor | None,
+    description: str,
+    recompute: str,
+    backend: str,
+) -> list[Tensor]:
+    result = BACKENDS[backend].forward(
+        x,
+        unflatten(parameters, running),
+        MBConvDescription.decode(description),
+        recompute,
+        drop_path_scale,
+    )
+    # An operator's results must not share memory.
+    moments = [tensor.clone() for tensor in list_moments(result.moments)]
+    return [in_format_of(result.output, x), *moments, *result.saved]
+
+
+@without_autocast
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    running: Sequence[Tensor | None],
+    drop_path_scale: Tensor | None,
+    saved: list[Tensor],
+    description: MBConvDescription,
+    recompute: str,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    """The gradients that `needs` (x, then the parameters) asks for, like the tensors themselves."""
+    names = ("x", *PARAMETER_NAMES)
+    needed = frozenset(name for name, wanted in zip(names, needs, strict=True) if wanted)
+    gradients = BACKENDS[backend].backward(
+        grad,
+        x,
+        unflatten(parameters, running),
+        description,
+        recompute,
+        drop_path_scale,
+        saved,
+        needed,
+    )
+    results = []
+    for name, source in zip(names, (x, *parameters), strict=True):
+        if name in needed and source is not None:
+            gradient = gradients[name].reshape(source.shape).to(source.dtype)
+            results.append(in_format_of(gradient, x) if name == "x" else gradient.contiguous())
+    return results
+
+
+def _backward_operator(
+    grad: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    running: Sequence[Tensor | None],
+    drop_path_scale: Tensor | None,
+    saved: list[Tensor],
+    description: str,
+    recompute: str,
+    backend: str,
+    needs: Sequence[bool],
+) -> list[Tensor]:
+    tensors = (grad, x, parameters, running, drop_path_scale, saved)
+    return backward(*tensors, MBConvDescription.decode(description), recompute, backend, needs)
+
+
+_TENSORS = "Tensor x, Tensor?[] parameters, Tensor?[] running, Tensor? drop_path_scale"
+
+define_op(
+    f"mbconv_evaluate({_TENSORS}, str description, str backend) -> Tensor", evaluate, evaluate
+)
+# -> [output, the moments of each norm that measures, what backward needs ...]
+define_op(
+    f"mbconv_forward({_TENSORS}, str description, str recompute, str backend) -> Tensor[]",
+    forward,
+    forward,
+)
+# -> the gradients that `needs` asks for
+define_op(
+    f"mbconv_backward(Tensor grad, {_TENSORS}, Tensor[] saved, str description, str recompute, "
+    "str backend, bool[] needs) -> Tensor[]",
+    _backward_operator,
+    _backward_operator,
+)
