@@ -22,8 +22,7 @@ from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
 from moat_kernels.ops.common.backends import warn_once
 from moat_kernels.ops.common.checks import check_devices
 from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, head_step, stem_step
-from moat_kernels.ops.stem import cpu as stem
-from moat_kernels.ops.stem import cpu_training as stem_training
+from moat_kernels.ops.stem import api as stem
 from moat_kernels.reference import (
     MBConvBlock,
     MOATBlock,
@@ -100,9 +99,9 @@ class FusedStem(Stem):
             norm, tensors = describe_norm(self.norm_0), norm_tensors(self.norm_0)
             if norm.frozen and stem.covers(x, first, tensors, second):
                 return stem.stem(x, first, tensors, norm.eps, second)
-            if stem_training.covers(x, first, norm, tensors, second):
+            if stem.covers_training(x, first, norm, tensors, second):
                 z = self.conv_0(x.contiguous(memory_format=torch.channels_last))
-                return stem_training.norm_gelu_conv(z, norm, tensors, second, self.recompute)
+                return stem.norm_gelu_conv(z, norm, tensors, second, self.recompute)
             names = ("conv_0.weight", "conv_0.bias", "conv_1.weight", "conv_1.bias")
             check_devices("stem", x, dict(zip(names, (*first, *second), strict=True)))
         # The blocks that follow would each convert to channels_last and back.

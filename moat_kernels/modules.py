@@ -11,7 +11,7 @@ from torch.utils.checkpoint import checkpoint
 from moat_kernels import reference
 from moat_kernels.drop_path import DropPath
 from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm
-from moat_kernels.ops.attention_half import cpu as attention_half
+from moat_kernels.ops.attention_half import api as attention_half
 from moat_kernels.ops.common.backends import NO_TORCHSCRIPT, keep_backend, warn_once
 from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.frozen import (

@@ -13,7 +13,7 @@ import torch
 
 from moat_kernels import info
 from moat_kernels.ops.mbconv.triton.launches import GemmBlocks, gemm_blocks
-from moat_kernels.ops.triton_support import launch_table, launching, user_table
+from moat_kernels.ops.triton_support import choice, launching, user_table
 from moat_kernels.ops.triton_support.choice import (
     choosing,
 )
@@ -38,7 +38,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.delenv(user_table.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     monkeypatch.setattr(user_table, "versions", lambda: VERSIONS)
-    monkeypatch.setattr(launch_table, "device_name", lambda _: GPU)
+    monkeypatch.setattr(choice, "device_name", lambda _: GPU)
     user_table.chooser.cache_clear()
     yield tmp_path / "moat_kernels" / "launches.json"
     user_table.chooser.cache_clear()

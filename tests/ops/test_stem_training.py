@@ -24,7 +24,7 @@ from moat_kernels.memory import saved_bytes
 from moat_kernels.models import FusedStem, Stem
 from moat_kernels.normalization import BatchNorm2d
 from moat_kernels.ops.mbconv.description import Norm
-from moat_kernels.ops.stem import cpu_training as stem_training
+from moat_kernels.ops.stem import api as stem_api
 from moat_kernels.reference import SameConv2d
 
 pytestmark = pytest.mark.skipif(
@@ -339,8 +339,8 @@ def test_synchronised_norms_are_stock() -> None:
     stem, x = make_stem(), torch.randn(2, 3, 8, 8)
     first, second = [(conv.weight, conv.bias) for conv in (stem.conv_0, stem.conv_1)]
     tensors = stem.norm_0.tensors()
-    assert stem_training.covers(x, first, Norm(), tensors, second)
-    assert not stem_training.covers(x, first, Norm(process_group="0"), tensors, second)
+    assert stem_api.covers_training(x, first, Norm(), tensors, second)
+    assert not stem_api.covers_training(x, first, Norm(process_group="0"), tensors, second)
 
 
 def test_hooked_layers_run_as_themselves() -> None:

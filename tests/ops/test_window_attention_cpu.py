@@ -261,6 +261,7 @@ def test_opcheck() -> None:
             for needs_table in (True, False)
         ],
         (ops.window_attention_forward, (qkv, table, description.encode(), "cpu")),
+        (ops.window_attention_evaluate, (qkv, table, description.encode(), "cpu")),
     ]
     for op, call in calls:
         torch.library.opcheck(op.default, call, test_utils=("test_schema", "test_faketensor"))

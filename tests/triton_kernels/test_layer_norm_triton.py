@@ -165,8 +165,8 @@ def test_one_result_used(used: int, device: str) -> None:
 
 def test_frozen_parameters_take_no_sums(device: str) -> None:
     x, weight, bias, grad, _ = (t.float() for t in make_inputs((6, 40), device))
-    _, mean, rstd = triton_backend.forward(x, weight, bias, EPS, x.dtype)
-    assert len(triton_backend.backward(grad, None, x, weight, mean, rstd, False)) == 1
+    saved = triton_backend.forward(x, weight, bias, EPS, x.dtype).saved
+    assert len(triton_backend.backward(grad, None, x, weight, saved, False)) == 1
 
 
 def test_what_is_not_covered_says_why(device: str) -> None:
@@ -182,11 +182,13 @@ def test_opcheck(device: str) -> None:
     checks = ("test_schema", "test_faketensor")
     operators = torch.ops.moat_kernels
     forward = operators.layer_norm_forward.default
-    torch.library.opcheck(forward, (x, weight, bias, EPS, torch.bfloat16), test_utils=checks)
-    _, mean, rstd = forward(x, weight, bias, EPS, torch.float32)
+    for operator in (forward, operators.layer_norm_evaluate.default):
+        arguments = (x, weight, bias, EPS, torch.bfloat16, "triton")
+        torch.library.opcheck(operator, arguments, test_utils=checks)
+    _, *saved = forward(x, weight, bias, EPS, torch.float32, "triton")
     torch.library.opcheck(
         operators.layer_norm_backward.default,
-        (grad, grad_residual, x, weight, mean, rstd, True),
+        (grad, grad_residual, x, weight, saved, True, "triton"),
         test_utils=checks,
     )
 
@@ -199,14 +201,14 @@ def test_opcheck(device: str) -> None:
 def test_bytes_that_cross_memory(
     x_dtype: torch.dtype, dtype: torch.dtype, forward: int, backward: int
 ) -> None:
-    """As counted in triton_backend.py; what belongs to rows and channels is little beside."""
+    """As counted in triton/backend.py; what belongs to rows and channels is little beside."""
     rows, channels = 64 * 14 * 14, 768
     with FakeTensorMode(), record_passes() as passes:
         x = torch.empty(rows, channels, dtype=x_dtype)
         weight, bias = torch.empty(2, channels)
-        normalized, mean, rstd = triton_backend.forward(x, weight, bias, EPS, dtype)
+        normalized, saved = triton_backend.forward(x, weight, bias, EPS, dtype)
         grads = (torch.empty_like(normalized), torch.empty_like(x))
-        triton_backend.backward(*grads, x, weight, mean, rstd, True)
+        triton_backend.backward(*grads, x, weight, saved, True)
     small = 8 * rows + 8 * channels
     assert passes[0].bytes == forward * rows * channels + small
     sums = triton_launch.PROGRAMS * 8 * channels

@@ -19,7 +19,7 @@ import moat_kernels as mk
 from moat_kernels import tune
 from moat_kernels.ops.mbconv.triton import cuda_kernels
 from moat_kernels.ops.mbconv.triton.launches import Implementation
-from moat_kernels.ops.triton_support import launch_table, launching, user_table
+from moat_kernels.ops.triton_support import choice, launching, user_table
 from moat_kernels.ops.triton_support.choice import choose
 from moat_kernels.ops.triton_support.launch_table import (
     Blocks,
@@ -158,7 +158,7 @@ def gpu(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
             yield dataclasses.replace(blocks, stages=5)
 
     monkeypatch.setattr(LaunchTable, "neighbours", neighbours)
-    monkeypatch.setattr(launch_table, "device_name", lambda _: GPU)
+    monkeypatch.setattr(choice, "device_name", lambda _: GPU)
     monkeypatch.delenv(user_table.ENVIRONMENT_VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
     user_table.chooser.cache_clear()

@@ -13,11 +13,6 @@ from torch import Tensor
 
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.common.autocast import autocast_dtype
-from moat_kernels.ops.common.backends import (
-    backend_status,
-    needs_standard_operators,
-    requested_backend,
-)
 from moat_kernels.ops.common.registration import register_fake
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 
@@ -30,26 +25,24 @@ DTYPES = (
 )
 
 
-def covers(
+def unsupported(
     y: Tensor, tensors: Sequence[Tensor | None], description: WindowAttentionDescription
-) -> bool:
-    """Whether `attention_half` computes this call: inference on a CPU, shapes that fit.
-
-    tensors: as `attention_half` takes them.
-    """
+) -> str:
+    """Why this backend does not cover a call; empty: it does. tensors: as `attention_half`'s."""
     given = [tensor for tensor in tensors if tensor is not None]
-    return (
-        y.device.type == "cpu"
-        and y.dtype in DTYPES
-        and requested_backend() in (None, "cpu")
-        and backend_status()["cpu"].usable
-        and autocast_dtype(y) is None
-        and all(t.dtype == y.dtype and t.device == y.device for t in given)
-        and not (torch.is_grad_enabled() and any(t.requires_grad for t in (y, *given)))
-        and not needs_standard_operators()
-        and y.dim() == 4
-        and fits(y.shape[1], tensors, description)
-    )
+    if y.device.type != "cpu":
+        return f"tensors on {y.device}"
+    if y.dtype not in DTYPES:
+        return f"dtype {y.dtype}"
+    if any(t.dtype != y.dtype or t.device != y.device for t in given):
+        return "tensors of several dtypes or devices"
+    if autocast_dtype(y) is not None:
+        return "autocast"
+    if torch.is_grad_enabled() and any(t.requires_grad for t in (y, *given)):
+        return "gradients"
+    if y.dim() != 4 or not fits(y.shape[1], tensors, description):
+        return "such an attention"
+    return ""
 
 
 def fits(
@@ -70,18 +63,13 @@ def fits(
     )
 
 
-def attention_half(
+def evaluate(
     y: Tensor,
     tensors: Sequence[Tensor | None],
     eps: float,
     description: WindowAttentionDescription,
 ) -> Tensor:
-    """y + proj(attention(qkv(layer_norm(y)))): [B, C, H, W] -> [B, C, H, W] in channels_last.
-
-    tensors: weight [C] and bias of the norm, weight [3 * heads * head_dim, C] and bias of qkv,
-        weight [C, heads * head_dim] and bias of proj, and the position table [heads, ., .], which
-        is resized to the windows. All but the two matrices may be None.
-    """
+    """See api.attention_half."""
     return torch.ops.moat_kernels.cpu_attention_half_eval.default(
         y,
         list(tensors),

@@ -1,1 +1,1 @@
-
+"""What all ops use: choice of the backend, registration, autocast, checks."""

@@ -2,22 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from moat_kernels.ops.common.autocast import autocast_dtype
-from moat_kernels.ops.common.backends import (
-    backend_status,
-    is_eager,
-    is_exporting,
-    requested_backend,
-    warn_once,
-)
+from moat_kernels.ops.common.backends import choose_backend, is_exporting, requested_backend
 from moat_kernels.ops.common.registration import define_op, is_watched
 from moat_kernels.ops.layer_norm import reference
+from moat_kernels.ops.layer_norm.contract import Backend
 from moat_kernels.ops.layer_norm.triton import backend as triton_backend
+
+BACKENDS: Mapping[str, Backend] = {"triton": triton_backend}
+
+
+def _choose(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
+    if is_exporting():
+        return "reference"
+    return choose_backend(
+        "layer_norm",
+        x.device,
+        BACKENDS,
+        lambda candidate: candidate.unsupported(x, weight, bias),
+        optional=requested_backend() not in BACKENDS,
+    )
 
 
 def covers(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
@@ -25,20 +35,7 @@ def covers(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> bool:
 
     Falling back from a backend that was asked for gives a FallbackWarning.
     """
-    requested = requested_backend()
-    if requested is None:
-        if x.device.type != "cuda" or not backend_status()["triton"].usable:
-            return False
-    elif requested != "triton":
-        return False
-    if not (is_eager() or torch.compiler.is_compiling()) or is_exporting():
-        return False
-    reason = triton_backend.unsupported(x, weight, bias)
-    if reason and requested is not None:
-        warn_once(
-            f"layer_norm: backend 'triton' does not cover {reason}; falling back to 'reference'"
-        )
-    return not reason
+    return _choose(x, weight, bias) != "reference"
 
 
 def branch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -49,21 +46,16 @@ def branch_layer_norm(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> tu
     compute it (`covers`) the norm has autocast's dtype, if that is on: one rounding, as of stock
     LayerNorm's float32 result in the product that follows. Not differentiable twice.
     """
-    if not covers(x, weight, bias):
+    backend = _choose(x, weight, bias)
+    if backend == "reference":
         return reference.branch_layer_norm(x, weight, bias, eps)
     dtype = autocast_dtype(x) or x.dtype
     if torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad or bias.requires_grad):
-        return _BranchLayerNorm.apply(x, weight, bias, eps, dtype)
-    return _forward(x, weight, bias, eps, dtype)[0], x
-
-
-def _forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> list[Tensor]:
-    """[normalized, mean, 1 / standard deviation]"""
+        return _BranchLayerNorm.apply(x, weight, bias, eps, dtype, backend)
     if is_watched():
-        return torch.ops.moat_kernels.layer_norm_forward(x, weight, bias, eps, dtype)
-    return triton_backend.forward(x, weight, bias, eps, dtype)
+        operator = torch.ops.moat_kernels.layer_norm_evaluate
+        return operator(x, weight, bias, eps, dtype, backend), x
+    return BACKENDS[backend].evaluate(x, weight, bias, eps, dtype), x
 
 
 class _BranchLayerNorm(torch.autograd.Function):
@@ -71,11 +63,22 @@ class _BranchLayerNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        eps: float,
+        dtype: torch.dtype,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        normalized, mean, rstd = _forward(x, weight, bias, eps, dtype)
-        ctx.save_for_backward(x, weight, mean, rstd)
-        ctx.bias_dtype = bias.dtype
+        if is_watched():
+            normalized, *saved = torch.ops.moat_kernels.layer_norm_forward(
+                x, weight, bias, eps, dtype, backend
+            )
+        else:
+            normalized, saved = BACKENDS[backend].forward(x, weight, bias, eps, dtype)
+        ctx.save_for_backward(x, weight, *saved)
+        ctx.bias_dtype, ctx.backend = bias.dtype, backend
         ctx.set_materialize_grads(False)
         return normalized, x.view_as(x)
 
@@ -85,34 +88,56 @@ class _BranchLayerNorm(torch.autograd.Function):
         ctx: Any, grad: Tensor | None, grad_residual: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         if grad is None:
-            return grad_residual, None, None, None, None
-        x, weight, mean, rstd = ctx.saved_tensors
+            return grad_residual, *(None,) * 5
+        x, weight, *saved = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
-        arguments = (grad, grad_residual, x, weight, mean, rstd, needs_weight or needs_bias)
+        arguments = (grad, grad_residual, x, weight, saved, needs_weight or needs_bias)
         if is_watched():
-            gradients = torch.ops.moat_kernels.layer_norm_backward(*arguments)
+            gradients = torch.ops.moat_kernels.layer_norm_backward(*arguments, ctx.backend)
         else:
-            gradients = triton_backend.backward(*arguments)
+            gradients = BACKENDS[ctx.backend].backward(*arguments)
         return (
             gradients[0] if needs_x else None,
             gradients[1].to(weight.dtype) if needs_weight else None,
             gradients[2].to(ctx.bias_dtype) if needs_bias else None,
-            None,
-            None,
+            *(None,) * 3,
         )
 
 
-# -> [normalized, mean, 1 / standard deviation]
-define_op(
-    "layer_norm_forward(Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype)"
-    " -> Tensor[]",
-    triton_backend.forward,
-    triton_backend.forward,
-)
+def _evaluate_operator(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, backend: str
+) -> Tensor:
+    return BACKENDS[backend].evaluate(x, weight, bias, eps, dtype)
+
+
+def _forward_operator(
+    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype, backend: str
+) -> list[Tensor]:
+    result = BACKENDS[backend].forward(x, weight, bias, eps, dtype)
+    return [result.output, *result.saved]
+
+
+def _backward_operator(
+    grad: Tensor,
+    grad_residual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    saved: list[Tensor],
+    needs_parameters: bool,
+    backend: str,
+) -> list[Tensor]:
+    return BACKENDS[backend].backward(grad, grad_residual, x, weight, saved, needs_parameters)
+
+
+_CALL = "Tensor x, Tensor weight, Tensor bias, float eps, ScalarType dtype, str backend"
+
+define_op(f"layer_norm_evaluate({_CALL}) -> Tensor", _evaluate_operator, _evaluate_operator)
+# -> [normalised, what backward needs ...]
+define_op(f"layer_norm_forward({_CALL}) -> Tensor[]", _forward_operator, _forward_operator)
 # -> [gradient of x, and if needed those of weight and bias in float32]
 define_op(
-    "layer_norm_backward(Tensor grad, Tensor? grad_residual, Tensor x, Tensor weight, Tensor mean, "
-    "Tensor rstd, bool needs_parameters) -> Tensor[]",
-    triton_backend.backward,
-    triton_backend.backward,
+    "layer_norm_backward(Tensor grad, Tensor? grad_residual, Tensor x, Tensor weight, "
+    "Tensor[] saved, bool needs_parameters, str backend) -> Tensor[]",
+    _backward_operator,
+    _backward_operator,
 )

@@ -8,15 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moat_kernels.ops.common.autocast import autocast_dtype
-from moat_kernels.ops.common.backends import (
-    backend_status,
-    is_eager,
-    is_exporting,
-    requested_backend,
-)
+from moat_kernels.ops.common.backends import choose_backend, is_exporting
 from moat_kernels.ops.common.checks import check_devices
-from moat_kernels.ops.linear.cpu import backward, forward, unsupported
+from moat_kernels.ops.linear import cpu
 from moat_kernels.tensor_access import tensor_of
 
 
@@ -37,24 +31,25 @@ def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """x weight^T + bias; native where cpu_backend.py covers it."""
-    if not _is_native(x, weight, bias):
+    """x weight^T + bias; native where cpu.py covers it."""
+    backend = "reference" if is_exporting() else _choose(x, weight, bias)
+    if backend == "reference":
         check_devices("linear", x, {"weight": weight, "bias": bias})
         return F.linear(x, weight, bias)
-    tensors = (x, weight, bias)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _Linear.apply(*tensors)
-    return forward(*tensors)
+    if torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad for t in (x, weight, bias)
+    ):
+        return _Linear.apply(x, weight, bias)
+    return cpu.forward(x, weight, bias)
 
 
-def _is_native(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
-    return (
-        backend_status()["cpu"].usable
-        and requested_backend() in (None, "cpu")
-        and autocast_dtype(x) is None
-        and (is_eager() or torch.compiler.is_compiling())
-        and not is_exporting()
-        and not unsupported(x, weight, bias)
+def _choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
+    return choose_backend(
+        "linear",
+        x.device,
+        {"cpu": cpu},
+        lambda candidate: candidate.unsupported(x, weight, bias),
+        optional=True,
     )
 
 
@@ -64,13 +59,13 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return forward(x, weight, bias)
+        return cpu.forward(x, weight, bias)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        gradients = backward(grad, x, weight, needs_x, needs_weight or needs_bias)
+        gradients = cpu.backward(grad, x, weight, needs_x, needs_weight or needs_bias)
         needs = (needs_x, needs_weight, needs_bias)
         return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from moat_kernels.extension import load_extension
+from moat_kernels.ops.common.autocast import autocast_dtype
 from moat_kernels.ops.common.registration import register_fake
 
 # The widest vector of the kernels: rows of the operands are read without remainders.
@@ -30,6 +31,8 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
         return "a layer without weight"
     if any(t is not None and t.device.type != "cpu" for t in (x, weight, bias)):
         return "tensors that are not all on the CPU"
+    if autocast_dtype(x) is not None:
+        return "autocast"
     if weight.dim() != 2 or x.dim() < 1 or x.shape[-1] != weight.shape[1]:
         return f"x of {tuple(x.shape)} with a weight of {tuple(weight.shape)}"
     if bias is not None and bias.shape != weight.shape[:1]:

@@ -8,8 +8,7 @@ is in algebra/; no backend imports another.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -20,8 +19,7 @@ from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParamet
 Moments = Mapping[str, tuple[Tensor, ...]]
 
 
-@dataclass(frozen=True)
-class Forward:
+class Forward(NamedTuple):
     """A forward pass in training.
 
     output: [B, C_out, H_out, W_out], in any memory format.

@@ -1,7 +1,8 @@
-"""The stem with fixed statistics by a native CPU kernel: one pass from the image to its output.
+"""The stem by native CPU kernels: one pass without gradients, norm and GELU in training.
 
 Two 3x3 convolutions with TF SAME padding, the first of stride 2, with batch norm and GELU between.
-Only inference in float32 is covered; everything else is stock PyTorch.
+Without gradients and with fixed statistics that is one op, from the image to the output. In
+training batch norm and GELU are one op (csrc) between stock convolutions. Only float32 is covered.
 """
 
 from __future__ import annotations
@@ -13,44 +14,29 @@ from torch import Tensor
 
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.common.autocast import autocast_dtype
-from moat_kernels.ops.common.backends import backend_status, is_eager, requested_backend
 from moat_kernels.ops.common.registration import register_fake
 from moat_kernels.ops.mbconv.description import NormParameters
 
 
-def covers(
+def unsupported(
     x: Tensor,
     first: Sequence[Tensor | None],
     norm: NormParameters,
     second: Sequence[Tensor | None],
-) -> bool:
-    """Whether `stem` computes this call: eager inference in float32, 3x3 kernels that fit x."""
-    tensors = (x, *first, *norm[:4], *second)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return False
-    return is_native(x, first, norm, second)
-
-
-def is_native(
-    x: Tensor,
-    first: Sequence[Tensor | None],
-    norm: NormParameters,
-    second: Sequence[Tensor | None],
-) -> bool:
-    """Whether native kernels can run and take the tensors: float32, 3x3 kernels that fit x."""
+) -> str:
+    """Why this backend does not cover a call; empty: it does. Arguments as of `stem`."""
+    if x.device.type != "cpu":
+        return f"tensors on {x.device}"
     tensors = [x, *(tensor for tensor in (*first, *norm[:4], *second) if tensor is not None)]
-    return (
-        is_eager()
-        and type(x) is Tensor
-        and x.device.type == "cpu"
-        and requested_backend() in (None, "cpu")
-        and backend_status()["cpu"].usable
-        and autocast_dtype(x) is None
-        and all(t.dtype == torch.float32 and t.device == x.device for t in tensors)
-        and x.dim() == 4
-        and min(x.shape[2:]) >= 1
-        and fits(x.shape[1], first, norm, second)
-    )
+    if any(t.dtype != torch.float32 or t.device != x.device for t in tensors):
+        return "another dtype than float32, or several devices"
+    if autocast_dtype(x) is not None:
+        return "autocast"
+    if x.dim() != 4 or min(x.shape[2:]) < 1:
+        return f"x of {tuple(x.shape)}"
+    if not fits(x.shape[1], first, norm, second):
+        return "convolutions that are not 3x3 or do not fit x"
+    return ""
 
 
 def fits(
@@ -71,22 +57,43 @@ def fits(
     )
 
 
-def stem(
+def evaluate(
     x: Tensor,
     first: Sequence[Tensor | None],
     norm: NormParameters,
     eps: float,
     second: Sequence[Tensor | None],
 ) -> Tensor:
-    """conv3x3(gelu(norm(conv3x3 of stride 2(x)))): [B, C_in, H, W] -> [B, C, H', W'].
-
-    first, second: (weight [C, C_in or C, 3, 3], bias [C]). H' = ceil(H / 2). x in any memory
-    format, the result in channels_last.
-    """
+    """See api.stem."""
     return torch.ops.moat_kernels.cpu_stem_eval.default(x, [*first, *norm[:4], *second], eps)
 
 
-def _fake(x: Tensor, tensors: Sequence[Tensor | None], eps: float) -> Tensor:
+def norm_gelu(
+    rows: Tensor, weight: Tensor | None, bias: Tensor | None, given: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    """gelu(norm(rows)) [B, H, W, C], and the statistics: those given, or measured.
+
+    Statistics are mean and biased variance [2, C] in float64.
+    """
+    return torch.ops.moat_kernels.cpu_stem_train_forward.default(rows, weight, bias, given, eps)
+
+
+def norm_gelu_backward(
+    grad: Tensor,
+    rows: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    eps: float,
+    frozen: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of weight and bias; that of rows takes the place of `grad`, gelu's."""
+    return torch.ops.moat_kernels.cpu_stem_train_backward.default(
+        grad, rows, weight, bias, statistics, eps, frozen
+    )
+
+
+def _fake_evaluate(x: Tensor, tensors: Sequence[Tensor | None], eps: float) -> Tensor:
     weight = tensors[0]
     assert weight is not None
     return torch.empty(
@@ -100,5 +107,25 @@ def _fake(x: Tensor, tensors: Sequence[Tensor | None], eps: float) -> Tensor:
     )
 
 
+def _fake_forward(
+    z: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    return torch.empty_like(z), z.new_empty(2, z.shape[3], dtype=torch.float64)
+
+
+def _fake_backward(
+    grad: Tensor,
+    z: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    statistics: Tensor,
+    eps: float,
+    frozen: bool,
+) -> tuple[Tensor, Tensor]:
+    return z.new_empty(z.shape[3]), z.new_empty(z.shape[3])
+
+
 if load_extension().usable:
-    register_fake("cpu_stem_eval", _fake)
+    register_fake("cpu_stem_eval", _fake_evaluate)
+    register_fake("cpu_stem_train_forward", _fake_forward)
+    register_fake("cpu_stem_train_backward", _fake_backward)

@@ -1,1 +1,1 @@
-
+"""LayerNorm of a residual branch by Triton kernels."""

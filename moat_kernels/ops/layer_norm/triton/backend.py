@@ -19,6 +19,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from moat_kernels.ops.layer_norm.contract import Forward
 from moat_kernels.ops.layer_norm.triton.launches import (
     LARGEST_ROW,
     norm_blocks,
@@ -45,11 +46,14 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
     return ""
 
 
+def evaluate(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Tensor:
+    """[..., C] in `dtype`, contiguous."""
+    return forward(x, weight, bias, eps, dtype).output
+
+
 @tunable
-def forward(
-    x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype
-) -> list[Tensor]:
-    """[normalized [..., C] in `dtype`, contiguous; float32 [rows] mean, 1 / standard deviation]."""
+def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Forward:
+    """[..., C] in `dtype`, contiguous; mean and 1 / standard deviation of each row, float32."""
     from moat_kernels.ops.layer_norm.triton.kernels import layer_norm_kernel
 
     x = x.contiguous()
@@ -79,7 +83,7 @@ def forward(
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
-    return [normalized, mean, rstd]
+    return Forward(normalized, [mean, rstd])
 
 
 @tunable
@@ -88,13 +92,13 @@ def backward(
     grad_residual: Tensor | None,
     x: Tensor,
     weight: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
+    saved: list[Tensor],
     needs_parameters: bool,
 ) -> list[Tensor]:
     """[gradient of x, and if needed float32 ones of weight and bias, summed in a fixed order]."""
     from moat_kernels.ops.layer_norm.triton.kernels import layer_norm_backward_kernel
 
+    mean, rstd = saved
     grad, x, weight = grad.contiguous(), x.contiguous(), weight.contiguous()
     grad_residual = None if grad_residual is None else grad_residual.contiguous()
     channels = x.shape[-1]

@@ -1,1 +1,1 @@
-
+"""The inverted bottleneck by native CPU kernels."""

@@ -1,1 +1,1 @@
-
+"""The inverted bottleneck in stock PyTorch operations, on any device."""

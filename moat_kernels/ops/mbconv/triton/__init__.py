@@ -1,1 +1,1 @@
-
+"""The inverted bottleneck by Triton kernels and CUDA C++ ones."""

@@ -1,1 +1,1 @@
-
+"""Window attention by native CPU kernels."""

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.common.registration import register_fake
+from moat_kernels.ops.window_attention.contract import Forward
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -28,14 +29,21 @@ def unsupported(
     return ""
 
 
+def evaluate(
+    qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
+) -> Tensor:
+    """The output [B, H, W, heads*head_dim]."""
+    return forward(qkv, bias_table, description).output
+
+
 def forward(
     qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
-) -> tuple[Tensor, list[Tensor]]:
-    """(output [B, H, W, heads*head_dim], [log-sum-exp of every query, [B, heads, H, W]])."""
+) -> Forward:
+    """The output and the log-sum-exp of every query, [B, heads, H, W]."""
     output, log_sum_exp = torch.ops.moat_kernels.cpu_window_attention_forward(
         _dense_channels(qkv), _as_float(bias_table), *_arguments(qkv, description)
     )
-    return output, [log_sum_exp]
+    return Forward(output, [log_sum_exp])
 
 
 def backward(

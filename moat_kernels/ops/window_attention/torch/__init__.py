@@ -1,1 +1,1 @@
-
+"""Window attention in stock PyTorch operations, on any device."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from moat_kernels.ops.window_attention.algebra.partition import padding_mask, partition, reverse
 from moat_kernels.ops.window_attention.algebra.position_bias import gather_bias, scatter_bias
+from moat_kernels.ops.window_attention.contract import Forward
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 
 # Scores held at a time: 2^21 float32 are 8 MiB. More would not be faster on a CPU (they leave the
@@ -84,15 +85,22 @@ class _Windows:
         return torch.softmax(scores, -1, dtype=dtype)
 
 
+def evaluate(
+    qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
+) -> Tensor:
+    """The output [B, H, W, heads*head_dim]."""
+    return forward(qkv, bias_table, description).output
+
+
 def forward(
     qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
-) -> tuple[Tensor, list[Tensor]]:
-    """(output [B, H, W, heads*head_dim], nothing else to save)."""
+) -> Forward:
+    """The output; nothing else is saved."""
     windows = _Windows(qkv, bias_table, description)
     output = torch.empty_like(windows.query, memory_format=torch.contiguous_format)
     for chunk in windows.chunks():
         output[chunk] = windows.weights(chunk).to(qkv.dtype) @ windows.value[chunk]
-    return windows.merge([output]), []
+    return Forward(windows.merge([output]), [])
 
 
 def backward(

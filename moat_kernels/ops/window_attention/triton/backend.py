@@ -15,6 +15,7 @@ from moat_kernels.ops.triton_support.launching import launch, tunable, unsupport
 from moat_kernels.ops.triton_support.traffic import Part
 from moat_kernels.ops.window_attention.algebra.partition import window_counts
 from moat_kernels.ops.window_attention.algebra.position_bias import table_size
+from moat_kernels.ops.window_attention.contract import Forward
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 from moat_kernels.ops.window_attention.triton.launches import (
     BIAS_GRADIENT_PROGRAMS,
@@ -104,11 +105,18 @@ class _Call:
         return self.qkv.new_empty(self.batch, self.heads, *self.map, dtype=torch.float32)
 
 
+def evaluate(
+    qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
+) -> Tensor:
+    """The output [B, H, W, heads*head_dim]."""
+    return forward(qkv, bias_table, description).output
+
+
 @tunable
 def forward(
     qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
-) -> tuple[Tensor, list[Tensor]]:
-    """(output [B, H, W, heads*head_dim], [log2-sum-exp of every query, [B, heads, H, W]])."""
+) -> Forward:
+    """The output and the log2-sum-exp of every query, [B, heads, H, W]."""
     from moat_kernels.ops.window_attention.triton.kernels.forward import forward_kernel
 
     call = _Call(qkv, bias_table, description)
@@ -129,7 +137,7 @@ def forward(
         HAS_TABLE=call.has_table,
         **options,
     )
-    return output, [log_sum_exp]
+    return Forward(output, [log_sum_exp])
 
 
 def backward(

@@ -1,8 +1,7 @@
-"""The stem's training on a CPU: its norm and GELU by native kernels between stock convolutions.
+"""The stem: which of its forms kernels compute, the calls, and the autograd function of training.
 
-Batch norm and GELU are one op (csrc/cpu/stem_train.cpp). Between the passes only the first
-convolution's output, the batch's statistics and, as the second convolution's input, GELU's output
-are kept; with `recompute` not even that one. Only float32 is covered.
+In training, between the passes, only the first convolution's output, the batch's statistics and, as
+the second convolution's input, GELU's output are kept; with `recompute` not even that one.
 """
 
 from __future__ import annotations
@@ -14,14 +13,26 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moat_kernels.extension import load_extension
-from moat_kernels.ops.common.registration import register_fake
+from moat_kernels.ops.common.backends import choose_backend, is_eager
 from moat_kernels.ops.mbconv.algebra.running_statistics import update_norm
 from moat_kernels.ops.mbconv.description import Norm, NormParameters
-from moat_kernels.ops.stem.cpu import is_native
+from moat_kernels.ops.stem import cpu
 
 
 def covers(
+    x: Tensor,
+    first: Sequence[Tensor | None],
+    norm: NormParameters,
+    second: Sequence[Tensor | None],
+) -> bool:
+    """Whether `stem` computes this call: eager inference in float32, 3x3 kernels that fit x."""
+    tensors = (x, *first, *norm[:4], *second)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return False
+    return _is_native(x, first, norm, second)
+
+
+def covers_training(
     x: Tensor,
     first: Sequence[Tensor | None],
     norm: Norm,
@@ -30,9 +41,42 @@ def covers(
 ) -> bool:
     """Whether `norm_gelu_conv` computes the stem of x [B, C_in, H, W] after its first convolution.
 
-    Arguments as in `stem.stem`. Synchronised norms and empty batches are not covered.
+    Arguments as in `stem`. Synchronised norms and empty batches are not covered.
     """
-    return norm.process_group is None and is_native(x, first, parameters, second) and x.numel() > 0
+    return norm.process_group is None and x.numel() > 0 and _is_native(x, first, parameters, second)
+
+
+def _is_native(
+    x: Tensor,
+    first: Sequence[Tensor | None],
+    norm: NormParameters,
+    second: Sequence[Tensor | None],
+) -> bool:
+    if not is_eager() or type(x) is not Tensor:
+        return False
+    backend = choose_backend(
+        "stem",
+        x.device,
+        {"cpu": cpu},
+        lambda candidate: candidate.unsupported(x, first, norm, second),
+        optional=True,
+    )
+    return backend != "reference"
+
+
+def stem(
+    x: Tensor,
+    first: Sequence[Tensor | None],
+    norm: NormParameters,
+    eps: float,
+    second: Sequence[Tensor | None],
+) -> Tensor:
+    """conv3x3(gelu(norm(conv3x3 of stride 2(x)))): [B, C_in, H, W] -> [B, C, H', W'].
+
+    first, second: (weight [C, C_in or C, 3, 3], bias [C]). H' = ceil(H / 2). x in any memory
+    format, the result in channels_last.
+    """
+    return cpu.evaluate(x, first, norm, eps, second)
 
 
 def norm_gelu_conv(
@@ -78,7 +122,7 @@ class _NormGeluConv(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         rows = z.permute(0, 2, 3, 1).contiguous()
         weight, bias = (None if t is None else t.contiguous() for t in (weight, bias))
-        activated, statistics = _norm_gelu(rows, weight, bias, given, eps)
+        activated, statistics = cpu.norm_gelu(rows, weight, bias, given, eps)
         output = F.conv2d(activated.permute(0, 3, 1, 2), conv_weight, conv_bias, padding=1)
         kept = None if recompute else activated
         ctx.save_for_backward(rows, weight, bias, conv_weight, statistics, kept)
@@ -91,7 +135,7 @@ class _NormGeluConv(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor, _: Any) -> tuple[Tensor | None, ...]:
         rows, weight, bias, conv_weight, statistics, activated = ctx.saved_tensors
         if activated is None:
-            activated, _ = _norm_gelu(rows, weight, bias, statistics, ctx.eps)
+            activated, _ = cpu.norm_gelu(rows, weight, bias, statistics, ctx.eps)
         needs = ctx.needs_input_grad[:5]
         grad_activated, *conv_gradients = torch.ops.aten.convolution_backward(
             grad,
@@ -110,7 +154,7 @@ class _NormGeluConv(torch.autograd.Function):
             return *[None] * 3, *conv_gradients, *[None] * 3
         grad_rows = grad_activated.permute(0, 2, 3, 1).contiguous()
         # Nobody else has grad_rows: the op overwrites it.
-        grad_weight, grad_bias = torch.ops.moat_kernels.cpu_stem_train_backward.default(
+        grad_weight, grad_bias = cpu.norm_gelu_backward(
             grad_rows, rows, weight, bias, statistics, ctx.eps, ctx.frozen
         )
         return (
@@ -120,36 +164,3 @@ class _NormGeluConv(torch.autograd.Function):
             *conv_gradients,
             *[None] * 3,
         )
-
-
-def _norm_gelu(
-    rows: Tensor, weight: Tensor | None, bias: Tensor | None, given: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    """gelu(norm(rows)) [B, H, W, C], and the statistics: those given, or measured.
-
-    Statistics are mean and biased variance [2, C] in float64.
-    """
-    return torch.ops.moat_kernels.cpu_stem_train_forward.default(rows, weight, bias, given, eps)
-
-
-def _fake_forward(
-    z: Tensor, weight: Tensor | None, bias: Tensor | None, statistics: Tensor | None, eps: float
-) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z), z.new_empty(2, z.shape[3], dtype=torch.float64)
-
-
-def _fake_backward(
-    grad: Tensor,
-    z: Tensor,
-    weight: Tensor | None,
-    bias: Tensor | None,
-    statistics: Tensor,
-    eps: float,
-    frozen: bool,
-) -> tuple[Tensor, Tensor]:
-    return z.new_empty(z.shape[3]), z.new_empty(z.shape[3])
-
-
-if load_extension().usable:
-    register_fake("cpu_stem_train_forward", _fake_forward)
-    register_fake("cpu_stem_train_backward", _fake_backward)
