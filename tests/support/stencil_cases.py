@@ -14,7 +14,7 @@ from moat_kernels.ops.common.spatial import output_size, pad_map, resolve_paddin
 
 @dataclass(frozen=True)
 class Map:
-    """A map before and after the depthwise convolution; see ops/mbconv/stencil.py."""
+    """A map before and after the depthwise convolution; see ops/mbconv/algebra/geometry.py."""
 
     batch: int
     height: int

@@ -1,7 +1,7 @@
 """The stencil passes of the inverted bottleneck by CUDA C++ kernels (csrc/cuda), where built.
 
 Names and arguments are those of the Triton kernels that they can take the place of;
-depthwise_passes.py chooses. Without a GPU the tests run the same sources on the host, and compile
+passes.py chooses. Without a GPU the tests run the same sources on the host, and compile
 them by nvcc.
 """
 

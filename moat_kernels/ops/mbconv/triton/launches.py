@@ -86,7 +86,7 @@ LAUNCHES = register_launch_table(
             ("depthwise_backward", 4, STRIDE_2): StencilBlocks(8, 64, 16, 16),
             ("pool", 2, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
             ("pool", 4, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
-            # Passes that CUDA C++ kernels cover too (depthwise_passes.py): Triton's until a GPU has
+            # Passes that CUDA C++ kernels cover too (passes.py): Triton's until a GPU has
             # been seen to be faster with the others.
             **{
                 (name, size, ANY_SIZE): Implementation("triton")
