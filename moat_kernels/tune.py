@@ -27,20 +27,9 @@ from torch import Tensor, nn
 from moat_kernels.models import create_model
 from moat_kernels.ops.common.backends import backend_status, use_backend
 from moat_kernels.ops.triton_support import user_table
-from moat_kernels.ops.triton_support.launch_table import (
-    LAUNCH_TABLES,
-    Problem,
-)
-from moat_kernels.ops.triton_support.launching import (
-    Observer,
-    device_name,
-    observing,
-)
-from moat_kernels.ops.triton_support.tuning import (
-    Survey,
-    Tuner,
-    time_on_gpu,
-)
+from moat_kernels.ops.triton_support.launch_table import LAUNCH_TABLES, Problem
+from moat_kernels.ops.triton_support.launching import Observer, device_name, observing
+from moat_kernels.ops.triton_support.tuning import Survey, Tuner, time_on_gpu
 from moat_kernels.ops.triton_support.user_table import Entry
 from moat_kernels.variants import get_preprocessing, list_models
 

@@ -26,9 +26,7 @@ from moat_kernels.ops.mbconv.triton import backend as triton_backend
 from moat_kernels.ops.mbconv.triton import cuda_kernels
 from moat_kernels.ops.mbconv.triton import passes as depthwise_passes
 from moat_kernels.ops.mbconv.triton.launches import Implementation
-from moat_kernels.ops.triton_support.choice import (
-    choosing,
-)
+from moat_kernels.ops.triton_support.choice import choosing
 from moat_kernels.ops.triton_support.traffic import Pass, record_passes
 
 # 144 rows of 8 channels, which fill 16 bytes: enough to measure expand_norm by covariance.

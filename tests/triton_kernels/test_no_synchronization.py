@@ -104,8 +104,8 @@ def test_attention(window: tuple[int, int] | None) -> None:
 def test_layer_norm() -> None:
     x, weight = on_gpu(2, 7, 9, 96), on_gpu(96)
     with OnOneDevice():
-        normalized, mean, rstd = layer_norm.forward(x, weight, weight, 1e-5, torch.bfloat16)
-        layer_norm.backward(normalized, x, x, weight, mean, rstd, True)
+        normalized, saved = layer_norm.forward(x, weight, weight, 1e-5, torch.bfloat16)
+        layer_norm.backward(normalized, x, x, weight, saved, True)
 
 
 def test_waiting_would_show() -> None:

@@ -21,19 +21,10 @@ from moat_kernels.ops.mbconv.triton import cuda_kernels
 from moat_kernels.ops.mbconv.triton.launches import Implementation
 from moat_kernels.ops.triton_support import choice, launching, user_table
 from moat_kernels.ops.triton_support.choice import choose
-from moat_kernels.ops.triton_support.launch_table import (
-    Blocks,
-    LaunchTable,
-)
-from moat_kernels.ops.triton_support.launching import (
-    observing,
-    tunable,
-)
+from moat_kernels.ops.triton_support.launch_table import Blocks, LaunchTable
+from moat_kernels.ops.triton_support.launching import observing, tunable
 from moat_kernels.ops.triton_support.traffic import Pass, record_passes
-from moat_kernels.ops.triton_support.tuning import (
-    Survey,
-    Tuner,
-)
+from moat_kernels.ops.triton_support.tuning import Survey, Tuner
 from moat_kernels.ops.triton_support.user_table import Entry
 
 GPU = "Some GPU"

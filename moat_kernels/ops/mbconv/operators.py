@@ -14,12 +14,7 @@ from moat_kernels.ops.common.autocast import without_autocast
 from moat_kernels.ops.common.registration import define_op
 from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.mbconv.contract import Moments
-from moat_kernels.ops.mbconv.description import (
-    NORMS,
-    PARAMETER_NAMES,
-    MBConvDescription,
-    unflatten,
-)
+from moat_kernels.ops.mbconv.description import NORMS, PARAMETER_NAMES, MBConvDescription, unflatten
 from moat_kernels.ops.mbconv.dispatch import BACKENDS
 
 

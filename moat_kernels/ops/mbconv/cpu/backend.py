@@ -16,11 +16,7 @@ from torch import Tensor
 
 from moat_kernels.ops.common.autocast import autocast_dtype
 from moat_kernels.ops.common.spatial import resolve_padding
-from moat_kernels.ops.mbconv.algebra.coverage import (
-    KERNEL_SIZE,
-    all_frozen,
-    unsupported_by_kernels,
-)
+from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE, all_frozen, unsupported_by_kernels
 from moat_kernels.ops.mbconv.contract import Forward
 from moat_kernels.ops.mbconv.cpu import project_norm
 from moat_kernels.ops.mbconv.cpu import training as plain_training

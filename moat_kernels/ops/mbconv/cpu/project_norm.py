@@ -16,11 +16,7 @@ from moat_kernels.ops.mbconv.algebra.shortcut import scale_samples, shortcut, sh
 from moat_kernels.ops.mbconv.algebra.stages import BatchNorm
 from moat_kernels.ops.mbconv.contract import Forward
 from moat_kernels.ops.mbconv.cpu import training as bottleneck_training
-from moat_kernels.ops.mbconv.description import (
-    MBConvDescription,
-    MBConvParameters,
-    NormParameters,
-)
+from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters, NormParameters
 
 
 def _bottleneck(

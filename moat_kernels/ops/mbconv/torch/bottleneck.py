@@ -20,11 +20,7 @@ from moat_kernels.ops.mbconv.algebra.stages import (
     Stage,
 )
 from moat_kernels.ops.mbconv.algebra.synchronized import SynchronizedBatchNorm, SynchronizedExpand
-from moat_kernels.ops.mbconv.description import (
-    MBConvDescription,
-    MBConvParameters,
-    Norm,
-)
+from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters, Norm
 
 
 def _activation(kind: str) -> list[Stage]:
