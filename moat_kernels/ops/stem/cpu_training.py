@@ -1,6 +1,6 @@
 """The stem's training on a CPU: its norm and GELU by native kernels between stock convolutions.
 
-Batch norm and GELU are one op (csrc/cpu/stem_train.cpp). Between the passes only the first
+Batch norm and GELU are one op (csrc/cpu/host/stem_train.cpp). Between the passes only the first
 convolution's output, the batch's statistics and, as the second convolution's input, GELU's output
 are kept; with `recompute` not even that one. Only float32 is covered.
 """
