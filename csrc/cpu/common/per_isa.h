@@ -15,8 +15,8 @@
 // linkage. An inline function or a template from elsewhere, std:: included, would be emitted once
 // per instruction set under one name, and the linker may keep the copy that the running CPU cannot
 // execute. So such a file includes only headers of csrc/cpu/isa, those of csrc/cpu/common, which
-// hold plain structs and declarations, and the few of the standard library that define no
-// functions; tests/test_instruction_sets.py holds it to that.
+// hold plain structs and declarations, and a few of the standard library for their types.
+// tests/test_native_sources.py checks that, and compiles the files to look for what they share.
 
 #if defined(__x86_64__)
 

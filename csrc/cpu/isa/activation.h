@@ -132,23 +132,20 @@ template <Activation kind>
   return {x, broadcast(1.0f)};
 }
 
-template <Activation kind>
-using ActivationConstant = std::integral_constant<Activation, kind>;
-
-// Calls function(ActivationConstant<kind>) for a kind known at run time.
+// Calls function(Constant<kind>) for a kind known at run time.
 template <class Function>
 [[gnu::always_inline]] inline void with_activation(Activation kind, Function&& function) {
   switch (kind) {
     case Activation::identity:
-      return function(ActivationConstant<Activation::identity>{});
+      return function(Constant<Activation::identity>{});
     case Activation::gelu:
-      return function(ActivationConstant<Activation::gelu>{});
+      return function(Constant<Activation::gelu>{});
     case Activation::gelu_tanh:
-      return function(ActivationConstant<Activation::gelu_tanh>{});
+      return function(Constant<Activation::gelu_tanh>{});
     case Activation::silu:
-      return function(ActivationConstant<Activation::silu>{});
+      return function(Constant<Activation::silu>{});
     case Activation::relu:
-      return function(ActivationConstant<Activation::relu>{});
+      return function(Constant<Activation::relu>{});
   }
 }
 

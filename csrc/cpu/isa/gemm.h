@@ -99,8 +99,8 @@ template <int rows, int vectors>
   });
 }
 
-// Calls function(std::integral_constant<int, rows>, first_row) over blocks of at most kRows rows,
-// as even as possible: 49 rows are 4 x 6 + 5 x 5 and not 8 x 6 + 1, whose last block would be slow.
+// Calls function(Constant<rows>, first_row) over blocks of at most kRows rows, as even as possible:
+// 49 rows are 4 x 6 + 5 x 5 and not 8 x 6 + 1, whose last block would be slow.
 template <class Function>
 [[gnu::always_inline]] inline void for_row_blocks(int64_t rows, Function&& function) {
   const int64_t blocks = divide_up(rows, kRows);
@@ -109,37 +109,37 @@ template <class Function>
     const int64_t count = rows / blocks + (block < rows % blocks);
     switch (count) {
       case 1:
-        function(std::integral_constant<int, 1>{}, first);
+        function(Constant<1>{}, first);
         break;
       case 2:
-        function(std::integral_constant<int, 2>{}, first);
+        function(Constant<2>{}, first);
         break;
       case 3:
-        function(std::integral_constant<int, 3>{}, first);
+        function(Constant<3>{}, first);
         break;
       case 4:
-        function(std::integral_constant<int, 4>{}, first);
+        function(Constant<4>{}, first);
         break;
       case 5:
-        function(std::integral_constant<int, 5>{}, first);
+        function(Constant<5>{}, first);
         break;
       default:
-        function(std::integral_constant<int, 6>{}, first);
+        function(Constant<6>{}, first);
         break;
     }
     first += count;
   }
 }
 
-// Calls function(std::integral_constant<int, vectors>, first_column) over panels of `columns`
-// columns; a last panel that needs one vector only is given as such.
+// Calls function(Constant<vectors>, first_column) over panels of `columns` columns; a last panel
+// that needs one vector only is given as such.
 template <class Function>
 [[gnu::always_inline]] inline void for_panels(int64_t columns, Function&& function) {
   for (int64_t first = 0; first < columns; first += kPanel) {
     if (columns - first <= kWidth) {
-      function(std::integral_constant<int, 1>{}, first);
+      function(Constant<1>{}, first);
     } else {
-      function(std::integral_constant<int, kVectors>{}, first);
+      function(Constant<kVectors>{}, first);
     }
   }
 }

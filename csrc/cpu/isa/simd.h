@@ -3,8 +3,7 @@
 // Vectors of floats in the width of the instruction set that the file is compiled for, and the
 // conversions between float and the 16-bit types. All intrinsics of the kernels are in this file.
 //
-// Everything lies in the instruction set's namespace: an inline function that two sets shared would
-// be linked once, and could hold instructions that the running CPU lacks.
+// Everything lies in the instruction set's namespace; cpu/common/per_isa.h says why.
 
 #include <cstddef>
 #include <cstdint>
@@ -31,12 +30,19 @@ using IntVec = int32_t __attribute__((vector_size(kWidth * 4)));
 using BitsVec = uint32_t __attribute__((vector_size(kWidth * 4)));
 using HalfBitsVec = uint16_t __attribute__((vector_size(kWidth * 2)));
 
-// Calls function(std::integral_constant<int, i>) for i = 0 .. count-1. Constant subscripts keep
-// local arrays of vectors in registers, where GCC spills them if a loop is unrolled later.
+// As std::integral_constant, whose conversion would be a function that instruction sets share.
+template <auto constant>
+struct Constant {
+  static constexpr auto value = constant;
+  [[gnu::always_inline]] constexpr operator decltype(constant)() const { return constant; }
+};
+
+// Calls function(Constant<i>) for i = 0 .. count-1. Constant subscripts keep local arrays of
+// vectors in registers, where GCC spills them if a loop is unrolled later.
 template <class Function, int... i>
 [[gnu::always_inline]] inline void unroll_over(Function&& function,
                                                std::integer_sequence<int, i...>) {
-  (function(std::integral_constant<int, i>{}), ...);
+  (function(Constant<i>{}), ...);
 }
 
 template <int count, class Function>

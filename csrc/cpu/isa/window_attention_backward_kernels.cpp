@@ -58,8 +58,9 @@ Buffers buffers_in(float* memory, const WindowAttentionBackward& problem) {
   buffers.tokens_size = tokens;
   buffers.strips = scratch.take(heads * buffers.strips_size);
   buffers.strip_gradients = scratch.take(heads * buffers.strips_size);
-  for (float** matrix : {&buffers.queries, &buffers.keys, &buffers.output_gradients,
-                         &buffers.packed_keys, &buffers.packed_values}) {
+  float** const matrices[] = {&buffers.queries, &buffers.keys, &buffers.output_gradients,
+                              &buffers.packed_keys, &buffers.packed_values};
+  for (float** matrix : matrices) {
     *matrix = scratch.take(heads * buffers.matrix_size);
   }
   buffers.dots = scratch.take(heads * tokens);

@@ -50,11 +50,11 @@ constexpr float kLn2 = 0.693147181f;
 // Heads of this size, MOAT's, have loops of constant lengths and strides: `with_head_dim`.
 constexpr int64_t kUsualHeadDim = 32;
 
-// Calls function(head_dim), a std::integral_constant if it is the usual one.
+// Calls function(head_dim), a Constant if it is the usual one.
 template <class Function>
 inline void with_head_dim(int64_t head_dim, Function&& function) {
   if (head_dim == kUsualHeadDim) {
-    function(std::integral_constant<int64_t, kUsualHeadDim>{});
+    function(Constant<kUsualHeadDim>{});
   } else {
     function(head_dim);
   }
@@ -66,13 +66,12 @@ constexpr int kSteps = 4;
 template <>
 inline constexpr int kSteps<int64_t> = 1;
 
-// Calls function(std::integral_constant<int, vectors>, first_column) over panels of a head's
-// columns.
+// Calls function(Constant<vectors>, first_column) over panels of a head's columns.
 template <class HeadDim, class Function>
 [[gnu::always_inline]] inline void for_columns(HeadDim head_dim, Function&& function) {
   if constexpr (kSteps<HeadDim> > 1 && kUsualHeadDim % kPanel == 0) {
     for (int64_t first = 0; first < head_dim; first += kPanel) {
-      function(std::integral_constant<int, kVectors>{}, first);
+      function(Constant<kVectors>{}, first);
     }
   } else {
     for_panels(head_dim, function);
@@ -86,7 +85,7 @@ template <class HeadDim, class Function>
     for_panels(keys, function);
   } else {
     for (int64_t first = 0; first < keys; first += kPanel) {
-      function(std::integral_constant<int, kVectors>{}, first);
+      function(Constant<kVectors>{}, first);
     }
   }
 }
@@ -147,7 +146,7 @@ struct RowTiles {
   int64_t count() const { return divide_up(rows, kRows); }
   int64_t start(int64_t tile) const { return rows * tile / count(); }
 
-  // Calls function(std::integral_constant<int, rows>, first_row) for tiles begin to end.
+  // Calls function(Constant<rows>, first_row) for tiles begin to end.
   template <class Function>
   [[gnu::always_inline]] void for_each(int64_t begin, int64_t end, Function&& function) const {
     for (int64_t tile = begin; tile < end; ++tile) {
