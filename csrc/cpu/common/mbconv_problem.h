@@ -5,30 +5,13 @@
 
 #include <cstdint>
 
+#include "cpu/common/layers.h"
 #include "cpu/common/types.h"
 
 namespace moat_kernels::cpu {
 
 // E channels that a tile or a tensor of training holds together.
 constexpr int64_t kWideChannels = 64;
-
-// Pixels that a pass of training takes at a time.
-constexpr int64_t kTrainStripPixels = 128;
-
-struct BatchNorm {
-  bool present = false;
-  const float* weight = nullptr;  // null: ones
-  const float* bias = nullptr;    // null: zeros
-  const float* mean = nullptr;
-  const float* variance = nullptr;
-  float eps = 0;
-};
-
-// A 1x1 convolution [out, in] or the depthwise one [channels, 9].
-struct Convolution {
-  const float* weight = nullptr;
-  const float* bias = nullptr;  // null: zeros
-};
 
 struct SqueezeExcite {
   bool present = false;

@@ -1,9 +1,13 @@
 #pragma once
 
 #include "cpu/common/mbconv_problem.h"
+#include "cpu/common/norm_factors.h"
 #include "cpu/common/per_isa.h"
 
 namespace moat_kernels::cpu {
+
+// Pixels that a pass of training takes at a time.
+constexpr int64_t kTrainStripPixels = 128;
 
 // The passes of training, each over a part of the tensors. Wide tensors and vectors of E
 // coefficients are laid out as cpu/isa/wide.h says; rows are [pixels of all images][panelled
@@ -39,19 +43,6 @@ struct Wide {
   int64_t blocks, first;
 };
 
-// Scale and shift of a norm, [E] each.
-struct ScaleShift {
-  const float* scale;
-  const float* shift;
-};
-
-// a * gradient + b * z + c, [E] each: what the backward of a norm makes of them.
-struct Combination {
-  const float* a;
-  const float* b;
-  const float* c;
-};
-
 // How dx is completed; see train_backward_expand_input.
 struct InputEnd {
   const float* rows;
@@ -64,19 +55,10 @@ struct InputEnd {
 }  // namespace moat_kernels::cpu
 
 MOAT_KERNELS_DECLARE_PER_ISA(
-    int64_t train_panelled(int64_t columns);
-    // Mean [C] and sum of squared deviations [C] of x [pixels][C].
-    void train_moments(const float* x, int64_t pixels, int64_t channels, double* moments);
     // rows = (x - shift) * scale, zeros beyond `channels`; sums[C] += rows. shift, sums may be
     // null.
     void train_rows(const float* x, int64_t pixels, int64_t channels, const float* shift,
                     float scale, float* rows, double* sums);
-    // weight [columns][depth] (times scale[depth], may be null) or, transposed, [depth][columns]
-    // (times scale[columns]) -> panels of [depth][kPanel].
-    void train_pack(const float* weight, int64_t stride, int64_t columns, int64_t depth,
-                    const float* scale, float* packed);
-    void train_pack_transposed(const float* weight, int64_t stride, int64_t columns, int64_t depth,
-                               const float* scale, float* packed);
     // constants[i] = sum of weight[i] * shift, over rows of weight [rows][C].
     void train_constants(const float* weight, int64_t rows, int64_t channels, const float* shift,
                          double* constants);

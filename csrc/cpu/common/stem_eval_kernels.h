@@ -1,6 +1,8 @@
 #pragma once
 
-#include "cpu/common/mbconv_problem.h"
+#include <cstdint>
+
+#include "cpu/common/layers.h"
 #include "cpu/common/per_isa.h"
 
 namespace moat_kernels::cpu {

@@ -2,7 +2,7 @@
 
 #include <cstdint>
 
-#include "cpu/common/mbconv_train_kernels.h"
+#include "cpu/common/norm_factors.h"
 #include "cpu/common/per_isa.h"
 
 namespace moat_kernels::cpu {

@@ -9,7 +9,7 @@
 #include <tuple>
 
 #include "cpu/common/linear_kernels.h"
-#include "cpu/common/mbconv_train_kernels.h"
+#include "cpu/common/pack_kernels.h"
 #include "cpu/host/dispatch.h"
 #include "cpu/host/parallel.h"
 #include "cpu/host/recycled_memory.h"
@@ -45,11 +45,11 @@ template <class Pack>
 void multiply_rows(const Tensor& like, const Sizes& sizes, const float* x, const float* bias,
                    float* out, const Pack& pack) {
   const int64_t workers = thread_count();
-  const Tensor packed =
-      recycled_floats(like, {divide_up(sizes.columns, kWideChannels) * kWideChannels, sizes.depth});
-  for_each_task(divide_up(sizes.columns, kWideChannels), workers, [&](int64_t block, int64_t) {
-    const int64_t first = block * kWideChannels;
-    pack(first, std::min(kWideChannels, sizes.columns - first),
+  const Tensor packed = recycled_floats(
+      like, {divide_up(sizes.columns, kLinearColumns) * kLinearColumns, sizes.depth});
+  for_each_task(divide_up(sizes.columns, kLinearColumns), workers, [&](int64_t block, int64_t) {
+    const int64_t first = block * kLinearColumns;
+    pack(first, std::min(kLinearColumns, sizes.columns - first),
          data_of(packed) + first * sizes.depth);
   });
   const int64_t strips = divide_up(sizes.rows, kStripRows);
@@ -80,7 +80,7 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional
   const float* weights = float_data("weight", weight, {sizes.columns, sizes.depth});
   const float* biases = float_data("bias", bias, {sizes.columns});
   const Tensor output = recycled_floats(x, shape_with(x, sizes.columns));
-  const auto pack = MOAT_KERNELS_DISPATCH(train_pack);
+  const auto pack = MOAT_KERNELS_DISPATCH(pack_panels);
   multiply_rows(
       x, sizes, rows, biases, data_of(output), [&](int64_t first, int64_t count, float* packed) {
         pack(weights + first * sizes.depth, sizes.depth, count, sizes.depth, nullptr, packed);
@@ -94,7 +94,7 @@ std::tuple<Tensor, Tensor> parameter_gradients(const Tensor& like, const Sizes& 
   const Tensor grad_weight = recycled_floats(like, {sizes.columns, sizes.depth});
   const Tensor grad_bias = recycled_floats(like, {sizes.columns});
   const int64_t workers = thread_count();
-  const int64_t blocks = divide_up(sizes.columns, kWideChannels);
+  const int64_t blocks = divide_up(sizes.columns, kLinearColumns);
   const int64_t groups =
       std::clamp<int64_t>(divide_up(kTasks, blocks), 1, divide_up(sizes.rows, kStripRows));
   const int64_t part = sizes.columns * sizes.depth;
@@ -106,19 +106,19 @@ std::tuple<Tensor, Tensor> parameter_gradients(const Tensor& like, const Sizes& 
   float* products = whole ? data_of(grad_weight) : data_of(parts);
   const auto compute = MOAT_KERNELS_DISPATCH(linear_weight);
   for_each_task(blocks * groups, workers, [&](int64_t task, int64_t worker) {
-    const int64_t column = task / groups * kWideChannels;
+    const int64_t column = task / groups * kLinearColumns;
     const int64_t group = task % groups;
     const int64_t first = sizes.rows * group / groups;
     compute(
-        sizes.rows * (group + 1) / groups - first, std::min(kWideChannels, sizes.columns - column),
+        sizes.rows * (group + 1) / groups - first, std::min(kLinearColumns, sizes.columns - column),
         sizes.depth, grad + first * sizes.columns + column, sizes.columns, x + first * sizes.depth,
         data_of(scratch) + worker * scratch_size, products + group * part + column * sizes.depth,
         data_of(sums) + group * sizes.columns + column);
   });
   const auto add = MOAT_KERNELS_DISPATCH(linear_add_parts);
   for_each_task(whole ? 0 : blocks, workers, [&](int64_t block, int64_t) {
-    const int64_t first = block * kWideChannels * sizes.depth;
-    add(products + first, groups, part, std::min(kWideChannels * sizes.depth, part - first),
+    const int64_t first = block * kLinearColumns * sizes.depth;
+    add(products + first, groups, part, std::min(kLinearColumns * sizes.depth, part - first),
         data_of(grad_weight) + first);
   });
   add(data_of(sums), groups, sizes.columns, sizes.columns, data_of(grad_bias));
@@ -139,7 +139,7 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
   const auto [grad_weight, grad_bias] = parameters;
   if (!needs_input) return {nothing, grad_weight, grad_bias};
   const Tensor grad_input = recycled_floats(x, shape_with(x, sizes.depth));
-  const auto pack = MOAT_KERNELS_DISPATCH(train_pack_transposed);
+  const auto pack = MOAT_KERNELS_DISPATCH(pack_panels_transposed);
   multiply_rows(x, {sizes.rows, sizes.depth, sizes.columns}, gradient, nullptr, data_of(grad_input),
                 [&](int64_t first, int64_t count, float* packed) {
                   pack(weights + first, sizes.depth, count, sizes.columns, nullptr, packed);

@@ -176,7 +176,7 @@ void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure)
   }
   rows = make_rows(data, pixels, channels, mean.data(), nullptr, nullptr);
   packed_expand_ = recycled_floats(like, {shape.padded_wide() * channels});
-  const auto pack = MOAT_KERNELS_DISPATCH(train_pack);
+  const auto pack = MOAT_KERNELS_DISPATCH(pack_panels);
   const auto multiply = MOAT_KERNELS_DISPATCH(train_constants);
   for_each_task(shape.blocks(), workers, [&](int64_t block, int64_t) {
     const int64_t first = block * kWideChannels;
@@ -351,7 +351,7 @@ Tensor train_project(const Tensor& z2, const Tensor& statistics, const std::opti
   const float* extra =
       float_data("addend", addend, {shape.images, shape.out_height, shape.out_width, channels});
   const Tensor packed = recycled_floats(z2, {shape.padded_wide() * panelled(channels)});
-  const auto pack = MOAT_KERNELS_DISPATCH(train_pack);
+  const auto pack = MOAT_KERNELS_DISPATCH(pack_panels);
   for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
     const int64_t first = block * kWideChannels;
     pack(call.weight(kTrainProject) + first, shape.wide_channels, channels,

@@ -8,8 +8,9 @@
 #include <memory>
 
 #include "cpu/common/mbconv_train_kernels.h"
+#include "cpu/common/pack_kernels.h"
+#include "cpu/host/batch_norm.h"
 #include "cpu/host/dispatch.h"
-#include "cpu/host/mbconv_norms.h"
 #include "cpu/host/parallel.h"
 #include "cpu/host/recycled_memory.h"
 #include "cpu/host/tensors.h"
@@ -85,7 +86,9 @@ inline TrainShape read_shape(const Geometry& geometry, const Names& activations)
   return shape;
 }
 
-inline int64_t panelled(int64_t columns) { return MOAT_KERNELS_DISPATCH(train_panelled)(columns); }
+inline int64_t panelled(int64_t columns) {
+  return MOAT_KERNELS_DISPATCH(panelled_columns)(columns);
+}
 
 // Strips of each image: enough of them for threads to finish together, and none so short that
 // reading the weights takes longer than using them.

@@ -136,7 +136,7 @@ class ProjectBackward {
     rows_ = call.make_rows(grad.maps, shape.out_pixels(), shape.out_channels, nullptr, grad.scale,
                            data_of(grad_bias));
     packed_ = recycled_floats(call.like, {shape.padded_wide() * shape.out_channels});
-    const auto pack = MOAT_KERNELS_DISPATCH(train_pack_transposed);
+    const auto pack = MOAT_KERNELS_DISPATCH(pack_panels_transposed);
     for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
       const int64_t first = block * kWideChannels;
       pack(call.weight(kTrainProject) + first, shape.wide_channels,
@@ -192,7 +192,7 @@ class ExpandBackward {
     if (!needs_input) return;
     const TrainShape& shape = call.shape;
     packed_ = recycled_floats(call.like, {shape.padded_wide() * sums_.columns});
-    const auto pack = MOAT_KERNELS_DISPATCH(train_pack_transposed);
+    const auto pack = MOAT_KERNELS_DISPATCH(pack_panels_transposed);
     for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
       const int64_t first = block * kWideChannels;
       pack(call.weight(kTrainExpand) + first * shape.in_channels, shape.in_channels,

@@ -8,7 +8,7 @@
 #include <utility>
 #include <vector>
 
-#include "cpu/common/mbconv_train_kernels.h"
+#include "cpu/common/moment_kernels.h"
 #include "cpu/host/dispatch.h"
 #include "cpu/host/parallel.h"
 
@@ -44,7 +44,7 @@ inline void measure_moments(const float* x, int64_t pixels, int64_t channels, in
   const auto first_of = [&](int64_t part) { return pixels * part / parts; };
   const auto count_of = [&](int64_t part) { return first_of(part + 1) - first_of(part); };
   std::vector<double> moments(parts * 2 * channels);
-  const auto compute = MOAT_KERNELS_DISPATCH(train_moments);
+  const auto compute = MOAT_KERNELS_DISPATCH(channel_moments);
   for_each_task(parts, workers, [&](int64_t part, int64_t) {
     compute(x + first_of(part) * channels, count_of(part), channels,
             moments.data() + part * 2 * channels);

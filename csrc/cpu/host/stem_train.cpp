@@ -11,8 +11,8 @@
 #include <vector>
 
 #include "cpu/common/stem_train_kernels.h"
+#include "cpu/host/batch_norm.h"
 #include "cpu/host/dispatch.h"
-#include "cpu/host/mbconv_norms.h"
 #include "cpu/host/moments.h"
 #include "cpu/host/recycled_memory.h"
 #include "cpu/host/tensors.h"

@@ -15,6 +15,8 @@ constexpr int kRows = 6;
 constexpr int kVectors = 2;
 constexpr int kPanel = kVectors * kWidth;
 
+inline int64_t panelled(int64_t columns) { return round_up(columns, kPanel); }
+
 // Panels of B beyond this depth would not stay in a 32 KB L1 cache beside the rows of A.
 constexpr int64_t kDepth = 384;
 

@@ -4,13 +4,19 @@
 
 #include "cpu/common/linear_kernels.h"
 
-#include "cpu/common/mbconv_train_kernels.h"
 #include "cpu/isa/gemm.h"
-#include "cpu/isa/wide.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
+namespace {
 
-int64_t linear_scratch() { return kStripPixels * kTilePitch; }
+// A tile of grad. A pitch of exactly kLinearColumns floats would map its rows to a quarter of the
+// sets of an L1 cache.
+constexpr int64_t kTileRows = 128;
+constexpr int64_t kPitch = kLinearColumns + 16;
+
+}  // namespace
+
+int64_t linear_scratch() { return kTileRows * kPitch; }
 
 void linear_rows(int64_t rows, int64_t columns, int64_t depth, const float* x, const float* packed,
                  const float* bias, float* out, int64_t out_stride) {
@@ -24,21 +30,21 @@ void linear_rows(int64_t rows, int64_t columns, int64_t depth, const float* x, c
 void linear_weight(int64_t rows, int64_t columns, int64_t depth, const float* grad,
                    int64_t grad_stride, const float* x, float* scratch, float* gradient,
                    float* sums) {
-  float totals[kWideBlock] = {};
-  for (int64_t first = 0; first < rows; first += kStripPixels) {
-    const int64_t count = smaller(kStripPixels, rows - first);
+  float totals[kLinearColumns] = {};
+  for (int64_t first = 0; first < rows; first += kTileRows) {
+    const int64_t count = smaller(kTileRows, rows - first);
     // The product reads grad down its columns: from a tile whose rows lie close together.
     for (int64_t column = 0; column < columns; column += kWidth) {
       Vec sum = load(totals + column);
       for (int64_t row = 0; row < count; ++row) {
         const Vec value = load(grad + (first + row) * grad_stride + column);
-        store(scratch + row * kTilePitch + column, value);
+        store(scratch + row * kPitch + column, value);
         sum += value;
       }
       store(totals + column, sum);
     }
-    gemm(columns, depth, count, {scratch, 1, kTilePitch}, x + first * depth, kPanel, depth,
-         gradient, depth, first > 0);
+    gemm(columns, depth, count, {scratch, 1, kPitch}, x + first * depth, kPanel, depth, gradient,
+         depth, first > 0);
   }
   __builtin_memcpy(sums, totals, static_cast<size_t>(columns) * sizeof(float));
 }

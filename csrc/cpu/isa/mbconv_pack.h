@@ -29,8 +29,6 @@ inline int64_t block_channels(const MBConvProblem& problem, int64_t block) {
   return round_up(block_valid(problem, block), kPanel);
 }
 
-inline int64_t panelled(int64_t columns) { return round_up(columns, kPanel); }
-
 // Where things lie in the packed buffer, in floats. The blocks follow.
 struct PackedLayout {
   int64_t pre_scale, pre_shift;  // [C_in]

@@ -4,91 +4,16 @@
 //   expand               z1 = (x - mu) W'^T and its sums              writes z1
 //   depthwise            z2 = dw(act(a1 z1 + b1)) and its moments     reads z1, writes z2
 //   project              act(a2 z2 + b2) W2^T                         reads z2
-// The backward passes are in mbconv_train_backward.cpp, weights in mbconv_train_weights.cpp.
+// The backward passes are in mbconv_train_backward_kernels.cpp, weights in
+// mbconv_train_weight_kernels.cpp.
 
 #include "cpu/common/mbconv_train_kernels.h"
 #include "cpu/isa/depthwise.h"
+#include "cpu/isa/lane_moments.h"
 #include "cpu/isa/stencil_tile.h"
 #include "cpu/isa/wide.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
-namespace {
-
-// Mean and squared deviations of `vectors` vectors of channels, around a shift that is one of the
-// values, so that a large mean costs no precision.
-template <int vectors>
-struct Moments {
-  static constexpr int64_t kFloats = vectors * kWidth;
-  Vec shift[vectors];
-  double sums[kFloats] = {};
-  double squares[kFloats] = {};
-
-  void start(const float* values) {
-    unroll<vectors>([&](auto i)
-                        __attribute__((always_inline)) { shift[i] = load(values + i * kWidth); });
-  }
-
-  void add(const float* values, int64_t pixels, int64_t pitch) {
-    constexpr int64_t kFlush = 256;  // additions in float before double takes over
-    for (int64_t first = 0; first < pixels; first += kFlush) {
-      Vec sum[vectors] = {};
-      Vec square[vectors] = {};
-      for (int64_t pixel = first; pixel < smaller(first + kFlush, pixels); ++pixel) {
-        unroll<vectors>([&](auto i) __attribute__((always_inline)) {
-          const Vec shifted = load(values + pixel * pitch + i * kWidth) - shift[i];
-          sum[i] += shifted;
-          square[i] = fma(shifted, shifted, square[i]);
-        });
-      }
-      for (int64_t i = 0; i < kFloats; ++i) {
-        sums[i] += static_cast<double>(sum[i / kWidth][i % kWidth]);
-        squares[i] += static_cast<double>(square[i / kWidth][i % kWidth]);
-      }
-    }
-  }
-
-  void finish(int64_t pixels, double* mean, double* deviations) const {
-    for (int64_t i = 0; i < kFloats; ++i) {
-      const double offset = sums[i] / static_cast<double>(pixels);
-      mean[i] = static_cast<double>(shift[i / kWidth][i % kWidth]) + offset;
-      deviations[i] = squares[i] - offset * sums[i];
-    }
-  }
-};
-
-// moments of the channels from `channel` on, as far as whole groups of vectors reach.
-template <int vectors>
-int64_t moments_of_vectors(const float* x, int64_t pixels, int64_t channels, int64_t channel,
-                           double* moments) {
-  constexpr int64_t kFloats = Moments<vectors>::kFloats;
-  for (; channel + kFloats <= channels; channel += kFloats) {
-    Moments<vectors> sums;
-    sums.start(x + channel);
-    sums.add(x + channel, pixels, channels);
-    sums.finish(pixels, moments + channel, moments + channels + channel);
-  }
-  return channel;
-}
-
-}  // namespace
-
-void train_moments(const float* x, int64_t pixels, int64_t channels, double* moments) {
-  int64_t channel = moments_of_vectors<kLanes>(x, pixels, channels, 0, moments);
-  channel = moments_of_vectors<1>(x, pixels, channels, channel, moments);
-  for (; channel < channels; ++channel) {
-    const double shift = static_cast<double>(x[channel]);
-    double sum = 0.0;
-    double square = 0.0;
-    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-      const double value = static_cast<double>(x[pixel * channels + channel]) - shift;
-      sum += value;
-      square += value * value;
-    }
-    const double offset = sum / static_cast<double>(pixels);
-    moments[channel] = shift + offset;
-    moments[channels + channel] = square - offset * sum;
-  }
-}
 
 void train_rows(const float* x, int64_t pixels, int64_t channels, const float* shift, float scale,
                 float* rows, double* sums) {

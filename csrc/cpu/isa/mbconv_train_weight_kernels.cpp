@@ -1,5 +1,5 @@
-// Weights of the inverted bottleneck's training: packed for the products of the passes, and their
-// gradients from the passes' partial sums. Each touches a weight [E][C] once.
+// Gradients of weights of the inverted bottleneck's training from the passes' partial sums, and
+// what a norm's shift adds. Each touches a weight [E][C] once.
 
 #include "cpu/common/mbconv_train_kernels.h"
 #include "cpu/isa/wide.h"
@@ -13,43 +13,11 @@ Vec sum_of_groups(const float* partial, int64_t groups, int64_t stride) {
   return sum;
 }
 
-// The first `count` elements of a vector, the rest zero.
-Vec load_part(const float* source, int64_t count) {
-  if (count >= kWidth) return load(source);
-  float values[kWidth] = {};
-  __builtin_memcpy(values, source, static_cast<size_t>(count) * sizeof(float));
-  return load(values);
-}
-
-void store_part(float* destination, Vec value, int64_t count) {
-  if (count >= kWidth) return store(destination, value);
-  __builtin_memcpy(destination, &value, static_cast<size_t>(count) * sizeof(float));
-}
-
 void add_part(double* totals, Vec value, int64_t count) {
   for (int64_t i = 0; i < smaller(kWidth, count); ++i) totals[i] += static_cast<double>(value[i]);
 }
 
 }  // namespace
-
-int64_t train_panelled(int64_t columns) { return round_up(columns, kPanel); }
-
-void train_pack(const float* weight, int64_t stride, int64_t columns, int64_t depth,
-                const float* scale, float* packed) {
-  pack(weight, stride, columns, depth, nullptr, scale, packed);
-}
-
-void train_pack_transposed(const float* weight, int64_t stride, int64_t columns, int64_t depth,
-                           const float* scale, float* packed) {
-  for (int64_t first = 0; first < columns; first += kWidth) {
-    const int64_t count = columns - first;
-    const Vec factor = scale ? load_part(scale + first, count) : broadcast(1.0f);
-    float* panel = packed + first / kPanel * depth * kPanel + first % kPanel;
-    for (int64_t k = 0; k < depth; ++k) {
-      store(panel + k * kPanel, load_part(weight + k * stride + first, count) * factor);
-    }
-  }
-}
 
 void train_constants(const float* weight, int64_t rows, int64_t channels, const float* shift,
                      double* constants) {

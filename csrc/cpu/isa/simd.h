@@ -65,6 +65,19 @@ template <int count, class Function>
   __builtin_memcpy(destination, &value, sizeof(value));
 }
 
+// The first `count` elements of a vector; what is not loaded is zero.
+[[gnu::always_inline]] inline Vec load_part(const float* source, int64_t count) {
+  if (count >= kWidth) return load(source);
+  float values[kWidth] = {};
+  __builtin_memcpy(values, source, static_cast<size_t>(count) * sizeof(float));
+  return load(values);
+}
+
+[[gnu::always_inline]] inline void store_part(float* destination, Vec value, int64_t count) {
+  if (count >= kWidth) return store(destination, value);
+  __builtin_memcpy(destination, &value, static_cast<size_t>(count) * sizeof(float));
+}
+
 // Subtracting zero changes no value, -0 included, so the compiler drops it.
 [[gnu::always_inline]] inline Vec broadcast(float value) { return value - Vec{}; }
 

@@ -6,7 +6,8 @@
 
 #include "cpu/common/stem_train_kernels.h"
 
-#include "cpu/isa/wide.h"
+#include "cpu/isa/activation.h"
+#include "cpu/isa/lanes.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 namespace {

@@ -1,7 +1,7 @@
 #pragma once
 
-// The batch norms of the inverted bottleneck's training, in float64 vectors of channels. The passes
-// see z, a convolution's output around some constant; a norm of z + constant is
+// Batch norms in training, in float64 vectors of channels. The passes see z, a convolution's output
+// around some constant; a norm of z + constant is
 //   y = (z - centre) * inverse_std * weight + bias = scale * z + shift.
 
 #include <cmath>
