@@ -1,7 +1,7 @@
 """Builds the native kernels in csrc/; everything else about the package is in pyproject.toml.
 
-Every csrc/cpu/kernels/*.cpp is compiled once per instruction set, into objects whose symbols lie in
-a namespace of that instruction set; csrc/cpu/isa.cpp chooses between them at run time.
+Every csrc/cpu/isa/*.cpp is compiled once per instruction set, into objects whose symbols lie in
+a namespace of that instruction set; csrc/cpu/host/dispatch.cpp chooses between them at run time.
 
 The kernels are optional: where they cannot be built, one line says why and the package installs
 without them. MOAT_KERNELS_SKIP_EXT=1 leaves them out on purpose; CXX and MAX_JOBS work as usual.
@@ -38,8 +38,8 @@ from setuptools.command.build_py import build_py
 MINIMUM_TORCH = (2, 11)
 TORCH_TARGET_VERSION = (MINIMUM_TORCH[0] << 56) | (MINIMUM_TORCH[1] << 48)
 
-SOURCES = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/*.cpp"))
-KERNEL_SOURCES = sorted(glob("csrc/cpu/kernels/*.cpp"))
+SOURCES = sorted(glob("csrc/*.cpp") + glob("csrc/cpu/host/*.cpp"))
+KERNEL_SOURCES = sorted(glob("csrc/cpu/isa/*.cpp"))
 HEADERS = sorted(glob("csrc/**/*.h", recursive=True) + glob("csrc/cuda/*.cuh"))
 CUDA_SOURCES = sorted(glob("csrc/cuda/*.cpp"))
 CUDA_KERNEL_SOURCES = sorted(glob("csrc/cuda/*.cu"))
@@ -71,7 +71,7 @@ if SANITIZE:
     # Line numbers for the reports; the runtime library comes from LD_PRELOAD.
     COMPILE_FLAGS += [*SANITIZE, "-g1", "-O1", "-fno-omit-frame-pointer"]
 
-# Keep in step with the checks in csrc/cpu/isa.cpp.
+# Keep in step with the checks in csrc/cpu/host/dispatch.cpp.
 ISA_FLAGS = {"baseline": []}
 if platform.machine().lower() in ("x86_64", "amd64"):
     ISA_FLAGS["avx2"] = ["-mavx2", "-mfma"]

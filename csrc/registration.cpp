@@ -6,8 +6,9 @@
 
 #include <string>
 
-#include "cpu/kernels/isa_name.h"
-#include "cpu/scratch.h"
+#include "cpu/common/isa_name.h"
+#include "cpu/host/dispatch.h"
+#include "cpu/host/scratch.h"
 
 namespace {
 
@@ -17,16 +18,16 @@ std::string cpu_isa() { return MOAT_KERNELS_DISPATCH(isa_name)(); }
 
 STABLE_TORCH_LIBRARY(moat_kernels, library) {
   library.def("cpu_isa() -> str");
-  // Give back memory that cpu/recycled_memory.h and cpu/scratch.h keep. -> bytes
+  // Give back memory that cpu/host/recycled_memory.h and cpu/host/scratch.h keep. -> bytes
   library.def("cpu_release_memory() -> int");
   library.def("cpu_release_scratch() -> int");
-  // Maps are [B, C, H, W], the result in channels_last; csrc/cpu/mbconv_arguments.h says what the
-  // lists hold.
+  // Maps are [B, C, H, W], the result in channels_last; csrc/cpu/host/mbconv_arguments.h says what
+  // the lists hold.
   library.def(
       "cpu_mbconv_eval(Tensor x, Tensor?[] convolutions, Tensor?[] norms, "
       "Tensor? drop_path_scale, float[] eps, int stride, int[] padding, str[] activations, "
       "bool residual, str pool_kind, int[] pool, ScalarType dtype) -> Tensor");
-  // [B, C_in, H, W] in any format -> channels_last; csrc/cpu/stem_eval.cpp lists the tensors.
+  // [B, C_in, H, W] in any format -> channels_last; csrc/cpu/host/stem_eval.cpp lists the tensors.
   library.def("cpu_stem_eval(Tensor x, Tensor?[] tensors, float eps) -> Tensor");
   // The norm and GELU of the stem's training: z [B, H, W, C] -> (output, statistics [2, C]); and,
   // in place of the output's gradient, that of z -> (gradient of weight, gradient of bias).
@@ -36,12 +37,13 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
   library.def(
       "cpu_stem_train_backward(Tensor(a!) grad, Tensor z, Tensor? weight, Tensor? bias, "
       "Tensor statistics, float eps, bool frozen) -> (Tensor, Tensor)");
-  // [B, C, H, W] in any format -> channels_last; csrc/cpu/attention_half_eval.cpp lists the
+  // [B, C, H, W] in any format -> channels_last; csrc/cpu/host/attention_half_eval.cpp lists the
   // tensors.
   library.def(
       "cpu_attention_half_eval(Tensor y, Tensor?[] tensors, int heads, int head_dim, "
       "int[] window, float scale, float eps) -> Tensor");
-  // Models frozen for inference; csrc/cpu/frozen.cpp explains. -> a step and its packed weights.
+  // Models frozen for inference; csrc/cpu/host/frozen.cpp explains. -> a step and its packed
+  // weights.
   library.def("cpu_freeze_stem(Tensor?[] tensors, float eps) -> (Tensor, Tensor)");
   library.def(
       "cpu_freeze_mbconv(Tensor?[] convolutions, Tensor?[] norms, float[] eps, int stride, "
@@ -55,7 +57,7 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
       "int[] window, Tensor? position_table) -> (Tensor, Tensor)");
   library.def(
       "cpu_frozen_forward(Tensor x, Tensor steps, Tensor[] packed, int[] kept) -> Tensor[]");
-  // Training; maps are [B, H, W, C]. csrc/cpu/mbconv_train.h says what the settings hold,
+  // Training; maps are [B, H, W, C]. csrc/cpu/host/mbconv_train.h says what the settings hold,
   // mbconv_train*.cpp what each op computes.
   const std::string settings =
       ", Tensor?[] weights, Tensor?[] norms, float[] eps, int[] modes, int[] geometry, "

@@ -12,8 +12,8 @@ from support import nvcc, oldest
 from support.cuda_on_cpu import TORCH_TARGET_VERSION
 
 CSRC = nvcc.ROOT / "csrc"
-# Those of csrc/cpu/kernels include nothing of PyTorch's.
-SOURCES = sorted((*CSRC.glob("*.cpp"), *CSRC.glob("cpu/*.cpp")))
+# Those of csrc/cpu/isa include nothing of PyTorch's.
+SOURCES = sorted((*CSRC.glob("*.cpp"), *CSRC.glob("cpu/host/*.cpp")))
 CUDA_SOURCES = sorted(CSRC.glob("cuda/*.cpp"))
 INCLUDE = oldest.TORCH_HEADERS / oldest.INCLUDE
 

@@ -8,8 +8,8 @@
 // walks down, so that an input is read from shared memory once per column of taps and each of the
 // 9 x 4 taps stays in a register.
 
-#include "cuda/activation.cuh"
 #include "cuda/element.cuh"
+#include "cuda/gelu.cuh"
 
 namespace moat_kernels::cuda {
 

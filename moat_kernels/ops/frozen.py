@@ -1,4 +1,6 @@
-"""Sequences of steps whose weights were packed once, by native CPU kernels (csrc/cpu/frozen.cpp).
+"""Sequences of steps whose weights were packed once, by native CPU kernels.
+
+csrc/cpu/host/frozen.cpp has their side.
 
 A step is a stem, an inverted bottleneck, an attention half or a classifier with fixed statistics.
 The other ops take plain weights, which they fold and pack in every call; a step keeps what was

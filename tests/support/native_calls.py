@@ -128,7 +128,7 @@ def stem_calls() -> list[Call]:
 
 
 def mbconv_tensors(channels: int, wide: int, out: int) -> tuple[list[Tensor], list[Tensor | None]]:
-    """convolutions, norms; see csrc/cpu/mbconv_arguments.h."""
+    """convolutions, norms; see csrc/cpu/host/mbconv_arguments.h."""
     convolutions = [
         *(randn(wide, channels, 1, 1), randn(wide, 1, 3, 3), randn(out, wide)),
         *(randn(wide), randn(wide), randn(out)),

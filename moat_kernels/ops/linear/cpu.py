@@ -1,4 +1,4 @@
-"""A linear layer by native CPU kernels (csrc/cpu/linear.cpp), in float32.
+"""A linear layer by native CPU kernels (csrc/cpu/host/linear.cpp), in float32.
 
 Stock PyTorch computes it by MKL, which uses AVX2 at most on AMD's CPUs: on an EPYC with AVX-512 the
 kernels take 0.46 times as long, with their AVX2 code 0.87 times (docs/cpu_kernels.md).

@@ -29,7 +29,7 @@ def _gelu_tanh_inner(x):
 # GELU(x) = relu(x) - t Phi(-t) with t = |x|. The 16th root of Phi(-t) is nearly a straight line,
 # so a polynomial of low degree raised to the 16th power follows it: a dozen instructions, where erf
 # takes 35 and the stencils evaluate it several times for each element. The fits are those of
-# csrc/cpu/activation.h; beyond 5.6 the product is below 1e-7 and is held constant.
+# csrc/cpu/isa/activation.h; beyond 5.6 the product is below 1e-7 and is held constant.
 
 
 @triton.jit

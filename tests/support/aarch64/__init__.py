@@ -1,4 +1,4 @@
-"""Compiles csrc/cpu/kernels for 64-bit Arm and runs them under QEMU, without PyTorch there."""
+"""Compiles csrc/cpu/isa for 64-bit Arm and runs them under QEMU, without PyTorch there."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from torch import Tensor
 
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
-KERNELS = tuple(sorted((ROOT / "csrc" / "cpu" / "kernels").glob("*.cpp")))
+KERNELS = tuple(sorted((ROOT / "csrc" / "cpu" / "isa").glob("*.cpp")))
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 # Those of setup.py that decide about the kernels' instructions. Its -O3 takes twice the time.
 FLAGS = (
     *("-std=c++17", "-O2", "-ffp-contract=fast", "-fno-math-errno"),
     *("-Wall", "-Wextra", "-Werror", "-DMOAT_KERNELS_ISA=baseline", f"-I{ROOT / 'csrc'}"),
 )
-# As in csrc/cpu/types.h.
+# As in csrc/cpu/common/types.h.
 ELEMENT_TYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -63,7 +63,7 @@ def build() -> Path:
 
 
 def disassemble(kernel: str) -> str:
-    """The instructions of csrc/cpu/kernels/<kernel>.cpp."""
+    """The instructions of csrc/cpu/isa/<kernel>.cpp."""
     command = ["aarch64-linux-gnu-objdump", "-d", "--no-show-raw-insn", f"{kernel}.o"]
     return subprocess.check_output(command, cwd=build(), text=True)
 

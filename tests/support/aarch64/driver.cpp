@@ -1,4 +1,4 @@
-// Runs kernels of csrc/cpu/kernels without PyTorch: `driver mbconv|window_attention NUMBERS...`,
+// Runs kernels of csrc/cpu/isa without PyTorch: `driver mbconv|window_attention NUMBERS...`,
 // with the tensors as bytes on stdin, results as bytes on stdout. One thread; the order of numbers
 // and tensors is that of the code.
 
@@ -9,8 +9,8 @@
 #include <string>
 #include <vector>
 
-#include "cpu/kernels/mbconv_eval.h"
-#include "cpu/kernels/window_attention.h"
+#include "cpu/common/mbconv_eval_kernels.h"
+#include "cpu/common/window_attention_kernels.h"
 
 namespace {
 

@@ -1,4 +1,4 @@
-"""Shapes of the native CPU ops' results, for torch.compile; csrc/cpu/mbconv_*.cpp has the ops.
+"""Shapes of the native CPU ops' results, for torch.compile; csrc/cpu/host has the ops.
 
 `geometry`: batch, height, width, out height, out width, stride, top, left, C_in, E, C_out.
 """

@@ -1,4 +1,4 @@
-"""Training of the inverted bottleneck by native CPU passes (csrc/cpu/mbconv_train*.cpp).
+"""Training of the inverted bottleneck by native CPU passes (csrc/cpu/host/mbconv_train*.cpp).
 
 Wide tensors (E channels), and the algebra of the norms between the passes, are the native ops'.
 With rows = x - mean(x):
@@ -93,7 +93,7 @@ class Call:
         self.out_pixels = out_height * out_width
         norms = [(getattr(description, name), getattr(parameters, name)) for name in _PASSED_NORMS]
         weights = [getattr(parameters, name) for name in _PASSED_WEIGHTS]
-        # csrc/cpu/mbconv_train.h
+        # csrc/cpu/host/mbconv_train.h
         self.settings = (
             [None if tensor is None else tensor.contiguous() for tensor in weights],
             [tensor for _, tensors in norms for tensor in tensors[:4]],

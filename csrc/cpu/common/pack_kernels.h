@@ -1,0 +1,17 @@
+#pragma once
+
+#include <cstdint>
+
+#include "cpu/common/per_isa.h"
+
+// Matrices as the products of cpu/isa/gemm.h read them: panels of [depth][kPanel], one after the
+// other.
+MOAT_KERNELS_DECLARE_PER_ISA(
+    // Columns rounded up to whole panels.
+    int64_t panelled_columns(int64_t columns);
+    // weight [columns][depth] (times scale[depth], may be null) or, transposed, [depth][columns]
+    // (times scale[columns]) -> packed. stride: floats from one row of the weight to the next.
+    void pack_panels(const float* weight, int64_t stride, int64_t columns, int64_t depth,
+                     const float* scale, float* packed);
+    void pack_panels_transposed(const float* weight, int64_t stride, int64_t columns, int64_t depth,
+                                const float* scale, float* packed);)

@@ -1,0 +1,55 @@
+#pragma once
+
+// The attention half without gradients, for the op that takes plain weights and for those that keep
+// packed ones.
+
+#include "cpu/common/attention_half_kernels.h"
+#include "cpu/host/tensors.h"
+
+namespace moat_kernels::cpu {
+
+// Places in `tensors`; the order of the Python side.
+enum AttentionHalfTensor {
+  kNormWeight,
+  kNormBias,
+  kQkvWeight,
+  kQkvBias,
+  kProjWeight,
+  kProjBias,
+  kPositionTable,
+  kAttentionHalfTensors
+};
+
+// Sizes are in floats.
+class AttentionHalfEval {
+ public:
+  // All weights of a problem as the kernels read them, but for the position table.
+  static int64_t packed_size(const AttentionHalf& problem);
+  static void pack(const AttentionHalf& problem, float* packed);
+
+  // The position table for the problem's windows; of size 0 if there is none.
+  static int64_t table_size(const AttentionHalf& problem);
+  static void make_table(const AttentionHalf& problem, float* table);
+
+  // packed, table: what `pack` and `make_table` wrote, table null for none. packed null: each call
+  // packs the problem's own weights and takes its own table.
+  AttentionHalfEval(const AttentionHalf& problem, const float* packed, const float* table);
+  int64_t scratch_size() const;
+  void compute(float* scratch) const;
+
+ private:
+  AttentionHalf problem_;
+  const float* packed_;
+};
+
+// All of an attention half but the maps that it reads; tensors must be contiguous floats.
+AttentionHalf read_attention_half(const OptionalTensors& tensors, int64_t heads, int64_t head_dim,
+                                  double scale, double eps);
+
+// The maps that it reads, and the height and width of its windows.
+void set_maps(const MapSize& y, const std::vector<int64_t>& window, AttentionHalf& problem);
+
+// A position table [heads, height, width], or none.
+void set_position_table(const std::optional<Tensor>& table, AttentionHalf& problem);
+
+}  // namespace moat_kernels::cpu

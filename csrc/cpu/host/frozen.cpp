@@ -1,0 +1,328 @@
+// Ops for models that are frozen for inference. cpu_freeze_* turn a stem, an inverted bottleneck,
+// an attention half or a head into a step, whose weights are folded and packed once, and
+// cpu_frozen_forward computes a sequence of steps. (The ops that take plain weights fold and pack
+// them in every call, so that they cannot be out of date.)
+
+#include <torch/csrc/stable/library.h>
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "cpu/host/attention_half_eval.h"
+#include "cpu/host/head_eval.h"
+#include "cpu/host/mbconv_eval.h"
+#include "cpu/host/recycled_memory.h"
+#include "cpu/host/scratch.h"
+#include "cpu/host/stem_eval.h"
+
+namespace moat_kernels::cpu {
+namespace {
+
+enum class StepKind : int64_t { stem, mbconv, attention_half, head };
+
+// A step without the address of any tensor. Steps travel through Python as bytes, and are valid in
+// the process that made them.
+struct Step {
+  StepKind kind;
+  StemProblem stem;
+  MBConvProblem mbconv;
+  AttentionHalf attention_half;
+  HeadProblem head;
+};
+static_assert(std::is_trivially_copyable_v<Step>);
+
+constexpr int64_t kStepBytes = sizeof(Step);
+
+Tensor to_bytes(const Step& step, const Tensor& like) {
+  const Tensor bytes = torch::stable::new_empty(like, {kStepBytes}, ScalarType::Byte);
+  std::memcpy(bytes.mutable_data_ptr(), &step, sizeof(Step));
+  return bytes;
+}
+
+void check_steps(const Tensor& steps) {
+  check_memory("steps", "", steps, DeviceType::CPU, ScalarType::Byte);
+  STD_TORCH_CHECK(steps.dim() == 1 && steps.numel() > 0 && steps.numel() % kStepBytes == 0,
+                  "steps must come from cpu_freeze_*: [n * ", kStepBytes, "], got ",
+                  shape_of(steps));
+}
+
+Step step_at(const Tensor& steps, int64_t index) {
+  Step step;
+  std::memcpy(&step, static_cast<const char*>(steps.const_data_ptr()) + index * kStepBytes,
+              sizeof(Step));
+  return step;
+}
+
+template <class Eval, class Problem>
+Tensor pack(const Problem& problem, const Tensor& like) {
+  const Tensor packed = float_buffer(like, Eval::packed_size(problem));
+  Eval::pack(problem, data_of(packed));
+  return packed;
+}
+
+// -> a step for maps of any size (see freeze_for_maps), and its packed weights.
+std::tuple<Tensor, Tensor> freeze_stem(OptionalTensors tensors, double eps) {
+  make_readable(tensors);
+  Step step = {};
+  step.kind = StepKind::stem;
+  step.stem = read_stem(tensors, eps);
+  const Tensor& like = *tensors[0];
+  const Tensor packed = pack<StemEval>(step.stem, like);
+  step.stem.first = step.stem.second = {};
+  step.stem.norm = {};
+  return {to_bytes(step, like), packed};
+}
+
+std::tuple<Tensor, Tensor> freeze_mbconv(OptionalTensors convolutions, OptionalTensors norms,
+                                         const std::vector<double>& eps, int64_t stride,
+                                         const std::vector<std::string>& activations, bool residual,
+                                         const std::string& pool_kind,
+                                         const std::vector<int64_t>& pool) {
+  make_readable(convolutions);
+  make_readable(norms);
+  Step step = {};
+  step.kind = StepKind::mbconv;
+  MBConvProblem& problem = step.mbconv;
+  problem = read_block(convolutions, norms, eps, stride, activations);
+  problem.residual = residual;
+  problem.pool = read_pool(pool_kind, pool);
+  const Tensor& like = *convolutions[kExpandWeight];
+  const Tensor packed = pack<MBConvEval>(problem, like);
+  problem.expand = problem.depthwise = problem.project = problem.shortcut = {};
+  problem.squeeze_excite.reduce = problem.squeeze_excite.expand = {};
+  problem.pre_norm = problem.expand_norm = problem.depthwise_norm = problem.project_norm = {};
+  return {to_bytes(step, like), packed};
+}
+
+std::tuple<Tensor, Tensor> freeze_attention_half(OptionalTensors tensors, int64_t heads,
+                                                 int64_t head_dim, double scale, double eps) {
+  make_readable(tensors);
+  Step step = {};
+  step.kind = StepKind::attention_half;
+  AttentionHalf& problem = step.attention_half;
+  problem = read_attention_half(tensors, heads, head_dim, scale, eps);
+  const Tensor& like = *tensors[kQkvWeight];
+  const Tensor packed = pack<AttentionHalfEval>(problem, like);
+  problem.norm_weight = problem.norm_bias = problem.qkv_weight = problem.qkv_bias = nullptr;
+  problem.proj_weight = problem.proj_bias = problem.position_table = problem.bias_table = nullptr;
+  return {to_bytes(step, like), packed};
+}
+
+std::tuple<Tensor, Tensor> freeze_head(OptionalTensors tensors, double eps) {
+  make_readable(tensors);
+  Step step = {};
+  step.kind = StepKind::head;
+  step.head = read_head(tensors, eps);
+  const Tensor& like = *tensors[0];
+  const Tensor packed = pack<HeadEval>(step.head, like);
+  step.head.norm_weight = step.head.norm_bias = step.head.weight = step.head.bias = nullptr;
+  return {to_bytes(step, like), packed};
+}
+
+// A step for maps of one size, C, H, W. padding, pool_padding: of an inverted bottleneck. window,
+// position_table: of an attention half. -> the step, and the table for windows of that size (empty
+// if there is none).
+std::tuple<Tensor, Tensor> freeze_for_maps(const Tensor& step_bytes,
+                                           const std::vector<int64_t>& size,
+                                           const std::vector<int64_t>& padding,
+                                           const std::vector<int64_t>& pool_padding,
+                                           const std::vector<int64_t>& window,
+                                           std::optional<Tensor> position_table) {
+  check_steps(step_bytes);
+  STD_TORCH_CHECK(step_bytes.numel() == kStepBytes, "step must be one step, got ",
+                  step_bytes.numel() / kStepBytes);
+  STD_TORCH_CHECK(size.size() == 3, "the size of a map must be C, H, W, got ",
+                  text_of(size.data(), size.size()));
+  const MapSize maps = {1, size[0], size[1], size[2]};
+  Step step = step_at(step_bytes, 0);
+  Tensor table = float_buffer(step_bytes, 0);
+  switch (step.kind) {
+    case StepKind::stem:
+      set_maps(maps, step.stem);
+      break;
+    case StepKind::mbconv:
+      set_maps(maps, padding, pool_padding, step.mbconv);
+      break;
+    case StepKind::attention_half: {
+      AttentionHalf& problem = step.attention_half;
+      set_maps(maps, window, problem);
+      if (!position_table.has_value()) break;
+      position_table = as_floats(*position_table);
+      set_position_table(position_table, problem);
+      table = float_buffer(step_bytes, AttentionHalfEval::table_size(problem));
+      AttentionHalfEval::make_table(problem, data_of(table));
+      problem.position_table = problem.bias_table = nullptr;
+      break;
+    }
+    case StepKind::head:
+      set_maps(maps, step.head);
+      break;
+  }
+  return {to_bytes(step, step_bytes), table};
+}
+
+// A pass through all steps.
+class Sequence {
+ public:
+  Sequence(const Tensor& x, const std::vector<Tensor>& packed)
+      : maps_(x), size_(map_size("x", x)), packed_(packed) {
+    STD_TORCH_CHECK(size_.height > 0 && size_.width > 0, "x must have H, W >= 1");
+    element_type("x", x.scalar_type());
+  }
+
+  const Tensor& result() const { return maps_; }
+  bool used_all_tensors() const { return next_ == packed_.size(); }
+
+  // keeps: the caller gets the result.
+  void compute(const Step& step, bool keeps) {
+    switch (step.kind) {
+      case StepKind::stem:
+        return compute(step.stem, keeps);
+      case StepKind::mbconv:
+        return compute(step.mbconv, keeps);
+      case StepKind::attention_half:
+        return compute(step.attention_half, keeps);
+      case StepKind::head:
+        return compute(step.head);
+    }
+    STD_TORCH_CHECK(false, "unknown step");
+  }
+
+ private:
+  void compute(StemProblem problem, bool keeps) {
+    expect(problem.in_channels, problem.height, problem.width);
+    STD_TORCH_CHECK(first_, "a stem must be the first step");
+    check_stem_input(maps_);
+    problem.batch = size_.batch;
+    StemEval eval(problem, take_packed(StemEval::packed_size(problem)));
+    eval.read(maps_);
+    const Tensor output = make_output(output_map(problem), keeps);
+    run(
+        output, [&](float* scratch) { eval.compute(data_of(output), scratch); },
+        [&] { return eval.scratch_size(); });
+  }
+
+  void compute(MBConvProblem problem, bool keeps) {
+    expect(problem.in_channels, problem.height, problem.width);
+    problem.batch = size_.batch;
+    problem.x_type = problem.output_type = element_type("x", maps_.scalar_type());
+    problem.x = readable_maps();
+    const float* packed = take_packed(MBConvEval::packed_size(problem));
+    const Tensor output = make_output(output_map(problem), keeps);
+    problem.output = output.mutable_data_ptr();
+    const MBConvEval eval(problem, packed);
+    run(
+        output, [&](float* scratch) { eval.compute(scratch); },
+        [&] { return eval.scratch_size(); });
+  }
+
+  void compute(AttentionHalf problem, bool keeps) {
+    expect(problem.channels, problem.height, problem.width);
+    problem.batch = size_.batch;
+    problem.element = element_type("x", maps_.scalar_type());
+    problem.y = readable_maps();
+    const float* packed = take_packed(AttentionHalfEval::packed_size(problem));
+    const float* table = nullptr;
+    if (problem.position_height > 0) {
+      const int64_t places = (2 * problem.window_height - 1) * (2 * problem.window_width - 1);
+      table = take_packed(problem.heads * places);
+    }
+    const Tensor output = make_output(size_, keeps);
+    problem.result = output.mutable_data_ptr();
+    const AttentionHalfEval eval(problem, packed, table);
+    run(
+        output, [&](float* scratch) { eval.compute(scratch); },
+        [&] { return eval.scratch_size(); });
+  }
+
+  void compute(HeadProblem problem) {
+    expect(problem.channels, size_.height, size_.width);
+    STD_TORCH_CHECK(maps_.scalar_type() == ScalarType::Float, "a head reads float32");
+    problem.batch = size_.batch;
+    problem.pixels = size_.height * size_.width;
+    problem.x = static_cast<const float*>(readable_maps());
+    const HeadEval eval(problem, take_packed(HeadEval::packed_size(problem)));
+    const Tensor output =
+        torch::stable::new_empty(maps_, {problem.batch, eval.columns()}, ScalarType::Float);
+    run(
+        output, [&](float* scratch) { eval.compute(data_of(output), scratch); },
+        [&] { return eval.scratch_size(); });
+    size_ = {problem.batch, eval.columns(), 1, 1};
+  }
+
+  void expect(int64_t channels, int64_t height, int64_t width) const {
+    STD_TORCH_CHECK(size_.channels == channels && size_.height == height && size_.width == width,
+                    "the step is for maps of ", channels, " x ", height, " x ", width, ", got ",
+                    size_.channels, " x ", size_.height, " x ", size_.width);
+  }
+
+  const float* take_packed(int64_t count) {
+    STD_TORCH_CHECK(next_ < packed_.size(), "a frozen step has no weights");
+    return float_data("packed weights", packed_[next_++], {count});
+  }
+
+  // Results of steps are dense already, whatever shape their memory has.
+  const void* readable_maps() {
+    if (first_) {
+      maps_ = torch::stable::contiguous(maps_, torch::headeronly::MemoryFormat::ChannelsLast);
+    }
+    first_ = false;
+    return maps_.const_data_ptr();
+  }
+
+  Tensor make_output(const MapSize& size, bool keeps) {
+    first_ = false;
+    size_ = size;
+    if (keeps) return empty_maps(maps_, size, maps_.scalar_type());
+    return recycled_tensor(maps_, {size.batch * size.channels * size.height * size.width},
+                           maps_.scalar_type());
+  }
+
+  template <class Compute, class ScratchSize>
+  void run(const Tensor& output, const Compute& compute, const ScratchSize& scratch_size) {
+    if (size_.batch > 0) {
+      const Scratch memory(maps_, scratch_size());
+      compute(memory.data());
+    }
+    maps_ = output;
+  }
+
+  Tensor maps_;
+  MapSize size_;
+  bool first_ = true;
+  const std::vector<Tensor>& packed_;
+  size_t next_ = 0;
+};
+
+// x: [B, C, H, W] in any format. steps: for its size, one behind the other. packed: the packed
+// weights of each and, where it has one, its position table. kept: indices, ascending, of the steps
+// whose results are returned.
+std::vector<Tensor> frozen_forward(const Tensor& x, const Tensor& steps,
+                                   const std::vector<Tensor>& packed,
+                                   const std::vector<int64_t>& kept) {
+  check_steps(steps);
+  Sequence sequence(x, packed);
+  std::vector<Tensor> results;
+  for (int64_t index = 0; index < steps.numel() / kStepBytes; ++index) {
+    const bool keeps = std::find(kept.begin(), kept.end(), index) != kept.end();
+    sequence.compute(step_at(steps, index), keeps);
+    if (keeps) results.push_back(sequence.result());
+  }
+  STD_TORCH_CHECK(results.size() == kept.size() && sequence.used_all_tensors(),
+                  "steps, packed weights and kept results do not fit together");
+  return results;
+}
+
+}  // namespace
+}  // namespace moat_kernels::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CPU, library) {
+  using namespace moat_kernels::cpu;
+  library.impl("cpu_freeze_stem", TORCH_BOX(&freeze_stem));
+  library.impl("cpu_freeze_mbconv", TORCH_BOX(&freeze_mbconv));
+  library.impl("cpu_freeze_attention_half", TORCH_BOX(&freeze_attention_half));
+  library.impl("cpu_freeze_head", TORCH_BOX(&freeze_head));
+  library.impl("cpu_freeze_for_maps", TORCH_BOX(&freeze_for_maps));
+  library.impl("cpu_frozen_forward", TORCH_BOX(&frozen_forward));
+}

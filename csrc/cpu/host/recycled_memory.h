@@ -1,0 +1,26 @@
+#pragma once
+
+// Memory for large tensors that is used again. The system clears every page that it hands out,
+// which for a tensor that is written once and read twice costs about as much as writing it; the C
+// library gives large blocks back to the system at once, and gets them cleared anew in every
+// training step.
+//
+// A released block is kept, up to the most that was ever in use at a time: a request that no kept
+// block fits is cut from a larger one, or takes the pages of several. The system may take the pages
+// of a block that was long out of use when it needs memory (MADV_FREE).
+
+#include <utility>
+
+#include "cpu/host/tensors.h"
+
+namespace moat_kernels::cpu {
+
+// An uninitialised CPU tensor. Small ones come from PyTorch's allocator, and all where the system
+// is not Linux.
+Tensor recycled_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType type);
+
+inline Tensor recycled_floats(const Tensor& like, std::vector<int64_t> sizes) {
+  return recycled_tensor(like, std::move(sizes), ScalarType::Float);
+}
+
+}  // namespace moat_kernels::cpu

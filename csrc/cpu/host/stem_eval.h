@@ -1,0 +1,40 @@
+#pragma once
+
+// The stem with fixed statistics, for the op that takes plain weights and for those that keep
+// packed ones.
+
+#include "cpu/common/stem_eval_kernels.h"
+#include "cpu/host/tensors.h"
+
+namespace moat_kernels::cpu {
+
+// Sizes are in floats.
+class StemEval {
+ public:
+  // All weights of a problem as the kernels read them.
+  static int64_t packed_size(const StemProblem& problem);
+  static void pack(const StemProblem& problem, float* packed);
+
+  // packed: what `pack` wrote; null: each call packs the problem's own weights.
+  StemEval(const StemProblem& problem, const float* packed) : problem_(problem), packed_(packed) {}
+  void read(const Tensor& x);  // any strides
+  int64_t scratch_size() const;
+  void compute(float* output, float* scratch);
+
+ private:
+  int64_t worker_size() const;
+
+  StemProblem problem_;
+  const float* packed_;
+};
+
+// Raises an error unless the kernel can read x.
+void check_stem_input(const Tensor& x);
+
+MapSize output_map(const StemProblem& problem);
+
+// All of a stem but the images that it reads; tensors must be contiguous floats.
+StemProblem read_stem(const OptionalTensors& tensors, double eps);
+void set_maps(const MapSize& x, StemProblem& problem);
+
+}  // namespace moat_kernels::cpu

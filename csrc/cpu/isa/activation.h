@@ -1,0 +1,152 @@
+#pragma once
+
+// Activations of vectors, and their derivatives.
+
+#include "cpu/isa/simd.h"
+
+namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
+
+// e^x, relative error 2e-7; 0 below -87.3, infinity above 88.7, NaN for NaN.
+[[gnu::always_inline]] inline Vec exponential(Vec x) {
+  constexpr float kLowest = -87.3365f;
+  constexpr float kHighest = 88.7228f;
+  const Vec clamped = minimum(broadcast(88.3f), maximum(broadcast(kLowest), x));
+  // Adding 1.5 * 2^23 rounds to an integer.
+  const Vec n = fma(clamped, broadcast(1.44269504f), broadcast(12582912.0f)) - 12582912.0f;
+  // ln 2 in two parts, so that n * ln 2 is exact to the end of clamped.
+  const Vec r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+  // Cephes' expf: e^r = 1 + r + r^2 p(r) on [-ln2/2, ln2/2].
+  Vec p = fma(broadcast(1.9875691500e-4f), r, broadcast(1.3981999507e-3f));
+  p = fma(p, r, broadcast(8.3334519073e-3f));
+  p = fma(p, r, broadcast(4.1665795894e-2f));
+  p = fma(p, r, broadcast(1.6666665459e-1f));
+  p = fma(p, r, broadcast(5.0000001201e-1f));
+  p = fma(p, r * r, r + 1.0f);
+  const IntVec exponent = __builtin_convertvector(n, IntVec);
+  const Vec result = (Vec)((IntVec)p + (exponent << 23));
+  const Vec bounded = x > kHighest ? broadcast(__builtin_inff()) : result;
+  return x < kLowest ? Vec{} : (x != x ? x : bounded);
+}
+
+[[gnu::always_inline]] inline Vec sigmoid(Vec x) { return 1.0f / (1.0f + exponential(-x)); }
+
+// GELU(x) = relu(x) - t Phi(-t) with t = |x|. Phi(-t) falls like a Gaussian; its 16th root is
+// nearly a straight line, so a polynomial of low degree raised to the 16th power follows it without
+// a division or an exponential. Beyond kGeluRange the product is below 1e-7 and is held constant.
+constexpr float kGeluRange = 5.6f;
+
+// max(x, 0), but NaN for -infinity, which GELU in PyTorch multiplies by Phi(x) = 0.
+[[gnu::always_inline]] inline Vec gelu_relu(Vec x) { return minimum(absolute(x), x + absolute(x)); }
+
+// x * Phi(x), count vectors at once to hide latencies. Absolute error 4.8e-7 (one unit in the last
+// place at |x| = 4; PyTorch's own: 3.8e-7). The minimax fit of degree 6 to Phi(-t)^(1/16), weighted
+// by its effect on the product, has 2.4e-7 of it.
+template <int count>
+[[gnu::always_inline]] inline void gelu(Vec (&x)[count]) {
+  constexpr float kRoot[7] = {0.957604408f,    -0.0477672964f,   -0.0178059563f,  -0.00134401256f,
+                              0.000658403849f, -3.52191528e-05f, -1.17588206e-06f};
+  Vec t[count];
+  Vec q[count];
+  unroll<count>([&](auto i) __attribute__((always_inline)) {
+    t[i] = minimum(broadcast(kGeluRange), absolute(x[i]));
+    q[i] = broadcast(kRoot[6]);
+  });
+  unroll<6>([&](auto k) __attribute__((always_inline)) {
+    unroll<count>([&](auto i) __attribute__((always_inline)) {
+      q[i] = fma(q[i], t[i], broadcast(kRoot[5 - k]));
+    });
+  });
+  unroll<4>([&](auto) __attribute__((always_inline)) {
+    unroll<count>([&](auto i) __attribute__((always_inline)) { q[i] = q[i] * q[i]; });
+  });
+  unroll<count>([&](auto i)
+                    __attribute__((always_inline)) { x[i] = gelu_relu(x[i]) - t[i] * q[i]; });
+}
+
+struct ValueAndSlope {
+  Vec value;
+  Vec slope;
+};
+
+// GELU and its derivative. Absolute errors 3.1e-7 and 8.4e-7. The polynomial of degree 7 is fitted
+// to both; with h(t) = t q^16, h' = q^15 (q + 16 t q'), whose coefficients are (1 + 16 k) q_k.
+[[gnu::always_inline]] inline ValueAndSlope gelu_and_slope(Vec x) {
+  constexpr float kRoot[8] = {0.957603335f,  -0.0477546751f,   -0.0178526528f,   -0.00126567588f,
+                              0.0005910084f, -4.58297382e-06f, -8.13178212e-06f, 6.17843966e-07f};
+  const Vec t = minimum(broadcast(kGeluRange), absolute(x));
+  Vec q = broadcast(kRoot[7]);
+  Vec r = broadcast(kRoot[7] * 113.0f);
+  unroll<7>([&](auto k) __attribute__((always_inline)) {
+    q = fma(q, t, broadcast(kRoot[6 - k]));
+    r = fma(r, t, broadcast(kRoot[6 - k] * (1.0f + 16.0f * (6 - k))));
+  });
+  const Vec q2 = q * q;
+  const Vec q4 = q2 * q2;
+  const Vec q8 = q4 * q4;
+  const Vec q15 = q8 * q4 * (q2 * q);
+  const Vec slope = r * q15;
+  return {gelu_relu(x) - t * (q15 * q), x > 0.0f ? 1.0f - slope : slope};
+}
+
+[[gnu::always_inline]] inline ValueAndSlope silu_and_slope(Vec x) {
+  const Vec gate = sigmoid(x);
+  const Vec value = x * gate;
+  return {value, gate + value * (1.0f - gate)};
+}
+
+// x sigmoid(2 u) with u = sqrt(2/pi) (x + 0.044715 x^3), which is 0.5 x (1 + tanh u).
+[[gnu::always_inline]] inline ValueAndSlope gelu_tanh_and_slope(Vec x) {
+  constexpr float kScale = 2.0f * 0.7978845608f;
+  constexpr float kCubic = 0.044715f;
+  const Vec square = x * x;
+  const Vec gate = sigmoid(kScale * x * (1.0f + kCubic * square));
+  const Vec slope = kScale * (1.0f + 3.0f * kCubic * square);
+  return {x * gate, gate + x * gate * (1.0f - gate) * slope};
+}
+
+// NaN stays NaN.
+[[gnu::always_inline]] inline Vec relu(Vec x) { return maximum(Vec{}, x); }
+
+// count vectors through an activation, in place.
+template <Activation kind, int count>
+[[gnu::always_inline]] inline void activate(Vec (&x)[count]) {
+  if constexpr (kind == Activation::gelu) {
+    gelu<count>(x);
+  } else if constexpr (kind != Activation::identity) {
+    unroll<count>([&](auto i) __attribute__((always_inline)) {
+      if constexpr (kind == Activation::gelu_tanh) x[i] = gelu_tanh_and_slope(x[i]).value;
+      if constexpr (kind == Activation::silu) x[i] = x[i] * sigmoid(x[i]);
+      if constexpr (kind == Activation::relu) x[i] = relu(x[i]);
+    });
+  }
+}
+
+template <Activation kind>
+[[gnu::always_inline]] inline ValueAndSlope activate_and_slope(Vec x) {
+  if constexpr (kind == Activation::gelu) return gelu_and_slope(x);
+  if constexpr (kind == Activation::gelu_tanh) return gelu_tanh_and_slope(x);
+  if constexpr (kind == Activation::silu) return silu_and_slope(x);
+  if constexpr (kind == Activation::relu) {
+    return {relu(x), x > 0.0f ? broadcast(1.0f) : (x != x ? x : Vec{})};
+  }
+  return {x, broadcast(1.0f)};
+}
+
+// Calls function(Constant<kind>) for a kind known at run time.
+template <class Function>
+[[gnu::always_inline]] inline void with_activation(Activation kind, Function&& function) {
+  switch (kind) {
+    case Activation::identity:
+      return function(Constant<Activation::identity>{});
+    case Activation::gelu:
+      return function(Constant<Activation::gelu>{});
+    case Activation::gelu_tanh:
+      return function(Constant<Activation::gelu_tanh>{});
+    case Activation::silu:
+      return function(Constant<Activation::silu>{});
+    case Activation::relu:
+      return function(Constant<Activation::relu>{});
+  }
+}
+
+}  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

@@ -1,0 +1,244 @@
+#pragma once
+
+// Products of small matrices that lie in cache: C[rows x columns] += A[rows x depth] B[depth x
+// columns]. B is packed in panels of kPanel columns ([columns/kPanel][depth][kPanel], padded with
+// zeros), so that the inner loop reads it in order. The micro-kernel holds a block of kRows x
+// kPanel of C in registers: 12 of the 16 that AVX2 has. Each step of depth loads two vectors of B,
+// broadcasts kRows elements of A and does 12 fused multiply-adds, which is what the FMA units can
+// take while the loads stay below their own limit.
+
+#include "cpu/isa/simd.h"
+
+namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
+
+constexpr int kRows = 6;
+constexpr int kVectors = 2;
+constexpr int kPanel = kVectors * kWidth;
+
+inline int64_t panelled(int64_t columns) { return round_up(columns, kPanel); }
+
+// Panels of B beyond this depth would not stay in a 32 KB L1 cache beside the rows of A.
+constexpr int64_t kDepth = 384;
+
+// A matrix by its strides in floats.
+struct Strided {
+  const float* data;
+  int64_t row_stride;
+  int64_t depth_stride;
+};
+
+// Memory that will be read soon. While a product runs it asks for a cache line in every four steps
+// of depth, so that operands from beyond the caches arrive while others are used.
+struct Ahead {
+  const float* next;
+  const float* end;
+};
+
+constexpr int64_t kLineFloats = 16;
+constexpr int kIntoL2 = 2;  // of the prefetch instruction: what it asks for is too much for L1
+
+// What a product reads after a piece of a panel of packed B, which is `depth` of `panel_depth`
+// steps deep: that piece of the next panel or, after the last one, what lies behind in memory,
+// which is the next piece or another operand.
+inline Ahead after_piece(const float* piece, int64_t depth, int64_t panel_depth, bool last_panel) {
+  const float* next = piece + (last_panel ? depth : panel_depth) * kPanel;
+  return {next, next + depth * kPanel};
+}
+
+// One step of depth: c += a[0 .. rows) * b.
+template <int rows, int vectors>
+[[gnu::always_inline]] inline void multiply_step(const float* a, const float* a3,
+                                                 int64_t row_stride, const float* b,
+                                                 Vec (&c)[rows][vectors]) {
+  Vec panel[vectors];
+  unroll<vectors>([&](auto j) __attribute__((always_inline)) { panel[j] = load(b + j * kWidth); });
+  unroll<rows>([&](auto i) __attribute__((always_inline)) {
+    const Vec factor = broadcast(i < 3 ? a[i * row_stride] : a3[(i - 3) * row_stride]);
+    unroll<vectors>(
+        [&](auto j) __attribute__((always_inline)) { c[i][j] = fma(factor, panel[j], c[i][j]); });
+  });
+}
+
+// c += A B for one block of rows and `vectors` vectors of columns of a panel. b_stride: floats from
+// one step of depth to the next in B, kPanel if B is packed.
+template <int rows, int vectors>
+[[gnu::always_inline]] inline void multiply(Strided a, const float* b, int64_t b_stride,
+                                            int64_t depth, Vec (&result)[rows][vectors],
+                                            Ahead& ahead) {
+  Vec c[rows][vectors];
+  unroll<rows * vectors>([&](auto i) __attribute__((always_inline)) {
+    c[i / vectors][i % vectors] = result[i / vectors][i % vectors];
+  });
+  const float* a0 = a.data;
+  const float* a3 = a.data + 3 * a.row_stride;
+  if (a.depth_stride == 1 && b_stride == kPanel) {
+    // Beyond the end it asks for one line again and again, which costs next to nothing.
+    const int64_t line = ahead.next < ahead.end ? kLineFloats : 0;
+    for (int64_t k = depth / 4; k > 0; --k) {
+      unroll<4>([&](auto step) __attribute__((always_inline)) {
+        multiply_step<rows, vectors>(a0 + step, a3 + step, a.row_stride, b + step * kPanel, c);
+      });
+      __builtin_prefetch(ahead.next, 0, kIntoL2);
+      ahead.next += line;
+      a0 += 4;
+      a3 += 4;
+      b += 4 * kPanel;
+      // Two pointers and multiples of one stride address all rows; without this GCC keeps a pointer
+      // per row and runs out of registers.
+      asm volatile("" : "+r"(a0), "+r"(a3), "+r"(b));
+    }
+    depth %= 4;
+  }
+  for (; depth > 0; --depth) {
+    multiply_step<rows, vectors>(a0, a3, a.row_stride, b, c);
+    a0 += a.depth_stride;
+    a3 += a.depth_stride;
+    b += b_stride;
+    asm volatile("" : "+r"(a0), "+r"(a3), "+r"(b));
+  }
+  unroll<rows * vectors>([&](auto i) __attribute__((always_inline)) {
+    result[i / vectors][i % vectors] = c[i / vectors][i % vectors];
+  });
+}
+
+// Calls function(Constant<rows>, first_row) over blocks of at most kRows rows, as even as possible:
+// 49 rows are 4 x 6 + 5 x 5 and not 8 x 6 + 1, whose last block would be slow.
+template <class Function>
+[[gnu::always_inline]] inline void for_row_blocks(int64_t rows, Function&& function) {
+  const int64_t blocks = divide_up(rows, kRows);
+  int64_t first = 0;
+  for (int64_t block = 0; block < blocks; ++block) {
+    const int64_t count = rows / blocks + (block < rows % blocks);
+    switch (count) {
+      case 1:
+        function(Constant<1>{}, first);
+        break;
+      case 2:
+        function(Constant<2>{}, first);
+        break;
+      case 3:
+        function(Constant<3>{}, first);
+        break;
+      case 4:
+        function(Constant<4>{}, first);
+        break;
+      case 5:
+        function(Constant<5>{}, first);
+        break;
+      default:
+        function(Constant<6>{}, first);
+        break;
+    }
+    first += count;
+  }
+}
+
+// Calls function(Constant<vectors>, first_column) over panels of `columns` columns; a last panel
+// that needs one vector only is given as such.
+template <class Function>
+[[gnu::always_inline]] inline void for_panels(int64_t columns, Function&& function) {
+  for (int64_t first = 0; first < columns; first += kPanel) {
+    if (columns - first <= kWidth) {
+      function(Constant<1>{}, first);
+    } else {
+      function(Constant<kVectors>{}, first);
+    }
+  }
+}
+
+// C[rows x columns] (+)= A B. C is read only if `accumulate`, and written, with its columns rounded
+// up to a vector, to c[row * c_stride + column]. panel_stride: floats from one panel of B to the
+// next; depth_stride: from one step of depth to the next in a panel. bias: where C is not read,
+// each row starts from it, if it is not null; as many floats as columns are written.
+inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b,
+                 int64_t panel_stride, int64_t depth_stride, float* c, int64_t c_stride,
+                 bool accumulate, const float* bias = nullptr) {
+  const int64_t pieces = larger(divide_up(depth, kDepth), 1);
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t first = depth * piece / pieces;
+    const int64_t count = depth * (piece + 1) / pieces - first;
+    const bool reads_c = accumulate || piece > 0;
+    for_panels(columns, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
+      constexpr int kBlockVectors = decltype(vectors)::value;
+      const float* panel = b + column / kPanel * panel_stride + first * depth_stride;
+      Ahead ahead = after_piece(panel, count, panel_stride / kPanel, column + kPanel >= columns);
+      for_row_blocks(rows, [&](auto block_rows, int64_t row) __attribute__((always_inline)) {
+        constexpr int kBlockRows = decltype(block_rows)::value;
+        float* block = c + row * c_stride + column;
+        Vec sums[kBlockRows][kBlockVectors] = {};
+        if (reads_c || bias) {
+          const float* start = reads_c ? block : bias + column;
+          const int64_t start_stride = reads_c ? c_stride : 0;
+          unroll<kBlockRows * kBlockVectors>([&](auto i) __attribute__((always_inline)) {
+            constexpr int r = i / kBlockVectors;
+            constexpr int v = i % kBlockVectors;
+            sums[r][v] = load(start + r * start_stride + v * kWidth);
+          });
+        }
+        const Strided rows_of_a = {a.data + row * a.row_stride + first * a.depth_stride,
+                                   a.row_stride, a.depth_stride};
+        multiply<kBlockRows, kBlockVectors>(rows_of_a, panel, depth_stride, count, sums, ahead);
+        unroll<kBlockRows * kBlockVectors>([&](auto i) __attribute__((always_inline)) {
+          constexpr int r = i / kBlockVectors;
+          constexpr int v = i % kBlockVectors;
+          store(block + r * c_stride + v * kWidth, sums[r][v]);
+        });
+      });
+    });
+  }
+}
+
+// destination[depth][kPanel] = source[column][depth]^T, columns beyond `columns` zero, element
+// (column, k) times column_scale[column] * depth_scale[k]; either scale may be null.
+inline void pack_panel(const float* source, int64_t source_stride, int64_t columns, int64_t depth,
+                       const float* column_scale, const float* depth_scale, float* destination) {
+  for (int64_t first = 0; first < kPanel; first += kWidth) {
+    const int64_t valid = columns - first;
+    int64_t k = 0;
+    if (valid >= kWidth) {
+      for (; k + kWidth <= depth; k += kWidth) {
+        Vec tile[kWidth];
+        unroll<kWidth>([&](auto i) __attribute__((always_inline)) {
+          tile[i] = load(source + (first + i) * source_stride + k);
+        });
+        transpose(tile);
+        const Vec scale = column_scale ? load(column_scale + first) : broadcast(1.0f);
+        unroll<kWidth>([&](auto i) __attribute__((always_inline)) {
+          const Vec factor = depth_scale ? scale * depth_scale[k + i] : scale;
+          store(destination + (k + i) * kPanel + first, tile[i] * factor);
+        });
+      }
+    }
+    for (; k < depth; ++k) {
+      for (int64_t i = 0; i < kWidth; ++i) {
+        float value = 0.0f;
+        if (i < valid) {
+          value = source[(first + i) * source_stride + k];
+          if (column_scale) value *= column_scale[first + i];
+          if (depth_scale) value *= depth_scale[k];
+        }
+        destination[k * kPanel + first + i] = value;
+      }
+    }
+  }
+}
+
+// Panels of source[columns][depth]^T one after the other: [columns/kPanel][depth][kPanel].
+inline void pack(const float* source, int64_t source_stride, int64_t columns, int64_t depth,
+                 const float* column_scale, const float* depth_scale, float* destination) {
+  for (int64_t first = 0; first < columns; first += kPanel) {
+    // Short pieces of far rows are what the hardware does not prefetch.
+    constexpr int64_t kLine = 16;
+    const int64_t next = smaller(columns, first + 2 * kPanel);
+    for (int64_t column = first + kPanel; column < next && depth <= 8 * kLine; ++column) {
+      for (int64_t k = 0; k < depth; k += kLine) {
+        __builtin_prefetch(source + column * source_stride + k);
+      }
+    }
+    pack_panel(source + first * source_stride, source_stride, columns - first, depth,
+               column_scale ? column_scale + first : nullptr, depth_scale, destination);
+    destination += depth * kPanel;
+  }
+}
+
+}  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

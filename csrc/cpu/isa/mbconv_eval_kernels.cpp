@@ -1,0 +1,225 @@
+// The inverted bottleneck with fixed statistics,
+//   output = shortcut(x) + s W2' (gate * act(dw3x3(act(x W1' + b1'), b2'))) + b3'
+// with every batch norm folded into its neighbour (mbconv_pack.h). For each strip of output rows
+// and each block of 64 of the E channels: expand into a tile, depthwise into a second tile, project
+// into a sum over the blocks; tiles and sum together take about half an L2 cache. Memory moves x
+// and the output once (each strip but the first reuses the last rows of the one before) and the
+// weights; of the E channels only squeeze-excite, which needs them twice, stores one image's.
+
+#include "cpu/common/mbconv_eval_kernels.h"
+
+#include "cpu/isa/mbconv_finish.h"
+#include "cpu/isa/mbconv_strip.h"
+
+namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
+namespace {
+
+Tiles carve(const MBConvProblem& problem, float* scratch) {
+  Tiles tiles;
+  tiles_size(problem, scratch, &tiles);
+  return tiles;
+}
+
+const float* packed_block(const MBConvProblem& problem, const float* packed, int64_t block) {
+  return packed + packed_layout(problem).blocks + block * block_floats(problem);
+}
+
+PackedBlock block_weights(const MBConvProblem& problem, const float* packed, int64_t block) {
+  return divide_block(problem, const_cast<float*>(packed_block(problem, packed, block)));
+}
+
+// sums [pixels][panelled C_out] (+)= stencil [pixels][kPitch] times a block's project weights.
+void project(const MBConvProblem& problem, int64_t block, const float* stencil, int64_t pixels,
+             const float* weights, bool accumulate, float* sums) {
+  const int64_t depth = block_valid(problem, block);
+  gemm(pixels, problem.out_channels, depth, {stencil, kPitch, 1}, weights, depth * kPanel, kPanel,
+       sums, panelled(problem.out_channels), accumulate);
+}
+
+// Walks the strips of a task and calls done(first_row, last_row, sums) after each. The sums of a
+// strip are at sums_of(first_row).
+template <class SumsOf, class Done>
+void walk(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
+          const Tiles& tiles, SumsOf&& sums_of, Done&& done) {
+  StripWalk strips(problem, tiles, task.image, task.images);
+  const int64_t step = strip_rows(problem);
+  for (int64_t first = task.first_row; first < task.last_row; first += step) {
+    const int64_t last = smaller(first + step, task.last_row);
+    const int64_t pixels = task.images * (last - first) * problem.out_width;
+    const bool carries = last < task.last_row;
+    strips.enter(first, last);
+    float* sums = sums_of(first);
+    for (int64_t block = task.first_block; block < task.last_block; ++block) {
+      PackedBlock weights = block_weights(problem, packed, block);
+      if (task.packs) {
+        pack_block(problem, packed, block, tiles.weights);
+        weights = divide_block(problem, tiles.weights);
+      }
+      strips.compute(block, weights, block - task.first_block, carries, tiles.stencil);
+      project(problem, block, tiles.stencil, pixels, weights.project, block > task.first_block,
+              sums);
+    }
+    strips.has_carried = true;
+    done(first, last, sums);
+  }
+}
+
+}  // namespace
+
+int64_t mbconv_eval_blocks(const MBConvProblem& problem) { return block_count(problem); }
+
+int64_t mbconv_eval_packed_size(const MBConvProblem& problem, bool with_blocks) {
+  const int64_t blocks = with_blocks ? block_count(problem) : 0;
+  return packed_layout(problem).blocks + blocks * block_floats(problem);
+}
+
+int64_t mbconv_eval_scratch_size(const MBConvProblem& problem) {
+  return tiles_size(problem, nullptr, nullptr);
+}
+
+int64_t mbconv_eval_result_columns(const MBConvProblem& problem) {
+  return panelled(problem.out_channels);
+}
+
+int64_t mbconv_eval_gated_size(const MBConvProblem& problem) {
+  return block_count(problem) * problem.out_height * problem.out_width * kPitch;
+}
+
+int64_t mbconv_eval_gate_size(const MBConvProblem& problem) {
+  return block_count(problem) * kBlock;
+}
+
+int64_t mbconv_eval_strip_rows(const MBConvProblem& problem) { return strip_rows(problem); }
+
+bool mbconv_eval_groups(const MBConvProblem& problem) { return holds_whole_images(problem); }
+
+void mbconv_eval_fold(const MBConvProblem& problem, float* packed) { fold_shared(problem, packed); }
+
+void mbconv_eval_pack(const MBConvProblem& problem, int64_t block, float* packed) {
+  pack_block(problem, packed, block, const_cast<float*>(packed_block(problem, packed, block)));
+}
+
+void mbconv_eval_fused(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
+                       float* scratch) {
+  const Tiles tiles = carve(problem, scratch);
+  walk(
+      problem, packed, task, tiles, [&](int64_t) { return tiles.result; },
+      [&](int64_t first, int64_t last, float* sums) {
+        const int64_t size = (last - first) * problem.out_width * panelled(problem.out_channels);
+        for (int64_t i = 0; i < task.images; ++i) {
+          finish_rows(problem, packed, task.image + i, first, last, sums + i * size, tiles.pooled);
+        }
+      });
+}
+
+void mbconv_eval_bottleneck(const MBConvProblem& problem, const float* packed,
+                            const MBConvTask& task, float* scratch, float* partial) {
+  const Tiles tiles = carve(problem, scratch);
+  const int64_t row = problem.out_width * panelled(problem.out_channels);
+  walk(
+      problem, packed, task, tiles,
+      [&](int64_t first) { return partial + (first - task.first_row) * row; },
+      [](int64_t, int64_t, float*) {});
+}
+
+void mbconv_eval_finish(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
+                        float* scratch, float* partials, int64_t parts, int64_t part_stride) {
+  const Tiles tiles = carve(problem, scratch);
+  const int64_t row = problem.out_width * panelled(problem.out_channels);
+  const int64_t step = strip_rows(problem);
+  for (int64_t first = task.first_row; first < task.last_row; first += step) {
+    const int64_t last = smaller(first + step, task.last_row);
+    float* sums = partials + first * row;
+    for (int64_t part = 1; part < parts; ++part) {
+      add(sums + part * part_stride, (last - first) * row, sums);
+    }
+    finish_rows(problem, packed, task.image, first, last, sums, tiles.pooled);
+  }
+}
+
+void mbconv_eval_stencil(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
+                         float* scratch, float* gated, float* sums) {
+  const Tiles tiles = carve(problem, scratch);
+  const int64_t pixels = problem.out_height * problem.out_width;
+  const int64_t step = strip_rows(problem);
+  clear(sums, mbconv_eval_gate_size(problem));
+  StripWalk strips(problem, tiles, task.image, 1);
+  for (int64_t first = task.first_row; first < task.last_row; first += step) {
+    const int64_t last = smaller(first + step, task.last_row);
+    strips.enter(first, last);
+    for (int64_t block = task.first_block; block < task.last_block; ++block) {
+      float* stencil = gated + (block * pixels + first * problem.out_width) * kPitch;
+      strips.compute(block, block_weights(problem, packed, block), block - task.first_block,
+                     last < task.last_row, stencil);
+      const int64_t count = (last - first) * problem.out_width;
+      for (int64_t channel = 0; channel < block_channels(problem, block); channel += kWidth) {
+        Vec sum = {};
+        for (int64_t pixel = 0; pixel < count; ++pixel) {
+          sum += load(stencil + pixel * kPitch + channel);
+        }
+        float* total = sums + block * kBlock + channel;
+        store(total, load(total) + sum);
+      }
+    }
+    strips.has_carried = true;
+  }
+}
+
+void mbconv_eval_gate(const MBConvProblem& problem, const float* sums, int64_t parts,
+                      int64_t part_stride, float* scratch, float* gate) {
+  const SqueezeExcite& excite = problem.squeeze_excite;
+  const int64_t wide = problem.wide_channels;
+  const float factor = 1.0f / static_cast<float>(problem.out_height * problem.out_width);
+  float* mean = gate;
+  for (int64_t i = 0; i < wide; ++i) {
+    float sum = 0.0f;
+    for (int64_t part = 0; part < parts; ++part) sum += sums[part * part_stride + i];
+    mean[i] = sum * factor;
+  }
+  float* reduced = scratch;
+  for (int64_t i = 0; i < excite.channels; ++i) {
+    float value = dot(excite.reduce.weight + i * wide, mean, wide);
+    if (excite.reduce.bias) value += excite.reduce.bias[i];
+    Vec activated[1] = {broadcast(value)};
+    with_activation(excite.activation, [&](auto kind) __attribute__((always_inline)) {
+      activate<decltype(kind)::value, 1>(activated);
+    });
+    reduced[i] = activated[0][0];
+  }
+  for (int64_t i = 0; i < wide; ++i) {
+    const float value = dot(excite.expand.weight + i * excite.channels, reduced, excite.channels);
+    gate[i] = value + (excite.expand.bias ? excite.expand.bias[i] : 0.0f);
+  }
+  for (int64_t i = 0; i < wide; i += kWidth) {  // the gate is padded to whole blocks
+    store(gate + i, sigmoid(load(gate + i)));
+  }
+}
+
+void mbconv_eval_project(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
+                         float* scratch, const float* gated, const float* gate) {
+  const Tiles tiles = carve(problem, scratch);
+  const int64_t pixels = problem.out_height * problem.out_width;
+  const int64_t step = strip_rows(problem);
+  for (int64_t first = task.first_row; first < task.last_row; first += step) {
+    const int64_t last = smaller(first + step, task.last_row);
+    for (int64_t block = 0; block < block_count(problem); ++block) {
+      // The gate scales rows of the weights: fewer numbers than pixels of the strip.
+      const float* weights = block_weights(problem, packed, block).project;
+      const int64_t depth = block_valid(problem, block);
+      for (int64_t panel = 0; panel < panelled(problem.out_channels) / kPanel; ++panel) {
+        for (int64_t k = 0; k < depth; ++k) {
+          const int64_t at = (panel * depth + k) * kPanel;
+          const float factor = gate[block * kBlock + k];
+          for (int64_t i = 0; i < kPanel; i += kWidth) {
+            store(tiles.weights + at + i, load(weights + at + i) * factor);
+          }
+        }
+      }
+      project(problem, block, gated + (block * pixels + first * problem.out_width) * kPitch,
+              (last - first) * problem.out_width, tiles.weights, block > 0, tiles.result);
+    }
+    finish_rows(problem, packed, task.image, first, last, tiles.result, tiles.pooled);
+  }
+}
+
+}  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

@@ -1,0 +1,174 @@
+#pragma once
+
+// The weights of an inverted bottleneck with all batch norms folded in, packed block by block:
+//   expand      a1 W1 a0            [channels/kPanel][C_in][kPanel]
+//   its bias    a1 (W1 s0 + b - m1) + s1
+//   depthwise   a2 w                [9][channels]
+//   its bias    a2 (b - m2) + s2
+//   project     a3 W2               [C_out/kPanel][valid channels][kPanel]
+// where a norm is x -> a x + s, or a (x - m) + s. A block is kBlock of the E channels. `channels`
+// of the last one are rounded up to whole panels with zeros; the project convolution does not read
+// those.
+
+#include "cpu/common/mbconv_problem.h"
+#include "cpu/isa/gemm.h"
+
+namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
+
+constexpr int64_t kBlock = kWideChannels;
+
+inline int64_t block_count(const MBConvProblem& problem) {
+  return divide_up(problem.wide_channels, kBlock);
+}
+
+// Channels of a block that exist, and the same rounded up to panels.
+inline int64_t block_valid(const MBConvProblem& problem, int64_t block) {
+  return smaller(kBlock, problem.wide_channels - block * kBlock);
+}
+inline int64_t block_channels(const MBConvProblem& problem, int64_t block) {
+  return round_up(block_valid(problem, block), kPanel);
+}
+
+// Where things lie in the packed buffer, in floats. The blocks follow.
+struct PackedLayout {
+  int64_t pre_scale, pre_shift;  // [C_in]
+  int64_t project_scale;         // [C_out]
+  int64_t project_bias;          // [panelled C_out]
+  int64_t shortcut_bias;         // [panelled C_out]
+  int64_t shortcut;              // panels, [C_in] deep
+  int64_t blocks;
+};
+
+inline PackedLayout packed_layout(const MBConvProblem& problem) {
+  PackedLayout layout;
+  const int64_t out_columns = panelled(problem.out_channels);
+  int64_t end = 0;
+  const auto take = [&](int64_t floats) {
+    const int64_t begin = end;
+    end += round_up(floats, 16);
+    return begin;
+  };
+  layout.pre_scale = take(problem.in_channels);
+  layout.pre_shift = take(problem.in_channels);
+  layout.project_scale = take(problem.out_channels);
+  layout.project_bias = take(out_columns);
+  layout.shortcut_bias = take(out_columns);
+  layout.shortcut = take(problem.projects_shortcut ? out_columns * problem.in_channels : 0);
+  layout.blocks = end;
+  return layout;
+}
+
+struct PackedBlock {
+  float* expand;
+  float* expand_bias;
+  float* depthwise;
+  float* depthwise_bias;
+  float* project;
+};
+
+// Floats that one block takes.
+inline int64_t block_floats(const MBConvProblem& problem) {
+  return kBlock * (problem.in_channels + panelled(problem.out_channels) + 2 + 9);
+}
+
+// The parts of a block that lies in `memory`.
+inline PackedBlock divide_block(const MBConvProblem& problem, float* memory) {
+  PackedBlock result;
+  result.expand = memory;
+  result.expand_bias = result.expand + kBlock * problem.in_channels;
+  result.depthwise = result.expand_bias + kBlock;
+  result.depthwise_bias = result.depthwise + 9 * kBlock;
+  result.project = result.depthwise_bias + kBlock;
+  return result;
+}
+
+struct ScaleAndShift {
+  float scale;
+  float shift;
+};
+
+// A norm as value * scale + shift, for channel `i` of a value that lacks `bias` (null: zero).
+inline ScaleAndShift fold_norm(const BatchNorm& norm, const float* bias, int64_t i) {
+  const float offset = bias ? bias[i] : 0.0f;
+  if (!norm.present) return {1.0f, offset};
+  float scale = 1.0f / __builtin_sqrtf(norm.variance[i] + norm.eps);
+  if (norm.weight) scale *= norm.weight[i];
+  return {scale, (offset - norm.mean[i]) * scale + (norm.bias ? norm.bias[i] : 0.0f)};
+}
+
+// What all blocks share.
+inline void fold_shared(const MBConvProblem& problem, float* packed) {
+  const PackedLayout layout = packed_layout(problem);
+  for (int64_t i = 0; i < problem.in_channels; ++i) {
+    const ScaleAndShift folded = fold_norm(problem.pre_norm, nullptr, i);
+    packed[layout.pre_scale + i] = folded.scale;
+    packed[layout.pre_shift + i] = folded.shift;
+  }
+  for (int64_t i = 0; i < panelled(problem.out_channels); ++i) {
+    const bool valid = i < problem.out_channels;
+    ScaleAndShift folded = {0.0f, 0.0f};
+    if (valid) folded = fold_norm(problem.project_norm, problem.project.bias, i);
+    if (valid) packed[layout.project_scale + i] = folded.scale;
+    packed[layout.project_bias + i] = folded.shift;
+    packed[layout.shortcut_bias + i] =
+        valid && problem.shortcut.bias ? problem.shortcut.bias[i] : 0.0f;
+  }
+  if (problem.projects_shortcut) {
+    pack(problem.shortcut.weight, problem.in_channels, problem.out_channels, problem.in_channels,
+         nullptr, nullptr, packed + layout.shortcut);
+  }
+}
+
+inline float dot(const float* a, const float* b, int64_t count) {
+  constexpr int kSums = 4;  // hide the latency of the additions
+  Vec sums[kSums] = {};
+  int64_t i = 0;
+  for (; i + kSums * kWidth <= count; i += kSums * kWidth) {
+    unroll<kSums>([&](auto j) __attribute__((always_inline)) {
+      sums[j] = fma(load(a + i + j * kWidth), load(b + i + j * kWidth), sums[j]);
+    });
+  }
+  float result = sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
+  for (; i < count; ++i) result += a[i] * b[i];
+  return result;
+}
+
+// One block, to `memory`. packed: holds what fold_shared wrote.
+inline void pack_block(const MBConvProblem& problem, const float* packed, int64_t block,
+                       float* memory) {
+  const PackedLayout layout = packed_layout(problem);
+  const PackedBlock to = divide_block(problem, memory);
+  const int64_t first = block * kBlock;
+  const int64_t valid = block_valid(problem, block);
+  const int64_t channels = block_channels(problem, block);
+  const float* expand = problem.expand.weight + first * problem.in_channels;
+  const float* pre_shift = packed + layout.pre_shift;
+  float scale[kBlock];
+  for (int64_t i = 0; i < channels; ++i) {
+    ScaleAndShift folded = {0.0f, 0.0f};
+    if (i < valid) {
+      folded = fold_norm(problem.expand_norm, problem.expand.bias, first + i);
+      if (problem.pre_norm.present) {
+        const float* row = expand + i * problem.in_channels;
+        folded.shift += folded.scale * dot(row, pre_shift, problem.in_channels);
+      }
+    }
+    scale[i] = folded.scale;
+    to.expand_bias[i] = folded.shift;
+  }
+  pack(expand, problem.in_channels, valid, problem.in_channels, scale, packed + layout.pre_scale,
+       to.expand);
+  for (int64_t i = 0; i < channels; ++i) {
+    ScaleAndShift folded = {0.0f, 0.0f};
+    if (i < valid) folded = fold_norm(problem.depthwise_norm, problem.depthwise.bias, first + i);
+    to.depthwise_bias[i] = folded.shift;
+    for (int64_t tap = 0; tap < 9; ++tap) {
+      to.depthwise[tap * channels + i] =
+          i < valid ? problem.depthwise.weight[(first + i) * 9 + tap] * folded.scale : 0.0f;
+    }
+  }
+  pack(problem.project.weight + first, problem.wide_channels, problem.out_channels, valid,
+       packed + layout.project_scale, nullptr, to.project);
+}
+
+}  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

@@ -1,0 +1,232 @@
+#pragma once
+
+// The front half of the inverted bottleneck for a strip of output rows and one block of E channels:
+// expand, activation and depthwise convolution, from x to a tile that stays in cache.
+
+#include "cpu/isa/depthwise.h"
+#include "cpu/isa/mbconv_pack.h"
+
+namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
+
+// Floats from one pixel to the next in tiles of E channels. A stride of exactly kBlock floats would
+// map the pixels of a row to a quarter of the sets of an L1 cache.
+constexpr int64_t kPitch = kBlock + 16;
+
+// What a tile of expanded rows may take of the L2 cache, in floats.
+constexpr int64_t kExpandedFloats = 40 * 1024;
+
+// The rows [first, last) of a map.
+struct Rows {
+  int64_t first, last;
+  int64_t count() const { return last - first; }
+};
+
+inline int64_t tile_columns(const MBConvProblem& problem) {
+  return larger(problem.left + problem.width, (problem.out_width - 1) * problem.stride + 3);
+}
+
+// The rows of the padded input that the output rows [first, last) see.
+inline Rows input_rows(const MBConvProblem& problem, int64_t first, int64_t last) {
+  const int64_t begin = first * problem.stride - problem.top;
+  return {begin, begin + (last - first - 1) * problem.stride + 3};
+}
+
+// Rows that a strip hands to the next one.
+inline int64_t carried_rows(const MBConvProblem& problem) { return 3 - problem.stride; }
+
+// Output rows per strip: as many as kExpandedFloats allow, at least two, evenly divided.
+inline int64_t strip_rows(const MBConvProblem& problem) {
+  const int64_t row = tile_columns(problem) * kPitch;
+  const int64_t fitting = larger((kExpandedFloats / row - 3) / problem.stride + 1, 2);
+  return divide_up(problem.out_height, divide_up(problem.out_height, fitting));
+}
+
+// Whether a tile may hold several images: all of each, so that their pixels follow one another.
+inline bool holds_whole_images(const MBConvProblem& problem) {
+  const Rows rows = input_rows(problem, 0, problem.out_height);
+  return strip_rows(problem) >= problem.out_height && rows.first <= 0 &&
+         rows.last >= problem.height;
+}
+
+// Scratch memory of one worker.
+struct Tiles {
+  float* expanded;  // [images][input rows of a strip][tile_columns][kPitch], zero outside the image
+  float* stencil;   // [images][output pixels of a strip][kPitch]
+  float* carried;   // [blocks][carried_rows][tile_columns][kPitch]
+  float* input;     // [images][input pixels of a strip][C_in], unless x is float
+  float* pooled;    // [output pixels of a strip][C_in]
+  float* result;    // [images][output pixels of a strip][panelled C_out]
+  float* weights;   // one block's weights, where they are packed or scaled on the spot
+  int32_t* offsets;  // [images][input pixels of a strip] -> their place in `expanded`
+};
+
+inline int64_t tiles_size(const MBConvProblem& problem, float* memory, Tiles* tiles) {
+  const int64_t rows = strip_rows(problem);
+  const int64_t in_rows = (rows - 1) * problem.stride + 3;
+  const int64_t row = tile_columns(problem) * kPitch;
+  const int64_t pixels = rows * problem.out_width;
+  int64_t end = 0;
+  const auto take = [&](int64_t floats) {
+    float* begin = memory + end;
+    end += round_up(floats, 16);
+    return begin;
+  };
+  const int64_t images = problem.images_per_tile;
+  Tiles result;
+  result.expanded = take(images * in_rows * row);
+  result.stencil = take(images * pixels * kPitch);
+  result.carried =
+      take(rows < problem.out_height ? block_count(problem) * carried_rows(problem) * row : 0);
+  const bool widens = problem.x_type != ElementType::float32;
+  result.input = take(widens ? images * in_rows * problem.width * problem.in_channels : 0);
+  result.pooled = take(problem.residual ? pixels * problem.in_channels : 0);
+  result.result = take(images * pixels * panelled(problem.out_channels));
+  result.weights = take(block_floats(problem));
+  result.offsets = reinterpret_cast<int32_t*>(take(images * in_rows * problem.width));
+  if (tiles) *tiles = result;
+  // Squeeze-excite keeps its reduced channels there.
+  return larger(end, problem.squeeze_excite.channels);
+}
+
+// `count` pixels of x from `pixel` of an image on, as float: in place if x is float, else converted
+// to `tile`.
+inline const float* float_pixels(const MBConvProblem& problem, int64_t image, int64_t pixel,
+                                 int64_t count, float* tile) {
+  const int64_t first = (image * problem.height * problem.width + pixel) * problem.in_channels;
+  if (problem.x_type == ElementType::float32) return static_cast<const float*>(problem.x) + first;
+  with_elements(problem.x_type, problem.x, [&](auto* x) __attribute__((always_inline)) {
+    widen(x + first, count * problem.in_channels, tile);
+  });
+  return tile;
+}
+
+// expanded[offsets[p]] = act(x[p] W + bias) for `pixels` rows of x [pixels][C_in].
+template <Activation kind>
+inline void expand_pixels(const float* x, int64_t pixels, int64_t in_channels, int64_t channels,
+                          const float* weights, const float* bias, const int32_t* offsets,
+                          float* expanded) {
+  const int64_t pieces = larger(divide_up(in_channels, kDepth), 1);
+  for (int64_t piece = 0; piece < pieces; ++piece) {
+    const int64_t first = in_channels * piece / pieces;
+    const int64_t depth = in_channels * (piece + 1) / pieces - first;
+    for (int64_t column = 0; column < channels; column += kPanel) {
+      const float* panel = weights + column * in_channels + first * kPanel;
+      Ahead ahead = after_piece(panel, depth, in_channels, column + kPanel >= channels);
+      for_row_blocks(pixels, [&](auto count, int64_t pixel) __attribute__((always_inline)) {
+        constexpr int kCount = decltype(count)::value;
+        float* out = expanded + column;
+        Vec sums[kCount][kVectors];
+        unroll<kCount * kVectors>([&](auto i) __attribute__((always_inline)) {
+          constexpr int r = i / kVectors;
+          constexpr int v = i % kVectors;
+          sums[r][v] = piece == 0 ? load(bias + column + v * kWidth)
+                                  : load(out + offsets[pixel + r] + v * kWidth);
+        });
+        multiply<kCount, kVectors>({x + pixel * in_channels + first, in_channels, 1}, panel, kPanel,
+                                   depth, sums, ahead);
+        const bool complete = piece == pieces - 1;
+        unroll<(kCount + 1) / 2>([&](auto pair) __attribute__((always_inline)) {
+          constexpr int kFirst = 2 * pair;
+          constexpr int kRowsHere = kCount - kFirst < 2 ? 1 : 2;
+          Vec values[kRowsHere * kVectors];
+          unroll<kRowsHere * kVectors>([&](auto i) __attribute__((always_inline)) {
+            values[i] = sums[kFirst + i / kVectors][i % kVectors];
+          });
+          if (complete) activate<kind, kRowsHere * kVectors>(values);
+          unroll<kRowsHere * kVectors>([&](auto i) __attribute__((always_inline)) {
+            store(out + offsets[pixel + kFirst + i / kVectors] + (i % kVectors) * kWidth,
+                  values[i]);
+          });
+        });
+      });
+    }
+  }
+}
+
+inline void clear(float* values, int64_t count) {
+  __builtin_memset(values, 0, static_cast<size_t>(count) * sizeof(float));
+}
+
+// A worker's way through consecutive strips of one image, or the one strip of several.
+struct StripWalk {
+  const MBConvProblem& problem;
+  const Tiles& tiles;
+  int64_t image;
+  int64_t images;
+  int64_t row_floats;
+  bool has_carried = false;
+  Rows expanded_rows = {};  // rows of x that this strip expands
+  Rows tile_rows = {};      // rows of the padded input in the tile
+  const float* x = nullptr;
+
+  StripWalk(const MBConvProblem& problem, const Tiles& tiles, int64_t image, int64_t images)
+      : problem(problem),
+        tiles(tiles),
+        image(image),
+        images(images),
+        row_floats(tile_columns(problem) * kPitch) {
+    const int64_t rows = (strip_rows(problem) - 1) * problem.stride + 3;
+    clear(tiles.expanded, images * rows * row_floats);
+  }
+
+  int64_t tile_floats() const { return tile_rows.count() * row_floats; }
+
+  // Starts the strip of output rows [first, last), which follows the strip before it, if any.
+  void enter(int64_t first, int64_t last) {
+    tile_rows = input_rows(problem, first, last);
+    const int64_t fresh = tile_rows.first + (has_carried ? carried_rows(problem) : 0);
+    expanded_rows.first = smaller(larger(fresh, 0), problem.height);
+    expanded_rows.last = larger(smaller(tile_rows.last, problem.height), expanded_rows.first);
+    const int64_t pixels = images * expanded_rows.count() * problem.width;
+    x = float_pixels(problem, image, expanded_rows.first * problem.width, pixels, tiles.input);
+    int32_t* offset = tiles.offsets;
+    for (int64_t i = 0; i < images; ++i) {
+      for (int64_t row = expanded_rows.first; row < expanded_rows.last; ++row) {
+        const int64_t begin =
+            i * tile_floats() + (row - tile_rows.first) * row_floats + problem.left * kPitch;
+        for (int64_t column = 0; column < problem.width; ++column) {
+          *offset++ = static_cast<int32_t>(begin + column * kPitch);
+        }
+      }
+    }
+  }
+
+  // stencil[pixel][kPitch] of this strip for one block of E channels. carry_slot: the block's place
+  // among those that this worker computes.
+  void compute(int64_t block, const PackedBlock& weights, int64_t carry_slot, bool carries,
+               float* stencil) {
+    const int64_t channels = block_channels(problem, block);
+    const int64_t carried_floats = carried_rows(problem) * row_floats;
+    float* carried = tiles.carried + carry_slot * carried_floats;
+    const size_t carried_bytes = static_cast<size_t>(carried_floats) * sizeof(float);
+    int64_t cleared = tile_rows.first;
+    if (has_carried) {
+      __builtin_memcpy(tiles.expanded, carried, carried_bytes);
+      cleared += carried_rows(problem);
+    }
+    // The borders of several images are left as they were cleared at the start.
+    for (int64_t row = cleared; row < tile_rows.last && images == 1; ++row) {
+      if (row < expanded_rows.first || row >= expanded_rows.last) {
+        clear(tiles.expanded + (row - tile_rows.first) * row_floats, row_floats);
+      }
+    }
+    with_activation(problem.expand_activation, [&](auto kind) __attribute__((always_inline)) {
+      expand_pixels<decltype(kind)::value>(x, images * expanded_rows.count() * problem.width,
+                                           problem.in_channels, channels, weights.expand,
+                                           weights.expand_bias, tiles.offsets, tiles.expanded);
+    });
+    if (carries) {
+      const int64_t first = tile_rows.count() - carried_rows(problem);
+      __builtin_memcpy(carried, tiles.expanded + first * row_floats, carried_bytes);
+    }
+    const int64_t rows = (tile_rows.count() - 3) / problem.stride + 1;
+    const DepthwiseShape shape = {rows, problem.out_width, channels, kPitch, row_floats, kPitch};
+    for (int64_t i = 0; i < images; ++i) {
+      depthwise(shape, problem.stride, problem.depthwise_activation,
+                tiles.expanded + i * tile_floats(), weights.depthwise, weights.depthwise_bias,
+                stencil + i * rows * problem.out_width * kPitch);
+    }
+  }
+};
+
+}  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

@@ -1,0 +1,361 @@
+// The backward passes of the inverted bottleneck's training. With g = dout and y = scale z + shift
+// (the depthwise and expand norm with the batch's statistics):
+//   backward_project        dy2 = (g W2) act'(y2), dW2 = act(y2)^T g
+//   backward_gate           with squeeze-excite only: dy2 in place
+//   backward_depthwise      dz2 from dy2 and z2, dpre = dw^T(dz2) act'(y1)
+//   backward_expand_weight  dz1 from dpre and z1 in place, dW1 = dz1^T x
+//   backward_expand_input   dx = dz1 W1
+// Of the wide tensors z1 and z2 cross memory; the gradients are those of one wave of blocks.
+// A pass whose result is a sum over pixels is divided by blocks of channels, never by pixels alone,
+// so that its sums have one order whatever the number of threads.
+
+#include "cpu/common/mbconv_train_kernels.h"
+#include "cpu/isa/depthwise.h"
+#include "cpu/isa/stencil_tile.h"
+#include "cpu/isa/wide.h"
+
+namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
+namespace {
+
+// One cache line of channels at a time.
+constexpr int kPair = 16 / kWidth > 1 ? 2 : 1;
+
+// The plain case: gradient [pixel][kTilePitch] of act(y) becomes dy2; act(y) goes to `values`.
+template <Activation kind>
+void activation_backward(const float* z2, int64_t pixels, const float* scale, const float* shift,
+                         const float* gradient, float* values, float* dy2, double* sums,
+                         double* products) {
+  float totals[2 * kWideBlock] = {};
+  for_pixel_runs(pixels, [&](int64_t first, int64_t last) __attribute__((always_inline)) {
+    for (int64_t lane = 0; lane < kWideBlock; lane += kPair * kWidth) {
+      Vec a[kPair], b[kPair], sum[kPair], product[kPair];
+      unroll<kPair>([&](auto i) __attribute__((always_inline)) {
+        a[i] = load(scale + lane + i * kWidth);
+        b[i] = load(shift + lane + i * kWidth);
+        sum[i] = load(totals + lane + i * kWidth);
+        product[i] = load(totals + kWideBlock + lane + i * kWidth);
+      });
+      for (int64_t pixel = first; pixel < last; ++pixel) {
+        unroll<kPair>([&](auto i) __attribute__((always_inline)) {
+          const int64_t at = lane + i * kWidth;
+          const Vec z = load(z2 + pixel * kWideBlock + at);
+          const ValueAndSlope y = activate_and_slope<kind>(fma(z, a[i], b[i]));
+          const Vec d = load(gradient + pixel * kTilePitch + at) * y.slope;
+          store(values + pixel * kTilePitch + at, y.value);
+          store(dy2 + pixel * kWideBlock + at, d);
+          sum[i] += d;
+          product[i] = fma(d, z, product[i]);
+        });
+      }
+      unroll<kPair>([&](auto i) __attribute__((always_inline)) {
+        store(totals + lane + i * kWidth, sum[i]);
+        store(totals + kWideBlock + lane + i * kWidth, product[i]);
+      });
+    }
+  });
+  for (int64_t i = 0; i < kWideBlock; ++i) {
+    sums[i] += static_cast<double>(totals[i]);
+    products[i] += static_cast<double>(totals[kWideBlock + i]);
+  }
+}
+
+// The same with squeeze-excite: dy2 takes the gradient of gate * act(y) as it is, `values` takes
+// gate * act(y), and gate_sums the sum of gradient * act(y).
+template <Activation kind>
+void gated_backward(const float* z2, int64_t pixels, const float* scale, const float* shift,
+                    const float* gate, const float* gradient, float* values, float* dy2,
+                    float* gate_sums) {
+  for (int64_t lane = 0; lane < kWideBlock; lane += kLaneFloats) {
+    const Lanes a = load_lanes(scale + lane);
+    const Lanes b = load_lanes(shift + lane);
+    const Lanes factor = load_lanes(gate + lane);
+    Lanes sum = {};
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      Lanes y = load_lanes(z2 + pixel * kWideBlock + lane);
+      unroll<kLanes>([&](auto i)
+                         __attribute__((always_inline)) { y.v[i] = fma(y.v[i], a.v[i], b.v[i]); });
+      activate<kind, kLanes>(y.v);
+      const Lanes g = load_lanes(gradient + pixel * kTilePitch + lane);
+      store_lanes(dy2 + pixel * kWideBlock + lane, g);
+      unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
+        sum.v[i] = fma(g.v[i], y.v[i], sum.v[i]);
+        store(values + pixel * kTilePitch + lane + i * kWidth, y.v[i] * factor.v[i]);
+      });
+    }
+    unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
+      float* total = gate_sums + lane + i * kWidth;
+      store(total, load(total) + sum.v[i]);
+    });
+  }
+}
+
+// dy2 = (gate dy2 + grad_mean) act'(y) in place, and its sums.
+template <Activation kind>
+void gate_backward(const float* z2, int64_t pixels, const float* scale, const float* shift,
+                   const float* gate, const float* grad_mean, float* dy2, double* sums,
+                   double* products) {
+  for (int64_t lane = 0; lane < kWideBlock; lane += kPair * kWidth) {
+    Vec a[kPair], b[kPair], factor[kPair], offset[kPair];
+    Vec sum[kPair] = {};
+    Vec product[kPair] = {};
+    unroll<kPair>([&](auto i) __attribute__((always_inline)) {
+      a[i] = load(scale + lane + i * kWidth);
+      b[i] = load(shift + lane + i * kWidth);
+      factor[i] = load(gate + lane + i * kWidth);
+      offset[i] = load(grad_mean + lane + i * kWidth);
+    });
+    for (int64_t pixel = 0; pixel < pixels; ++pixel) {
+      unroll<kPair>([&](auto i) __attribute__((always_inline)) {
+        const int64_t at = pixel * kWideBlock + lane + i * kWidth;
+        const Vec z = load(z2 + at);
+        const Vec slope = activate_and_slope<kind>(fma(z, a[i], b[i])).slope;
+        const Vec d = fma(factor[i], load(dy2 + at), offset[i]) * slope;
+        store(dy2 + at, d);
+        sum[i] += d;
+        product[i] = fma(d, z, product[i]);
+      });
+    }
+    for (int i = 0; i < kPair * kWidth; ++i) {
+      sums[lane + i] += static_cast<double>(sum[i / kWidth][i % kWidth]);
+      products[lane + i] += static_cast<double>(product[i / kWidth][i % kWidth]);
+    }
+  }
+}
+
+// `rows` rows of dpre from a tile of dz2 at the resolution of z1, which starts two rows above. Row
+// by row, so that all of its channels are read while they are in the L1 cache.
+template <Activation kind>
+void stencil_backward(const StencilTile& tile, const float* z1, int64_t rows, int64_t width,
+                      const float* scale, const float* shift, const float* taps, float* dpre,
+                      double* sums, double* products, double* grad_weights, int64_t tap_stride) {
+  float totals[(kTaps + 2) * kWideBlock] = {};  // of the taps' gradients, dpre and dpre * z1
+  for (int64_t row = 0; row < rows; ++row) {
+    for (int64_t lane = 0; lane < kWideBlock; lane += kWidth) {
+      const Vec a = load(scale + lane);
+      const Vec b = load(shift + lane);
+      const float* line = tile.data + row * tile.row_floats + lane;
+      Vec sum[kTaps + 2];
+      unroll<kTaps + 2>([&](auto i) __attribute__((always_inline)) {
+        sum[i] = load(totals + i * kWideBlock + lane);
+      });
+      for (int64_t column = 0; column < width; ++column) {
+        const int64_t at = (row * width + column) * kWideBlock + lane;
+        const Vec z = load(z1 + at);
+        const ValueAndSlope h = activate_and_slope<kind>(fma(z, a, b));
+        Vec partial[3] = {};
+        unroll<kTaps>([&](auto tap) __attribute__((always_inline)) {
+          constexpr int64_t i = tap / 3;
+          constexpr int64_t j = tap % 3;
+          const Vec d = load(line + (2 - i) * tile.row_floats + (column + 2 - j) * kTilePitch);
+          partial[j] = fma(d, load(taps + tap * kWideBlock + lane), partial[j]);
+          sum[tap] = fma(d, h.value, sum[tap]);
+        });
+        const Vec d = (partial[0] + partial[1] + partial[2]) * h.slope;
+        store(dpre + at, d);
+        sum[kTaps] += d;
+        sum[kTaps + 1] = fma(d, z, sum[kTaps + 1]);
+      }
+      unroll<kTaps + 2>([&](auto i) __attribute__((always_inline)) {
+        store(totals + i * kWideBlock + lane, sum[i]);
+      });
+    }
+  }
+  for (int64_t i = 0; i < kWideBlock; ++i) {
+    for (int64_t tap = 0; tap < kTaps; ++tap) {
+      grad_weights[tap * tap_stride + i] += static_cast<double>(totals[tap * kWideBlock + i]);
+    }
+    sums[i] += static_cast<double>(totals[kTaps * kWideBlock + i]);
+    products[i] += static_cast<double>(totals[(kTaps + 1) * kWideBlock + i]);
+  }
+}
+
+// weights_gradient [kWideBlock][columns] (+)= tile [pixels][kTilePitch]^T rows [pixels][columns].
+void accumulate_weight(const float* tile, const float* rows, int64_t pixels, int64_t columns,
+                       bool accumulate, float* weights_gradient) {
+  gemm(kWideBlock, columns, pixels, {tile, 1, kTilePitch}, rows, kPanel, columns, weights_gradient,
+       columns, accumulate);
+}
+
+// Calls function(image, images, pixel, count) over the images [first, last): strips of `count`
+// pixels of one image, or several whole images that make up a strip.
+template <class Function>
+[[gnu::always_inline]] inline void for_wide_strips(int64_t first, int64_t last, int64_t pixels,
+                                                   Function&& function) {
+  const int64_t together = larger(kStripPixels / pixels, 1);
+  for (int64_t image = first; image < last; image += together) {
+    for (int64_t pixel = 0; pixel < pixels; pixel += kStripPixels) {
+      function(image, smaller(together, last - image), pixel,
+               smaller(kStripPixels, pixels - pixel));
+    }
+  }
+}
+
+}  // namespace
+
+void train_backward_project(const TrainShape& shape, int64_t block, int64_t first, int64_t last,
+                            const float* grad_rows, const Wide& z2, const ScaleShift& norm,
+                            const float* gate, const float* packed, float* scratch, const Wide& dy2,
+                            float* grad_weight, double* sums, float* grad_gate) {
+  const int64_t columns = round_up(shape.out_channels, kPanel);
+  const int64_t channel = block * kWideBlock;
+  const float* scale = norm.scale + channel;
+  const float* shift = norm.shift + channel;
+  float* gradient = scratch;
+  float* values = gradient + kStripPixels * kTilePitch;
+  float* line = values + kStripPixels * kTilePitch;
+  for_wide_strips(
+      first, last, shape.out_pixels(),
+      [&](int64_t image, int64_t images, int64_t pixel,
+          int64_t count) __attribute__((always_inline)) {
+        const float* rows = grad_rows + (image * shape.out_pixels() + pixel) * columns;
+        gemm(images * count, kWideBlock, shape.out_channels, {rows, columns, 1}, packed,
+             shape.out_channels * kPanel, kPanel, gradient, kTilePitch, false);
+        for (int64_t i = 0; i < images; ++i) {
+          const int64_t z2_offset = plane_offset(z2, shape.out_pixels(), image + i, block);
+          const float* z = read_pixels(z2, z2_offset + pixel * kWideBlock, count, line);
+          const int64_t dy2_offset = plane_offset(dy2, shape.out_pixels(), image + i, block);
+          float* d = floats_of(dy2) + dy2_offset + pixel * kWideBlock;
+          const float* g = gradient + i * count * kTilePitch;
+          float* h = values + i * count * kTilePitch;
+          with_activation(
+              shape.depthwise_activation, [&](auto kind) __attribute__((always_inline)) {
+                constexpr Activation kKind = decltype(kind)::value;
+                if (gate) {
+                  const int64_t at = (image + i) * shape.padded_wide() + channel;
+                  gated_backward<kKind>(z, count, scale, shift, gate + at, g, h, d, grad_gate + at);
+                } else {
+                  activation_backward<kKind>(z, count, scale, shift, g, h, d, sums + channel,
+                                             sums + shape.padded_wide() + channel);
+                }
+              });
+        }
+        accumulate_weight(values, rows, images * count, columns, image > first || pixel > 0,
+                          grad_weight);
+      });
+}
+
+void train_backward_gate(const TrainShape& shape, int64_t image, int64_t block, const Wide& z2,
+                         const ScaleShift& norm, const float* gate, const float* grad_mean,
+                         float* scratch, const Wide& dy2, double* sums) {
+  const int64_t channel = block * kWideBlock;
+  const int64_t z2_offset = plane_offset(z2, shape.out_pixels(), image, block);
+  float* plane = floats_of(dy2) + plane_offset(dy2, shape.out_pixels(), image, block);
+  gate += image * shape.padded_wide() + channel;
+  grad_mean += image * shape.padded_wide() + channel;
+  for (int64_t first = 0; first < shape.out_pixels(); first += kStripPixels) {
+    const int64_t count = smaller(kStripPixels, shape.out_pixels() - first);
+    const float* z = read_pixels(z2, z2_offset + first * kWideBlock, count, scratch);
+    with_activation(shape.depthwise_activation, [&](auto kind) __attribute__((always_inline)) {
+      gate_backward<decltype(kind)::value>(z, count, norm.scale + channel, norm.shift + channel,
+                                           gate, grad_mean, plane + first * kWideBlock,
+                                           sums + channel, sums + shape.padded_wide() + channel);
+    });
+  }
+}
+
+void train_backward_depthwise(const TrainShape& shape, int64_t image, int64_t block,
+                              const Wide& dy2, const Wide& z2, const Wide& z1,
+                              const Combination& factors, const ScaleShift& norm,
+                              const float* weights, float* scratch, const Wide& dpre, double* sums,
+                              double* grad_weights) {
+  const int64_t channel = block * kWideBlock;
+  const int64_t z1_offset = plane_offset(z1, shape.in_pixels(), image, block);
+  const int64_t z2_offset = plane_offset(z2, shape.out_pixels(), image, block);
+  const float* gradient = floats_of(dy2) + plane_offset(dy2, shape.out_pixels(), image, block);
+  float* out = floats_of(dpre) + plane_offset(dpre, shape.in_pixels(), image, block);
+  const int64_t stride = shape.stride;
+  float taps[kTaps * kWideBlock];
+  for (int64_t tap = 0; tap < kTaps; ++tap) {
+    __builtin_memcpy(taps + tap * kWideBlock, weights + tap * shape.padded_wide() + channel,
+                     kWideBlock * sizeof(float));
+  }
+  const StencilScratch memory = backward_scratch(shape, scratch);
+  StencilTile tile(memory.tile, backward_columns(shape));
+  // Output column q is at q * stride - left + 2 of the tile; the first and last that are inside.
+  const int64_t first_column = larger(divide_up(shape.left - 2, stride), 0);
+  const int64_t last_column =
+      smaller((tile.columns - 1 + shape.left - 2) / stride + 1, shape.out_width);
+  const auto inside = [&](int64_t row) {
+    return row >= 0 && row % stride == 0 && row / stride < shape.out_height;
+  };
+  const int64_t step = strip_rows(shape.height, 1, tile.columns);
+  for (int64_t first = 0; first < shape.height; first += step) {
+    const int64_t last = smaller(first + step, shape.height);
+    tile.move_to(first + shape.top - 2, last + shape.top);
+    tile.fill(inside, [&](int64_t row, float* line) __attribute__((always_inline)) {
+      const int64_t at = (row / stride * shape.out_width + first_column) * kWideBlock;
+      const int64_t pixels = last_column - first_column;
+      combine_pixels(gradient + at, read_pixels(z2, z2_offset + at, pixels, memory.line), pixels,
+                     factors.a + channel, factors.b + channel, factors.c + channel,
+                     line + (first_column * stride - shape.left + 2) * kTilePitch,
+                     stride * kTilePitch);
+    });
+    const int64_t at = first * shape.width * kWideBlock;
+    const float* z = read_pixels(z1, z1_offset + at, (last - first) * shape.width, memory.strip);
+    with_activation(shape.expand_activation, [&](auto kind) __attribute__((always_inline)) {
+      stencil_backward<decltype(kind)::value>(
+          tile, z, last - first, shape.width, norm.scale + channel, norm.shift + channel, taps,
+          out + at, sums + channel, sums + shape.padded_wide() + channel, grad_weights + channel,
+          shape.padded_wide());
+    });
+  }
+}
+
+void train_backward_expand_weight(const TrainShape& shape, int64_t block, int64_t first,
+                                  int64_t last, const Wide& dpre, const Wide& z1,
+                                  const Combination& factors, const float* rows, float* scratch,
+                                  float* grad_weight) {
+  const int64_t columns = round_up(shape.in_channels, kPanel);
+  const int64_t channel = block * kWideBlock;
+  float* line = scratch + kStripPixels * kTilePitch;
+  for_wide_strips(
+      first, last, shape.in_pixels(),
+      [&](int64_t image, int64_t images, int64_t pixel, int64_t count)
+          __attribute__((always_inline)) {
+            for (int64_t i = 0; i < images; ++i) {
+              const int64_t z1_offset = plane_offset(z1, shape.in_pixels(), image + i, block);
+              const float* z = read_pixels(z1, z1_offset + pixel * kWideBlock, count, line);
+              float* d = floats_of(dpre) + plane_offset(dpre, shape.in_pixels(), image + i, block) +
+                         pixel * kWideBlock;
+              combine_pixels(d, z, count, factors.a + channel, factors.b + channel,
+                             factors.c + channel, scratch + i * count * kTilePitch, kTilePitch, d);
+            }
+            accumulate_weight(scratch, rows + (image * shape.in_pixels() + pixel) * columns,
+                              images * count, columns, image > first || pixel > 0, grad_weight);
+          });
+}
+
+void train_backward_expand_input(const TrainShape& shape, const PixelRange& range,
+                                 const Blocks& blocks, const Wide& dz1, const float* packed,
+                                 bool accumulate, float* sums, const InputEnd* end) {
+  const int64_t channels = shape.in_channels;
+  const int64_t columns = round_up(channels, kPanel);
+  const int64_t count = range.last - range.first;
+  const int64_t first = range.image * shape.in_pixels() + range.first;
+  sums += first * columns;
+  for (int64_t block = blocks.first; block < blocks.last; ++block) {
+    const float* d = floats_of(dz1) + plane_offset(dz1, shape.in_pixels(), range.image, block) +
+                     range.first * kWideBlock;
+    const int64_t depth = valid_channels(shape.wide_channels, block);
+    gemm(count, channels, depth, {d, kWideBlock, 1}, packed + block * kWideBlock * columns,
+         depth * kPanel, kPanel, sums, columns, accumulate || block > blocks.first);
+  }
+  if (!end) return;
+  for (int64_t pixel = 0; pixel < count; ++pixel) {
+    const float* sum = sums + pixel * columns;
+    const float* row = end->rows + (first + pixel) * columns;
+    float* out = end->dx + (first + pixel) * channels;
+    const float* extra = end->addend ? end->addend + (first + pixel) * channels : nullptr;
+    int64_t i = 0;
+    for (; i + kWidth <= channels; i += kWidth) {
+      Vec value = fma(load(row + i), load(end->factor + i), load(sum + i) + load(end->offset + i));
+      if (extra) value += load(extra + i);
+      store(out + i, value);
+    }
+    for (; i < channels; ++i) {
+      out[i] = sum[i] + row[i] * end->factor[i] + end->offset[i] + (extra ? extra[i] : 0.0f);
+    }
+  }
+}
+
+}  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

@@ -1,0 +1,389 @@
+// Backward window attention, for each window and head, with G the gradient of the output and
+// P = exp(scale Q K^T + bias - log_sum_exp) recomputed:
+//
+//   dV = P^T G,  dS = P (G V^T - rowsum(G output)),  dQ = scale dS K,  dK = scale dS^T Q,
+//   d(table[key - query]) = sum of dS over the windows and the pairs of that offset
+//
+// Reads qkv, the output, its gradient and log_sum_exp once, writes the gradient of qkv once. The
+// operands of one window and head stay in L2; P and dS exist for one block of queries at a time. A
+// few heads are read together, as their channels lie side by side and alone are too short to
+// stream.
+
+#include "cpu/common/window_attention_kernels.h"
+#include "cpu/isa/window_attention_tiles.h"
+
+namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
+namespace {
+
+// Floats of P, and as many of dS, held at a time: together they take half of a 256 KB L2 cache.
+constexpr int64_t kBlockFloats = 16384;
+constexpr int64_t kMostBlockTiles = 11;
+
+int64_t block_tiles(int64_t tokens) {
+  const int64_t fitting = kBlockFloats / round_up(tokens, kPanel) / kRows;
+  return smaller(kMostBlockTiles, larger(1, fitting));
+}
+
+// One thread's working memory.
+struct Buffers {
+  float* strips;  // Per head, as are the next seven.
+  float* strip_gradients;
+  float* queries;  // Then their gradients, as are the next two.
+  float* keys;
+  float* output_gradients;  // Then the values' gradients.
+  float* packed_keys;       // K^T and V^T in panels.
+  float* packed_values;
+  float* dots;  // -rowsum(G output).
+  float* log_sum_exp;
+  float* key_gradients;
+  float* value_gradients;
+  float* weights;  // P and dS of a block of queries.
+  float* score_gradients;
+  int32_t* runs;  // Where a query's bias starts in the strips.
+  int64_t strips_size;
+  int64_t matrix_size;
+  int64_t tokens_size;
+  int64_t size;
+};
+
+Buffers buffers_in(float* memory, const WindowAttentionBackward& problem) {
+  const int64_t tokens = round_up(most_tokens(problem), kPanel);
+  const int64_t length = round_up(problem.head_dim, kWidth);
+  const int64_t heads = problem.heads_per_unit;
+  const int64_t rows = block_tiles(tokens) * kRows;
+  Scratch scratch{memory};
+  Buffers buffers;
+  buffers.strips_size = round_up(largest_strips(problem).size(), kPanel);
+  buffers.matrix_size = tokens * length;
+  buffers.tokens_size = tokens;
+  buffers.strips = scratch.take(heads * buffers.strips_size);
+  buffers.strip_gradients = scratch.take(heads * buffers.strips_size);
+  float** const matrices[] = {&buffers.queries, &buffers.keys, &buffers.output_gradients,
+                              &buffers.packed_keys, &buffers.packed_values};
+  for (float** matrix : matrices) {
+    *matrix = scratch.take(heads * buffers.matrix_size);
+  }
+  buffers.dots = scratch.take(heads * tokens);
+  buffers.log_sum_exp = scratch.take(tokens);
+  buffers.key_gradients = scratch.take(buffers.matrix_size);
+  buffers.value_gradients = scratch.take(buffers.matrix_size);
+  buffers.weights = scratch.take(rows * tokens);
+  buffers.score_gradients = scratch.take(rows * tokens);
+  buffers.runs = reinterpret_cast<int32_t*>(scratch.take(tokens));
+  buffers.size = scratch.used;
+  return buffers;
+}
+
+// One head of one window, its operands in scratch memory.
+template <class HeadDim>
+struct HeadBackward {
+  HeadDim head_dim;
+  int64_t tokens;
+  const float* bias;      // In strips, or null.
+  float* bias_gradients;  // The same.
+  const int32_t* runs;    // Per query, where its bias starts in these.
+  float* queries;
+  const float* keys;
+  const float* output_gradients;
+  const float* packed_keys;
+  const float* packed_values;
+  const float* dots;
+  const float* log_sum_exp;
+  float* key_gradients;
+  float* value_gradients;
+  float* weights;
+  float* score_gradients;
+
+  int64_t scores_stride() const { return round_up(tokens, kPanel); }
+  [[gnu::always_inline]] int64_t row_length() const { return round_up(head_dim, kWidth); }
+
+  // P and dS of some rows of a block and one panel of keys; dS is added to the strips' gradient.
+  template <int rows, int vectors>
+  [[gnu::always_inline]] void differentiate(int64_t query, int64_t row, int64_t key) const {
+    float* weight = weights + row * scores_stride() + key;
+    float* gradient = score_gradients + row * scores_stride() + key;
+    Vec sums[rows][vectors];
+    unroll<rows>([&](auto r) __attribute__((always_inline)) {
+      unroll<vectors>([&](auto v) __attribute__((always_inline)) {
+        sums[r][v] = bias ? load(bias + runs[query + r] + key + v * kWidth) : Vec{};
+      });
+    });
+    multiply_rows<kSteps<HeadDim>, rows, vectors>(queries + query * row_length(), row_length(),
+                                                  packed_keys + key * head_dim, kPanel, head_dim,
+                                                  sums);
+    unroll<rows>([&](auto r) __attribute__((always_inline)) {
+      const float shift = log_sum_exp[query + r];
+      unroll<vectors>([&](auto v) __attribute__((always_inline)) {
+        store(weight + r * scores_stride() + v * kWidth, exponential2(sums[r][v] - shift));
+        sums[r][v] = broadcast(dots[query + r]);
+      });
+    });
+    multiply_rows<kSteps<HeadDim>, rows, vectors>(output_gradients + query * row_length(),
+                                                  row_length(), packed_values + key * head_dim,
+                                                  kPanel, head_dim, sums);
+    const bool whole = key + vectors * kWidth <= tokens;
+    unroll<rows>([&](auto r) __attribute__((always_inline)) {
+      float* run = bias_gradients ? bias_gradients + runs[query + r] + key : nullptr;
+      unroll<vectors>([&](auto v) __attribute__((always_inline)) {
+        const int64_t place = r * scores_stride() + v * kWidth;
+        Vec change = load(weight + place) * sums[r][v];
+        store(gradient + place, change);
+        if (bias_gradients) {
+          if (!whole) change = keep_lanes(change, tokens - key - v * kWidth, 0.0f);
+          store(run + v * kWidth, load(run + v * kWidth) + change);
+        }
+      });
+    });
+  }
+
+  // sums (+)= A^T B for all keys: A [count, tokens] is P or dS, B [count, head_dim] of the block.
+  void add_transposed(const float* a, const float* b, int64_t count, bool accumulate,
+                      float* sum) const {
+    for_columns(head_dim, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
+      constexpr int kVectorsHere = decltype(vectors)::value;
+      const RowTiles tiles = {tokens};
+      tiles.for_each(0, tiles.count(), [&](auto rows, int64_t key) __attribute__((always_inline)) {
+        constexpr int kRowsHere = decltype(rows)::value;
+        float* tile = sum + key * row_length() + column;
+        Vec sums[kRowsHere][kVectorsHere];
+        unroll<kRowsHere>([&](auto r) __attribute__((always_inline)) {
+          unroll<kVectorsHere>([&](auto v) __attribute__((always_inline)) {
+            sums[r][v] = accumulate ? load(tile + r * row_length() + v * kWidth) : Vec{};
+          });
+        });
+        multiply_columns<kSteps<HeadDim>, kRowsHere, kVectorsHere>(
+            a + key, scores_stride(), b + column, row_length(), count, sums);
+        store_tile<kRowsHere, kVectorsHere>(tile, sums);
+      });
+    });
+  }
+
+  template <int rows, int vectors>
+  [[gnu::always_inline]] void store_tile(float* tile, const Vec (&sums)[rows][vectors]) const {
+    unroll<rows>([&](auto r) __attribute__((always_inline)) {
+      unroll<vectors>([&](auto v) __attribute__((always_inline)) {
+        store(tile + r * row_length() + v * kWidth, sums[r][v]);
+      });
+    });
+  }
+
+  // Everything that tiles begin to end of the queries contribute; their gradients take their place.
+  void add_block(RowTiles tiles, int64_t begin, int64_t end) const {
+    const int64_t first = tiles.start(begin);
+    const int64_t count = tiles.start(end) - first;
+    for_keys(head_dim, tokens, [&](auto vectors, int64_t key) __attribute__((always_inline)) {
+      tiles.for_each(begin, end, [&](auto rows, int64_t query) __attribute__((always_inline)) {
+        differentiate<decltype(rows)::value, decltype(vectors)::value>(query, query - first, key);
+      });
+    });
+    add_transposed(weights, output_gradients + first * row_length(), count, begin > 0,
+                   value_gradients);
+    add_transposed(score_gradients, queries + first * row_length(), count, begin > 0,
+                   key_gradients);
+    for_columns(head_dim, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
+      constexpr int kVectorsHere = decltype(vectors)::value;
+      tiles.for_each(begin, end, [&](auto rows, int64_t query) __attribute__((always_inline)) {
+        constexpr int kRowsHere = decltype(rows)::value;
+        Vec sums[kRowsHere][kVectorsHere] = {};
+        multiply_rows<kSteps<HeadDim>, kRowsHere, kVectorsHere>(
+            score_gradients + (query - first) * scores_stride(), scores_stride(), keys + column,
+            row_length(), tokens, sums);
+        store_tile<kRowsHere, kVectorsHere>(queries + query * row_length() + column, sums);
+      });
+    });
+  }
+
+  void differentiate() const {
+    const RowTiles tiles = {tokens};
+    const int64_t blocks = divide_up(tiles.count(), block_tiles(tokens));
+    for (int64_t block = 0; block < blocks; ++block) {
+      add_block(tiles, tiles.count() * block / blocks, tiles.count() * (block + 1) / blocks);
+    }
+  }
+};
+
+// Some heads of a window.
+template <class HeadDim>
+struct WindowBackward {
+  const WindowAttentionBackward& problem;
+  const Buffers& buffers;
+  const Window& window;
+  HeadDim head_dim;
+  int64_t first_head;
+  int64_t heads;
+
+  HeadRows<HeadDim> rows() const { return {problem, window, head_dim, heads, buffers.matrix_size}; }
+  int64_t qkv_channel(int64_t part) const {
+    return first_head * problem.head_stride + part * problem.part_stride;
+  }
+
+  void load_operands() const {
+    const int64_t tokens = window.tokens();
+    const int64_t output_channel = first_head * head_dim;
+    const auto read_qkv = [&](int64_t part, float factor, float* destination) {
+      rows().read(problem.qkv, qkv_channel(part), problem.head_stride, 0, tokens, factor,
+                  destination);
+    };
+    // The values' rows and the output's pass through the memory of others.
+    float* values = buffers.output_gradients;
+    float* outputs = buffers.keys;
+    read_qkv(2, 1.0f, values);
+    pack_heads(values, buffers.packed_values);
+    rows().read(problem.output, output_channel, head_dim, 0, tokens, 1.0f, outputs);
+    rows().read(problem.output_gradient, output_channel, head_dim, 0, tokens, 1.0f,
+                buffers.output_gradients);
+    for (int64_t head = 0; head < heads; ++head) {
+      dot_rows(outputs + head * buffers.matrix_size,
+               buffers.output_gradients + head * buffers.matrix_size,
+               buffers.dots + head * buffers.tokens_size);
+    }
+    read_qkv(1, 1.0f, buffers.keys);
+    pack_heads(buffers.keys, buffers.packed_keys);
+    read_qkv(0, problem.scale * kLog2E, buffers.queries);
+  }
+
+  void pack_heads(float* matrices, float* packed) const {
+    for (int64_t head = 0; head < heads; ++head) {
+      pack_rows(matrices + head * buffers.matrix_size, window.tokens(), head_dim,
+                packed + head * buffers.matrix_size);
+    }
+  }
+
+  // -rowsum(outputs gradients)
+  void dot_rows(const float* outputs, const float* gradients, float* dots) const {
+    const int64_t length = rows().row_length();
+    for (int64_t token = 0; token < window.tokens(); ++token) {
+      Vec dot = {};
+      for (int64_t i = token * length; i < (token + 1) * length; i += kWidth) {
+        dot = fma(load(gradients + i), load(outputs + i), dot);
+      }
+      dots[token] = -sum_of_lanes(dot);
+    }
+  }
+
+  void differentiate_head(int64_t head) const {
+    const int64_t tokens = window.tokens();
+    const float* log_sum_exp =
+        problem.log_sum_exp +
+        (window.image * problem.heads + first_head + head) * problem.height * problem.width;
+    for_tokens(window, 0, tokens, [&](int64_t token, int64_t row, int64_t column) {
+      buffers.log_sum_exp[token] = log_sum_exp[row * problem.width + column];
+    });
+    const auto of_head = [&](float* matrices) { return matrices + head * buffers.matrix_size; };
+    HeadBackward<HeadDim>{
+        head_dim,
+        tokens,
+        problem.bias_table ? buffers.strips + head * buffers.strips_size : nullptr,
+        problem.table_gradients ? buffers.strip_gradients + head * buffers.strips_size : nullptr,
+        buffers.runs,
+        of_head(buffers.queries),
+        of_head(buffers.keys),
+        of_head(buffers.output_gradients),
+        of_head(buffers.packed_keys),
+        of_head(buffers.packed_values),
+        buffers.dots + head * buffers.tokens_size,
+        buffers.log_sum_exp,
+        buffers.key_gradients,
+        buffers.value_gradients,
+        buffers.weights,
+        buffers.score_gradients}
+        .differentiate();
+    copy(buffers.key_gradients, of_head(buffers.keys));
+    copy(buffers.value_gradients, of_head(buffers.output_gradients));
+  }
+
+  void copy(const float* source, float* destination) const {
+    const int64_t size = window.tokens() * rows().row_length();
+    for (int64_t i = 0; i < size; i += kWidth) store(destination + i, load(source + i));
+  }
+
+  void write_gradients() const {
+    const auto write = [&](int64_t part, float factor, float* source) {
+      rows().write(problem.qkv_gradient, qkv_channel(part), problem.head_stride, 0, window.tokens(),
+                   factor, source);
+    };
+    write(0, problem.scale, buffers.queries);
+    // The queries carried scale * log2(e).
+    write(1, kLn2, buffers.keys);
+    write(2, 1.0f, buffers.output_gradients);
+  }
+};
+
+void clear(float* values, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) values[i] = 0.0f;
+}
+
+// The tables of some heads in strips, and the gradients of these.
+struct HeadStrips {
+  const WindowAttentionBackward& problem;
+  const Buffers& buffers;
+  int64_t first_head;
+  int64_t heads;
+  float* table_gradients;  // Of these heads, or null.
+  BiasStrips strips;
+
+  void prepare(const Window& window) {
+    if (strips.fit(window)) return;
+    finish();
+    strips = BiasStrips(window);
+    strips.list_runs(buffers.runs);
+    for (int64_t head = 0; head < heads; ++head) {
+      strips.expand(problem, problem.bias_table + (first_head + head) * table_size(problem),
+                    buffers.strips + head * buffers.strips_size);
+      if (table_gradients) {
+        clear(buffers.strip_gradients + head * buffers.strips_size, strips.size());
+      }
+    }
+  }
+
+  // Adds what the strips gathered to the tables' gradients.
+  void finish() const {
+    if (!table_gradients) return;
+    for (int64_t head = 0; head < heads; ++head) {
+      strips.fold(problem, buffers.strip_gradients + head * buffers.strips_size,
+                  table_gradients + head * table_size(problem));
+    }
+  }
+};
+
+}  // namespace
+
+int64_t window_attention_backward_scratch(const WindowAttentionBackward& problem) {
+  return buffers_in(nullptr, problem).size;
+}
+
+void window_attention_backward(const WindowAttentionBackward& problem, int64_t begin, int64_t end,
+                               float* scratch) {
+  const Buffers buffers = buffers_in(scratch, problem);
+  const int64_t groups = divide_up(problem.heads, problem.heads_per_unit);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const int64_t chunk = unit / groups;
+    const int64_t group = unit % groups;
+    const int64_t first_head = problem.heads * group / groups;
+    const int64_t heads = problem.heads * (group + 1) / groups - first_head;
+    float* table_gradients = nullptr;
+    if (problem.table_gradients) {
+      table_gradients =
+          problem.table_gradients + (chunk * problem.heads + first_head) * table_size(problem);
+      clear(table_gradients, heads * table_size(problem));
+    }
+    HeadStrips strips = {problem, buffers, first_head, heads, table_gradients, {}};
+    for (int64_t index = first_window(problem, chunk); index < first_window(problem, chunk + 1);
+         ++index) {
+      const Window window = window_at(problem, index);
+      if (problem.bias_table) strips.prepare(window);
+      with_head_dim(problem.head_dim, [&](auto head_dim) {
+        const WindowBackward<decltype(head_dim)> backward = {problem,  buffers,    window,
+                                                             head_dim, first_head, heads};
+        backward.load_operands();
+        for (int64_t head = 0; head < heads; ++head) {
+          backward.differentiate_head(head);
+        }
+        backward.write_gradients();
+      });
+    }
+    strips.finish();
+  }
+}
+
+}  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA
