@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moat_kernels.inspection import obstacle
 from moat_kernels.modules import (
     FusedInvertedBottleneck,
     FusedMBConv,
     FusedMOATBlock,
     check_is_plain,
-    obstacle,
 )
 from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
 from moat_kernels.ops.common.backends import warn_once

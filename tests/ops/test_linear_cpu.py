@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from moat_kernels import use_backend
 from moat_kernels.extension import load_extension
-from moat_kernels.ops.linear import apply_linear
+from moat_kernels.linear import apply_linear
 from moat_kernels.ops.linear.cpu import FEWEST_ROWS, backward, forward, unsupported
 
 pytestmark = pytest.mark.skipif(
@@ -142,7 +142,7 @@ def test_everything_else_is_stock(module: nn.Module, x: Tensor) -> None:
     assert type(output.grad_fn).__name__ != "_LinearBackward"
 
 
-def test_hooked_modules_and_autocast_are_stock() -> None:
+def test_hooked_and_changed_modules_and_autocast_are_stock() -> None:
     module, calls = nn.Linear(32, 64), []
     x = torch.randn(FEWEST_ROWS, 32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -150,6 +150,9 @@ def test_hooked_modules_and_autocast_are_stock() -> None:
     module.register_forward_hook(lambda *_: calls.append(1))
     apply_linear(module, x)
     assert calls == [1]
+    module = nn.Linear(32, 64)
+    module.forward = lambda x: 2 * x
+    assert torch.equal(apply_linear(module, x), 2 * x)
 
 
 def test_frozen_parameters_get_no_gradient() -> None:
