@@ -15,15 +15,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.native import needs_extension
 
 from moat_kernels import extension
 from moat_kernels.extension import build_record, load_extension
 from moat_kernels.source_hashes import source_hashes
 
 ROOT = Path(__file__).parent.parent
-needs_extension = pytest.mark.skipif(
-    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-)
 ASK_FOR_ISA = """
 import torch
 from moat_kernels.extension import load_extension

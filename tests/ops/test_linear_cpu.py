@@ -8,17 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
+from support.native import needs_extension
 from support.tolerances import BACKEND_GRADIENT, BACKEND_OUTPUT, assert_close
 from torch import Tensor, nn
 
 from moat_kernels import use_backend
-from moat_kernels.extension import load_extension
 from moat_kernels.linear import apply_linear
 from moat_kernels.ops.linear.cpu import FEWEST_ROWS, backward, forward, unsupported
 
-pytestmark = pytest.mark.skipif(
-    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-)
+pytestmark = needs_extension
 
 # Rows, K and N: fewer rows than a block of the product, more than a strip; a last panel of one
 # vector; depths that are cut in two; so narrow that the weight's gradient is summed in parts.
