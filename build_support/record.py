@@ -51,6 +51,7 @@ def write(root: Path, sources: dict[str, str] | None = None) -> None:
 
     sources: hashes of what the library in a checkout was built from.
     """
+    path = _path(root)
     record: dict[str, Any] = {"reason_not_built": reason_not_built()}
     if record["reason_not_built"]:
         print(
@@ -58,6 +59,8 @@ def write(root: Path, sources: dict[str, str] | None = None) -> None:
             "Everything else works, with stock PyTorch operations on the CPU.",
             file=sys.stderr,
         )
+        if path.exists() and path.with_name("_C.abi3.so").exists():
+            return  # the library of an earlier build is still there, and this is its record
     else:
         command = shlex.split(str(compiler()))
         version = subprocess.check_output([*command, "--version"], text=True)
@@ -69,7 +72,7 @@ def write(root: Path, sources: dict[str, str] | None = None) -> None:
             record["cuda_architectures"] = [number for number, _ in cuda.architectures()]
         if sources is not None:
             record["sources"] = sources
-    _path(root).write_text(json.dumps(record, indent=2) + "\n")
+    path.write_text(json.dumps(record, indent=2) + "\n")
 
 
 def _path(root: Path) -> Path:

@@ -148,6 +148,20 @@ def test_an_unreadable_list_of_architectures_is_an_error(
         cuda.architectures()
 
 
+def test_a_build_without_kernels_leaves_those_of_an_earlier_one_their_record(
+    clean_environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOAT_KERNELS_SKIP_EXT", "1")
+    (tmp_path / "moat_kernels").mkdir()
+    path = tmp_path / "moat_kernels" / "_build_record.json"
+    record.write(tmp_path)
+    assert json.loads(path.read_text()) == {"reason_not_built": "MOAT_KERNELS_SKIP_EXT is set"}
+    path.write_text("of the library")
+    path.with_name("_C.abi3.so").touch()
+    record.write(tmp_path)
+    assert path.read_text() == "of the library"
+
+
 @pytest.mark.parametrize("changed", [True, False])
 @pytest.mark.parametrize("newer", [True, False])
 def test_objects_of_other_sources_that_look_older_are_not_used_again(
