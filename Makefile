@@ -5,6 +5,9 @@
 PYTHON ?= python3
 VENV := .venv
 CSRC := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.cu' -o -name '*.cuh')
+# A folder is newer once a file in it is gone.
+CSRC_FOLDERS := $(shell find csrc -type d)
+BUILD := setup.py $(wildcard build_support/*.py) moat_kernels/source_hashes.py
 TEST_CSRC := $(shell find tests/support -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
 REQUIREMENTS := $(VENV)/.requirements-installed
 PEERS := $(VENV)/.peers-installed
@@ -15,7 +18,7 @@ BUILD_LOG := build/extension.log
 # pip and the kernels' build find ninja there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench targets gpu oldest lint sanitize release clean
+.PHONY: help demo test bench targets gpu oldest lint sanitize release committed clean
 
 help:
 	@echo "make demo | test | bench | targets | gpu | oldest | lint | sanitize | release | clean" \
@@ -57,12 +60,16 @@ sanitize: $(PACKAGE)
 	$(VENV)/bin/python tests/sanitize.py address $(ARGS)
 	$(VENV)/bin/python tests/sanitize.py thread $(ARGS)
 
-# The source release and the wheel in dist/, tried in a bare environment: two minutes.
-release: $(REQUIREMENTS)
-	$(VENV)/bin/python tests/release.py
+# The source release and the wheel in dist/, tried in a bare environment: two minutes. Of what is
+# committed only; with ARGS=--uncommitted the same is tried of a tree with changes.
+release: committed $(REQUIREMENTS)
+	$(VENV)/bin/python tests/release.py $(ARGS)
+
+committed:
+	@$(PYTHON) tests/release.py --check $(ARGS)
 
 # Where the kernels cannot be built this makes no file, so the next run tries, and tells, again.
-$(EXTENSION): $(PACKAGE) $(CSRC) setup.py
+$(EXTENSION): $(PACKAGE) $(CSRC) $(CSRC_FOLDERS) $(BUILD)
 	@echo "Building the native CPU kernels (seconds to a minute; log: $(BUILD_LOG))"
 	@mkdir -p $(dir $(BUILD_LOG))
 	@$(VENV)/bin/python setup.py build_ext --inplace > $(BUILD_LOG) || { cat $(BUILD_LOG); exit 1; }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,26 +13,15 @@ from typing import Any
 import torch
 from torch.torch_version import TorchVersion
 
-# What Python calls; a library that lacks one was built from older sources.
-NATIVE_OPS = (
-    "cpu_isa",
-    "cpu_release_memory",
-    "cpu_release_scratch",
-    "cpu_mbconv_eval",
-    "cpu_stem_eval",
-    "cpu_mbconv_train_front",
-    "cpu_mbconv_train_pool",
-    "cpu_mbconv_train_project",
-    "cpu_mbconv_train_backward_gated",
-    "cpu_mbconv_train_backward",
-    "cpu_window_attention_forward",
-    "cpu_window_attention_backward",
-    "cpu_linear_forward",
-    "cpu_linear_backward",
-)
+from moat_kernels.source_hashes import source_hashes
 
 # The library is built against this version's stable ABI (setup.py): it runs on it and on newer.
 MINIMUM_TORCH = "2.11"
+# How the reason begins where a checkout's library was built from other sources than lie there.
+OUTDATED = "built from other sources"
+
+_LIBRARY = "moat_kernels._C"
+_ROOT = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -46,8 +36,9 @@ def build_record() -> dict[str, Any]:
     """What the build wrote about the native kernels; empty in a tree that was never built.
 
     Keys: `reason_not_built` (empty if they were built), and if they were: `compiler`, `torch` (the
-    version whose headers were used), `instruction_sets`, `reason_cuda_not_built` and, if the CUDA
-    kernels were built, `cuda_architectures`, such as [80, 90].
+    version whose headers were used), `instruction_sets`, `reason_cuda_not_built`; if the CUDA
+    kernels were built, `cuda_architectures`, such as [80, 90]; in a checkout `sources`, as of
+    `source_hashes`.
     """
     path = Path(__file__).with_name("_build_record.json")
     if not path.exists():
@@ -63,14 +54,25 @@ def load_extension() -> ExtensionStatus:
         return ExtensionStatus(
             False, f"torch {torch.__version__} is installed; at least {MINIMUM_TORCH} is needed"
         )
-    try:
-        importlib.import_module("moat_kernels._C")
-    except ModuleNotFoundError:
+    if importlib.util.find_spec(_LIBRARY) is None:
         why = build_record().get("reason_not_built") or "the package has no compiled library"
         return ExtensionStatus(False, f"not built: {why}")
+    # Asked first: ops of other sources may clash with those that this package registers.
+    if changed := _changed_sources():
+        others = f" and {len(changed) - 1} more" if len(changed) > 1 else ""
+        return ExtensionStatus(
+            False, f"{OUTDATED} ({changed[0]}{others}): run `python setup.py build_ext --inplace`"
+        )
+    try:
+        importlib.import_module(_LIBRARY)
     except ImportError as error:
         return ExtensionStatus(False, f"failed to load: {error}")
-    missing = [name for name in NATIVE_OPS if not hasattr(torch.ops.moat_kernels, name)]
-    if missing:
-        return ExtensionStatus(False, f"built from older sources, without {', '.join(missing)}")
     return ExtensionStatus(True)
+
+
+def _changed_sources() -> list[str]:
+    """The sources in this checkout that are not those which the library was built from."""
+    built, present = build_record().get("sources", {}), source_hashes(_ROOT)
+    if not present:
+        return []  # installed: the library and this package were made of the same sources
+    return sorted({path for path, _ in built.items() ^ present.items()})

@@ -11,25 +11,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moat_kernels.inspection import obstacle
 from moat_kernels.modules import (
     FusedInvertedBottleneck,
     FusedMBConv,
     FusedMOATBlock,
     check_is_plain,
-    obstacle,
 )
 from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
 from moat_kernels.ops.common.backends import warn_once
-from moat_kernels.ops.common.checks import check_devices
+from moat_kernels.ops.common.checks import (
+    check_devices,
+    check_positive_integer,
+    check_positive_integers,
+)
 from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, head_step, stem_step
 from moat_kernels.ops.stem import api as stem
-from moat_kernels.reference import (
-    MBConvBlock,
-    MOATBlock,
-    SameConv2d,
-    check_positive_integers,
-    initialize,
-)
+from moat_kernels.reference import MBConvBlock, MOATBlock, SameConv2d, initialize
 from moat_kernels.tensor_access import tensor_of
 from moat_kernels.variants import get_preprocessing, get_variant, list_models
 
@@ -377,7 +375,7 @@ def _check_per_stage(argument: str, values: Sequence[int]) -> None:
     if len(values) != STAGES:
         raise ValueError(f"{argument} must have {STAGES} entries, got {values!r}")
     for value in values:
-        check_positive_integers(**{argument: value})
+        check_positive_integer(argument, value)
 
 
 def _windows_per_stage(window_size: Sequence[Window] | None) -> Sequence[Window]:

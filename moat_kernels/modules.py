@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moat_kernels import reference
-from moat_kernels.drop_path import DropPath
-from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm
+from moat_kernels.inspection import difference, interception, obstacle, runs_as_its_class
+from moat_kernels.linear import apply_linear
 from moat_kernels.ops.attention_half import api as attention_half
 from moat_kernels.ops.common.backends import NO_TORCHSCRIPT, keep_backend, warn_once
 from moat_kernels.ops.common.spatial import in_format_of
@@ -21,7 +21,6 @@ from moat_kernels.ops.frozen import (
     mbconv_step,
 )
 from moat_kernels.ops.layer_norm import add_branch, branch_layer_norm, covers
-from moat_kernels.ops.linear import apply_linear
 from moat_kernels.ops.mbconv import mbconv
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
@@ -30,73 +29,18 @@ from moat_kernels.tensor_access import tensor_of
 
 Result = TypeVar("Result")
 
-_STOCK_CLASSES = (
-    nn.Conv2d,
-    nn.Linear,
-    nn.LayerNorm,
-    BatchNorm2d,
-    SyncBatchNorm,
-    nn.SyncBatchNorm,
-    DropPath,
-    reference.SameConv2d,
-    reference.SqueezeExcitation,
-)
-_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-
-
-def obstacle(owner: nn.Module, names: tuple[str, ...]) -> str:
-    """Why the submodules `names` cannot be read as plain tensors; empty if they can.
-
-    A fused op does not call the submodules, so one that a user hooked or replaced (an adapter,
-    quantisation) must run as itself.
-    """
-    for name in names:
-        child = owner._modules[name] if name in owner._modules else getattr(owner, name)
-        if child is None or _is_plain(child):
-            continue
-        for path, module in child.named_modules(prefix=name):
-            if ".parametrizations" in path:
-                continue  # they run when the tensor is read
-            if type(module) not in _STOCK_CLASSES and not _is_parametrized(module):
-                return f"{path} was replaced by {type(module).__name__}"
-            if any(getattr(module, hooks) for hooks in _HOOKS):
-                return f"{path} has hooks"
-    return ""
-
 
 def check_is_plain(
     module: nn.Module, classes: tuple[type[nn.Module], ...], children: tuple[str, ...]
 ) -> None:
     """Raise CannotFreeze unless the module is as it was made, and so are these of its children."""
-    if type(module) not in classes or "forward" in vars(module):
-        raise CannotFreeze(f"a {type(module).__name__} with a forward of its own")
-    if any(getattr(module, hooks) for hooks in _HOOKS):
-        raise CannotFreeze("it has hooks")
-    reason = obstacle(module, children)
-    if reason:
+    if reason := difference(module, classes, children):
         raise CannotFreeze(reason)
 
 
 def refuse_scripting(module: nn.Module) -> NoReturn:
     """torch.jit.script asks each module for what to script instead of it."""
     raise RuntimeError(f"{type(module).__name__}: {NO_TORCHSCRIPT}")
-
-
-def _is_plain(module: nn.Module) -> bool:
-    """Stock all the way down, without hooks or parametrizations: the usual case, told quickly."""
-    return (
-        type(module) in _STOCK_CLASSES
-        and not module._forward_hooks
-        and not module._forward_pre_hooks
-        and not module._backward_hooks
-        and not module._backward_pre_hooks
-        and all(child is None or _is_plain(child) for child in module._modules.values())
-    )
-
-
-def _is_parametrized(module: nn.Module) -> bool:
-    """Parametrizations subclass the module; its tensors read as attributes all the same."""
-    return hasattr(module, "parametrizations") and type(module).__bases__[0] in _STOCK_CLASSES
 
 
 class FusedInvertedBottleneck(reference.MBConvBlock):
@@ -178,7 +122,7 @@ def _is_called_for_its_result_only(attention: nn.Module) -> bool:
     """Whether it is FusedAttention as it was made, so that its tensors say what it computes."""
     return (
         type(attention) is FusedAttention
-        and not any(getattr(attention, hooks) for hooks in _HOOKS)
+        and runs_as_its_class(attention)
         and not obstacle(attention, ("qkv", "proj"))
     )
 
@@ -244,8 +188,8 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
             return False
         reason = obstacle(self, ("attention_norm", "drop_path"))
         attention = self.attention
-        if not reason and any(getattr(attention, hooks) for hooks in _HOOKS):
-            reason = "attention has hooks"
+        if not reason:
+            reason = interception(attention, "attention")
         if not reason and not isinstance(attention, reference.Attention):
             reason = f"attention was replaced by {type(attention).__name__}"
         if reason:

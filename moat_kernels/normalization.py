@@ -12,7 +12,7 @@ from moat_kernels.ops.common.synchronization import group_name, world_name
 from moat_kernels.ops.mbconv.algebra.running_statistics import update_norm
 from moat_kernels.ops.mbconv.description import Norm, NormParameters
 from moat_kernels.ops.mbconv.reference import batch_norm
-from moat_kernels.tensor_access import plain_class, tensor_of
+from moat_kernels.tensor_access import is_parametrized, plain_class, tensor_of
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -140,7 +140,7 @@ def has_activation(norm: nn.Module) -> bool:
 
 def _is_convertible(norm: nn.Module) -> bool:
     stock = nn.modules.batchnorm._BatchNorm.forward, BatchNorm2d.forward, nn.SyncBatchNorm.forward
-    if "parametrizations" in norm._modules:
+    if is_parametrized(norm):
         return False
     return has_activation(norm) or (type(norm).forward in stock and not norm._modules)
 

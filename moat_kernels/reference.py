@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moat_kernels.drop_path import DropPath
 from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
+from moat_kernels.ops.common.checks import check_positive_integers
 from moat_kernels.ops.common.spatial import pad_map, resolve_padding, split_padding
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
@@ -305,13 +306,6 @@ class MOATBlock(MBConvBlock):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.attention_half(self.inverted_bottleneck(x))
-
-
-def check_positive_integers(**arguments: object) -> None:
-    """Raise ValueError naming the first argument that is not a positive integer."""
-    for name, value in arguments.items():
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name} must be a positive integer, got {value!r}")
 
 
 def initialize(module: nn.Module) -> None:

@@ -20,7 +20,12 @@ def tensor_of(module: nn.Module | None, name: str) -> Any:
     return getattr(module, name)
 
 
+def is_parametrized(module: nn.Module) -> bool:
+    """Whether torch.nn.utils.parametrize computes a tensor of the module."""
+    return "parametrizations" in module._modules
+
+
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The module's class, without the subclass that parametrizations give it."""
     kind = type(module)
-    return kind.__bases__[0] if "parametrizations" in module._modules else kind
+    return kind.__bases__[0] if is_parametrized(module) else kind

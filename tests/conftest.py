@@ -21,6 +21,15 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+def pytest_collection_finish() -> None:
+    """Refuse to test the kernels of other sources; without any, their tests are skipped."""
+    from moat_kernels.extension import OUTDATED, load_extension
+
+    reason = load_extension().reason
+    if reason.startswith(OUTDATED):
+        raise pytest.UsageError(f"native kernels {reason}")
+
+
 def pytest_configure(config: pytest.Config) -> None:
     # Small tensors on a possibly busy machine: more threads would only wait for each other.
     torch.set_num_threads(1)

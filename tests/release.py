@@ -1,5 +1,7 @@
 """Build the source release and the wheel, and try them as a user would: `make release`.
 
+Refused where files are changed or unknown to git, so that a release is what its commit says.
+
 The wheel is made of the source release, so that nothing missing in it goes unnoticed, and is
 installed into an environment that holds what the wheel says it needs and nothing else. Both lie in
 dist/ at the end. No network is used.
@@ -7,6 +9,7 @@ dist/ at the end. No network is used.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import json
 import re
@@ -18,8 +21,6 @@ import tempfile
 import venv
 import zipfile
 from pathlib import Path
-
-from packaging.requirements import Requirement
 
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
@@ -76,6 +77,25 @@ def run(*command: object, cwd: Path = ROOT) -> str:
     return result.stdout
 
 
+def refuse_uncommitted() -> None:
+    """Exit with the names of the files that are not as the last commit has them."""
+    # Those of another user are trusted here, as they are by running this file.
+    command = ["git", "-c", "safe.directory=*", "status", "--porcelain", "--untracked-files=all"]
+    try:
+        result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    except FileNotFoundError:
+        raise SystemExit("a release is made of a commit, and git is not installed") from None
+    if result.returncode:
+        raise SystemExit(f"a release is made of a commit, but git says: {result.stderr.strip()}")
+    if result.stdout:
+        raise SystemExit(
+            "not released: a release is made of a commit, and these files differ from it:\n"
+            f"{result.stdout}"
+            "Commit, stash or ignore them. To try the packaging all the same: "
+            "make release ARGS=--uncommitted"
+        )
+
+
 def build_source(work: Path) -> Path:
     """The source release."""
     setup = [sys.executable, "setup.py", "-q", "egg_info", "--egg-base", work]
@@ -130,6 +150,9 @@ def check_library(library: Path) -> None:
 
 def requirements(name: str, found: set[str]) -> set[str]:
     """The distribution called `name` and all that it needs, extras left out."""
+    # Not above: `--check` runs where nothing is installed yet.
+    from packaging.requirements import Requirement
+
     if name in found:
         return found
     found.add(name)
@@ -159,6 +182,18 @@ def make_bare_environment(folder: Path) -> Path:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--uncommitted", action="store_true", help="try a tree with changes too")
+    parser.add_argument("--check", action="store_true", help="only refuse such a tree")
+    arguments = parser.parse_args()
+    if not arguments.uncommitted:
+        refuse_uncommitted()
+    if not arguments.check:
+        release()
+
+
+def release() -> None:
+    """Both archives in dist/, tried."""
     shutil.rmtree(DIST, ignore_errors=True)
     # Not below the checkout, whose own package would be found first.
     with tempfile.TemporaryDirectory() as temporary:

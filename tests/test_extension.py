@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import functools
 import importlib
+import importlib.util
 import os
+import re
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 import torch
+from support.native import needs_extension
 
 from moat_kernels import extension
 from moat_kernels.extension import build_record, load_extension
+from moat_kernels.source_hashes import source_hashes
 
-needs_extension = pytest.mark.skipif(
-    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-)
+ROOT = Path(__file__).parent.parent
 ASK_FOR_ISA = """
 import torch
 from moat_kernels.extension import load_extension
@@ -75,12 +79,15 @@ def test_the_build_recorded_what_it_used() -> None:
     assert record["reason_not_built"] == ""
     assert record["compiler"]
     assert torch.ops.moat_kernels.cpu_isa() in record["instruction_sets"]
+    assert record["sources"] == source_hashes(ROOT)
+    kinds = {Path(path).suffix for path in record["sources"]}
+    assert kinds == {".cpp", ".h", ".cu", ".cuh"}
 
 
 def test_a_package_without_the_library_says_why(
     fresh_load: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(sys.modules, "moat_kernels._C", None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(extension, "build_record", lambda: {"reason_not_built": "no compiler"})
     assert load_extension().reason == "not built: no compiler"
     assert not load_extension().usable
@@ -92,6 +99,8 @@ def test_a_library_that_does_not_load_passes_on_the_loaders_message(
     def fail(name: str) -> None:
         raise ImportError(f"{name}: undefined symbol: torch_parallel_for")
 
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(extension, "_changed_sources", list)
     monkeypatch.setattr(importlib, "import_module", fail)
     reason = load_extension().reason
     assert reason == "failed to load: moat_kernels._C: undefined symbol: torch_parallel_for"
@@ -104,9 +113,73 @@ def test_an_old_torch_is_named_before_the_library_is_tried(
     assert load_extension().reason == "torch 2.9.1+cpu is installed; at least 2.11 is needed"
 
 
+@pytest.fixture
+def checkout(fresh_load: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A copy of the sources, which the library is taken to lie beside."""
+    for name in ("csrc", "pyproject.toml"):
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        copy(ROOT / name, tmp_path / name)
+    monkeypatch.setattr(extension, "_ROOT", tmp_path)
+    return tmp_path
+
+
+def add_an_op(checkout: Path) -> None:
+    (schemas,) = checkout.rglob("registration.cpp")
+    first = "  library.def("
+    text = schemas.read_text()
+    assert first in text
+    schemas.write_text(text.replace(first, f'{first}"cpu_of_tomorrow() -> int");\n{first}', 1))
+
+
+def change_a_schema(checkout: Path) -> None:
+    (schemas,) = checkout.rglob("registration.cpp")
+    text = schemas.read_text()
+    assert ") -> " in text
+    schemas.write_text(text.replace(") -> ", ", int of_tomorrow) -> ", 1))
+
+
+def add_a_header(checkout: Path) -> None:
+    (checkout / "csrc" / "cpu" / "a.h").write_text("#pragma once\n")
+
+
+def remove_two_files(checkout: Path) -> None:
+    for path in sorted(checkout.glob("csrc/**/*.h"))[:2]:
+        path.unlink()
+
+
 @needs_extension
-def test_a_library_of_older_sources_is_not_used(
-    fresh_load: None, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("change", "changed"),
+    [
+        (add_an_op, r"csrc/[\w/]*registration\.cpp"),
+        (change_a_schema, r"csrc/[\w/]*registration\.cpp"),
+        (add_a_header, r"csrc/cpu/a\.h"),
+        (remove_two_files, r"csrc/[\w/]+\.h and 1 more"),
+    ],
+)
+def test_a_library_of_other_sources_is_refused(
+    change: Callable[[Path], None], changed: str, checkout: Path
 ) -> None:
-    monkeypatch.setattr(extension, "NATIVE_OPS", (*extension.NATIVE_OPS, "cpu_of_tomorrow"))
-    assert load_extension().reason == "built from older sources, without cpu_of_tomorrow"
+    assert load_extension().usable
+    load_extension.cache_clear()
+    change(checkout)
+    assert not load_extension().usable
+    expected = rf"{extension.OUTDATED} \({changed}\): run `python setup.py build_ext --inplace`"
+    assert re.fullmatch(expected, load_extension().reason)
+
+
+@needs_extension
+def test_a_library_whose_sources_nobody_recorded_is_refused(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extension, "build_record", dict)
+    assert load_extension().reason.startswith(extension.OUTDATED)
+
+
+@needs_extension
+def test_an_installed_library_needs_no_sources_beside_it(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(extension, "build_record", dict)
+    (checkout / "pyproject.toml").unlink()
+    assert load_extension().usable

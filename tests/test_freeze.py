@@ -11,18 +11,16 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
+from support.native import needs_extension
 from support.small_model import CLASSES, make_model
 from support.tolerances import BACKEND_OUTPUT, assert_close
 from torch import Tensor, nn
 
 import moat_kernels as mk
-from moat_kernels.extension import load_extension
 from moat_kernels.freeze import FrozenBlock
 from moat_kernels.ops.frozen import CannotFreeze
 
-pytestmark = pytest.mark.skipif(
-    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-)
+pytestmark = needs_extension
 
 
 def make_eval_model(**options) -> mk.MOAT:

@@ -8,13 +8,10 @@ import shutil
 import subprocess
 
 import pytest
-
-from moat_kernels.extension import load_extension
+from support.native import needs_extension
 
 pytestmark = [
-    pytest.mark.skipif(
-        not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-    ),
+    needs_extension,
     pytest.mark.skipif(
         platform.machine() not in ("x86_64", "AMD64"), reason="about x86-64's instruction sets"
     ),

@@ -166,6 +166,10 @@ def test_hooked_or_replaced_children_run_as_themselves() -> None:
         check_same(train_step(fused, x), train_step(reference, x))
     assert len(seen) == 1
     handle.remove()
+    fused.expand_conv.forward = fused.expand_conv.forward
+    with pytest.warns(mk.FallbackWarning, match="the forward of expand_conv was replaced"):
+        fused(x)
+    del fused.expand_conv.forward
     fused.shrink_conv = nn.Sequential(fused.shrink_conv)
     with pytest.warns(mk.FallbackWarning, match="shrink_conv was replaced by Sequential"):
         fused(x)

@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 from support import nvcc, oldest
-from support.cuda_on_cpu import TORCH_TARGET_VERSION
+
+from build_support.environment import TORCH_TARGET_VERSION
 
 CSRC = nvcc.ROOT / "csrc"
 # Those of csrc/cpu/isa include nothing of PyTorch's.

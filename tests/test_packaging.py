@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import json
 import os
-import runpy
 import shutil
 import subprocess
 import sys
 import tarfile
 import zipfile
-from collections.abc import Callable
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+from build_support import cuda, record
+from build_support.environment import reason_not_built
+
 ROOT = Path(__file__).parent.parent
-RELEASED = ("csrc", "moat_kernels", "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml")
+FOLDERS = ("build_support", "csrc", "moat_kernels")
+RELEASED = (*FOLDERS, "LICENSE", "MANIFEST.in", "README.md", "pyproject.toml", "setup.py")
 RUN_SETUP = "import runpy; runpy.run_path('setup.py', run_name='__main__')"
 WITHOUT_TORCH = f"import sys; sys.modules['torch'] = None; {RUN_SETUP}"
 
@@ -26,7 +29,7 @@ WITHOUT_TORCH = f"import sys; sys.modules['torch'] = None; {RUN_SETUP}"
 def tree(tmp_path: Path) -> Path:
     """A copy of what is released, without this checkout's own build outputs."""
     generated = shutil.ignore_patterns("*.so", "_build_record.json", "__pycache__")
-    for name in (*RELEASED, "setup.py"):
+    for name in RELEASED:
         source, target = ROOT / name, tmp_path / name
         if source.is_dir():
             shutil.copytree(source, target, ignore=generated)
@@ -89,26 +92,26 @@ def test_the_source_release_contains_the_sources_of_the_native_kernels(tree: Pat
     with tarfile.open(archive) as release:
         names = {name.partition("/")[2] for name in release.getnames()}
     sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "csrc").rglob("*.[ch]*")}
-    assert sources
-    assert sources <= names
+    support = {path.relative_to(ROOT).as_posix() for path in (ROOT / "build_support").glob("*.py")}
+    assert sources and support
+    assert sources | support <= names
 
 
 @pytest.fixture
-def setup_functions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable]:
-    """What setup.py defines; nothing is built."""
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No variables for builds, and no reasons remembered from another environment."""
+    reasons = (cuda.reason_cuda_not_built, reason_not_built)
     for name in set(os.environ) - set(own_environment()):
         monkeypatch.delenv(name)
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setattr(sys, "argv", ["setup.py", "-q", "--name"])
-    with monkeypatch.context() as patch:
-        patch.setenv("MOAT_KERNELS_SKIP_EXT", "1")
-        functions = runpy.run_path("setup.py", run_name="__main__")
-    functions["reason_not_built"].cache_clear()
-    return functions
+    for reason in reasons:
+        reason.cache_clear()
+    yield
+    for reason in reasons:
+        reason.cache_clear()
 
 
 @pytest.mark.parametrize(
-    ("environment", "reason", "architectures"),
+    ("variables", "reason", "architectures"),
     [
         ({}, "is built without CUDA", [(80, False), (90, True)]),
         ({"PRETENDED_CUDA": "13.0", "CUDA_HOME": "/nowhere"}, "nvcc not found", None),
@@ -119,27 +122,58 @@ def setup_functions(monkeypatch: pytest.MonkeyPatch) -> dict[str, Callable]:
     ids=["CPU build of torch", "no nvcc", "skipped", "too old", "built"],
 )
 def test_cuda_kernels_are_built_beside_a_cuda_build_of_torch_with_nvcc(
-    environment: dict[str, str],
+    variables: dict[str, str],
     reason: str,
     architectures: list | None,
-    setup_functions: dict[str, Callable],
+    clean_environment: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "nvcc").touch(0o755)
-    for name, value in {"CUDA_HOME": str(tmp_path), **environment}.items():
+    for name, value in {"CUDA_HOME": str(tmp_path), **variables}.items():
         monkeypatch.setenv(name, value)
     monkeypatch.setattr(torch.version, "cuda", os.environ.get("PRETENDED_CUDA"))
-    actual = setup_functions["reason_cuda_not_built"]()
+    actual = cuda.reason_cuda_not_built()
     assert reason in actual and bool(reason) == bool(actual)
     if architectures is not None:
-        assert setup_functions["cuda_architectures"]() == architectures
+        assert cuda.architectures() == architectures
 
 
 def test_an_unreadable_list_of_architectures_is_an_error(
-    setup_functions: dict[str, Callable], monkeypatch: pytest.MonkeyPatch
+    clean_environment: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0 Hopper")
     with pytest.raises(ValueError, match="TORCH_CUDA_ARCH_LIST has 'Hopper'"):
-        setup_functions["cuda_architectures"]()
+        cuda.architectures()
+
+
+def test_a_build_without_kernels_leaves_those_of_an_earlier_one_their_record(
+    clean_environment: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MOAT_KERNELS_SKIP_EXT", "1")
+    (tmp_path / "moat_kernels").mkdir()
+    path = tmp_path / "moat_kernels" / "_build_record.json"
+    record.write(tmp_path)
+    assert json.loads(path.read_text()) == {"reason_not_built": "MOAT_KERNELS_SKIP_EXT is set"}
+    path.write_text("of the library")
+    path.with_name("_C.abi3.so").touch()
+    record.write(tmp_path)
+    assert path.read_text() == "of the library"
+
+
+@pytest.mark.parametrize("changed", [True, False])
+@pytest.mark.parametrize("newer", [True, False])
+def test_objects_of_other_sources_that_look_older_are_not_used_again(
+    changed: bool, newer: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.cpp").touch()
+    objects, kept = tmp_path / "objects", tmp_path / "objects" / "a.o"
+    assert not record.discard_outdated(objects, {"a.cpp": "before"})
+    kept.touch()
+    last = (objects / "sources.json").stat().st_mtime
+    os.utime("a.cpp", times=(last, last + 1 if newer else last - 1))
+    removed = record.discard_outdated(objects, {"a.cpp": "after" if changed else "before"})
+    assert removed == (changed and not newer)
+    assert kept.exists() != removed

@@ -22,7 +22,7 @@ from moat_kernels.adapters.reading import (
     read_gate,
     refuse_dropout,
 )
-from moat_kernels.ops.linear import apply_linear
+from moat_kernels.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 
 

@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from moat_kernels.modules import _HOOKS
+from moat_kernels.inspection import interception, runs_as_its_class
 from moat_kernels.normalization import (
     BatchNorm2d,
     SyncBatchNorm,
@@ -69,10 +69,8 @@ def tensor_names(module: nn.Module) -> set[str]:
 def refuse_hooks(modules: Iterable[nn.Module]) -> None:
     """Raise NotCovered if one of the modules, which are not called when fused, must be called."""
     for module in modules:
-        if any(getattr(module, hooks) for hooks in _HOOKS):
-            raise NotCovered(f"an inner {class_name(module)} has hooks")
-        if "forward" in module.__dict__:
-            raise NotCovered(f"the forward of an inner {class_name(module)} was replaced")
+        if not runs_as_its_class(module):
+            raise NotCovered(interception(module, f"an inner {class_name(module)}"))
 
 
 def refuse_dropout(dropout: nn.Module, what: str) -> None:

@@ -9,12 +9,12 @@ from torch import Tensor, nn
 from moat_kernels import reference
 from moat_kernels.adapters.base import Adapter, FusedClass
 from moat_kernels.adapters.reading import NotCovered, child_names
+from moat_kernels.inspection import obstacle
 from moat_kernels.modules import (
     FusedAttention,
     FusedInvertedBottleneck,
     FusedMBConv,
     FusedMOATBlock,
-    obstacle,
 )
 
 _BOTTLENECK = FusedInvertedBottleneck._fused_children

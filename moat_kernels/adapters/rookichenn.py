@@ -28,7 +28,7 @@ from moat_kernels.adapters.reading import (
     read_gate,
     read_swin_table,
 )
-from moat_kernels.ops.linear import apply_linear
+from moat_kernels.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 
 # Children of timm's DepthwiseSeparableConv that do something, and those that are Identity here.

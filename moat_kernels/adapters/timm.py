@@ -27,7 +27,7 @@ from moat_kernels.adapters.reading import (
     refuse_dropout,
     tensor_names,
 )
-from moat_kernels.ops.linear import apply_linear
+from moat_kernels.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 
 _TABLE = "relative_position_bias_table"

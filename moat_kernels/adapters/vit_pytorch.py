@@ -24,7 +24,7 @@ from moat_kernels.adapters.reading import (
     read_swin_table,
     refuse_dropout,
 )
-from moat_kernels.ops.linear import apply_linear
+from moat_kernels.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 
 _CONVOLUTIONS = ("Conv2d", "BatchNorm2d", "GELU") * 2

@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from support import nvcc
-from support.cuda_on_cpu import TORCH_TARGET_VERSION
 from torch.utils.cpp_extension import include_paths
+
+from build_support.environment import TORCH_TARGET_VERSION
 
 pytestmark = pytest.mark.skipif(not nvcc.nvcc_version(), reason="there is no nvcc")
 

@@ -8,17 +8,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
+from support.native import needs_extension
 from support.tolerances import BACKEND_GRADIENT, BACKEND_OUTPUT, assert_close
 from torch import Tensor, nn
 
 from moat_kernels import use_backend
-from moat_kernels.extension import load_extension
-from moat_kernels.ops.linear import apply_linear
+from moat_kernels.linear import apply_linear
 from moat_kernels.ops.linear.cpu import FEWEST_ROWS, backward, forward, unsupported
 
-pytestmark = pytest.mark.skipif(
-    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-)
+pytestmark = needs_extension
 
 # Rows, K and N: fewer rows than a block of the product, more than a strip; a last panel of one
 # vector; depths that are cut in two; so narrow that the weight's gradient is summed in parts.
@@ -142,7 +140,7 @@ def test_everything_else_is_stock(module: nn.Module, x: Tensor) -> None:
     assert type(output.grad_fn).__name__ != "_LinearBackward"
 
 
-def test_hooked_modules_and_autocast_are_stock() -> None:
+def test_hooked_and_changed_modules_and_autocast_are_stock() -> None:
     module, calls = nn.Linear(32, 64), []
     x = torch.randn(FEWEST_ROWS, 32)
     with torch.autocast("cpu", torch.bfloat16):
@@ -150,6 +148,9 @@ def test_hooked_modules_and_autocast_are_stock() -> None:
     module.register_forward_hook(lambda *_: calls.append(1))
     apply_linear(module, x)
     assert calls == [1]
+    module = nn.Linear(32, 64)
+    module.forward = lambda x: 2 * x
+    assert torch.equal(apply_linear(module, x), 2 * x)
 
 
 def test_frozen_parameters_get_no_gradient() -> None:

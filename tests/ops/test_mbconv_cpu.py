@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.mbconv_cases import CASES, Case, make_parameters, map_tensors, run
+from support.native import needs_extension
 from support.tolerances import (
     BACKEND_GRADIENT,
     BACKEND_OUTPUT,
@@ -20,7 +21,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from moat_kernels import FallbackWarning, use_backend
-from moat_kernels.extension import load_extension
 from moat_kernels.functional import (
     MBConvDescription,
     MBConvParameters,
@@ -33,9 +33,7 @@ from moat_kernels.ops.mbconv.cpu import backend as cpu_backend
 from moat_kernels.ops.mbconv.description import PARAMETER_NAMES, flatten
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 
-pytestmark = pytest.mark.skipif(
-    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-)
+pytestmark = needs_extension
 
 STRIDE_2 = MBConvDescription(stride=2, pool=Pool(kernel_size=3))
 GATED = MBConvDescription(squeeze_excite=SqueezeExcite())

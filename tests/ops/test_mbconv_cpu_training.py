@@ -7,17 +7,15 @@ import warnings
 import pytest
 import torch
 from support.mbconv_cases import Case, make_parameters, map_tensors, run
+from support.native import needs_extension
 from support.tolerances import BACKEND_OUTPUT, LOW_PRECISION_FACTOR, assert_close, relative_error
 
 from moat_kernels import FallbackWarning, use_backend
-from moat_kernels.extension import load_extension
 from moat_kernels.functional import MBConvDescription, Pool, SqueezeExcite, mbconv
 from moat_kernels.memory import saved_bytes
 from moat_kernels.ops.mbconv.description import flatten
 
-pytestmark = pytest.mark.skipif(
-    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-)
+pytestmark = needs_extension
 
 STRIDE_2 = MBConvDescription(stride=2, pool=Pool(kernel_size=3))
 GATED = MBConvDescription(squeeze_excite=SqueezeExcite())

@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.mbconv_cases import Case, make_parameters, map_tensors, run
+from support.native import needs_extension
 from support.tolerances import (
     BACKEND_GRADIENT,
     BACKEND_OUTPUT,
@@ -23,7 +24,6 @@ from support.tolerances import (
 from torch import Tensor
 
 from moat_kernels import FallbackWarning, use_backend
-from moat_kernels.extension import load_extension
 from moat_kernels.functional import (
     MBConvDescription,
     MBConvParameters,
@@ -37,12 +37,7 @@ from moat_kernels.functional import (
 
 BACKENDS = [
     "torch",
-    pytest.param(
-        "cpu",
-        marks=pytest.mark.skipif(
-            not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-        ),
-    ),
+    pytest.param("cpu", marks=needs_extension),
 ]
 SEEDS = st.integers(0, 2**16)
 LOW_PRECISION = st.sampled_from([torch.bfloat16, torch.float16])

@@ -8,18 +8,16 @@ import warnings
 import pytest
 import torch
 from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
+from support.native import needs_extension
 from support.operators import Recorder
 from support.tolerances import BACKEND_OUTPUT, LOW_PRECISION_FACTOR, assert_close, relative_error
 from torch import Tensor, nn
 
 import moat_kernels as mk
-from moat_kernels.extension import load_extension
 from moat_kernels.models import FusedStem, Stem
 from moat_kernels.ops.common import backends
 
-pytestmark = pytest.mark.skipif(
-    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-)
+pytestmark = needs_extension
 
 
 def make_stem(width: int = 16, in_channels: int = 3) -> FusedStem:

@@ -8,6 +8,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
+from support.native import needs_extension
 from support.operators import Recorder
 from support.tolerances import (
     BACKEND_GRADIENT,
@@ -19,7 +20,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 import moat_kernels as mk
-from moat_kernels.extension import load_extension
 from moat_kernels.memory import saved_bytes
 from moat_kernels.models import FusedStem, Stem
 from moat_kernels.normalization import BatchNorm2d
@@ -27,9 +27,7 @@ from moat_kernels.ops.mbconv.description import Norm
 from moat_kernels.ops.stem import api as stem_api
 from moat_kernels.reference import SameConv2d
 
-pytestmark = pytest.mark.skipif(
-    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-)
+pytestmark = needs_extension
 
 EPS = 1e-3
 FORWARD = "moat_kernels.cpu_stem_train_forward.default"

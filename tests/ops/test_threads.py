@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from support.mbconv_cases import Case, make_parameters, run
+from support.native import needs_extension
 from torch import Tensor
 
 from moat_kernels import FusedMOATBlock, use_backend
-from moat_kernels.extension import load_extension
 from moat_kernels.functional import (
     MBConvDescription,
     WindowAttentionDescription,
@@ -22,9 +22,7 @@ from moat_kernels.functional import (
 )
 from moat_kernels.models import FusedStem
 
-pytestmark = pytest.mark.skipif(
-    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-)
+pytestmark = needs_extension
 
 Work = Callable[[], list[Tensor]]
 

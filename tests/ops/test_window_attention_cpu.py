@@ -7,6 +7,7 @@ import warnings
 import pytest
 import torch
 from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
+from support.native import needs_extension
 from support.tolerances import (
     BACKEND_GRADIENT,
     BACKEND_OUTPUT,
@@ -14,15 +15,13 @@ from support.tolerances import (
     assert_close,
     relative_error,
 )
+from support.window_attention_cases import make_inputs, run
 from torch import Tensor
 
 from moat_kernels import FallbackWarning, use_backend
-from moat_kernels.extension import load_extension
 from moat_kernels.functional import WindowAttentionDescription, window_attention
 
-pytestmark = pytest.mark.skipif(
-    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-)
+pytestmark = needs_extension
 
 # (batch, height, width) and window: dividing the map and not, beyond the map, the whole map; fewer
 # tokens than a vector, and more than one block of queries in the backward pass.
@@ -37,41 +36,6 @@ CASES = [
     ((1, 2, 1), (1, 1)),
 ]
 WHOLE = WindowAttentionDescription(heads=2, head_dim=32)
-
-
-def make_inputs(
-    description: WindowAttentionDescription,
-    shape: tuple[int, int, int],
-    bias: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor | None]:
-    """(qkv, table) for a map (B, H, W)."""
-    qkv = torch.randn(*shape, 3 * description.heads * description.head_dim).to(dtype)
-    if not bias:
-        return qkv, None
-    height, width = description.window_for(*shape[1:])
-    return qkv, torch.randn(description.heads, 2 * height - 1, 2 * width - 1).to(dtype)
-
-
-def run(
-    backend: str,
-    qkv: Tensor,
-    table: Tensor | None,
-    description: WindowAttentionDescription,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    """Output and gradients by a backend, for copies of the arguments in `dtype`."""
-    qkv = qkv.detach().to(dtype, copy=True).requires_grad_()
-    table = None if table is None else table.detach().to(dtype, copy=True).requires_grad_()
-    with use_backend(backend), warnings.catch_warnings():
-        warnings.simplefilter("error", FallbackWarning)
-        output = window_attention(qkv, table, description)
-        generator = torch.Generator().manual_seed(1)
-        output.backward(torch.randn(output.shape, generator=generator).to(dtype))
-    assert output.dtype == dtype
-    assert output.is_contiguous()
-    results = {"output": output.detach(), "qkv": qkv.grad}
-    return results if table is None else results | {"table": table.grad}
 
 
 def check(qkv: Tensor, table: Tensor | None, description: WindowAttentionDescription) -> None:

@@ -11,14 +11,12 @@ from pathlib import Path
 import pytest
 import torch
 from support import native_calls
+from support.native import needs_extension
 from support.wrong_arguments import run_in_process
 
-from moat_kernels.extension import load_extension
 from moat_kernels.modules import FusedAttention
 
-pytestmark = pytest.mark.skipif(
-    not load_extension().usable, reason=f"native kernels {load_extension().reason}"
-)
+pytestmark = needs_extension
 
 
 def test_every_native_op(tmp_path: Path) -> None:

@@ -5,8 +5,6 @@ Maps and numbers of heads are small: the interpreter takes a tenth of a second p
 
 from __future__ import annotations
 
-import warnings
-
 import pytest
 import torch
 from support.tolerances import (
@@ -16,6 +14,7 @@ from support.tolerances import (
     assert_close,
     relative_error,
 )
+from support.window_attention_cases import make_inputs, run
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -50,45 +49,6 @@ CASES = {
 }
 
 
-def make_inputs(
-    description: WindowAttentionDescription,
-    shape: tuple[int, int, int],
-    device: str,
-    bias: bool = True,
-    dtype: torch.dtype = torch.float32,
-) -> tuple[Tensor, Tensor | None]:
-    """(qkv, table) for a map (B, H, W)."""
-    channels = 3 * description.heads * description.head_dim
-    qkv = torch.randn(*shape, channels).to(device, dtype)
-    if not bias:
-        return qkv, None
-    height, width = description.window_for(*shape[1:])
-    table = torch.randn(description.heads, 2 * height - 1, 2 * width - 1)
-    return qkv, table.to(device, dtype)
-
-
-def run(
-    backend: str,
-    qkv: Tensor,
-    table: Tensor | None,
-    description: WindowAttentionDescription,
-    dtype: torch.dtype = torch.float32,
-) -> dict[str, Tensor]:
-    """Output and gradients by a backend, for copies of the arguments in `dtype`."""
-    qkv = qkv.detach().to(dtype, copy=True).requires_grad_()
-    table = None if table is None else table.detach().to(dtype, copy=True).requires_grad_()
-    with use_backend(backend), warnings.catch_warnings():
-        warnings.simplefilter("error", FallbackWarning)
-        output = window_attention(qkv, table, description)
-        generator = torch.Generator().manual_seed(1)
-        cotangent = torch.randn(output.shape, generator=generator)
-        output.backward(cotangent.to(output.device, dtype))
-    assert output.dtype == dtype
-    assert output.is_contiguous()
-    results = {"output": output.detach(), "qkv": qkv.grad}
-    return results if table is None else results | {"table": table.grad}
-
-
 def check(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """The kernels in float32 are close to the reference in float64."""
     assert actual.keys() == expected.keys()
@@ -102,7 +62,7 @@ def check(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
 @pytest.mark.parametrize("case", CASES)
 def test_every_choice(case: str, bias: bool, device: str) -> None:
     shape, description = CASES[case]
-    qkv, table = make_inputs(description, shape, device, bias)
+    qkv, table = make_inputs(description, shape, bias, device=device)
     expected = run("reference", qkv, table, description, torch.float64)
     check(run("triton", qkv, table, description), expected)
 
@@ -113,7 +73,7 @@ def test_low_precision_is_as_close_to_float64_as_stock(
     case: str, dtype: torch.dtype, device: str
 ) -> None:
     shape, description = CASES[case]
-    qkv, table = make_inputs(description, shape, device, dtype=dtype)
+    qkv, table = make_inputs(description, shape, device=device, dtype=dtype)
     exact = run("reference", qkv, table, description, torch.float64)
     stock = run("reference", qkv, table, description, dtype)
     fused = run("triton", qkv, table, description, dtype)
@@ -129,21 +89,21 @@ def test_the_tables_gradient_for_any_number_of_partial_sums(
     """Five windows, summed by one program, and by three: two, two and one."""
     monkeypatch.setattr(triton_backend, "BIAS_GRADIENT_PROGRAMS", programs)
     description = WindowAttentionDescription(1, 16, (3, 3))
-    qkv, table = make_inputs(description, (5, 3, 3), device)
+    qkv, table = make_inputs(description, (5, 3, 3), device=device)
     expected = run("reference", qkv, table, description, torch.float64)
     check(run("triton", qkv, table, description), expected)
 
 
 def test_a_table_wider_than_a_block_of_its_gradient(device: str) -> None:
     description = WindowAttentionDescription(1, 16)
-    qkv, table = make_inputs(description, (1, 2, 19), device)
+    qkv, table = make_inputs(description, (1, 2, 19), device=device)
     expected = run("reference", qkv, table, description, torch.float64)
     check(run("triton", qkv, table, description), expected)
 
 
 def test_the_same_bits_every_time(device: str) -> None:
     shape, description = CASES["ragged grid"]
-    inputs = make_inputs(description, shape, device)
+    inputs = make_inputs(description, shape, device=device)
     first, second = (run("triton", *inputs, description) for _ in range(2))
     for name, value in first.items():
         assert torch.equal(value, second[name]), name
@@ -152,7 +112,7 @@ def test_the_same_bits_every_time(device: str) -> None:
 @pytest.mark.parametrize("offset", [1000.0, -1000.0])
 def test_a_bias_common_to_all_keys_changes_nothing(offset: float, device: str) -> None:
     """Scores whose exponentials overflow, or vanish, unless the largest is subtracted."""
-    qkv, table = make_inputs(WHOLE, SMALL, device)
+    qkv, table = make_inputs(WHOLE, SMALL, device=device)
     expected = run("reference", qkv, table, WHOLE, torch.float64)
     actual = run("triton", qkv, table + offset, WHOLE)
     for name, value in expected.items():
@@ -164,7 +124,7 @@ def test_a_bias_common_to_all_keys_changes_nothing(offset: float, device: str) -
 def test_keys_masked_by_the_table_count_exactly_nothing(later: bool, device: str) -> None:
     """-inf for all keys on one side: for some queries that is all of the first or last block."""
     description = WindowAttentionDescription(1, 16)
-    qkv, table = make_inputs(description, (1, 1, 70), device)
+    qkv, table = make_inputs(description, (1, 1, 70), device=device)
     masked = slice(70, None) if later else slice(None, 69)
     table[:, :, masked] = -float("inf")
     actual = run("triton", qkv, table, description)
@@ -178,7 +138,7 @@ def test_what_is_not_finite_spreads_as_in_the_reference(
     place: str, value: float, device: str
 ) -> None:
     description = WindowAttentionDescription(1, 16, (3, 4))
-    qkv, table = make_inputs(description, (1, 3, 8), device)
+    qkv, table = make_inputs(description, (1, 3, 8), device=device)
     if place == "table":
         table[0, 0, 3] = value
     else:
@@ -194,7 +154,7 @@ def test_what_is_not_finite_spreads_as_in_the_reference(
 
 
 def test_empty_batch(device: str) -> None:
-    results = run("triton", *make_inputs(WHOLE, (0, 4, 4), device), WHOLE)
+    results = run("triton", *make_inputs(WHOLE, (0, 4, 4), device=device), WHOLE)
     assert results["output"].shape == (0, 4, 4, 32)
     assert results["qkv"].shape == (0, 4, 4, 96)
     assert not results["table"].any()
@@ -212,7 +172,7 @@ def test_empty_batch(device: str) -> None:
 )
 def test_strided_qkv_and_gradient(view, device: str) -> None:
     qkv = view(torch.randn(1, 4, 5, 96, device=device))
-    _, table = make_inputs(WHOLE, tuple(qkv.shape[:3]), device)
+    _, table = make_inputs(WHOLE, tuple(qkv.shape[:3]), device=device)
     cotangent = view(torch.randn(1, 4, 5, 32, device=device))
     gradients = []
     with use_backend("triton"):
@@ -224,7 +184,7 @@ def test_strided_qkv_and_gradient(view, device: str) -> None:
 
 
 def test_only_what_needs_a_gradient_gets_one(device: str) -> None:
-    qkv, table = make_inputs(WHOLE, SMALL, device)
+    qkv, table = make_inputs(WHOLE, SMALL, device=device)
     with use_backend("triton"):
         window_attention(qkv.requires_grad_(), table, WHOLE).sum().backward()
     assert table.grad is None
@@ -232,7 +192,7 @@ def test_only_what_needs_a_gradient_gets_one(device: str) -> None:
 
 def test_a_head_dim_without_kernels_falls_back_visibly(device: str) -> None:
     description = WindowAttentionDescription(2, 24)
-    qkv, table = make_inputs(description, SMALL, device)
+    qkv, table = make_inputs(description, SMALL, device=device)
     with (
         use_backend("triton"),
         pytest.warns(FallbackWarning, match="'triton' does not cover head_dim 24"),
@@ -266,7 +226,7 @@ def test_bytes_and_products_of_each_pass() -> None:
 
 def test_fake_tensors_give_the_same_shapes_and_layouts(device: str) -> None:
     description = WindowAttentionDescription(1, 16, (4, 4))
-    qkv, table = make_inputs(description, (1, 5, 4), device)
+    qkv, table = make_inputs(description, (1, 5, 4), device=device)
     torch.library.opcheck(
         torch.ops.moat_kernels.window_attention_forward.default,
         (qkv, table, description.encode(), "triton"),

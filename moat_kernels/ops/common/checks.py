@@ -20,6 +20,18 @@ def check_tensor(name: str, x: object, shape: str) -> None:
         raise ValueError(f"{name} must be {shape}, got shape {tuple(x.shape)}")
 
 
+def check_positive_integer(name: str, value: object) -> None:
+    """Raise ValueError naming the argument if it is not a positive integer."""
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be a positive integer, got {value!r}")
+
+
+def check_positive_integers(**arguments: object) -> None:
+    """The same of several arguments."""
+    for name, value in arguments.items():
+        check_positive_integer(name, value)
+
+
 def check_devices(op: str, x: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
     """All must be on x's device. RuntimeError, as of stock's layers.
 

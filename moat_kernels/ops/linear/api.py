@@ -6,28 +6,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from moat_kernels.ops.common.backends import choose_backend, is_exporting
 from moat_kernels.ops.common.checks import check_devices
 from moat_kernels.ops.linear import cpu
-from moat_kernels.tensor_access import tensor_of
-
-
-def apply_linear(module: nn.Module, x: Tensor) -> Tensor:
-    """module(x), by the native kernels if it is a plain nn.Linear that they cover.
-
-    x: [.., K], weight [N, K]. Hooked, replaced or parametrized modules run as they are.
-    """
-    if (
-        type(module) is not nn.Linear
-        or module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return module(x)
-    return linear(x, tensor_of(module, "weight"), tensor_of(module, "bias"))
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -10,6 +10,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from moat_kernels.ops.common.checks import check_positive_integer
 from moat_kernels.ops.common.encoding import decode_fields, encode
 from moat_kernels.ops.common.spatial import Padding
 
@@ -21,11 +22,6 @@ def _check_choice(argument: str, value: object, choices: tuple[object, ...]) -> 
     if value not in choices:
         supported = ", ".join(repr(choice) for choice in choices)
         raise ValueError(f"{argument} must be one of {supported}, got {value!r}")
-
-
-def _check_positive(argument: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{argument} must be a positive integer, got {value!r}")
 
 
 def _check_padding(argument: str, padding: object) -> None:
@@ -101,8 +97,8 @@ class Pool:
 
     def __post_init__(self) -> None:
         _check_choice("kind", self.kind, ("average", "max"))
-        _check_positive("kernel_size", self.kernel_size)
-        _check_positive("stride", self.stride)
+        check_positive_integer("kernel_size", self.kernel_size)
+        check_positive_integer("stride", self.stride)
         _check_padding("padding", self.padding)
         if self.padding != "tf_same" and max(self.padding) >= self.kernel_size:
             raise ValueError(
@@ -142,7 +138,7 @@ class MBConvDescription:
     order: Literal["expand_first", "depthwise_first"] = "expand_first"
 
     def __post_init__(self) -> None:
-        _check_positive("stride", self.stride)
+        check_positive_integer("stride", self.stride)
         _check_padding("padding", self.padding)
         for name in ("pre_activation", "expand_activation", "depthwise_activation"):
             _check_choice(name, getattr(self, name), ACTIVATIONS)

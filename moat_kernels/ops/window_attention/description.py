@@ -6,15 +6,11 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
+from moat_kernels.ops.common.checks import check_positive_integer
 from moat_kernels.ops.common.encoding import decode_fields, encode
 
 PARTITIONS = ("window", "grid")
 QKV_LAYOUTS = ("qkv_heads", "heads_qkv")
-
-
-def _check_positive(argument: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{argument} must be a positive integer, got {value!r}")
 
 
 @dataclass(frozen=True)
@@ -39,15 +35,15 @@ class WindowAttentionDescription:
     partition: Literal["window", "grid"] = "window"
 
     def __post_init__(self) -> None:
-        _check_positive("heads", self.heads)
-        _check_positive("head_dim", self.head_dim)
+        check_positive_integer("heads", self.heads)
+        check_positive_integer("head_dim", self.head_dim)
         if self.window_size is not None:
             if not isinstance(self.window_size, tuple) or len(self.window_size) != 2:
                 raise ValueError(
                     f"window_size must be None or (height, width), got {self.window_size!r}"
                 )
             for side in self.window_size:
-                _check_positive("window_size", side)
+                check_positive_integer("window_size", side)
         if self.qkv_layout not in QKV_LAYOUTS:
             raise ValueError(f"qkv_layout must be one of {QKV_LAYOUTS}, got {self.qkv_layout!r}")
         if self.partition not in PARTITIONS:

@@ -16,7 +16,7 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
 KERNELS = tuple(sorted((ROOT / "csrc" / "cpu" / "isa").glob("*.cpp")))
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-# Those of setup.py that decide about the kernels' instructions. Its -O3 takes twice the time.
+# Those of build_support/flags.py that decide about instructions. Its -O3 takes twice the time.
 FLAGS = (
     *("-std=c++17", "-O2", "-ffp-contract=fast", "-fno-math-errno"),
     *("-Wall", "-Wextra", "-Werror", "-DMOAT_KERNELS_ISA=baseline", f"-I{ROOT / 'csrc'}"),

@@ -15,6 +15,8 @@ from types import ModuleType
 import torch
 from torch.utils.cpp_extension import include_paths
 
+from build_support.environment import TORCH_TARGET_VERSION
+
 HERE = Path(__file__).parent
 ROOT = HERE.parent.parent.parent
 EMULATION = (HERE / "block.cpp", HERE / "fiber.cpp")
@@ -22,8 +24,6 @@ KERNELS = tuple(sorted((ROOT / "csrc" / "cuda").glob("*.cu")))
 BINDING = (ROOT / "csrc" / "cuda" / "binding.cpp", HERE / "host_stream.cpp")
 HARNESS_KERNELS = HERE / "harness_kernels.cpp"
 HARNESS_MODULE = HERE / "harness_module.cpp"
-# The stable ABI of the oldest torch that setup.py builds for.
-TORCH_TARGET_VERSION = (2 << 56) | (11 << 48)
 FLAGS = (
     "-std=c++17",
     "-fPIC",

@@ -1,0 +1,1 @@
+"""What setup.py needs to know of the machine that it builds on."""
