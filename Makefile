@@ -16,7 +16,7 @@ BUILD_LOG := build/extension.log
 # pip and the kernels' build find ninja there.
 export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 
-.PHONY: help demo test bench targets gpu docs oldest lint sanitize release clean
+.PHONY: help demo test bench targets gpu oldest lint sanitize release clean
 
 help:
 	@echo "make demo | test | bench | targets | gpu | docs | oldest | lint | sanitize | release |" \
@@ -42,6 +42,7 @@ gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
 
 # The site in build/site; its warnings, broken links among them, are errors.
+.PHONY: docs
 docs: $(DOCS)
 	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env \
 	  --builder html --conf-dir docs --doctree-dir build/doctrees . build/site $(ARGS)

@@ -161,7 +161,7 @@ def test_every_environment_variable_is_documented() -> None:
     """Each that a source names, macros of the preprocessor apart, and no other."""
     name = r"MOAT_KERNELS_[A-Z_]*[A-Z]"
     files = [ROOT / "setup.py", ROOT / "Makefile"]
-    for folder in ("moat_kernels", "csrc", "tests", "benchmarks", "examples"):
+    for folder in ("moat_kernels", "csrc", "build_support", "tests", "benchmarks", "examples"):
         files += [
             file
             for file in (ROOT / folder).rglob("*")
