@@ -104,7 +104,8 @@ def to_restructured_text(lines: list[str]) -> list[str]:
     inside = example = False  # of an argument's definition, of an example
     for line in lines:
         example = line.startswith(">>> ") or (example and bool(line.strip()))
-        match = FIELD.match(line)
+        begins = inside or not converted or not converted[-1].strip()
+        match = FIELD.match(line) if begins else None
         if example:
             converted.append(line)
         elif match:

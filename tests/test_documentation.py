@@ -117,6 +117,14 @@ def test_the_examples_of_docstrings_run(name: str) -> None:
     assert not result.failed
 
 
+@pytest.mark.parametrize("name", ["", ".functional", ".checkpoints", ".adapters"])
+def test_the_api_reference_has_every_public_name(name: str) -> None:
+    text = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
+    module = importlib.import_module(f"moat_kernels{name}")
+    missing = [public for public in module.__all__ if not re.search(rf"\b{public}\b", text)]
+    assert not missing
+
+
 def anchors(page: Path) -> set[str]:
     """The anchors of a page's headings, as code hosts and the site make them."""
     headings = re.findall(r"^#+ (.+)$", FENCED.sub("", page.read_text()), re.M)
