@@ -1,4 +1,4 @@
-# Each of demo, test, bench, targets, lint, sanitize and release first sets up all that it needs:
+# Each of demo, test, bench, targets, docs, lint, sanitize and release first sets up all that it needs:
 # Python 3.10 or newer is enough, and a C++ compiler adds the native CPU kernels. ARGS is passed on to
 # the program run:
 #   make test ARGS="-k mbconv"
@@ -11,6 +11,7 @@ BUILD := setup.py $(wildcard build_support/*.py) moat_kernels/source_hashes.py
 TEST_CSRC := $(shell find tests/support -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
 REQUIREMENTS := $(VENV)/.requirements-installed
 PEERS := $(VENV)/.peers-installed
+DOCS := $(VENV)/.docs-installed
 PACKAGE := $(VENV)/.package-installed
 EXTENSION := moat_kernels/_C.abi3.so
 BUILD_LOG := build/extension.log
@@ -21,8 +22,8 @@ export PATH := $(CURDIR)/$(VENV)/bin:$(PATH)
 .PHONY: help demo test bench targets gpu oldest lint sanitize release committed clean
 
 help:
-	@echo "make demo | test | bench | targets | gpu | oldest | lint | sanitize | release | clean" \
-	      "(ARGS=... is passed on)"
+	@echo "make demo | test | bench | targets | gpu | docs | oldest | lint | sanitize | release |" \
+	      "clean (ARGS=... is passed on)"
 
 demo: $(EXTENSION)
 	$(VENV)/bin/python examples/train_classifier.py --blocks both $(ARGS)
@@ -42,6 +43,13 @@ targets: $(EXTENSION) $(PEERS)
 # Everything that a GPU can tell, in the Python that is there: see docs/gpu.md.
 gpu:
 	$(PYTHON) -m benchmarks.gpu $(ARGS)
+
+# The site in build/site; its warnings, broken links among them, are errors.
+.PHONY: docs
+docs: $(DOCS)
+	$(VENV)/bin/python -m sphinx --fail-on-warning --keep-going --quiet --fresh-env \
+	  --builder html --conf-dir docs --doctree-dir build/doctrees . build/site $(ARGS)
+	@echo "The first page is build/site/index.html"
 
 # The oldest Triton and the headers of the oldest PyTorch that are supported, into build/oldest: 300 MB
 # of downloads. `make test` runs what needs them where they lie there.
@@ -88,6 +96,11 @@ $(REQUIREMENTS): requirements-dev.txt | $(VENV)/bin/python
 $(PEERS): requirements-peers.txt $(REQUIREMENTS)
 	@echo "Installing other people's models (requirements-peers.txt) into $(VENV) (seconds)"
 	@$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps -r requirements-peers.txt
+	@touch $@
+
+$(DOCS): requirements-docs.txt $(REQUIREMENTS)
+	@echo "Installing what builds the pages (requirements-docs.txt) into $(VENV) (seconds)"
+	@$(VENV)/bin/pip install -q --disable-pip-version-check -r requirements-docs.txt
 	@touch $@
 
 $(VENV)/bin/python:

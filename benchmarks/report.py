@@ -55,7 +55,7 @@ def format_group(
         (rows[key]["interleaved_ms"] for key in ("stock", "stock channels_last") if key in rows),
         default=None,
     )
-    lines = [f"### {name}", "", f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * 7}"]
+    lines = [f"## {name}", "", f"| {' | '.join(COLUMNS)} |", f"|---|{'---:|' * 7}"]
     for key, info in rows.items():
         cells = (
             key,

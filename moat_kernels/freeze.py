@@ -33,7 +33,8 @@ def freeze(model: nn.Module) -> nn.Module:
 
     Blocks that cannot be frozen (hooked, replaced, on another device, of a dtype or a kind that the
     native kernels do not cover, `fuse`d ones of other packages) are copied, and a FallbackWarning
-    tells why. Raises ValueError if `model` is in training mode or holds nothing that can be frozen.
+    tells why. Raises ValueError if `model` is in training mode or holds nothing that can be frozen,
+    TypeError if it is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

@@ -73,6 +73,14 @@ def fuse(model: nn.Module, recompute: str = "auto") -> FusionReport:
     FallbackWarning. Fusing again is harmless, and how `recompute` is changed.
 
     recompute: what mbconv's backward pass recomputes, as in FusedMBConv.
+
+    >>> from moat_kernels.reference import MBConvBlock
+    >>> model = nn.Sequential(MBConvBlock(8, 8), nn.Flatten())
+    >>> print(fuse(model))
+    fused 1 modules: 1 by mbconv
+      0  MBConvBlock of moat_kernels.reference
+
+    Raises TypeError if `model` is no module, ValueError for an unknown `recompute`.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -85,7 +93,7 @@ def unfuse(model: nn.Module) -> tuple[str, ...]:
     """Undo `fuse`, wherever in `model`; the paths of the modules that are stock again.
 
     Raises RuntimeError, before anything is changed, if a fused module has changed its class since
-    (`fully_shard` does that).
+    (`fully_shard` does that); TypeError if `model` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")

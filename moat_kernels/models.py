@@ -269,6 +269,8 @@ class MOAT(nn.Module):
 
         layer_decay: factor of the learning rate per depth from the head down: head 1, stage 5's
             blocks `layer_decay`, ..., the stem `layer_decay ** 5`.
+
+        Raises ValueError for a layer_decay outside of (0, 1].
         """
         if not 0.0 < layer_decay <= 1.0:
             raise ValueError(f"layer_decay must be within (0, 1], got {layer_decay!r}")
@@ -342,6 +344,13 @@ def create_model(
     checkpoint: path of a .safetensors file, a PyTorch state_dict or an official TensorFlow
         checkpoint to load; see `moat_kernels.checkpoints.load_checkpoint`.
     stem_width, widths, depths: override the variant's own; four entries each for the last two.
+
+    >>> model = create_model("tiny_moat_0", num_classes=10)
+    >>> model(torch.zeros(1, 3, 64, 64)).shape
+    torch.Size([1, 10])
+
+    Raises ValueError naming the argument, and CheckpointError for a checkpoint that cannot be read
+    or does not fit.
     """
     variant = get_variant(name)
     model = MOAT(

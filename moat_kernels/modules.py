@@ -99,14 +99,26 @@ class FusedInvertedBottleneck(reference.MBConvBlock):
 class FusedMBConv(FusedInvertedBottleneck):
     """`reference.MBConvBlock` computed by fused kernels; the same arguments, names and numbers.
 
+    [B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)], in x's memory format.
+
     recompute: what the backward pass recomputes instead of keeping, in units of C_out channels of
         the map at stride 1: "none" keeps 9 C (x and two wide tensors), "expand" 5 C, "block" 1 C;
         "auto" is the fastest. Stock autograd keeps 26 C.
+
+    >>> block = FusedMBConv(16, 32, stride=2)
+    >>> block(torch.zeros(1, 16, 7, 8)).shape
+    torch.Size([1, 32, 4, 4])
+
+    Raises ValueError naming an argument that is not supported. A block whose inner modules were
+    hooked or replaced runs unfused, with a FallbackWarning.
     """
 
 
 class FusedAttention(reference.Attention):
-    """`reference.Attention` through `functional.window_attention`, its linear layers natively."""
+    """`reference.Attention` through `functional.window_attention`, its linear layers natively.
+
+    [B, H, W, C] -> [B, H, W, C]. The same arguments.
+    """
 
     __prepare_scriptable__ = refuse_scripting
 
@@ -130,7 +142,15 @@ def _is_called_for_its_result_only(attention: nn.Module) -> bool:
 class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
     """`reference.MOATBlock` computed by fused kernels; the same arguments, names and numbers.
 
+    [B, C_in, H, W] -> [B, C_out, ceil(H / stride), ceil(W / stride)], in x's memory format.
+
     recompute: as in FusedMBConv; with "block" the attention half also keeps only its input.
+
+    >>> block = FusedMOATBlock(32, 64, stride=2, window_size=7)
+    >>> block(torch.zeros(1, 32, 28, 28)).shape
+    torch.Size([1, 64, 14, 14])
+
+    Raises ValueError naming an argument that is not supported.
     """
 
     attention_class = FusedAttention

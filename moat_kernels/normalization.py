@@ -173,6 +173,9 @@ def describe_norm(module: nn.Module) -> Norm:
 
     module: BatchNorm2d or SyncBatchNorm, this package's or torch.nn's. The latter keep PyTorch's
         unbiased running variance.
+
+    >>> describe_norm(nn.BatchNorm2d(8)).unbiased, describe_norm(BatchNorm2d(8)).unbiased
+    (True, False)
     """
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
     group = None
@@ -191,7 +194,7 @@ def describe_norm(module: nn.Module) -> Norm:
 
 
 def norm_tensors(module: nn.Module) -> NormParameters:
-    """The tensors of a batch norm module for `functional.mbconv`."""
+    """The tensors of a batch norm module for `functional.mbconv`, each [C] or None."""
     assert isinstance(module, nn.modules.batchnorm._BatchNorm)
     if module.training and not module.track_running_stats:
         return NormParameters(module.weight, module.bias)

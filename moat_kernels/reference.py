@@ -74,6 +74,8 @@ class MBConvBlock(nn.Module):
     pool_size: kernel of the shortcut's average pool, 2 (classification) or 3 (downstream tasks).
     drop_path: probability that a sample loses the residual in training.
     unbiased_running_var: PyTorch's convention for the running variance instead of MOAT's.
+
+    Raises ValueError naming an argument that is not supported.
     """
 
     def __init__(
@@ -203,6 +205,8 @@ class Attention(nn.Module):
         Windows that do not divide the map are padded and masked, where official code raises.
     position_size: height and width of the map that the bias table is made for (official: 14 in
         stage 4, 7 in stage 5); it is resized to the window's size at every call. None: no bias.
+
+    Raises ValueError naming an argument that is not supported.
     """
 
     def __init__(

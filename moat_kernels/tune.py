@@ -52,9 +52,13 @@ def tune(
 ) -> None:
     """Report the fastest launches of models on a batch x, in evaluation and training.
 
-    Those that lose the most come first. measure: the time that a function takes on the GPU, in
-    microseconds. bandwidth: bytes per second of a copy, for the losses. seconds: after which the
-    search ends. autocast: the dtype that the models run under; None: their own.
+    Those that lose the most come first.
+
+    measure: the time that a function takes on the GPU, in microseconds.
+    report: is called with every launch that was measured, at once.
+    bandwidth: bytes per second of a copy, for the losses.
+    seconds: after which the search ends.
+    autocast: the dtype that the models run under; None: their own.
     """
     until = time.monotonic() + seconds
     where: dict[Problem, nn.Module] = {}

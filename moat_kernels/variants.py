@@ -59,7 +59,11 @@ VARIANTS = {
 
 
 def list_models() -> list[str]:
-    """The names that `create_model` knows."""
+    """The names that `create_model` knows.
+
+    >>> list_models()[:2]
+    ['moat_0', 'moat_1']
+    """
     return list(VARIANTS)
 
 
@@ -71,5 +75,11 @@ def get_variant(name: str) -> Variant:
 
 
 def get_preprocessing(name: str) -> Preprocessing:
-    """Normalisation and resolution of the official ImageNet training of variant `name`."""
+    """Normalisation and resolution of the official ImageNet training of variant `name`.
+
+    >>> get_preprocessing("moat_2").resolution
+    384
+
+    Raises ValueError with the known names for another name.
+    """
     return get_variant(name).preprocessing

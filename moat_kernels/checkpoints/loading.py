@@ -52,6 +52,9 @@ def load_checkpoint(
             ``weights_only=True``), or else a TensorFlow checkpoint as in :func:`load_tensorflow`.
         ema: as in :func:`load_tensorflow`; for TensorFlow checkpoints only.
 
+    Returns:
+        What was loaded from where, and what was skipped, with the reasons.
+
     Raises:
         CheckpointError: the file cannot be read, or does not fit; the model is then unchanged.
     """

@@ -11,9 +11,11 @@ TERA = 10**12
 class Gpu:
     """A GPU on paper.
 
-    architecture: compute capability as 10 * major + minor. memory: bytes; what is sold as 80 GB is
-    close to 80 * 2**30 bytes. bandwidth: of its DRAM, bytes per second. peaks: FLOP per second by
-    arithmetic (see `traffic.Pass`). source: the document that has the numbers.
+    architecture: compute capability as 10 * major + minor.
+    memory: bytes; what is sold as 80 GB is close to 80 * 2**30 bytes.
+    bandwidth: of its DRAM, bytes per second.
+    peaks: FLOP per second by arithmetic (see `traffic.Pass`).
+    source: the document that has the numbers.
     """
 
     name: str

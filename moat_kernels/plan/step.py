@@ -36,9 +36,10 @@ MODEL_STRIDE = 32
 class Step:
     """A training step, predicted.
 
-    passes: its kernels in order. peak: bytes of tensors at most, with those of `state`. state:
-    bytes of the parameters, the buffers and what the optimiser keeps. saved: bytes alive between
-    forward and backward beyond `state`.
+    passes: its kernels in order.
+    peak: bytes of tensors at most, with those of `state`.
+    state: bytes of the parameters, the buffers and what the optimiser keeps.
+    saved: bytes alive between forward and backward beyond `state`.
     """
 
     passes: tuple[Pass, ...]
@@ -50,11 +51,14 @@ class Step:
 class TrainingStep:
     """A variant at one resolution, ready to be traced at any batch size.
 
-    blocks: one of BLOCKS. precision: one of PRECISIONS; parameters are in float32. optimizer: one
-    of OPTIMIZERS, as one kernel that updates all parameters (`fused=True` in PyTorch).
-    architecture: compute capability of the GPU as 10 * major + minor. Inputs and weights are in
-    channels_last. Raises ValueError for what it does not know, and RuntimeError for fused blocks
-    where Triton is not installed.
+    blocks: one of BLOCKS.
+    precision: one of PRECISIONS; parameters are in float32.
+    optimizer: one of OPTIMIZERS, as one kernel that updates all parameters (`fused=True` in
+        PyTorch).
+    architecture: compute capability of the GPU as 10 * major + minor.
+
+    Inputs and weights are in channels_last. Raises ValueError for what it does not know, and
+    RuntimeError for fused blocks where Triton is not installed.
     """
 
     def __init__(
