@@ -18,8 +18,18 @@ MULTIPLE = 16
 # With fewer, packing the weight takes longer than the faster product saves.
 FEWEST_ROWS = 32
 
+
+def _has_vectors() -> bool:
+    if not load_extension().usable:
+        return False
+    try:
+        return torch.ops.moat_kernels.cpu_isa() != "baseline"
+    except RuntimeError:  # MOAT_KERNELS_CPU_ISA names none: every native op will say so
+        return False
+
+
 # Asked here rather than at the first call, which torch.compile may be tracing.
-_VECTORS = load_extension().usable and torch.ops.moat_kernels.cpu_isa() != "baseline"
+_VECTORS = _has_vectors()
 
 
 def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:

@@ -28,7 +28,8 @@ def window_attention(
     bias_table: [heads, 2*wh-1, 2*ww-1] for windows of wh x ww, in the orientation key - query
         (flip both axes of a Swin table), or None for no bias. Resize it with `resize_table`.
     Returns [B, H, W, heads * head_dim], contiguous. The softmax is computed in float32 or wider;
-    the gradient of the table is summed in a fixed order. Not differentiable twice.
+    the gradient of the table is summed in a fixed order. Not differentiable twice. Raises
+    ValueError or TypeError naming the argument.
     """
     check_window_attention(qkv, bias_table, description)
     dtype = autocast_dtype(qkv)

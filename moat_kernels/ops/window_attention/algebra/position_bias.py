@@ -18,10 +18,17 @@ def table_size(window: tuple[int, int]) -> tuple[int, int]:
 
 
 def resize_table(table: Tensor, window: tuple[int, int]) -> Tensor:
-    """The table for another window, as TensorFlow resizes it; the same values if it fits already.
+    """The table [heads, 2*wh-1, 2*ww-1] for a window (wh, ww), as TensorFlow resizes it.
+
+    table: [heads, height, width] of any window, floating point; itself if it fits already. Raises
+    ValueError for another number of axes, TypeError unless it is floating point.
 
     Bilinear, half-pixel centres, no antialiasing. Computed in float32 at least. Differentiable.
     """
+    if table.dim() != 3:
+        raise ValueError(f"table must be [heads, 2*wh-1, 2*ww-1], got shape {tuple(table.shape)}")
+    if not table.is_floating_point():
+        raise TypeError(f"table must be floating point, got {table.dtype}")
     size = table_size(window)
     if tuple(table.shape[1:]) == size:
         return table
