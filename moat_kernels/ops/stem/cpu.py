@@ -83,15 +83,13 @@ def stem(
     first, second: (weight [C, C_in or C, 3, 3], bias [C]). H' = ceil(H / 2). x in any memory
     format, the result in channels_last.
     """
-    return torch.ops.moat_kernels.cpu_stem_eval.default(x, [*first, *norm[:4], *second], eps)
+    return torch.ops.moat_kernels.cpu_stem_eval.default(x, *first, *norm[:4], *second, eps)
 
 
-def _fake(x: Tensor, tensors: Sequence[Tensor | None], eps: float) -> Tensor:
-    weight = tensors[0]
-    assert weight is not None
+def _fake(x: Tensor, conv_0_weight: Tensor, *_: object) -> Tensor:
     return torch.empty(
         x.shape[0],
-        weight.shape[0],
+        conv_0_weight.shape[0],
         (x.shape[2] + 1) // 2,
         (x.shape[3] + 1) // 2,
         dtype=x.dtype,
