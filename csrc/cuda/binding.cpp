@@ -15,6 +15,7 @@
 
 #include "cuda/launchers.h"
 #include "cuda/stream.h"
+#include "fields.h"
 #include "tensor_checks.h"
 
 // The tests compile the kernels for the host and register them there.
@@ -66,35 +67,51 @@ const float* floats_of(const char* name, const OptionalTensor& tensor, int32_t d
   return static_cast<const float*>(data_of(name, *tensor, ScalarType::Float, device, sizes));
 }
 
-// geometry: out height, out width, stride, top, left.
-DepthwiseShape read_shape(const Tensor& map, int64_t channels,
-                          const std::vector<int64_t>& geometry) {
+// Where the kernel's windows lie; the border at the bottom and on the right follows from the sizes.
+struct Geometry : Fields {
+  int64_t out_height = 0, out_width = 0, stride = 1, padding_top = 0, padding_left = 0;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    field("out_height", self.out_height);
+    field("out_width", self.out_width);
+    field("stride", self.stride);
+    field("padding_top", self.padding_top);
+    field("padding_left", self.padding_left);
+  }
+};
+
+DepthwiseShape read_shape(const Tensor& map, int64_t channels, const Geometry& geometry) {
   STD_TORCH_CHECK(map.device().type() == DeviceType::MOAT_KERNELS_CUDA_KEY,
                   "the map must be on the GPU, as the other tensors are");
   STD_TORCH_CHECK(map.dim() == 4 && map.numel() > 0,
                   "the map must be [B, H, W, C] and not be empty, got ", shape_of(map));
-  STD_TORCH_CHECK(geometry.size() == 5, "geometry must have 5 numbers, got ", geometry.size());
-  constexpr int64_t kMost = std::numeric_limits<int>::max() / 2;  // kernels count pixels in ints
+  static constexpr int64_t kMost =
+      std::numeric_limits<int>::max() / 2;  // kernels count pixels in ints
   bool fits = channels <= kMost;
   for (const int64_t size : map.sizes()) fits = fits && size <= kMost;
-  for (const int64_t size : geometry) fits = fits && size >= 0 && size <= kMost;
-  STD_TORCH_CHECK(fits, "sizes must be from 0 to 2^30, got a map of ", shape_of(map), " with ",
-                  channels, " channels and geometry ", text_of(geometry.data(), geometry.size()));
+  STD_TORCH_CHECK(fits, "sizes must be below 2^30, got a map of ", shape_of(map), " with ",
+                  channels, " channels");
+  const auto check_size = [](const char* name, int64_t size, int64_t least) {
+    STD_TORCH_CHECK(size >= least && size <= kMost, name, " must be from ", least, " to ", kMost,
+                    ", got ", size);
+  };
+  check_size("out_height", geometry.out_height, 1);
+  check_size("out_width", geometry.out_width, 1);
+  check_size("padding_top", geometry.padding_top, 0);
+  check_size("padding_left", geometry.padding_left, 0);
+  STD_TORCH_CHECK(geometry.stride == 1 || geometry.stride == 2, "stride must be 1 or 2, got ",
+                  geometry.stride);
   DepthwiseShape shape;
   shape.images = map.size(0);
   shape.height = static_cast<int>(map.size(1));
   shape.width = static_cast<int>(map.size(2));
-  shape.out_height = static_cast<int>(geometry[0]);
-  shape.out_width = static_cast<int>(geometry[1]);
-  shape.stride = static_cast<int>(geometry[2]);
-  shape.top = static_cast<int>(geometry[3]);
-  shape.left = static_cast<int>(geometry[4]);
+  shape.out_height = static_cast<int>(geometry.out_height);
+  shape.out_width = static_cast<int>(geometry.out_width);
+  shape.stride = static_cast<int>(geometry.stride);
+  shape.top = static_cast<int>(geometry.padding_top);
+  shape.left = static_cast<int>(geometry.padding_left);
   shape.channels = static_cast<int>(channels);
-  STD_TORCH_CHECK(shape.stride == 1 || shape.stride == 2, "stride must be 1 or 2, got ",
-                  shape.stride);
-  STD_TORCH_CHECK(shape.out_height > 0 && shape.out_width > 0 && shape.top >= 0 && shape.left >= 0,
-                  "geometry must be of a padded, not empty output, got ",
-                  text_of(geometry.data(), geometry.size()));
   return shape;
 }
 
@@ -155,8 +172,7 @@ OptionalTensor new_moments(const Tensor& like, bool measures, int64_t count, int
 std::tuple<Tensor, Tensor> forward(const Tensor& z1, const OptionalTensor& affine,
                                    const std::string& activation, const Tensor& weights,
                                    const OptionalTensor& bias, const std::string& output_activation,
-                                   const std::vector<int64_t>& geometry, bool measures,
-                                   int64_t target_blocks) {
+                                   const Geometry& geometry, bool measures, int64_t target_blocks) {
   const Element type = element_of("z1", z1);
   const DepthwiseShape shape = read_shape(z1, z1.size(-1), geometry);
   check_channels("the channels", shape.channels, type);
@@ -201,7 +217,7 @@ Tensor add_up(const Tensor& like, const Tensor& partials, void* stream) {
 std::tuple<Tensor, Tensor> backward(const Tensor& dy2, const OptionalTensor& z2,
                                     const OptionalTensor& factors, const Tensor& z1,
                                     const OptionalTensor& affine, const std::string& activation,
-                                    const Tensor& weights, const std::vector<int64_t>& geometry,
+                                    const Tensor& weights, const Geometry& geometry,
                                     int64_t target_blocks) {
   const Element type = element_of("z1", z1);
   const DepthwiseShape shape = read_shape(z1, z1.size(-1), geometry);
@@ -237,7 +253,7 @@ struct ExpandInput {
 };
 
 ExpandInput read_expand(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                        const std::string& activation, const std::vector<int64_t>& geometry) {
+                        const std::string& activation, const Geometry& geometry) {
   ExpandInput input;
   input.type = element_of("x", x);
   STD_TORCH_CHECK(input.type != Element::float32, "x must be bfloat16 or float16");
@@ -261,8 +277,8 @@ ExpandInput read_expand(const Tensor& x, const Tensor& weight, const OptionalTen
 std::tuple<Tensor, Tensor> expand(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
                                   const std::string& activation, const Tensor& depthwise_weights,
                                   const OptionalTensor& depthwise_bias,
-                                  const std::string& output_activation,
-                                  const std::vector<int64_t>& geometry, bool measures) {
+                                  const std::string& output_activation, const Geometry& geometry,
+                                  bool measures) {
   const ExpandInput input = read_expand(x, weight, bias, activation, geometry);
   const DepthwiseShape& shape = input.shape;
   const DeviceScope scope(input.device);
@@ -282,10 +298,12 @@ std::tuple<Tensor, Tensor> expand(const Tensor& x, const Tensor& weight, const O
 }
 
 // -> dpre, gradients [11, E]
-std::tuple<Tensor, Tensor> expand_backward(
-    const Tensor& dy2, const OptionalTensor& z2, const OptionalTensor& factors, const Tensor& x,
-    const Tensor& weight, const OptionalTensor& bias, const std::string& activation,
-    const Tensor& depthwise_weights, const std::vector<int64_t>& geometry, int64_t target_blocks) {
+std::tuple<Tensor, Tensor> expand_backward(const Tensor& dy2, const OptionalTensor& z2,
+                                           const OptionalTensor& factors, const Tensor& x,
+                                           const Tensor& weight, const OptionalTensor& bias,
+                                           const std::string& activation,
+                                           const Tensor& depthwise_weights,
+                                           const Geometry& geometry, int64_t target_blocks) {
   const ExpandInput input = read_expand(x, weight, bias, activation, geometry);
   const DepthwiseShape& shape = input.shape;
   const DeviceScope scope(input.device);
@@ -311,8 +329,9 @@ std::tuple<Tensor, Tensor> expand_backward(
 
 // The schemas are those of moat_kernels/ops/mbconv/triton/cuda_kernels.py.
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, MOAT_KERNELS_CUDA_KEY, library) {
-  library.impl("cuda_depthwise_forward", TORCH_BOX(&moat_kernels::cuda::forward));
-  library.impl("cuda_depthwise_backward", TORCH_BOX(&moat_kernels::cuda::backward));
-  library.impl("cuda_expand_depthwise", TORCH_BOX(&moat_kernels::cuda::expand));
-  library.impl("cuda_expand_depthwise_backward", TORCH_BOX(&moat_kernels::cuda::expand_backward));
+  library.impl("cuda_depthwise_forward", moat_kernels::boxed<&moat_kernels::cuda::forward>);
+  library.impl("cuda_depthwise_backward", moat_kernels::boxed<&moat_kernels::cuda::backward>);
+  library.impl("cuda_expand_depthwise", moat_kernels::boxed<&moat_kernels::cuda::expand>);
+  library.impl("cuda_expand_depthwise_backward",
+               moat_kernels::boxed<&moat_kernels::cuda::expand_backward>);
 }

@@ -20,8 +20,15 @@ from torch.nn import Parameter
 
 from moat_kernels.ops.attention_half import cpu as attention_half
 from moat_kernels.ops.common.backends import backend_status
+from moat_kernels.ops.common.spatial import output_size
 from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE, all_frozen
 from moat_kernels.ops.mbconv.cpu import backend as cpu_backend
+from moat_kernels.ops.mbconv.cpu.arguments import (
+    BlockPadding,
+    block_padding,
+    block_settings,
+    block_tensors,
+)
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
@@ -36,6 +43,9 @@ Size = tuple[int, int, int]  # C, H, W of a map
 _MOST_SIZES = 16
 
 
+_NO_PADDING = BlockPadding()
+
+
 class CannotFreeze(Exception):
     """Why the weights of a module cannot be packed once and for all."""
 
@@ -44,13 +54,12 @@ class CannotFreeze(Exception):
 class Placement:
     """What a step for maps of one size needs to know, and the size of its result.
 
-    padding, pool_padding: top, bottom, left, right. window: height and width.
+    window: height and width.
     """
 
     output_size: Size
-    padding: Sequence[int] = (0, 0, 0, 0)
-    pool_padding: Sequence[int] = (0, 0, 0, 0)
-    window: Sequence[int] = (1, 1)
+    padding: BlockPadding = _NO_PADDING
+    window: tuple[int, int] = (1, 1)
 
 
 @dataclass(frozen=True)
@@ -74,10 +83,9 @@ class FrozenStep:
         placement = self.place(size)
         native, table = torch.ops.moat_kernels.cpu_freeze_for_maps.default(
             self.native,
-            size,
-            placement.padding,
-            placement.pool_padding,
-            placement.window,
+            *size,
+            *placement.padding,
+            *placement.window,
             self.position_table,
         )
         tables = [] if self.position_table is None else [table]
@@ -98,7 +106,7 @@ def stem_step(
     if weight is None or weight.dim() != 4 or not stem.fits(weight.shape[1], first, norm, second):
         raise CannotFreeze("a stem that the native kernel does not cover")
     channels = weight.shape[0]
-    native, packed = torch.ops.moat_kernels.cpu_freeze_stem.default(tensors, eps)
+    native, packed = torch.ops.moat_kernels.cpu_freeze_stem.default(*tensors, eps)
     return FrozenStep(
         native,
         packed,
@@ -110,27 +118,29 @@ def stem_step(
 @torch.no_grad()
 def mbconv_step(parameters: MBConvParameters, description: MBConvDescription) -> FrozenStep:
     """The inverted bottleneck; arguments as of `mbconv`. Raises CannotFreeze."""
-    convolutions, norms = cpu_backend.eval_tensors(parameters)
-    dtype = _dtype_of([*convolutions, *norms], cpu_backend.DTYPES)
+    tensors = block_tensors(parameters)
+    dtype = _dtype_of(tensors, cpu_backend.DTYPES)
     if not all_frozen(description):
         raise CannotFreeze("a batch norm that measures its batch")
     reason = cpu_backend.unsupported(parameters.expand_weight.new_empty(0), parameters, description)
     if reason:
         raise CannotFreeze(reason)
-    eps, stride, _, *others = cpu_backend.eval_settings(description, 1, 1)
     native, packed = torch.ops.moat_kernels.cpu_freeze_mbconv.default(
-        convolutions, norms, eps, stride, *others
+        *tensors, *block_settings(description)
     )
     channels = parameters.project_weight.shape[0]
 
     def place(size: Size) -> Placement:
-        _, _, padding, *_, pool = cpu_backend.eval_settings(description, *size[1:])
-        height, width = (
-            (side + sum(padding[2 * axis : 2 * axis + 2]) - KERNEL_SIZE[axis]) // stride + 1
-            for axis, side in enumerate(size[1:])
+        _, height, width = size
+        padding = block_padding(description, height, width)
+        vertical = (padding.padding_top, padding.padding_bottom)
+        horizontal = (padding.padding_left, padding.padding_right)
+        output = (
+            channels,
+            output_size(height, *vertical, KERNEL_SIZE[0], description.stride),
+            output_size(width, *horizontal, KERNEL_SIZE[1], description.stride),
         )
-        pool_padding = pool[2:6] if description.pool else (0, 0, 0, 0)
-        return Placement((channels, height, width), padding, pool_padding)
+        return Placement(output, padding)
 
     return FrozenStep(native, packed, dtype, place)
 
@@ -146,7 +156,7 @@ def attention_half_step(
     if not attention_half.fits(channels, tensors, description):
         raise CannotFreeze("an attention that the native kernel does not cover")
     native, packed = torch.ops.moat_kernels.cpu_freeze_attention_half.default(
-        list(tensors), description.heads, description.head_dim, description.scale_or_default(), eps
+        *tensors, description.heads, description.head_dim, description.scale_or_default(), eps
     )
     return FrozenStep(
         native,
@@ -169,7 +179,7 @@ def head_step(tensors: Sequence[Tensor | None], eps: float) -> FrozenStep:
         raise CannotFreeze("a norm without weights")
     if tensors[2] is not None and not tensors[2].numel():
         raise CannotFreeze("a classifier without classes")
-    native, packed = torch.ops.moat_kernels.cpu_freeze_head.default(list(tensors), eps)
+    native, packed = torch.ops.moat_kernels.cpu_freeze_head.default(*tensors, eps)
     return FrozenStep(native, packed, dtype, Placement)
 
 

@@ -208,15 +208,15 @@ def test_the_op_names_what_it_cannot_read() -> None:
     weights = [block.attention.qkv.weight, None, block.attention.proj.weight, None, None]
     with torch.no_grad():
         with pytest.raises(RuntimeError, match="y must have 64 channels, got 32"):
-            op(y[:, :32], [None, None, *weights], 2, 32, [6, 6], 1.0, 1e-5)
+            op(y[:, :32], None, None, *weights, 2, 32, 6, 6, 1.0, 1e-5)
         with pytest.raises(RuntimeError, match="y must be float32, bfloat16 or float16"):
-            op(y.double(), [None, None, *weights], 2, 32, [6, 6], 1.0, 1e-5)
+            op(y.double(), None, None, *weights, 2, 32, 6, 6, 1.0, 1e-5)
         with pytest.raises(RuntimeError, match=r"heads and head_dim must be positive .*, got 0"):
-            op(y, [None, None, *weights], 0, 32, [6, 6], 1.0, 1e-5)
-        with pytest.raises(RuntimeError, match="window must be a height and a width"):
-            op(y, [None, None, *weights], 2, 32, [0, 6], 1.0, 1e-5)
-        with pytest.raises(RuntimeError, match=r"qkv.weight must be \[576, 64\], got"):
-            op(y, [None, None, *weights], 6, 32, [6, 6], 1.0, 1e-5)
+            op(y, None, None, *weights, 0, 32, 6, 6, 1.0, 1e-5)
+        with pytest.raises(RuntimeError, match=r"window_width must be positive .*, got 0 and 6"):
+            op(y, None, None, *weights, 2, 32, 0, 6, 1.0, 1e-5)
+        with pytest.raises(RuntimeError, match=r"qkv_weight must be \[576, 64\], got"):
+            op(y, None, None, *weights, 6, 32, 6, 6, 1.0, 1e-5)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)

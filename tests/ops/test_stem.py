@@ -135,11 +135,11 @@ def test_the_op_names_what_it_cannot_read() -> None:
     tensors = [stem.conv_0.weight, None, *norm, stem.conv_1.weight, None]
     with torch.no_grad():
         with pytest.raises(RuntimeError, match="x must have 3 channels, got 4"):
-            op(x, tensors, 1e-3)
-        with pytest.raises(RuntimeError, match=r"conv_1.weight must be .*, got \[1, 1, 3, 3\]"):
-            op(x, [*tensors[:6], torch.ones(1, 1, 3, 3), None], 1e-3)
+            op(x, *tensors, 1e-3)
+        with pytest.raises(RuntimeError, match=r"conv_1_weight must be .*, got \[1, 1, 3, 3\]"):
+            op(x, *tensors[:6], torch.ones(1, 1, 3, 3), None, 1e-3)
     with pytest.raises(RuntimeError, match="x must be a float32 map"):
-        op(x.double(), [None] * 8, 1e-3)
+        op(x.double(), *[None] * 8, 1e-3)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moat_kernels.ops.mbconv.triton import cuda_kernels  # noqa: F401  defines the ops
 from support import cuda_on_cpu
-from support.wrong_arguments import Call, exact
+from support.wrong_arguments import Call, exact, with_fields
 
 
 def randn(*sizes: int, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -80,25 +80,25 @@ def calls() -> list[Call]:
     return [
         Call(
             "cuda_depthwise_forward",
-            ops.cuda_depthwise_forward,
+            with_fields(ops.cuda_depthwise_forward),
             [z1, affine, "gelu", taps, bias, "gelu", geometry, True, 4],
             depthwise,
         ),
         Call(
             "cuda_depthwise_backward",
-            ops.cuda_depthwise_backward,
+            with_fields(ops.cuda_depthwise_backward),
             [dy2, z2, factors, z1, affine, "gelu", taps, geometry, 4],
             depthwise_backward,
         ),
         Call(
             "cuda_expand_depthwise",
-            ops.cuda_expand_depthwise,
+            with_fields(ops.cuda_expand_depthwise),
             [x, weight, bias, "gelu", taps, bias, "identity", geometry, True],
             expand,
         ),
         Call(
             "cuda_expand_depthwise_backward",
-            ops.cuda_expand_depthwise_backward,
+            with_fields(ops.cuda_expand_depthwise_backward),
             [*half, x, weight, bias, "gelu", taps, geometry, 4],
             expand_backward,
         ),

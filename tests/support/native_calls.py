@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -19,9 +18,16 @@ from moat_kernels.functional import (
     WindowAttentionDescription,
 )
 from moat_kernels.ops.mbconv import reference as mbconv_reference
+from moat_kernels.ops.mbconv.cpu.arguments import (
+    BLOCK_TENSORS,
+    BlockPadding,
+    BlockSettings,
+    TrainSettings,
+)
+from moat_kernels.ops.mbconv.description import NORMS
 from moat_kernels.ops.window_attention import reference as attention_reference
 from moat_kernels.ops.window_attention.algebra.position_bias import resize_table
-from support.wrong_arguments import Call, exact, in_float64
+from support.wrong_arguments import Call, exact, in_float64, with_fields
 
 OPS = torch.ops.moat_kernels
 # These take no tensor.
@@ -109,7 +115,7 @@ def stem_calls() -> list[Call]:
     return [
         Call(
             "cpu_stem_eval",
-            OPS.cpu_stem_eval,
+            with_fields(OPS.cpu_stem_eval),
             [randn(2, 3, 9, 8), stem_tensors(), EPS],
             stem_reference,
         ),
@@ -127,119 +133,146 @@ def stem_calls() -> list[Call]:
     ]
 
 
-def mbconv_tensors(channels: int, wide: int, out: int) -> tuple[list[Tensor], list[Tensor | None]]:
-    """convolutions, norms; see csrc/cpu/host/mbconv_arguments.h."""
-    convolutions = [
+def mbconv_tensors(channels: int, wide: int, out: int) -> list[Tensor]:
+    """In the order of BLOCK_TENSORS."""
+    return [
         *(randn(wide, channels, 1, 1), randn(wide, 1, 3, 3), randn(out, wide)),
         *(randn(wide), randn(wide), randn(out)),
+        *(*norm(channels), *norm(wide), *norm(wide), *norm(out)),
         *(randn(8, wide), randn(8), randn(wide, 8), randn(wide)),
         *(randn(out, channels), randn(out)),
     ]
-    return convolutions, [*norm(channels), *norm(wide), *norm(wide), *norm(out)]
 
 
 def mbconv_eval_reference(
     x: Tensor,
-    convolutions: list[Tensor | None],
-    norms: list[Tensor | None],
+    tensors: list[Tensor | None],
     drop_path_scale: Tensor | None,
-    eps: list[float],
-    stride: int,
+    settings: list[Any],
     padding: list[int],
-    activations: list[str],
-    residual: bool,
-    pool_kind: str,
-    pool: list[int],
     dtype: torch.dtype,
 ) -> Tensor:
-    expand, depthwise, project, *others = convolutions
-    if depthwise.shape[2:] != (3, 3) or any(
+    given = dict(zip(BLOCK_TENSORS, tensors, strict=True))
+    convolutions = ("expand", "depthwise", "project", "se_reduce", "se_expand", "shortcut")
+    matrices = [f"{name}_weight" for name in convolutions]
+    if given["depthwise_weight"].shape[2:] != (3, 3) or any(
         tensor is not None and tensor.dim() != 1
-        for tensor in (*others[:3], others[4], others[6], others[8], *norms)
+        for name, tensor in given.items()
+        if name not in matrices
     ):
         raise ValueError("a tensor of the wrong shape")
+    parts = NormParameters._fields[:4]
     parameters = MBConvParameters(
-        *(expand, depthwise, project, *others[:3]),
-        *(NormParameters(*norms[first : first + 4]) for first in range(0, 16, 4)),
-        *others[3:],
-    )
-    size, pool_stride, *pool_padding, counts = pool
-    names = ("pre_norm", "expand_norm", "depthwise_norm", "project_norm")
-    description = MBConvDescription(
-        stride=stride,
-        padding=tuple(padding),
         **{
-            name: Norm(value, frozen=True) if norms[4 * index + 2] is not None else None
-            for index, (name, value) in enumerate(zip(names, eps, strict=True))
+            field: NormParameters(*(given[f"{field}_{part}"] for part in parts))
+            if field in NORMS
+            else given[field]
+            for field in MBConvParameters._fields
+        }
+    )
+    chosen = BlockSettings(*settings)
+    eps = {name: getattr(chosen, f"{name}_eps") for name in NORMS}
+    excite = given["se_reduce_weight"] is not None
+    pool = Pool(
+        chosen.pool_kind,
+        chosen.pool_kernel_size,
+        chosen.pool_stride,
+        tuple(padding[4:]),
+        chosen.pool_count_include_pad,
+    )
+    description = MBConvDescription(
+        stride=chosen.stride,
+        padding=tuple(padding[:4]),
+        **{
+            name: Norm(value, frozen=True) if given[f"{name}_running_mean"] is not None else None
+            for name, value in eps.items()
         },
-        expand_activation=activations[0],
-        depthwise_activation=activations[1],
-        squeeze_excite=SqueezeExcite(activation=activations[2]) if others[3] is not None else None,
-        residual=residual,
-        pool=Pool(pool_kind, size, pool_stride, tuple(pool_padding), bool(counts)),
+        expand_activation=chosen.expand_activation,
+        depthwise_activation=chosen.depthwise_activation,
+        squeeze_excite=SqueezeExcite(activation=chosen.se_activation) if excite else None,
+        residual=chosen.residual,
+        pool=pool,
     )
     return mbconv_reference.mbconv(x, parameters, description, drop_path_scale)[0]
 
 
 def mbconv_eval_arguments() -> list[Any]:
-    convolutions, norms = mbconv_tensors(16, 40, 24)
-    settings = [[EPS] * 4, 2, [0, 1, 0, 1], ["gelu", "gelu", "silu"], True]
-    pool = [2, 2, 0, 0, 0, 0, 0]
+    settings = BlockSettings(
+        stride=2,
+        expand_activation="gelu",
+        depthwise_activation="gelu",
+        se_activation="silu",
+        pre_norm_eps=EPS,
+        expand_norm_eps=EPS,
+        depthwise_norm_eps=EPS,
+        project_norm_eps=EPS,
+        residual=True,
+        pool_kind="average",
+        pool_kernel_size=2,
+        pool_stride=2,
+        pool_count_include_pad=False,
+    )
+    padding = BlockPadding(padding_bottom=1, padding_right=1)
     return [
-        *(randn(2, 16, 8, 6), convolutions, norms, positive(2)),
-        *(*settings, "average", pool, torch.float32),
+        *(randn(2, 16, 8, 6), mbconv_tensors(16, 40, 24), positive(2)),
+        *(list(settings), list(padding), torch.float32),
     ]
 
 
 def training_calls() -> list[Call]:
     channels, wide, out = 16, 72, 24
-    convolutions, norms = mbconv_tensors(channels, wide, out)
+    tensors = mbconv_tensors(channels, wide, out)[: BLOCK_TENSORS.index("project_norm_weight")]
     x, grad, gate, mean = (
         randn(2, 5, 6, channels),
         randn(2, 5, 6, out),
         positive(2, 128),
         randn(2, 128),
     )
-    geometry = [2, 5, 6, 5, 6, 1, 1, 1, channels, wide, out]
-    settings = [convolutions[:6], norms[:12], [EPS] * 3, [2, 2, 2], geometry, ["gelu", "gelu"]]
-    forward = OPS.cpu_mbconv_train_front
-    z1, z2, statistics, _ = forward(x, None, True, torch.float32, *settings)
-    gated, *_ = OPS.cpu_mbconv_train_backward_gated(
-        grad, z2, statistics, gate, positive(2), *settings
+    settings = TrainSettings(
+        batch=2,
+        height=5,
+        width=6,
+        out_height=5,
+        out_width=6,
+        stride=1,
+        padding_top=1,
+        padding_left=1,
+        in_channels=channels,
+        wide_channels=wide,
+        out_channels=out,
+        expand_activation="gelu",
+        depthwise_activation="gelu",
+        pre_norm_eps=EPS,
+        expand_norm_eps=EPS,
+        depthwise_norm_eps=EPS,
+        pre_norm_mode="measured",
+        expand_norm_mode="measured",
+        depthwise_norm_mode="measured",
     )
+    fields = [tensors, list(settings)]
+    front, gated_op = map(
+        with_fields, (OPS.cpu_mbconv_train_front, OPS.cpu_mbconv_train_backward_gated)
+    )
+    z1, z2, statistics, _ = front(x, None, True, torch.float32, *fields)
+    gated, *_ = gated_op(grad, z2, statistics, gate, positive(2), *fields)
+    backward = [grad, x, z1, z2, gated, gate, mean, statistics, positive(2)]
+    plain = [grad, x, None, None, None, None, None, statistics, positive(2)]
+    end = [randn(2, 5, 6, channels), True]
+    arguments: dict[str, list[Any]] = {
+        "front": [x, statistics, True, torch.float32],
+        "pool": [z2, statistics],
+        "project": [z2, statistics, gate, positive(2), randn(2, 5, 6, out)],
+        "backward_gated": [grad, z2, statistics, gate, positive(2)],
+        "backward": [*backward, *end],
+        "backward, not gated": [*plain, *end],
+    }
     return [
-        Call(f"cpu_mbconv_train_{name}", function, [*arguments, *settings])
-        for name, function, arguments in (
-            ("front", forward, [x, statistics, True, torch.float32]),
-            ("pool", OPS.cpu_mbconv_train_pool, [z2, statistics]),
-            (
-                "project",
-                OPS.cpu_mbconv_train_project,
-                [z2, statistics, gate, positive(2), randn(2, 5, 6, out)],
-            ),
-            (
-                "backward_gated",
-                OPS.cpu_mbconv_train_backward_gated,
-                [grad, z2, statistics, gate, positive(2)],
-            ),
-            (
-                "backward",
-                OPS.cpu_mbconv_train_backward,
-                [
-                    *(grad, x, z1, z2, gated, gate, mean, statistics, positive(2)),
-                    *(randn(2, 5, 6, channels), True),
-                ],
-            ),
-        )
-    ] + [
         Call(
-            "cpu_mbconv_train_backward, not gated",
-            OPS.cpu_mbconv_train_backward,
-            [
-                *(grad, x, None, None, None, None, None, statistics, positive(2)),
-                *(randn(2, 5, 6, channels), True, *settings),
-            ],
+            f"cpu_mbconv_train_{name}",
+            with_fields(getattr(OPS, f"cpu_mbconv_train_{name.partition(',')[0]}")),
+            [*given, *fields],
         )
+        for name, given in arguments.items()
     ]
 
 
@@ -248,14 +281,16 @@ def attention_half_reference(
     tensors: list[Tensor | None],
     heads: int,
     head_dim: int,
-    window: list[int],
+    window_height: int,
+    window_width: int,
     scale: float,
     eps: float,
 ) -> Tensor:
+    window = (window_height, window_width)
     weight, bias, qkv, qkv_bias, proj, proj_bias, table = tensors
-    description = WindowAttentionDescription(heads, head_dim, tuple(window), scale)
+    description = WindowAttentionDescription(heads, head_dim, window, scale)
     if table is not None:
-        table = resize_table(table, (window[0], window[1]))
+        table = resize_table(table, window)
     rows = F.layer_norm(y.permute(0, 2, 3, 1), y.shape[1:2], weight, bias, eps)
     attended = attention_reference.window_attention(
         F.linear(rows, qkv, qkv_bias), table, description
@@ -270,7 +305,7 @@ def attention_half_arguments() -> list[Any]:
         *(randn(channels), randn(channels), randn(3 * inner, channels), randn(3 * inner)),
         *(randn(channels, inner), randn(channels), randn(heads, 5, 7)),
     ]
-    return [randn(2, channels, 5, 6), tensors, heads, head_dim, [4, 4], 0.25, 1e-5]
+    return [randn(2, channels, 5, 6), tensors, heads, head_dim, 4, 4, 0.25, 1e-5]
 
 
 def head_reference(x: Tensor, tensors: list[Tensor | None], eps: float) -> Tensor:
@@ -280,61 +315,63 @@ def head_reference(x: Tensor, tensors: list[Tensor | None], eps: float) -> Tenso
 
 
 def run_frozen(
-    x: Tensor, frozen: tuple[Tensor, Tensor], table: Tensor | None = None, **placement: list[int]
+    x: Tensor,
+    frozen: tuple[Tensor, Tensor],
+    table: Tensor | None = None,
+    padding: list[int] | None = None,
+    window: tuple[int, int] = (1, 1),
 ) -> Tensor:
     """The result of a step that was just frozen."""
-    settings = {"padding": [0] * 4, "pool_padding": [0] * 4, "window": [1, 1], **placement}
     step, resized = OPS.cpu_freeze_for_maps(
-        frozen[0], x.shape[1:], *settings.values(), position_table=table
+        frozen[0], *x.shape[1:], *(padding or BlockPadding()), *window, table
     )
     tables = [] if table is None else [resized]
     return OPS.cpu_frozen_forward(x, step, [frozen[1], *tables], [0])[0]
 
 
 def frozen_stem(x: Tensor, tensors: list[Tensor | None], eps: float) -> Tensor:
-    return run_frozen(x, OPS.cpu_freeze_stem(tensors, eps))
+    return run_frozen(x, OPS.cpu_freeze_stem(*tensors, eps))
 
 
-def frozen_mbconv(x: Tensor, convolutions: Any, norms: Any, _: Any, *settings: Any) -> Tensor:
-    eps, stride, padding, activations, residual, kind, pool, _ = settings
-    frozen = OPS.cpu_freeze_mbconv(
-        convolutions, norms, eps, stride, activations, residual, kind, pool
-    )
-    return run_frozen(x, frozen, padding=padding, pool_padding=pool[2:6])
+def frozen_mbconv(
+    x: Tensor, tensors: list[Any], _: None, settings: list[Any], padding: list[int], __: Any
+) -> Tensor:
+    return run_frozen(x, OPS.cpu_freeze_mbconv(*tensors, *settings), padding=padding)
 
 
 def frozen_attention_half(
-    y: Tensor, tensors: Any, heads: int, head_dim: int, window: list[int], scale: float, eps: float
+    y: Tensor, tensors: Any, heads: int, head_dim: int, *others: Any
 ) -> Tensor:
-    frozen = OPS.cpu_freeze_attention_half(tensors, heads, head_dim, scale, eps)
-    return run_frozen(y, frozen, tensors[-1], window=window)
+    *window, scale, eps = others
+    frozen = OPS.cpu_freeze_attention_half(*tensors, heads, head_dim, scale, eps)
+    return run_frozen(y, frozen, tensors[-1], window=(window[0], window[1]))
 
 
 def frozen_head(x: Tensor, tensors: list[Tensor | None], eps: float) -> Tensor:
-    return run_frozen(x, OPS.cpu_freeze_head(tensors, eps))
+    return run_frozen(x, OPS.cpu_freeze_head(*tensors, eps))
 
 
 def frozen_calls() -> list[Call]:
     half = attention_half_arguments()
-    y, tensors, heads, head_dim, window, scale, eps = half
-    step, packed = OPS.cpu_freeze_attention_half(tensors, heads, head_dim, scale, eps)
-    placement = [[0] * 4, [0] * 4, window]
-    placed, table = OPS.cpu_freeze_for_maps(step, [24, 5, 6], *placement, tensors[-1])
+    y, tensors, heads, head_dim, *window, scale, eps = half
+    step, packed = OPS.cpu_freeze_attention_half(*tensors, heads, head_dim, scale, eps)
+    placement = [24, 5, 6, *BlockPadding(), *window]
+    placed, table = OPS.cpu_freeze_for_maps(step, *placement, tensors[-1])
 
-    def resized(_: Any, __: Any, *others: Any) -> list[Tensor | None]:
-        *_, window, table = others
+    def resized(*arguments: Any) -> list[Tensor | None]:
+        *_, height, width, table = arguments
         if table is None:
             return [None, torch.empty(0)]
         if table.shape[0] != heads:
             raise ValueError("the table is of other heads")
-        return [None, resize_table(table, (window[0], window[1])).flatten()]
+        return [None, resize_table(table, (height, width)).flatten()]
 
     def both(y: Tensor, steps: Tensor, packed: list[Tensor], kept: list[int]) -> list[Tensor]:
         first = attention_half_reference(y, *in_float64(half[1:]))
         return [first, attention_half_reference(first, *in_float64(half[1:]))]
 
     eval_arguments = mbconv_eval_arguments()
-    eval_arguments[3] = None  # frozen blocks have no drop path
+    eval_arguments[2] = None  # frozen blocks have no drop path
     head = [randn(24), randn(24), randn(10, 24), randn(10)]
     return [
         Call(
@@ -346,7 +383,7 @@ def frozen_calls() -> list[Call]:
         Call(
             "cpu_freeze_for_maps",
             OPS.cpu_freeze_for_maps,
-            [step, [24, 5, 6], *placement, tensors[-1]],
+            [step, *placement, tensors[-1]],
             resized,
         ),
         Call(
@@ -359,7 +396,7 @@ def frozen_calls() -> list[Call]:
 
 
 def calls() -> list[Call]:
-    eval_call: Callable[..., Any] = OPS.cpu_mbconv_eval
+    eval_call = with_fields(OPS.cpu_mbconv_eval)
     return [
         *linear_calls(),
         *window_attention_calls(),
@@ -368,7 +405,7 @@ def calls() -> list[Call]:
         *training_calls(),
         Call(
             "cpu_attention_half_eval",
-            OPS.cpu_attention_half_eval,
+            with_fields(OPS.cpu_attention_half_eval),
             attention_half_arguments(),
             attention_half_reference,
         ),

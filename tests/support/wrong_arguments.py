@@ -48,6 +48,15 @@ class Call:
     optional: bool = True
 
 
+def with_fields(op: Callable[..., Any]) -> Callable[..., Any]:
+    """The op for arguments of which some are lists of fields, one after the other."""
+
+    def call(*arguments: Any) -> Any:
+        return op(*(field for a in arguments for field in (a if isinstance(a, list) else [a])))
+
+    return call
+
+
 def _strided(tensor: Tensor, rng: random.Random) -> Tensor:
     """The same values with gaps between them, or with the axes of memory reversed."""
     if tensor.dim() > 1 and rng.random() < 0.5:

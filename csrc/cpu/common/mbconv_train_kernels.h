@@ -13,7 +13,7 @@ constexpr int64_t kTrainStripPixels = 128;
 // coefficients are laid out as cpu/isa/wide.h says; rows are [pixels of all images][panelled
 // channels].
 struct TrainShape {
-  int64_t images, height, width, out_height, out_width, stride, top, left;
+  int64_t batch, height, width, out_height, out_width, stride, top, left;
   int64_t in_channels, wide_channels, out_channels;
   Activation expand_activation, depthwise_activation;
 

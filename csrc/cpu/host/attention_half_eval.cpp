@@ -291,29 +291,27 @@ int64_t AttentionHalfEval::scratch_size() const { return Run(problem_, packed_).
 
 void AttentionHalfEval::compute(float* scratch) const { Run(problem_, packed_).compute(scratch); }
 
-AttentionHalf read_attention_half(const OptionalTensors& tensors, int64_t heads, int64_t head_dim,
-                                  double scale, double eps) {
-  STD_TORCH_CHECK(tensors.size() == kAttentionHalfTensors, "attention half: tensors must be ",
-                  int{kAttentionHalfTensors}, ", got ", tensors.size());
+AttentionHalf read_attention_half(const AttentionHalfTensors& tensors, int64_t heads,
+                                  int64_t head_dim, double scale, double eps) {
   STD_TORCH_CHECK(heads > 0 && head_dim > 0 && heads < kLongestSide && head_dim < kLongestSide,
                   "heads and head_dim must be positive and below 2^20, got ", heads, " and ",
                   head_dim);
   AttentionHalf problem = {};
-  axis_of("qkv.weight", tensors[kQkvWeight], 1);
-  problem.channels = axis_of("proj.weight", tensors[kProjWeight], 0);
+  axis_of("qkv_weight", tensors.qkv_weight, 1);
+  problem.channels = axis_of("proj_weight", tensors.proj_weight, 0);
   problem.heads = heads;
   problem.head_dim = head_dim;
   problem.scale = static_cast<float>(scale);
   problem.eps = static_cast<float>(eps);
   const int64_t channels = problem.channels;
   const int64_t inner = heads * head_dim;
-  problem.norm_weight = float_data("norm.weight", tensors[kNormWeight], {channels});
-  problem.norm_bias = float_data("norm.bias", tensors[kNormBias], {channels});
-  problem.qkv_weight = float_data("qkv.weight", tensors[kQkvWeight], {3 * inner, channels});
-  problem.qkv_bias = float_data("qkv.bias", tensors[kQkvBias], {3 * inner});
-  problem.proj_weight = float_data("proj.weight", tensors[kProjWeight], {channels, inner});
-  problem.proj_bias = float_data("proj.bias", tensors[kProjBias], {channels});
-  set_position_table(tensors[kPositionTable], problem);
+  problem.norm_weight = float_data("norm_weight", tensors.norm_weight, {channels});
+  problem.norm_bias = float_data("norm_bias", tensors.norm_bias, {channels});
+  problem.qkv_weight = float_data("qkv_weight", tensors.qkv_weight, {3 * inner, channels});
+  problem.qkv_bias = float_data("qkv_bias", tensors.qkv_bias, {3 * inner});
+  problem.proj_weight = float_data("proj_weight", tensors.proj_weight, {channels, inner});
+  problem.proj_bias = float_data("proj_bias", tensors.proj_bias, {channels});
+  set_position_table(tensors.position_table, problem);
   return problem;
 }
 
@@ -330,33 +328,35 @@ void set_position_table(const std::optional<Tensor>& table, AttentionHalf& probl
   problem.bias_table = problem.position_table;
 }
 
-void set_maps(const MapSize& y, const std::vector<int64_t>& window, AttentionHalf& problem) {
+void set_maps(const MapSize& y, int64_t window_height, int64_t window_width,
+              AttentionHalf& problem) {
   STD_TORCH_CHECK(y.height > 0 && y.width > 0, "y must be [B, C, H, W] with H, W >= 1");
   STD_TORCH_CHECK(y.channels == problem.channels, "y must have ", problem.channels,
                   " channels, got ", y.channels);
-  STD_TORCH_CHECK(window.size() == 2 && window[0] > 0 && window[1] > 0 &&
-                      window[0] < kLongestSide && window[1] < kLongestSide,
-                  "window must be a height and a width, positive and below 2^20, got ",
-                  text_of(window.data(), window.size()));
+  STD_TORCH_CHECK(window_height > 0 && window_width > 0 && window_height < kLongestSide &&
+                      window_width < kLongestSide,
+                  "window_height and window_width must be positive and below 2^20, got ",
+                  window_height, " and ", window_width);
   problem.batch = y.batch;
   problem.height = y.height;
   problem.width = y.width;
-  problem.window_height = window[0];
-  problem.window_width = window[1];
-  problem.window_rows = divide_up(y.height, window[0]);
-  problem.window_columns = divide_up(y.width, window[1]);
+  problem.window_height = window_height;
+  problem.window_width = window_width;
+  problem.window_rows = divide_up(y.height, window_height);
+  problem.window_columns = divide_up(y.width, window_width);
 }
 
 namespace {
 
-Tensor attention_half_eval(Tensor y, OptionalTensors tensors, int64_t heads, int64_t head_dim,
-                           const std::vector<int64_t>& window, double scale, double eps) {
+Tensor attention_half_eval(Tensor y, const AttentionHalfTensors& tensors, int64_t heads,
+                           int64_t head_dim, int64_t window_height, int64_t window_width,
+                           double scale, double eps) {
   const MapSize size = map_size("y", y);
   const ElementType element = element_type("y", y.scalar_type());
   y = torch::stable::contiguous(y, torch::headeronly::MemoryFormat::ChannelsLast);
-  make_readable(tensors);
-  AttentionHalf problem = read_attention_half(tensors, heads, head_dim, scale, eps);
-  set_maps(size, window, problem);
+  const AttentionHalfTensors kept = readable(tensors);
+  AttentionHalf problem = read_attention_half(kept, heads, head_dim, scale, eps);
+  set_maps(size, window_height, window_width, problem);
   problem.element = element;
   const Tensor output = empty_maps(y, size, y.scalar_type());
   if (output.numel() == 0) return output;
@@ -372,5 +372,6 @@ Tensor attention_half_eval(Tensor y, OptionalTensors tensors, int64_t heads, int
 }  // namespace moat_kernels::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CPU, library) {
-  library.impl("cpu_attention_half_eval", TORCH_BOX(&moat_kernels::cpu::attention_half_eval));
+  library.impl("cpu_attention_half_eval",
+               moat_kernels::boxed<&moat_kernels::cpu::attention_half_eval>);
 }

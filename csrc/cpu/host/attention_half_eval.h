@@ -5,19 +5,24 @@
 
 #include "cpu/common/attention_half_kernels.h"
 #include "cpu/host/tensors.h"
+#include "fields.h"
 
 namespace moat_kernels::cpu {
 
-// Places in `tensors`; the order of the Python side.
-enum AttentionHalfTensor {
-  kNormWeight,
-  kNormBias,
-  kQkvWeight,
-  kQkvBias,
-  kProjWeight,
-  kProjBias,
-  kPositionTable,
-  kAttentionHalfTensors
+struct AttentionHalfTensors : Fields {
+  std::optional<Tensor> norm_weight, norm_bias, qkv_weight, qkv_bias, proj_weight, proj_bias;
+  std::optional<Tensor> position_table;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    field("norm_weight", self.norm_weight);
+    field("norm_bias", self.norm_bias);
+    field("qkv_weight", self.qkv_weight);
+    field("qkv_bias", self.qkv_bias);
+    field("proj_weight", self.proj_weight);
+    field("proj_bias", self.proj_bias);
+    field("position_table", self.position_table);
+  }
 };
 
 // Sizes are in floats.
@@ -43,11 +48,12 @@ class AttentionHalfEval {
 };
 
 // All of an attention half but the maps that it reads; tensors must be contiguous floats.
-AttentionHalf read_attention_half(const OptionalTensors& tensors, int64_t heads, int64_t head_dim,
-                                  double scale, double eps);
+AttentionHalf read_attention_half(const AttentionHalfTensors& tensors, int64_t heads,
+                                  int64_t head_dim, double scale, double eps);
 
-// The maps that it reads, and the height and width of its windows.
-void set_maps(const MapSize& y, const std::vector<int64_t>& window, AttentionHalf& problem);
+// The maps that it reads, and the size of its windows.
+void set_maps(const MapSize& y, int64_t window_height, int64_t window_width,
+              AttentionHalf& problem);
 
 // A position table [heads, height, width], or none.
 void set_position_table(const std::optional<Tensor>& table, AttentionHalf& problem);

@@ -12,7 +12,7 @@ namespace moat_kernels::cpu {
 
 enum class NormMode : int64_t { absent, frozen, measured };
 
-struct NormTensors {
+struct TrainNorm {
   NormMode mode = NormMode::absent;
   const float* weight = nullptr;  // null: ones
   const float* bias = nullptr;    // null: zeros
@@ -30,7 +30,7 @@ struct NormGradient {
 
 class Affine {
  public:
-  Affine(const NormTensors& norm, int64_t channels)
+  Affine(const TrainNorm& norm, int64_t channels)
       : norm_(norm),
         centre_(channels),
         inverse_std_(channels),
@@ -71,7 +71,7 @@ class Affine {
   }
 
  private:
-  NormTensors norm_;
+  TrainNorm norm_;
   std::vector<double> centre_, inverse_std_, scale_, shift_;
 };
 

@@ -3,6 +3,8 @@
 // cpu_frozen_forward computes a sequence of steps. (The ops that take plain weights fold and pack
 // them in every call, so that they cannot be out of date.)
 
+#include "cpu/host/frozen.h"
+
 #include <torch/csrc/stable/library.h>
 
 #include <algorithm>
@@ -62,32 +64,26 @@ Tensor pack(const Problem& problem, const Tensor& like) {
 }
 
 // -> a step for maps of any size (see freeze_for_maps), and its packed weights.
-std::tuple<Tensor, Tensor> freeze_stem(OptionalTensors tensors, double eps) {
-  make_readable(tensors);
+std::tuple<Tensor, Tensor> freeze_stem(const StemTensors& tensors, double eps) {
+  const StemTensors kept = readable(tensors);
   Step step = {};
   step.kind = StepKind::stem;
-  step.stem = read_stem(tensors, eps);
-  const Tensor& like = *tensors[0];
+  step.stem = read_stem(kept, eps);
+  const Tensor& like = *kept.conv_0_weight;
   const Tensor packed = pack<StemEval>(step.stem, like);
   step.stem.first = step.stem.second = {};
   step.stem.norm = {};
   return {to_bytes(step, like), packed};
 }
 
-std::tuple<Tensor, Tensor> freeze_mbconv(OptionalTensors convolutions, OptionalTensors norms,
-                                         const std::vector<double>& eps, int64_t stride,
-                                         const std::vector<std::string>& activations, bool residual,
-                                         const std::string& pool_kind,
-                                         const std::vector<int64_t>& pool) {
-  make_readable(convolutions);
-  make_readable(norms);
+std::tuple<Tensor, Tensor> freeze_mbconv(const BlockTensors& tensors,
+                                         const BlockSettings& settings) {
+  const BlockTensors kept = readable(tensors);
   Step step = {};
   step.kind = StepKind::mbconv;
   MBConvProblem& problem = step.mbconv;
-  problem = read_block(convolutions, norms, eps, stride, activations);
-  problem.residual = residual;
-  problem.pool = read_pool(pool_kind, pool);
-  const Tensor& like = *convolutions[kExpandWeight];
+  problem = read_block(kept, settings);
+  const Tensor& like = *kept.expand_weight;
   const Tensor packed = pack<MBConvEval>(problem, like);
   problem.expand = problem.depthwise = problem.project = problem.shortcut = {};
   problem.squeeze_excite.reduce = problem.squeeze_excite.expand = {};
@@ -95,46 +91,39 @@ std::tuple<Tensor, Tensor> freeze_mbconv(OptionalTensors convolutions, OptionalT
   return {to_bytes(step, like), packed};
 }
 
-std::tuple<Tensor, Tensor> freeze_attention_half(OptionalTensors tensors, int64_t heads,
+std::tuple<Tensor, Tensor> freeze_attention_half(const AttentionHalfTensors& tensors, int64_t heads,
                                                  int64_t head_dim, double scale, double eps) {
-  make_readable(tensors);
+  const AttentionHalfTensors kept = readable(tensors);
   Step step = {};
   step.kind = StepKind::attention_half;
   AttentionHalf& problem = step.attention_half;
-  problem = read_attention_half(tensors, heads, head_dim, scale, eps);
-  const Tensor& like = *tensors[kQkvWeight];
+  problem = read_attention_half(kept, heads, head_dim, scale, eps);
+  const Tensor& like = *kept.qkv_weight;
   const Tensor packed = pack<AttentionHalfEval>(problem, like);
   problem.norm_weight = problem.norm_bias = problem.qkv_weight = problem.qkv_bias = nullptr;
   problem.proj_weight = problem.proj_bias = problem.position_table = problem.bias_table = nullptr;
   return {to_bytes(step, like), packed};
 }
 
-std::tuple<Tensor, Tensor> freeze_head(OptionalTensors tensors, double eps) {
-  make_readable(tensors);
+std::tuple<Tensor, Tensor> freeze_head(const HeadTensors& tensors, double eps) {
+  const HeadTensors kept = readable(tensors);
   Step step = {};
   step.kind = StepKind::head;
-  step.head = read_head(tensors, eps);
-  const Tensor& like = *tensors[0];
+  step.head = read_head(kept, eps);
+  const Tensor& like = *kept.norm_weight;
   const Tensor packed = pack<HeadEval>(step.head, like);
   step.head.norm_weight = step.head.norm_bias = step.head.weight = step.head.bias = nullptr;
   return {to_bytes(step, like), packed};
 }
 
-// A step for maps of one size, C, H, W. padding, pool_padding: of an inverted bottleneck. window,
-// position_table: of an attention half. -> the step, and the table for windows of that size (empty
-// if there is none).
-std::tuple<Tensor, Tensor> freeze_for_maps(const Tensor& step_bytes,
-                                           const std::vector<int64_t>& size,
-                                           const std::vector<int64_t>& padding,
-                                           const std::vector<int64_t>& pool_padding,
-                                           const std::vector<int64_t>& window,
+// A step for maps of one size. position_table: of an attention half. -> the step, and the table for
+// windows of that size (empty if there is none).
+std::tuple<Tensor, Tensor> freeze_for_maps(const Tensor& step_bytes, const Placement& placement,
                                            std::optional<Tensor> position_table) {
   check_steps(step_bytes);
   STD_TORCH_CHECK(step_bytes.numel() == kStepBytes, "step must be one step, got ",
                   step_bytes.numel() / kStepBytes);
-  STD_TORCH_CHECK(size.size() == 3, "the size of a map must be C, H, W, got ",
-                  text_of(size.data(), size.size()));
-  const MapSize maps = {1, size[0], size[1], size[2]};
+  const MapSize maps = {1, placement.channels, placement.height, placement.width};
   Step step = step_at(step_bytes, 0);
   Tensor table = float_buffer(step_bytes, 0);
   switch (step.kind) {
@@ -142,11 +131,11 @@ std::tuple<Tensor, Tensor> freeze_for_maps(const Tensor& step_bytes,
       set_maps(maps, step.stem);
       break;
     case StepKind::mbconv:
-      set_maps(maps, padding, pool_padding, step.mbconv);
+      set_maps(maps, placement.block, step.mbconv);
       break;
     case StepKind::attention_half: {
       AttentionHalf& problem = step.attention_half;
-      set_maps(maps, window, problem);
+      set_maps(maps, placement.window_height, placement.window_width, problem);
       if (!position_table.has_value()) break;
       position_table = as_floats(*position_table);
       set_position_table(position_table, problem);
@@ -318,11 +307,12 @@ std::vector<Tensor> frozen_forward(const Tensor& x, const Tensor& steps,
 }  // namespace moat_kernels::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CPU, library) {
+  using namespace moat_kernels;
   using namespace moat_kernels::cpu;
-  library.impl("cpu_freeze_stem", TORCH_BOX(&freeze_stem));
-  library.impl("cpu_freeze_mbconv", TORCH_BOX(&freeze_mbconv));
-  library.impl("cpu_freeze_attention_half", TORCH_BOX(&freeze_attention_half));
-  library.impl("cpu_freeze_head", TORCH_BOX(&freeze_head));
-  library.impl("cpu_freeze_for_maps", TORCH_BOX(&freeze_for_maps));
+  library.impl("cpu_freeze_stem", boxed<&freeze_stem>);
+  library.impl("cpu_freeze_mbconv", boxed<&freeze_mbconv>);
+  library.impl("cpu_freeze_attention_half", boxed<&freeze_attention_half>);
+  library.impl("cpu_freeze_head", boxed<&freeze_head>);
+  library.impl("cpu_freeze_for_maps", boxed<&freeze_for_maps>);
   library.impl("cpu_frozen_forward", TORCH_BOX(&frozen_forward));
 }

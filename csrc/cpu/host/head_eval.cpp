@@ -9,19 +9,17 @@
 
 namespace moat_kernels::cpu {
 
-HeadProblem read_head(const OptionalTensors& tensors, double eps) {
-  STD_TORCH_CHECK(tensors.size() == kHeadTensors, "head: tensors must be ", int{kHeadTensors},
-                  ", got ", tensors.size());
+HeadProblem read_head(const HeadTensors& tensors, double eps) {
   HeadProblem problem;
-  problem.channels = axis_of("norm.weight", tensors[kHeadNormWeight], 0);
+  problem.channels = axis_of("norm_weight", tensors.norm_weight, 0);
   problem.eps = static_cast<float>(eps);
-  problem.norm_weight = float_data("norm.weight", tensors[kHeadNormWeight], {problem.channels});
-  problem.norm_bias = float_data("norm.bias", tensors[kHeadNormBias], {problem.channels});
-  if (!tensors[kHeadWeight].has_value()) return problem;
-  problem.classes = axis_of("head.weight", tensors[kHeadWeight], 0);
+  problem.norm_weight = float_data("norm_weight", tensors.norm_weight, {problem.channels});
+  problem.norm_bias = float_data("norm_bias", tensors.norm_bias, {problem.channels});
+  if (!tensors.head_weight.has_value()) return problem;
+  problem.classes = axis_of("head_weight", tensors.head_weight, 0);
   problem.weight =
-      float_data("head.weight", tensors[kHeadWeight], {problem.classes, problem.channels});
-  problem.bias = float_data("head.bias", tensors[kHeadBias], {problem.classes});
+      float_data("head_weight", tensors.head_weight, {problem.classes, problem.channels});
+  problem.bias = float_data("head_bias", tensors.head_bias, {problem.classes});
   return problem;
 }
 

@@ -4,11 +4,21 @@
 
 #include "cpu/common/head_kernels.h"
 #include "cpu/host/tensors.h"
+#include "fields.h"
 
 namespace moat_kernels::cpu {
 
-// Places in the tensors of a head; the order of the Python side.
-enum HeadTensor { kHeadNormWeight, kHeadNormBias, kHeadWeight, kHeadBias, kHeadTensors };
+struct HeadTensors : Fields {
+  std::optional<Tensor> norm_weight, norm_bias, head_weight, head_bias;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    field("norm_weight", self.norm_weight);
+    field("norm_bias", self.norm_bias);
+    field("head_weight", self.head_weight);
+    field("head_bias", self.head_bias);
+  }
+};
 
 // Sizes are in floats.
 class HeadEval {
@@ -31,7 +41,7 @@ class HeadEval {
 
 // All of a head but the maps that it reads; tensors must be contiguous floats, the norm's weight is
 // given.
-HeadProblem read_head(const OptionalTensors& tensors, double eps);
+HeadProblem read_head(const HeadTensors& tensors, double eps);
 void set_maps(const MapSize& x, HeadProblem& problem);
 
 }  // namespace moat_kernels::cpu

@@ -3,25 +3,109 @@
 // From the arguments of the mbconv ops to an MBConvProblem, with every size checked.
 
 #include "cpu/common/mbconv_problem.h"
+#include "cpu/host/norm_arguments.h"
 #include "cpu/host/tensors.h"
+#include "fields.h"
 
 namespace moat_kernels::cpu {
 
-// Places in `convolutions`; the order of the Python side.
-enum ConvolutionTensor {
-  kExpandWeight,
-  kDepthwiseWeight,
-  kProjectWeight,
-  kExpandBias,
-  kDepthwiseBias,
-  kProjectBias,
-  kReduceWeight,
-  kReduceBias,
-  kGateWeight,
-  kGateBias,
-  kShortcutWeight,
-  kShortcutBias,
-  kConvolutionTensors
+// The tensors of all blocks, and those of evaluation after them. MBConvParameters of the Python
+// side has the same fields in the same order, with the norms as tuples.
+struct BottleneckTensors : Fields {
+  std::optional<Tensor> expand_weight, depthwise_weight, project_weight;
+  std::optional<Tensor> expand_bias, depthwise_bias, project_bias;
+  NormTensors pre_norm, expand_norm, depthwise_norm;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    field("expand_weight", self.expand_weight);
+    field("depthwise_weight", self.depthwise_weight);
+    field("project_weight", self.project_weight);
+    field("expand_bias", self.expand_bias);
+    field("depthwise_bias", self.depthwise_bias);
+    field("project_bias", self.project_bias);
+    field("pre_norm", self.pre_norm);
+    field("expand_norm", self.expand_norm);
+    field("depthwise_norm", self.depthwise_norm);
+  }
+};
+
+struct BlockTensors : BottleneckTensors {
+  NormTensors project_norm;
+  std::optional<Tensor> se_reduce_weight, se_reduce_bias, se_expand_weight, se_expand_bias;
+  std::optional<Tensor> shortcut_weight, shortcut_bias;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    BottleneckTensors::visit(self, field);
+    field("project_norm", self.project_norm);
+    field("se_reduce_weight", self.se_reduce_weight);
+    field("se_reduce_bias", self.se_reduce_bias);
+    field("se_expand_weight", self.se_expand_weight);
+    field("se_expand_bias", self.se_expand_bias);
+    field("shortcut_weight", self.shortcut_weight);
+    field("shortcut_bias", self.shortcut_bias);
+  }
+};
+
+struct PoolSettings : Fields {
+  std::string kind;  // "average", "max", or empty for none
+  int64_t kernel_size = 1, stride = 1;
+  bool count_include_pad = false;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    field("kind", self.kind);
+    field("kernel_size", self.kernel_size);
+    field("stride", self.stride);
+    field("count_include_pad", self.count_include_pad);
+  }
+};
+
+// What evaluation is told of a block beside its tensors, whatever the size of the map.
+struct BlockSettings : Fields {
+  int64_t stride = 1;
+  std::string expand_activation, depthwise_activation, se_activation;
+  double pre_norm_eps = 0, expand_norm_eps = 0, depthwise_norm_eps = 0, project_norm_eps = 0;
+  bool residual = false;
+  PoolSettings pool;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    field("stride", self.stride);
+    field("expand_activation", self.expand_activation);
+    field("depthwise_activation", self.depthwise_activation);
+    field("se_activation", self.se_activation);
+    field("pre_norm_eps", self.pre_norm_eps);
+    field("expand_norm_eps", self.expand_norm_eps);
+    field("depthwise_norm_eps", self.depthwise_norm_eps);
+    field("project_norm_eps", self.project_norm_eps);
+    field("residual", self.residual);
+    field("pool", self.pool);
+  }
+};
+
+struct Padding : Fields {
+  int64_t top = 0, bottom = 0, left = 0, right = 0;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    field("top", self.top);
+    field("bottom", self.bottom);
+    field("left", self.left);
+    field("right", self.right);
+  }
+};
+
+// Of the depthwise convolution and of the shortcut's pool; these depend on the size of the map.
+struct BlockPadding : Fields {
+  Padding padding, pool_padding;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    field("padding", self.padding);
+    field("pool_padding", self.pool_padding);
+  }
 };
 
 inline int64_t output_size(int64_t size, int64_t before, int64_t after, int64_t kernel,
@@ -30,133 +114,104 @@ inline int64_t output_size(int64_t size, int64_t before, int64_t after, int64_t 
   return room < 0 ? 0 : room / stride + 1;
 }
 
-inline BatchNorm read_norm(const char* name, const OptionalTensors& norms, int64_t index,
-                           const std::vector<double>& eps, int64_t channels) {
-  BatchNorm norm;
-  norm.weight = float_data(name, norms[4 * index], {channels}, ".weight");
-  norm.bias = float_data(name, norms[4 * index + 1], {channels}, ".bias");
-  norm.mean = float_data(name, norms[4 * index + 2], {channels}, ".running_mean");
-  norm.variance = float_data(name, norms[4 * index + 3], {channels}, ".running_var");
-  STD_TORCH_CHECK((norm.mean == nullptr) == (norm.variance == nullptr), name,
-                  " must have both running_mean and running_var, or none");
-  norm.present = norm.mean != nullptr;
-  norm.eps = static_cast<float>(eps[index]);
-  return norm;
-}
-
-// All of a block but the maps that it reads. norms: weight, bias, mean and variance of pre_norm,
-// expand_norm, depthwise_norm and project_norm; a norm without mean is absent. activations: expand,
-// depthwise, squeeze-excite.
-inline MBConvProblem read_block(const OptionalTensors& convolutions, const OptionalTensors& norms,
-                                const std::vector<double>& eps, int64_t stride,
-                                const std::vector<std::string>& activations) {
-  STD_TORCH_CHECK(convolutions.size() == kConvolutionTensors && norms.size() == 16 &&
-                      eps.size() == 4 && activations.size() == 3,
-                  "mbconv: wrong number of tensors or settings");
-  STD_TORCH_CHECK(stride == 1 || stride == 2, "stride must be 1 or 2, got ", stride);
-  MBConvProblem problem;
-  problem.in_channels = axis_of("expand_weight", convolutions[kExpandWeight], 1);
-  problem.wide_channels = axis_of("expand_weight", convolutions[kExpandWeight], 0);
-  problem.out_channels = axis_of("project_weight", convolutions[kProjectWeight], 0);
-  problem.stride = stride;
-  const int64_t in = problem.in_channels;
-  const int64_t wide = problem.wide_channels;
-  const int64_t out = problem.out_channels;
-  const auto weight = [&](const char* name, int index, int64_t rows, int64_t columns) {
-    return pointwise_data(name, convolutions[index], rows, columns);
-  };
-  const auto bias = [&](const char* name, int index, int64_t channels) {
-    return float_data(name, convolutions[index], {channels});
-  };
-  problem.expand = {weight("expand_weight", kExpandWeight, wide, in),
-                    bias("expand_bias", kExpandBias, wide)};
-  axis_of("depthwise_weight", convolutions[kDepthwiseWeight], 0);
-  problem.depthwise = {
-      float_data("depthwise_weight", convolutions[kDepthwiseWeight], {wide, 1, 3, 3}),
-      bias("depthwise_bias", kDepthwiseBias, wide)};
-  problem.project = {weight("project_weight", kProjectWeight, out, wide),
-                     bias("project_bias", kProjectBias, out)};
-  problem.shortcut = {weight("shortcut_weight", kShortcutWeight, out, in),
-                      bias("shortcut_bias", kShortcutBias, out)};
-  problem.projects_shortcut = problem.shortcut.weight != nullptr;
-  SqueezeExcite& excite = problem.squeeze_excite;
-  excite.present = convolutions[kReduceWeight].has_value();
-  if (excite.present) {
-    excite.channels = axis_of("se_reduce_weight", convolutions[kReduceWeight], 0);
-    excite.activation = parse_activation(activations[2]);
-    excite.reduce = {weight("se_reduce_weight", kReduceWeight, excite.channels, wide),
-                     bias("se_reduce_bias", kReduceBias, excite.channels)};
-    axis_of("se_expand_weight", convolutions[kGateWeight], 0);
-    excite.expand = {weight("se_expand_weight", kGateWeight, wide, excite.channels),
-                     bias("se_expand_bias", kGateBias, wide)};
-  }
-  problem.expand_activation = parse_activation(activations[0]);
-  problem.depthwise_activation = parse_activation(activations[1]);
-  problem.pre_norm = read_norm("pre_norm", norms, 0, eps, in);
-  problem.expand_norm = read_norm("expand_norm", norms, 1, eps, wide);
-  problem.depthwise_norm = read_norm("depthwise_norm", norms, 2, eps, wide);
-  problem.project_norm = read_norm("project_norm", norms, 3, eps, out);
-  return problem;
-}
-
-// kind: "average", "max", or empty for none. settings: size, stride, top, bottom, left, right, and
-// whether padding counts.
-inline Pool read_pool(const std::string& kind, const std::vector<int64_t>& settings) {
+inline Pool read_pool(const PoolSettings& settings) {
   Pool pool;
-  if (kind.empty()) return pool;
-  STD_TORCH_CHECK(settings.size() == 7, "pool must have 7 settings, got ", settings.size());
-  STD_TORCH_CHECK(kind == "average" || kind == "max", "pool_kind must be average or max, got ",
-                  kind);
-  STD_TORCH_CHECK(settings[0] > 0 && settings[0] < kLongestSide && settings[1] > 0 &&
-                      settings[1] < kLongestSide,
-                  "the size and stride of pool must be positive and below 2^20, got ", settings[0],
-                  " and ", settings[1]);
-  pool.kind = kind == "max" ? PoolKind::maximum : PoolKind::average;
-  pool.size = settings[0];
-  pool.stride = settings[1];
-  pool.counts_padding = settings[6] != 0;
+  if (settings.kind.empty()) return pool;
+  STD_TORCH_CHECK(settings.kind == "average" || settings.kind == "max",
+                  "pool_kind must be average or max, got ", settings.kind);
+  STD_TORCH_CHECK(settings.kernel_size > 0 && settings.kernel_size < kLongestSide &&
+                      settings.stride > 0 && settings.stride < kLongestSide,
+                  "pool_kernel_size and pool_stride must be positive and below 2^20, got ",
+                  settings.kernel_size, " and ", settings.stride);
+  pool.kind = settings.kind == "max" ? PoolKind::maximum : PoolKind::average;
+  pool.size = settings.kernel_size;
+  pool.stride = settings.stride;
+  pool.counts_padding = settings.count_include_pad;
   return pool;
 }
 
-// Of the settings of a pool.
-inline std::vector<int64_t> pool_padding(const std::vector<int64_t>& settings) {
-  if (settings.size() < 6) return {0, 0, 0, 0};
-  return {settings.begin() + 2, settings.begin() + 6};
+// All of a block but the maps that it reads; tensors must be contiguous floats. A norm without
+// running statistics is absent.
+inline MBConvProblem read_block(const BlockTensors& tensors, const BlockSettings& settings) {
+  STD_TORCH_CHECK(settings.stride == 1 || settings.stride == 2, "stride must be 1 or 2, got ",
+                  settings.stride);
+  MBConvProblem problem;
+  problem.in_channels = axis_of("expand_weight", tensors.expand_weight, 1);
+  problem.wide_channels = axis_of("expand_weight", tensors.expand_weight, 0);
+  problem.out_channels = axis_of("project_weight", tensors.project_weight, 0);
+  problem.stride = settings.stride;
+  const int64_t in = problem.in_channels;
+  const int64_t wide = problem.wide_channels;
+  const int64_t out = problem.out_channels;
+  problem.expand = {pointwise_data("expand_weight", tensors.expand_weight, wide, in),
+                    float_data("expand_bias", tensors.expand_bias, {wide})};
+  axis_of("depthwise_weight", tensors.depthwise_weight, 0);
+  problem.depthwise = {float_data("depthwise_weight", tensors.depthwise_weight, {wide, 1, 3, 3}),
+                       float_data("depthwise_bias", tensors.depthwise_bias, {wide})};
+  problem.project = {pointwise_data("project_weight", tensors.project_weight, out, wide),
+                     float_data("project_bias", tensors.project_bias, {out})};
+  problem.shortcut = {pointwise_data("shortcut_weight", tensors.shortcut_weight, out, in),
+                      float_data("shortcut_bias", tensors.shortcut_bias, {out})};
+  problem.projects_shortcut = problem.shortcut.weight != nullptr;
+  SqueezeExcite& excite = problem.squeeze_excite;
+  excite.present = tensors.se_reduce_weight.has_value();
+  if (excite.present) {
+    excite.channels = axis_of("se_reduce_weight", tensors.se_reduce_weight, 0);
+    const int64_t reduced = excite.channels;
+    excite.activation = parse_activation(settings.se_activation);
+    excite.reduce = {pointwise_data("se_reduce_weight", tensors.se_reduce_weight, reduced, wide),
+                     float_data("se_reduce_bias", tensors.se_reduce_bias, {reduced})};
+    axis_of("se_expand_weight", tensors.se_expand_weight, 0);
+    excite.expand = {pointwise_data("se_expand_weight", tensors.se_expand_weight, wide, reduced),
+                     float_data("se_expand_bias", tensors.se_expand_bias, {wide})};
+  }
+  problem.expand_activation = parse_activation(settings.expand_activation);
+  problem.depthwise_activation = parse_activation(settings.depthwise_activation);
+  problem.pre_norm = read_norm("pre_norm", tensors.pre_norm, settings.pre_norm_eps, in);
+  problem.expand_norm =
+      read_norm("expand_norm", tensors.expand_norm, settings.expand_norm_eps, wide);
+  problem.depthwise_norm =
+      read_norm("depthwise_norm", tensors.depthwise_norm, settings.depthwise_norm_eps, wide);
+  problem.project_norm =
+      read_norm("project_norm", tensors.project_norm, settings.project_norm_eps, out);
+  problem.residual = settings.residual;
+  problem.pool = read_pool(settings.pool);
+  return problem;
 }
 
-inline void check_padding(const char* name, const std::vector<int64_t>& padding, int64_t below) {
-  bool fits = padding.size() == 4;
-  for (const int64_t side : padding) fits = fits && side >= 0 && side < below;
-  STD_TORCH_CHECK(fits, name, " must be top, bottom, left, right, from 0 to ", below - 1, ", got ",
-                  text_of(padding.data(), padding.size()));
+inline void check_padding(const char* name, const Padding& padding, int64_t below) {
+  for (const int64_t side : {padding.top, padding.bottom, padding.left, padding.right}) {
+    STD_TORCH_CHECK(side >= 0 && side < below, name, " must be from 0 to ", below - 1, ", got ",
+                    side);
+  }
 }
 
-// The maps [batch, C_in, height, width] that a block reads, with the padding (top, bottom, left,
-// right) of its depthwise convolution and of its pool, if it has one.
-inline void set_maps(const MapSize& x, const std::vector<int64_t>& padding,
-                     const std::vector<int64_t>& pool_padding, MBConvProblem& problem) {
+// The maps [batch, C_in, height, width] that a block reads.
+inline void set_maps(const MapSize& x, const BlockPadding& border, MBConvProblem& problem) {
   STD_TORCH_CHECK(x.channels == problem.in_channels, "x must have ", problem.in_channels,
                   " channels, got ", x.channels);
   STD_TORCH_CHECK(x.height > 0 && x.width > 0, "x must have H, W >= 1");
+  const Padding& padding = border.padding;
   check_padding("padding", padding, kLongestSide);
   problem.batch = x.batch;
   problem.height = x.height;
   problem.width = x.width;
-  problem.top = padding[0];
-  problem.left = padding[2];
-  problem.out_height = output_size(x.height, padding[0], padding[1], 3, problem.stride);
-  problem.out_width = output_size(x.width, padding[2], padding[3], 3, problem.stride);
+  problem.top = padding.top;
+  problem.left = padding.left;
+  problem.out_height = output_size(x.height, padding.top, padding.bottom, 3, problem.stride);
+  problem.out_width = output_size(x.width, padding.left, padding.right, 3, problem.stride);
   STD_TORCH_CHECK(problem.out_height > 0 && problem.out_width > 0, "x is smaller than the kernel");
   if (!problem.residual) return;
   Pool& pool = problem.pool;
   int64_t height = x.height;
   int64_t width = x.width;
   if (pool.kind != PoolKind::none) {
-    check_padding("the padding of pool", pool_padding, pool.size);  // no window without pixels
-    pool.top = pool_padding[0];
-    pool.left = pool_padding[2];
-    height = output_size(height, pool_padding[0], pool_padding[1], pool.size, pool.stride);
-    width = output_size(width, pool_padding[2], pool_padding[3], pool.size, pool.stride);
+    const Padding& around = border.pool_padding;
+    check_padding("pool_padding", around, pool.size);  // no window without pixels
+    pool.top = around.top;
+    pool.left = around.left;
+    height = output_size(height, around.top, around.bottom, pool.size, pool.stride);
+    width = output_size(width, around.left, around.right, pool.size, pool.stride);
   }
   STD_TORCH_CHECK(height == problem.out_height && width == problem.out_width &&
                       (problem.projects_shortcut || problem.in_channels == problem.out_channels),

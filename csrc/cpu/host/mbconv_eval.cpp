@@ -308,22 +308,15 @@ MapSize output_map(const MBConvProblem& problem) {
 
 namespace {
 
-Tensor mbconv_eval(Tensor x, OptionalTensors convolutions, OptionalTensors norms,
-                   std::optional<Tensor> drop_path_scale, const std::vector<double>& eps,
-                   int64_t stride, const std::vector<int64_t>& padding,
-                   const std::vector<std::string>& activations, bool residual,
-                   const std::string& pool_kind, const std::vector<int64_t>& pool,
-                   ScalarType dtype) {
+Tensor mbconv_eval(Tensor x, const BlockTensors& tensors, std::optional<Tensor> drop_path_scale,
+                   const BlockSettings& settings, const BlockPadding& padding, ScalarType dtype) {
   const MapSize size = map_size("x", x);
   const ElementType output_type = element_type("dtype", dtype);
   x = torch::stable::contiguous(x, torch::headeronly::MemoryFormat::ChannelsLast);
-  make_readable(convolutions);
-  make_readable(norms);
+  const BlockTensors kept = readable(tensors);
   if (drop_path_scale.has_value()) drop_path_scale = as_floats(*drop_path_scale);
-  MBConvProblem problem = read_block(convolutions, norms, eps, stride, activations);
-  problem.residual = residual;
-  problem.pool = read_pool(pool_kind, pool);
-  set_maps(size, padding, pool_padding(pool), problem);
+  MBConvProblem problem = read_block(kept, settings);
+  set_maps(size, padding, problem);
   problem.x = x.const_data_ptr();
   problem.x_type = element_type("x", x.scalar_type());
   problem.drop_path_scale = float_data("drop_path_scale", drop_path_scale, {problem.batch});
@@ -342,5 +335,5 @@ Tensor mbconv_eval(Tensor x, OptionalTensors convolutions, OptionalTensors norms
 }  // namespace moat_kernels::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CPU, library) {
-  library.impl("cpu_mbconv_eval", TORCH_BOX(&moat_kernels::cpu::mbconv_eval));
+  library.impl("cpu_mbconv_eval", moat_kernels::boxed<&moat_kernels::cpu::mbconv_eval>);
 }

@@ -19,41 +19,102 @@ namespace {
 constexpr int64_t kParts = 16;
 constexpr int64_t kTasks = 64;
 
-NormTensors read_train_norm(const char* name, const TrainSettings& settings, int64_t index,
-                            int64_t channels) {
-  NormTensors norm;
-  STD_TORCH_CHECK(settings.modes[index] >= 0 && settings.modes[index] <= 2, name, ": unknown mode ",
-                  settings.modes[index]);
-  norm.mode = static_cast<NormMode>(settings.modes[index]);
-  norm.weight = float_data(name, settings.norms[4 * index], {channels}, ".weight");
-  norm.bias = float_data(name, settings.norms[4 * index + 1], {channels}, ".bias");
-  norm.mean = float_data(name, settings.norms[4 * index + 2], {channels}, ".running_mean");
-  norm.variance = float_data(name, settings.norms[4 * index + 3], {channels}, ".running_var");
-  norm.eps = settings.eps[index];
+NormMode parse_mode(const char* name, const std::string& mode) {
+  if (mode == "absent") return NormMode::absent;
+  if (mode == "frozen") return NormMode::frozen;
+  STD_TORCH_CHECK(mode == "measured", name, "_mode must be absent, frozen or measured, got ", mode);
+  return NormMode::measured;
+}
+
+TrainNorm read_train_norm(const char* name, const NormTensors& tensors, double eps,
+                          const std::string& mode, int64_t channels) {
+  TrainNorm norm;
+  norm.mode = parse_mode(name, mode);
+  norm.weight = float_data(name, tensors.weight, {channels}, "_weight");
+  norm.bias = float_data(name, tensors.bias, {channels}, "_bias");
+  norm.mean = float_data(name, tensors.running_mean, {channels}, "_running_mean");
+  norm.variance = float_data(name, tensors.running_var, {channels}, "_running_var");
+  norm.eps = eps;
   STD_TORCH_CHECK(norm.mode != NormMode::frozen || (norm.mean && norm.variance), name,
                   " is frozen but has no running statistics");
   return norm;
 }
 
-// Here, before memory of these sizes is taken.
-void check_channels(const char* name, const std::optional<Tensor>& weight, int64_t axis,
-                    int64_t channels) {
-  const int64_t length = axis_of(name, weight, axis);
-  STD_TORCH_CHECK(length == channels, "axis ", axis, " of ", name, " must be ", channels,
-                  " as geometry says, got ", length);
+TrainShape read_shape(const TrainSettings& settings) {
+  TrainShape shape;
+  shape.batch = settings.batch;
+  shape.height = settings.height;
+  shape.width = settings.width;
+  shape.out_height = settings.out_height;
+  shape.out_width = settings.out_width;
+  shape.stride = settings.stride;
+  shape.top = settings.padding_top;
+  shape.left = settings.padding_left;
+  shape.in_channels = settings.in_channels;
+  shape.wide_channels = settings.wide_channels;
+  shape.out_channels = settings.out_channels;
+  shape.expand_activation = parse_activation(settings.expand_activation);
+  shape.depthwise_activation = parse_activation(settings.depthwise_activation);
+  STD_TORCH_CHECK(shape.stride == 1 || shape.stride == 2, "stride must be 1 or 2, got ",
+                  shape.stride);
+  STD_TORCH_CHECK(shape.batch > 0, "mbconv: training needs at least one image");
+  constexpr int64_t kMost = int64_t{1} << 31;
+  const auto check_size = [](const char* name, int64_t size, int64_t least) {
+    STD_TORCH_CHECK(size >= least && size < kMost, name, " must be from ", least,
+                    " to 2^31 - 1, got ", size);
+  };
+  check_size("batch", shape.batch, 1);
+  check_size("height", shape.height, 1);
+  check_size("width", shape.width, 1);
+  check_size("out_height", shape.out_height, 1);
+  check_size("out_width", shape.out_width, 1);
+  check_size("padding_top", shape.top, 0);
+  check_size("padding_left", shape.left, 0);
+  check_size("in_channels", shape.in_channels, 1);
+  check_size("wide_channels", shape.wide_channels, 1);
+  check_size("out_channels", shape.out_channels, 1);
+  // No product of sizes overflows.
+  const double pixels = std::max(static_cast<double>(shape.height) * shape.width,
+                                 static_cast<double>(shape.out_height) * shape.out_width);
+  const double channels = static_cast<double>(std::max(shape.in_channels, shape.out_channels)) +
+                          static_cast<double>(shape.padded_wide());
+  STD_TORCH_CHECK(
+      shape.batch * pixels * channels < 0x1p50 && channels * shape.padded_wide() < 0x1p50,
+      "maps are larger than any memory: ", shape.batch, " images of ", pixels, " pixels with ",
+      channels, " channels");
+  return shape;
 }
 
-TrainShape checked_shape(const TrainSettings& settings) {
-  STD_TORCH_CHECK(settings.weights.size() == kTrainWeights &&
-                      settings.norms.size() == 4 * kTrainNorms &&
-                      settings.eps.size() == kTrainNorms && settings.modes.size() == kTrainNorms,
-                  "mbconv: wrong number of tensors or settings");
-  const TrainShape shape = read_shape(settings.geometry, settings.activations);
-  check_channels("expand_weight", settings.weights[kTrainExpand], 0, shape.wide_channels);
-  check_channels("expand_weight", settings.weights[kTrainExpand], 1, shape.in_channels);
-  check_channels("depthwise_weight", settings.weights[kTrainDepthwise], 0, shape.wide_channels);
-  check_channels("project_weight", settings.weights[kTrainProject], 0, shape.out_channels);
+// Here, before memory of these sizes is taken.
+void check_channels(const char* name, const std::optional<Tensor>& weight, int64_t axis,
+                    const char* size_name, int64_t size) {
+  const int64_t length = axis_of(name, weight, axis);
+  STD_TORCH_CHECK(length == size, "axis ", axis, " of ", name, " must be ", size, " as ", size_name,
+                  " says, got ", length);
+}
+
+TrainShape checked_shape(const BottleneckTensors& tensors, const TrainSettings& settings) {
+  const TrainShape shape = read_shape(settings);
+  check_channels("expand_weight", tensors.expand_weight, 0, "wide_channels", shape.wide_channels);
+  check_channels("expand_weight", tensors.expand_weight, 1, "in_channels", shape.in_channels);
+  check_channels("depthwise_weight", tensors.depthwise_weight, 0, "wide_channels",
+                 shape.wide_channels);
+  check_channels("project_weight", tensors.project_weight, 0, "out_channels", shape.out_channels);
   return shape;
+}
+
+TrainWeights read_weights(const BottleneckTensors& tensors, const TrainShape& shape) {
+  const int64_t in = shape.in_channels;
+  const int64_t wide = shape.wide_channels;
+  const int64_t out = shape.out_channels;
+  TrainWeights weights;
+  weights.expand = pointwise_data("expand_weight", tensors.expand_weight, wide, in);
+  weights.depthwise = float_data("depthwise_weight", tensors.depthwise_weight, {wide, 1, 3, 3});
+  weights.project = pointwise_data("project_weight", tensors.project_weight, out, wide);
+  weights.expand_bias = float_data("expand_bias", tensors.expand_bias, {wide});
+  weights.depthwise_bias = float_data("depthwise_bias", tensors.depthwise_bias, {wide});
+  weights.project_bias = float_data("project_bias", tensors.project_bias, {out});
+  return weights;
 }
 
 void store_scale(const Affine& affine, int64_t channel, std::vector<float>& scale,
@@ -70,17 +131,23 @@ int64_t last_channel(const TrainShape& shape, const Blocks& blocks) {
 
 }  // namespace
 
-TrainCall::TrainCall(const Tensor& like, const TrainSettings& settings)
+TrainCall::TrainCall(const Tensor& like, const BottleneckTensors& tensors,
+                     const TrainSettings& settings)
     : like(like),
-      shape(checked_shape(settings)),
+      shape(checked_shape(tensors, settings)),
       workers(thread_count()),
       waves(wave_count(shape)),
-      norms{read_train_norm("pre_norm", settings, kPreNorm, shape.in_channels),
-            read_train_norm("expand_norm", settings, kExpandNorm, shape.wide_channels),
-            read_train_norm("depthwise_norm", settings, kDepthwiseNorm, shape.wide_channels)},
-      pre(norms[kPreNorm], shape.in_channels),
-      expand_affine(norms[kExpandNorm], shape.wide_channels),
-      depthwise_affine(norms[kDepthwiseNorm], shape.wide_channels),
+      weights(read_weights(tensors, shape)),
+      pre(read_train_norm("pre_norm", tensors.pre_norm, settings.pre_norm_eps,
+                          settings.pre_norm_mode, shape.in_channels),
+          shape.in_channels),
+      expand_affine(read_train_norm("expand_norm", tensors.expand_norm, settings.expand_norm_eps,
+                                    settings.expand_norm_mode, shape.wide_channels),
+                    shape.wide_channels),
+      depthwise_affine(
+          read_train_norm("depthwise_norm", tensors.depthwise_norm, settings.depthwise_norm_eps,
+                          settings.depthwise_norm_mode, shape.wide_channels),
+          shape.wide_channels),
       mean(shape.in_channels),
       pre_scale(shape.in_channels),
       pre_shift(shape.in_channels),
@@ -92,34 +159,21 @@ TrainCall::TrainCall(const Tensor& like, const TrainSettings& settings)
       expand_shift_(shape.padded_wide()),
       depthwise_scale_(shape.padded_wide()),
       depthwise_shift_(shape.padded_wide()) {
-  const OptionalTensors& given = settings.weights;
-  weights_[kTrainExpand] =
-      pointwise_data("expand_weight", given[kTrainExpand], shape.wide_channels, shape.in_channels);
-  weights_[kTrainDepthwise] =
-      float_data("depthwise_weight", given[kTrainDepthwise], {shape.wide_channels, 1, 3, 3});
-  weights_[kTrainProject] = pointwise_data("project_weight", given[kTrainProject],
-                                           shape.out_channels, shape.wide_channels);
-  weights_[kTrainExpandBias] =
-      float_data("expand_bias", given[kTrainExpandBias], {shape.wide_channels});
-  weights_[kTrainDepthwiseBias] =
-      float_data("depthwise_bias", given[kTrainDepthwiseBias], {shape.wide_channels});
-  weights_[kTrainProjectBias] =
-      float_data("project_bias", given[kTrainProjectBias], {shape.out_channels});
   for (int64_t channel = 0; channel < shape.wide_channels; ++channel) {
     for (int64_t tap = 0; tap < 9; ++tap) {
-      taps[tap * shape.padded_wide() + channel] = weights_[kTrainDepthwise][channel * 9 + tap];
+      taps[tap * shape.padded_wide() + channel] = weights.depthwise[channel * 9 + tap];
     }
   }
 }
 
 Tensor TrainCall::wide_tensor(int64_t pixels, ScalarType type) const {
-  return recycled_tensor(like, {shape.images, shape.blocks(), pixels, kWideChannels}, type);
+  return recycled_tensor(like, {shape.batch, shape.blocks(), pixels, kWideChannels}, type);
 }
 
 Wide TrainCall::wide_of(const char* name, const Tensor& tensor, int64_t pixels) const {
   const ScalarType type = tensor.scalar_type();
   const ElementType element = element_type(name, type);
-  const int64_t sizes[] = {shape.images, shape.blocks(), pixels, kWideChannels};
+  const int64_t sizes[] = {shape.batch, shape.blocks(), pixels, kWideChannels};
   checked_data(name, "", tensor, type, sizes, std::size(sizes));
   return {tensor.mutable_data_ptr(), element, shape.blocks(), 0};
 }
@@ -130,7 +184,7 @@ double* TrainCall::statistics_of(const Tensor& statistics) const {
 
 Tensor TrainCall::wave_buffer(int64_t pixels) const {
   const int64_t blocks = widest_wave(shape, waves);
-  return recycled_floats(like, {shape.images, blocks, pixels, kWideChannels});
+  return recycled_floats(like, {shape.batch, blocks, pixels, kWideChannels});
 }
 
 Wide TrainCall::wave_of(const Tensor& buffer, const Blocks& blocks) const {
@@ -140,11 +194,11 @@ Wide TrainCall::wave_of(const Tensor& buffer, const Blocks& blocks) const {
 Tensor TrainCall::make_rows(const float* maps, int64_t pixels, int64_t channels, const float* shift,
                             const float* scales, float* sums) const {
   const int64_t columns = panelled(channels);
-  const Tensor result = recycled_floats(like, {shape.images, pixels, columns});
-  const int64_t strips = strip_count(shape.images, pixels);
-  std::vector<double> parts(sums ? shape.images * strips * channels : 0);
+  const Tensor result = recycled_floats(like, {shape.batch, pixels, columns});
+  const int64_t strips = strip_count(shape.batch, pixels);
+  std::vector<double> parts(sums ? shape.batch * strips * channels : 0);
   const auto convert = MOAT_KERNELS_DISPATCH(train_rows);
-  for_each_task(shape.images * strips, workers, [&](int64_t index, int64_t) {
+  for_each_task(shape.batch * strips, workers, [&](int64_t index, int64_t) {
     const PixelRange range = strip_at(index, strips, pixels);
     const int64_t first = range.image * pixels + range.first;
     convert(maps + first * channels, range.last - range.first, channels, shift,
@@ -153,7 +207,7 @@ Tensor TrainCall::make_rows(const float* maps, int64_t pixels, int64_t channels,
   });
   for (int64_t channel = 0; sums && channel < channels; ++channel) {
     double total = 0.0;
-    for (int64_t index = 0; index < shape.images * strips; ++index) {
+    for (int64_t index = 0; index < shape.batch * strips; ++index) {
       total += parts[index * channels + channel];
     }
     sums[channel] = static_cast<float>(total);
@@ -164,10 +218,10 @@ Tensor TrainCall::make_rows(const float* maps, int64_t pixels, int64_t channels,
 void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure) {
   const int64_t channels = shape.in_channels;
   const int64_t pixels = shape.in_pixels();
-  const float* data = float_data("x", x, {shape.images, shape.height, shape.width, channels});
+  const float* data = float_data("x", x, {shape.batch, shape.height, shape.width, channels});
   double* input = input_statistics(shape, statistics);
   // All pixels as one row: a few long parts for every thread.
-  if (measure) measure_moments(data, shape.images * pixels, channels, kParts, workers, input);
+  if (measure) measure_moments(data, shape.batch * pixels, channels, kParts, workers, input);
   for (int64_t channel = 0; channel < channels; ++channel) {
     // Rows are what a float32 mean leaves, so everything else starts from that, too.
     mean[channel] = static_cast<float>(input[channel]);
@@ -181,12 +235,12 @@ void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure)
   for_each_task(shape.blocks(), workers, [&](int64_t block, int64_t) {
     const int64_t first = block * kWideChannels;
     const int64_t count = std::min(kWideChannels, shape.wide_channels - first);
-    const float* part = weight(kTrainExpand) + first * channels;
+    const float* part = weights.expand + first * channels;
     pack(part, channels, count, channels, pre_scale.data(),
          data_of(packed_expand_) + first * channels);
     multiply(part, count, channels, pre_shift.data(), expand_constant.data() + first);
   });
-  const float* bias = weight(kTrainExpandBias);
+  const float* bias = weights.expand_bias;
   for (int64_t channel = 0; bias && channel < shape.wide_channels; ++channel) {
     expand_constant[channel] += static_cast<double>(bias[channel]);
   }
@@ -195,8 +249,8 @@ void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure)
 void TrainCall::expand(const Blocks& blocks, const Wide& z1, double* statistics, bool measure) {
   measure = measure && expand_affine.measured();
   const int64_t wide = shape.padded_wide();
-  const int64_t strips = strip_count(shape.images, shape.in_pixels());
-  const int64_t ranges = shape.images * strips;
+  const int64_t strips = strip_count(shape.batch, shape.in_pixels());
+  const int64_t ranges = shape.batch * strips;
   const int64_t parts = std::min(ranges, kParts);
   const int64_t count = blocks.last - blocks.first;
   const int64_t chunks = std::min((kTasks + parts - 1) / parts, count);
@@ -215,7 +269,7 @@ void TrainCall::expand(const Blocks& blocks, const Wide& z1, double* statistics,
   });
   if (!measure) return;
   double* results = expand_statistics(shape, statistics);
-  const double values = static_cast<double>(shape.images * shape.in_pixels());
+  const double values = static_cast<double>(shape.batch * shape.in_pixels());
   for (int64_t part = 1; part < parts; ++part) {
     const double* other = sums.data() + part * 2 * wide;
     for (int64_t i = 0; i < 2 * wide; ++i) sums[i] += other[i];
@@ -239,7 +293,7 @@ void TrainCall::depthwise(const Blocks& blocks, const Wide& z1, const Wide& z2, 
                           bool measure) {
   measure = measure && depthwise_affine.measured();
   const int64_t wide = shape.padded_wide();
-  std::vector<double> moments(measure ? shape.images * 2 * wide : 0);
+  std::vector<double> moments(measure ? shape.batch * 2 * wide : 0);
   const auto compute = MOAT_KERNELS_DISPATCH(train_depthwise);
   for_each_plane(blocks, [&](int64_t image, int64_t block, float* scratch) {
     compute(shape, image, block, z1, expand_norm(), taps.data(), scratch, z2,
@@ -249,13 +303,13 @@ void TrainCall::depthwise(const Blocks& blocks, const Wide& z1, const Wide& z2, 
   double* results = depthwise_statistics(shape, statistics);
   for (int64_t i = blocks.first * kWideChannels; i < last_channel(shape, blocks); ++i) {
     std::tie(results[i], results[shape.wide_channels + i]) = merge_moments(
-        moments.data() + i, shape.images, wide, [&](int64_t) { return shape.out_pixels(); });
+        moments.data() + i, shape.batch, wide, [&](int64_t) { return shape.out_pixels(); });
   }
 }
 
 void TrainCall::fold_depthwise(const Blocks& blocks, const double* statistics) {
   const double* moments = statistics + 2 * shape.in_channels + 2 * shape.wide_channels;
-  const float* bias = weight(kTrainDepthwiseBias);
+  const float* bias = weights.depthwise_bias;
   for (int64_t i = blocks.first * kWideChannels; i < last_channel(shape, blocks); ++i) {
     depthwise_affine.fold(i, moments[i], moments[shape.wide_channels + i],
                           bias ? static_cast<double>(bias[i]) : 0.0);
@@ -277,7 +331,7 @@ Tensor batch_moments(const TrainCall& call, const double* statistics) {
   float* out = data_of(result);
   std::copy(statistics, statistics + call.statistics_size(), out);
   out += 2 * shape.in_channels;
-  const float* bias = call.weight(kTrainDepthwiseBias);
+  const float* bias = call.weights.depthwise_bias;
   for (int64_t i = 0; i < shape.wide_channels; ++i) {
     const int64_t at = 2 * shape.wide_channels + i;
     out[i] = static_cast<float>(wide[i] + call.expand_constant[i]);
@@ -288,12 +342,13 @@ Tensor batch_moments(const TrainCall& call, const double* statistics) {
 
 // From x to z2. -> z1 (empty unless kept), z2, statistics, batch_moments. With the statistics of an
 // earlier call nothing is measured, and the last two are empty.
-std::tuple<Tensor, Tensor, Tensor, Tensor> train_front(
-    const Tensor& x, const std::optional<Tensor>& given, bool keep_z1, ScalarType type,
-    const OptionalTensors& weights, const OptionalTensors& norms, const std::vector<double>& eps,
-    const std::vector<int64_t>& modes, const Geometry& geometry, const Names& activations) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> train_front(const Tensor& x,
+                                                       const std::optional<Tensor>& given,
+                                                       bool keep_z1, ScalarType type,
+                                                       const BottleneckTensors& tensors,
+                                                       const TrainSettings& settings) {
   element_type("dtype", type);
-  TrainCall call(x, {weights, norms, eps, modes, geometry, activations});
+  TrainCall call(x, tensors, settings);
   const TrainShape& shape = call.shape;
   const Tensor statistics = given ? *given : doubles(x, call.statistics_size());
   double* values = call.statistics_of(statistics);
@@ -317,16 +372,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_front(
   return {keep_z1 ? z1 : nothing, z2, statistics, batch_moments(call, values)};
 }
 
-Tensor train_pool(const Tensor& z2, const Tensor& statistics, const OptionalTensors& weights,
-                  const OptionalTensors& norms, const std::vector<double>& eps,
-                  const std::vector<int64_t>& modes, const Geometry& geometry,
-                  const Names& activations) {
-  TrainCall call(z2, {weights, norms, eps, modes, geometry, activations});
+Tensor train_pool(const Tensor& z2, const Tensor& statistics, const BottleneckTensors& tensors,
+                  const TrainSettings& settings) {
+  TrainCall call(z2, tensors, settings);
   const TrainShape& shape = call.shape;
   const Wide in = call.wide_of("z2", z2, shape.out_pixels());
   call.fold_depthwise(all_blocks(shape), call.statistics_of(statistics));
   const int64_t wide = shape.padded_wide();
-  const Tensor means = recycled_floats(z2, {shape.images, wide});
+  const Tensor means = recycled_floats(z2, {shape.batch, wide});
   const auto compute = MOAT_KERNELS_DISPATCH(train_pool);
   call.for_each_plane(all_blocks(shape), [&](int64_t image, int64_t block, float* scratch) {
     compute(shape, image, block, in, call.depthwise_norm(), scratch, data_of(means) + image * wide);
@@ -336,34 +389,32 @@ Tensor train_pool(const Tensor& z2, const Tensor& statistics, const OptionalTens
 
 Tensor train_project(const Tensor& z2, const Tensor& statistics, const std::optional<Tensor>& gate,
                      const std::optional<Tensor>& drop_path_scale,
-                     const std::optional<Tensor>& addend, const OptionalTensors& weights,
-                     const OptionalTensors& norms, const std::vector<double>& eps,
-                     const std::vector<int64_t>& modes, const Geometry& geometry,
-                     const Names& activations) {
-  TrainCall call(z2, {weights, norms, eps, modes, geometry, activations});
+                     const std::optional<Tensor>& addend, const BottleneckTensors& tensors,
+                     const TrainSettings& settings) {
+  TrainCall call(z2, tensors, settings);
   const TrainShape& shape = call.shape;
   const int64_t pixels = shape.out_pixels();
   const int64_t channels = shape.out_channels;
   const Wide in = call.wide_of("z2", z2, pixels);
   call.fold_depthwise(all_blocks(shape), call.statistics_of(statistics));
-  const float* gates = float_data("gate", gate, {shape.images, shape.padded_wide()});
-  const float* keep = float_data("drop_path_scale", drop_path_scale, {shape.images});
+  const float* gates = float_data("gate", gate, {shape.batch, shape.padded_wide()});
+  const float* keep = float_data("drop_path_scale", drop_path_scale, {shape.batch});
   const float* extra =
-      float_data("addend", addend, {shape.images, shape.out_height, shape.out_width, channels});
+      float_data("addend", addend, {shape.batch, shape.out_height, shape.out_width, channels});
   const Tensor packed = recycled_floats(z2, {shape.padded_wide() * panelled(channels)});
   const auto pack = MOAT_KERNELS_DISPATCH(pack_panels);
   for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
     const int64_t first = block * kWideChannels;
-    pack(call.weight(kTrainProject) + first, shape.wide_channels, channels,
+    pack(call.weights.project + first, shape.wide_channels, channels,
          std::min(kWideChannels, shape.wide_channels - first), nullptr,
          data_of(packed) + first * panelled(channels));
   });
   const Tensor output =
-      recycled_floats(z2, {shape.images, shape.out_height, shape.out_width, channels});
+      recycled_floats(z2, {shape.batch, shape.out_height, shape.out_width, channels});
   const auto compute = MOAT_KERNELS_DISPATCH(train_project);
   call.for_each_strip(pixels, [&](const PixelRange& range, float* scratch) {
     compute(shape, range, in, call.depthwise_norm(), gates, data_of(packed),
-            call.weight(kTrainProjectBias), keep, extra, scratch, data_of(output));
+            call.weights.project_bias, keep, extra, scratch, data_of(output));
   });
   return output;
 }
@@ -372,7 +423,7 @@ Tensor train_project(const Tensor& z2, const Tensor& statistics, const std::opti
 }  // namespace moat_kernels::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CPU, library) {
-  library.impl("cpu_mbconv_train_front", TORCH_BOX(&moat_kernels::cpu::train_front));
-  library.impl("cpu_mbconv_train_pool", TORCH_BOX(&moat_kernels::cpu::train_pool));
-  library.impl("cpu_mbconv_train_project", TORCH_BOX(&moat_kernels::cpu::train_project));
+  library.impl("cpu_mbconv_train_front", moat_kernels::boxed<&moat_kernels::cpu::train_front>);
+  library.impl("cpu_mbconv_train_pool", moat_kernels::boxed<&moat_kernels::cpu::train_pool>);
+  library.impl("cpu_mbconv_train_project", moat_kernels::boxed<&moat_kernels::cpu::train_project>);
 }

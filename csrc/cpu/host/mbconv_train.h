@@ -5,86 +5,58 @@
 // their index, so results do not depend on the number of threads.
 
 #include <algorithm>
-#include <memory>
+#include <string>
+#include <vector>
 
 #include "cpu/common/mbconv_train_kernels.h"
 #include "cpu/common/pack_kernels.h"
 #include "cpu/host/batch_norm.h"
 #include "cpu/host/dispatch.h"
+#include "cpu/host/mbconv_arguments.h"
 #include "cpu/host/parallel.h"
 #include "cpu/host/recycled_memory.h"
 #include "cpu/host/tensors.h"
 
 namespace moat_kernels::cpu {
 
-using Geometry = std::vector<int64_t>;
-using Names = std::vector<std::string>;
+// What the ops of training are told beside BottleneckTensors; the border of the depthwise
+// convolution at the bottom and on the right follows from the sizes.
+struct TrainSettings : Fields {
+  int64_t batch = 0, height = 0, width = 0, out_height = 0, out_width = 0;
+  int64_t stride = 1, padding_top = 0, padding_left = 0;
+  int64_t in_channels = 0, wide_channels = 0, out_channels = 0;
+  std::string expand_activation, depthwise_activation;
+  double pre_norm_eps = 0, expand_norm_eps = 0, depthwise_norm_eps = 0;
+  std::string pre_norm_mode, expand_norm_mode, depthwise_norm_mode;  // see parse_mode
 
-// The last arguments of every op of training.
-//   weights      expand [E, C_in], depthwise [E, 9], project [C_out, E], and their biases
-//   norms        weight, bias, running mean and variance of the pre, expand and depthwise norm
-//   eps, modes   of each norm; see NormMode
-//   geometry     batch, height, width, out height, out width, stride, top, left, C_in, E, C_out
-//   activations  expand, depthwise
-struct TrainSettings {
-  const OptionalTensors& weights;
-  const OptionalTensors& norms;
-  const std::vector<double>& eps;
-  const std::vector<int64_t>& modes;
-  const Geometry& geometry;
-  const Names& activations;
-};
-
-enum TrainWeight {
-  kTrainExpand,
-  kTrainDepthwise,
-  kTrainProject,
-  kTrainExpandBias,
-  kTrainDepthwiseBias,
-  kTrainProjectBias,
-  kTrainWeights
-};
-enum TrainNorm { kPreNorm, kExpandNorm, kDepthwiseNorm, kTrainNorms };
-
-inline TrainShape read_shape(const Geometry& geometry, const Names& activations) {
-  STD_TORCH_CHECK(geometry.size() == 11 && activations.size() == 2,
-                  "geometry must be 11 numbers and activations 2 names, got ", geometry.size(),
-                  " and ", activations.size());
-  TrainShape shape;
-  shape.images = geometry[0];
-  shape.height = geometry[1];
-  shape.width = geometry[2];
-  shape.out_height = geometry[3];
-  shape.out_width = geometry[4];
-  shape.stride = geometry[5];
-  shape.top = geometry[6];
-  shape.left = geometry[7];
-  shape.in_channels = geometry[8];
-  shape.wide_channels = geometry[9];
-  shape.out_channels = geometry[10];
-  shape.expand_activation = parse_activation(activations[0]);
-  shape.depthwise_activation = parse_activation(activations[1]);
-  STD_TORCH_CHECK(shape.stride == 1 || shape.stride == 2, "stride must be 1 or 2, got ",
-                  shape.stride);
-  STD_TORCH_CHECK(shape.images > 0, "mbconv: training needs at least one image");
-  constexpr int64_t kMost = int64_t{1} << 31;
-  for (const int64_t size :
-       {shape.images, shape.height, shape.width, shape.out_height, shape.out_width, shape.top + 1,
-        shape.left + 1, shape.in_channels, shape.wide_channels, shape.out_channels}) {
-    STD_TORCH_CHECK(size > 0 && size < kMost, "geometry must be of maps that are not empty, got ",
-                    text_of(geometry.data(), geometry.size()));
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    field("batch", self.batch);
+    field("height", self.height);
+    field("width", self.width);
+    field("out_height", self.out_height);
+    field("out_width", self.out_width);
+    field("stride", self.stride);
+    field("padding_top", self.padding_top);
+    field("padding_left", self.padding_left);
+    field("in_channels", self.in_channels);
+    field("wide_channels", self.wide_channels);
+    field("out_channels", self.out_channels);
+    field("expand_activation", self.expand_activation);
+    field("depthwise_activation", self.depthwise_activation);
+    field("pre_norm_eps", self.pre_norm_eps);
+    field("expand_norm_eps", self.expand_norm_eps);
+    field("depthwise_norm_eps", self.depthwise_norm_eps);
+    field("pre_norm_mode", self.pre_norm_mode);
+    field("expand_norm_mode", self.expand_norm_mode);
+    field("depthwise_norm_mode", self.depthwise_norm_mode);
   }
-  // No product of sizes overflows.
-  const double pixels = std::max(static_cast<double>(shape.height) * shape.width,
-                                 static_cast<double>(shape.out_height) * shape.out_width);
-  const double channels = static_cast<double>(std::max(shape.in_channels, shape.out_channels)) +
-                          static_cast<double>(shape.padded_wide());
-  STD_TORCH_CHECK(
-      shape.images * pixels * channels < 0x1p50 && channels * shape.padded_wide() < 0x1p50,
-      "geometry is of maps larger than any memory, got ",
-      text_of(geometry.data(), geometry.size()));
-  return shape;
-}
+};
+
+// Null for biases that there are not.
+struct TrainWeights {
+  const float *expand, *depthwise, *project, *expand_bias, *depthwise_bias, *project_bias;
+};
 
 inline int64_t panelled(int64_t columns) {
   return MOAT_KERNELS_DISPATCH(panelled_columns)(columns);
@@ -111,7 +83,7 @@ inline PixelRange strip_at(int64_t index, int64_t strips, int64_t pixels) {
 inline int64_t wave_count(const TrainShape& shape) {
   constexpr int64_t kBytes = int64_t{8} << 20;
   const int64_t pixels = std::max(shape.in_pixels(), shape.out_pixels());
-  const int64_t block = shape.images * pixels * kWideChannels * int64_t{sizeof(float)};
+  const int64_t block = shape.batch * pixels * kWideChannels * int64_t{sizeof(float)};
   const int64_t fitting = std::clamp<int64_t>(kBytes / block, 1, shape.blocks());
   return (shape.blocks() + fitting - 1) / fitting;
 }
@@ -127,7 +99,7 @@ inline int64_t widest_wave(const TrainShape& shape, int64_t waves) {
 // One call: what is computed once, and scratch memory.
 class TrainCall {
  public:
-  TrainCall(const Tensor& like, const TrainSettings& settings);
+  TrainCall(const Tensor& like, const BottleneckTensors& tensors, const TrainSettings& settings);
 
   // Folds what `statistics` says, or measures x first and leaves room in it for the rest. mean and
   // variance of x, z1 and z2: [2 C_in + 4 E], float64.
@@ -146,14 +118,14 @@ class TrainCall {
   template <class Function>
   void for_each_plane(const Blocks& blocks, const Function& compute) const {
     const int64_t count = blocks.last - blocks.first;
-    for_each_task(shape.images * count, workers, [&](int64_t index, int64_t worker) {
+    for_each_task(shape.batch * count, workers, [&](int64_t index, int64_t worker) {
       compute(index / count, blocks.first + index % count, scratch_of(worker));
     });
   }
   template <class Function>
   void for_each_strip(int64_t pixels, const Function& compute) const {
-    const int64_t strips = strip_count(shape.images, pixels);
-    for_each_task(shape.images * strips, workers, [&](int64_t index, int64_t worker) {
+    const int64_t strips = strip_count(shape.batch, pixels);
+    for_each_task(shape.batch * strips, workers, [&](int64_t index, int64_t worker) {
       compute(strip_at(index, strips, pixels), scratch_of(worker));
     });
   }
@@ -168,7 +140,6 @@ class TrainCall {
   Wide wave_of(const Tensor& buffer, const Blocks& blocks) const;
 
   float* scratch_of(int64_t worker) const { return data_of(scratch_) + worker * scratch_size_; }
-  const float* weight(TrainWeight index) const { return weights_[index]; }
   bool measures() const {
     return pre.measured() || expand_affine.measured() || depthwise_affine.measured();
   }
@@ -179,7 +150,7 @@ class TrainCall {
   const Tensor& like;
   TrainShape shape;
   int64_t workers, waves;
-  NormTensors norms[kTrainNorms];
+  TrainWeights weights;
   Affine pre, expand_affine, depthwise_affine;
   std::vector<float> mean, pre_scale, pre_shift;  // of x, [C_in]
   std::vector<double> expand_constant;            // what z1 lacks: the convolution at the mean, [E]
@@ -187,7 +158,6 @@ class TrainCall {
   Tensor rows;                                    // x - mean
 
  private:
-  const float* weights_[kTrainWeights];
   int64_t scratch_size_;
   Tensor scratch_, packed_expand_;
   std::vector<float> expand_scale_, expand_shift_, depthwise_scale_, depthwise_shift_;  // padded E

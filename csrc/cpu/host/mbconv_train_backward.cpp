@@ -18,7 +18,7 @@ namespace {
 int64_t group_count(const TrainShape& shape, int64_t waves) {
   constexpr int64_t kTasks = 16;
   const int64_t blocks = widest_wave(shape, waves);
-  return std::clamp<int64_t>((kTasks + blocks - 1) / blocks, 1, shape.images);
+  return std::clamp<int64_t>((kTasks + blocks - 1) / blocks, 1, shape.batch);
 }
 
 Tensor floats(const TrainCall& call, std::vector<int64_t> sizes) {
@@ -103,7 +103,7 @@ struct WeightSums {
 template <class Function>
 void for_each_group(const TrainCall& call, const Blocks& blocks, int64_t groups,
                     const Function& compute) {
-  const int64_t images = call.shape.images;
+  const int64_t images = call.shape.batch;
   const int64_t tasks = groups * (blocks.last - blocks.first);
   for_each_task(tasks, call.workers, [&](int64_t index, int64_t worker) {
     const int64_t group = index % groups;
@@ -120,8 +120,8 @@ struct OutputGradient {
   OutputGradient(const TrainShape& shape, const Tensor& grad,
                  const std::optional<Tensor>& drop_path_scale)
       : maps(float_data("grad", grad,
-                        {shape.images, shape.out_height, shape.out_width, shape.out_channels})),
-        scale(float_data("drop_path_scale", drop_path_scale, {shape.images})) {}
+                        {shape.batch, shape.out_height, shape.out_width, shape.out_channels})),
+        scale(float_data("drop_path_scale", drop_path_scale, {shape.batch})) {}
 };
 
 // The project convolution's backward.
@@ -139,7 +139,7 @@ class ProjectBackward {
     const auto pack = MOAT_KERNELS_DISPATCH(pack_panels_transposed);
     for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
       const int64_t first = block * kWideChannels;
-      pack(call.weight(kTrainProject) + first, shape.wide_channels,
+      pack(call.weights.project + first, shape.wide_channels,
            std::min(kWideChannels, shape.wide_channels - first), shape.out_channels, nullptr,
            data_of(packed_) + first * shape.out_channels);
     });
@@ -195,15 +195,15 @@ class ExpandBackward {
     const auto pack = MOAT_KERNELS_DISPATCH(pack_panels_transposed);
     for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
       const int64_t first = block * kWideChannels;
-      pack(call.weight(kTrainExpand) + first * shape.in_channels, shape.in_channels,
-           shape.in_channels, std::min(kWideChannels, shape.wide_channels - first),
-           call.pre_scale.data(), data_of(*packed_) + first * sums_.columns);
+      pack(call.weights.expand + first * shape.in_channels, shape.in_channels, shape.in_channels,
+           std::min(kWideChannels, shape.wide_channels - first), call.pre_scale.data(),
+           data_of(*packed_) + first * sums_.columns);
     });
-    dx = floats(call, {shape.images, shape.height, shape.width, shape.in_channels});
+    dx = floats(call, {shape.batch, shape.height, shape.width, shape.in_channels});
     sums_of_input_ =
         sums_.columns == shape.in_channels
             ? dx
-            : recycled_floats(call.like, {shape.images * shape.in_pixels() * sums_.columns});
+            : recycled_floats(call.like, {shape.batch * shape.in_pixels() * sums_.columns});
   }
 
   // dpre becomes the gradient of z1.
@@ -224,7 +224,7 @@ class ExpandBackward {
       double* products = products_.data() + block * 2 * shape.in_channels;
       finish(sums_.at(0, index), sums_.groups, sums_.stride,
              std::min(kWideChannels, shape.wide_channels - channel), shape.in_channels,
-             call_.weight(kTrainExpand) + channel * shape.in_channels, call_.pre_scale.data(),
+             call_.weights.expand + channel * shape.in_channels, call_.pre_scale.data(),
              measured ? nullptr : norm.gradients.constant.data() + channel, call_.pre_shift.data(),
              data_of(grad_weight) + channel * shape.in_channels, products,
              products + shape.in_channels);
@@ -234,7 +234,7 @@ class ExpandBackward {
   // pre_norm's backward, when all blocks have added their weights' gradient.
   void finish_weight() {
     const TrainShape& shape = call_.shape;
-    const double count = static_cast<double>(shape.images * shape.in_pixels());
+    const double count = static_cast<double>(shape.batch * shape.in_pixels());
     std::vector<double> products(2 * shape.in_channels);
     for (int64_t block = 0; block < shape.blocks(); ++block) {
       const double* part = products_.data() + block * 2 * shape.in_channels;
@@ -286,7 +286,7 @@ Tensor sum_taps(const TrainCall& call, const std::vector<double>& parts) {
     const int64_t count = std::min(kWideChannels, shape.wide_channels - first);
     for (int64_t tap = 0; tap < 9; ++tap) {
       double totals[kWideChannels] = {};
-      for (int64_t image = 0; image < shape.images; ++image) {
+      for (int64_t image = 0; image < shape.batch; ++image) {
         const double* part = parts.data() + (image * 9 + tap) * wide + first;
         for (int64_t i = 0; i < kWideChannels; ++i) totals[i] += part[i];
       }
@@ -302,19 +302,18 @@ Tensor sum_taps(const TrainCall& call, const std::vector<double>& parts) {
 // [B, padded E]
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward_gated(
     const Tensor& grad, const Tensor& z2, const Tensor& statistics, const Tensor& gate,
-    const std::optional<Tensor>& drop_path_scale, const OptionalTensors& weights,
-    const OptionalTensors& norms, const std::vector<double>& eps, const std::vector<int64_t>& modes,
-    const Geometry& geometry, const Names& activations) {
-  TrainCall call(z2, {weights, norms, eps, modes, geometry, activations});
+    const std::optional<Tensor>& drop_path_scale, const BottleneckTensors& tensors,
+    const TrainSettings& settings) {
+  TrainCall call(z2, tensors, settings);
   const TrainShape& shape = call.shape;
   call.waves = 1;
   const Wide kept = call.wide_of("z2", z2, shape.out_pixels());
   const Blocks blocks = {0, shape.blocks()};
   call.fold_depthwise(blocks, call.statistics_of(statistics));
   const int64_t wide = shape.padded_wide();
-  const float* gates = float_data("gate", gate, {shape.images, wide});
+  const float* gates = float_data("gate", gate, {shape.batch, wide});
   const Tensor gradient = call.wide_tensor(shape.out_pixels(), ScalarType::Float);
-  const Tensor grad_gate = float_zeros(call, {shape.images, wide});
+  const Tensor grad_gate = float_zeros(call, {shape.batch, wide});
   ProjectBackward project(call, OutputGradient(shape, grad, drop_path_scale));
   NormBackward unused(shape, project.groups());
   project.run(blocks, kept, gates, call.wide_of("gradient", gradient, shape.out_pixels()), unused,
@@ -332,10 +331,9 @@ std::vector<Tensor> train_backward(
     const std::optional<Tensor>& z2, const std::optional<Tensor>& gated_gradient,
     const std::optional<Tensor>& gate, const std::optional<Tensor>& grad_mean,
     const std::optional<Tensor>& statistics, const std::optional<Tensor>& drop_path_scale,
-    const std::optional<Tensor>& addend, bool needs_input, const OptionalTensors& weights,
-    const OptionalTensors& norms, const std::vector<double>& eps, const std::vector<int64_t>& modes,
-    const Geometry& geometry, const Names& activations) {
-  TrainCall call(x, {weights, norms, eps, modes, geometry, activations});
+    const std::optional<Tensor>& addend, bool needs_input, const BottleneckTensors& tensors,
+    const TrainSettings& settings) {
+  TrainCall call(x, tensors, settings);
   const TrainShape& shape = call.shape;
   const int64_t in_pixels = shape.in_pixels();
   const int64_t out_pixels = shape.out_pixels();
@@ -354,14 +352,14 @@ std::vector<Tensor> train_backward(
   std::optional<ProjectBackward> project;
   const OutputGradient output_gradient(shape, grad, drop_path_scale);
   if (!gated_gradient) project.emplace(call, output_gradient);
-  const float* gates = float_data("gate", gate, {shape.images, shape.padded_wide()});
-  const float* means = float_data("grad_mean", grad_mean, {shape.images, shape.padded_wide()});
+  const float* gates = float_data("gate", gate, {shape.batch, shape.padded_wide()});
+  const float* means = float_data("grad_mean", grad_mean, {shape.batch, shape.padded_wide()});
   const float* extra =
-      float_data("addend", addend, {shape.images, shape.height, shape.width, shape.in_channels});
+      float_data("addend", addend, {shape.batch, shape.height, shape.width, shape.in_channels});
   ExpandBackward expand(call, needs_input);
-  NormBackward depthwise_norm(shape, gated_gradient ? shape.images : project->groups());
-  NormBackward expand_norm(shape, shape.images);
-  std::vector<double> grad_taps(shape.images * 9 * shape.padded_wide());
+  NormBackward depthwise_norm(shape, gated_gradient ? shape.batch : project->groups());
+  NormBackward expand_norm(shape, shape.batch);
+  std::vector<double> grad_taps(shape.batch * 9 * shape.padded_wide());
 
   std::optional<Tensor> z1_buffer, z2_buffer, dy2_buffer;
   if (!z1) z1_buffer = call.wave_buffer(in_pixels);
@@ -388,7 +386,7 @@ std::vector<Tensor> train_backward(
     } else {
       project->run(blocks, second, nullptr, dy2, depthwise_norm, nullptr);
     }
-    depthwise_norm.fold(shape, blocks, call.depthwise_affine, shape.images * out_pixels);
+    depthwise_norm.fold(shape, blocks, call.depthwise_affine, shape.batch * out_pixels);
 
     const Wide dpre = call.wave_of(dpre_buffer, blocks);
     const auto compute = MOAT_KERNELS_DISPATCH(train_backward_depthwise);
@@ -397,7 +395,7 @@ std::vector<Tensor> train_backward(
               call.taps.data(), scratch, dpre, expand_norm.part(image),
               grad_taps.data() + image * 9 * shape.padded_wide());
     });
-    expand_norm.fold(shape, blocks, call.expand_affine, shape.images * in_pixels);
+    expand_norm.fold(shape, blocks, call.expand_affine, shape.batch * in_pixels);
 
     expand.add_weight(blocks, dpre, first, expand_norm);
     const bool last = wave + 1 == call.waves;
@@ -425,6 +423,7 @@ std::vector<Tensor> train_backward(
 
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CPU, library) {
   library.impl("cpu_mbconv_train_backward_gated",
-               TORCH_BOX(&moat_kernels::cpu::train_backward_gated));
-  library.impl("cpu_mbconv_train_backward", TORCH_BOX(&moat_kernels::cpu::train_backward));
+               moat_kernels::boxed<&moat_kernels::cpu::train_backward_gated>);
+  library.impl("cpu_mbconv_train_backward",
+               moat_kernels::boxed<&moat_kernels::cpu::train_backward>);
 }

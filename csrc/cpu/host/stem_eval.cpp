@@ -5,44 +5,23 @@
 #include <torch/csrc/stable/library.h>
 
 #include "cpu/host/dispatch.h"
-#include "cpu/host/mbconv_arguments.h"
 #include "cpu/host/parallel.h"
 #include "cpu/host/scratch.h"
 
 namespace moat_kernels::cpu {
-namespace {
-
-// Places in `tensors`; the order of the Python side.
-enum StemTensor {
-  kFirstWeight,
-  kFirstBias,
-  kNormWeight,
-  kNormBias,
-  kNormMean,
-  kNormVariance,
-  kSecondWeight,
-  kSecondBias,
-  kStemTensors
-};
-
-}  // namespace
-
-StemProblem read_stem(const OptionalTensors& tensors, double eps) {
-  STD_TORCH_CHECK(tensors.size() == kStemTensors, "stem: tensors must be ", int{kStemTensors},
-                  ", got ", tensors.size());
+StemProblem read_stem(const StemTensors& tensors, double eps) {
   StemProblem problem;
-  problem.channels = axis_of("conv_0.weight", tensors[kFirstWeight], 0);
-  problem.in_channels = axis_of("conv_0.weight", tensors[kFirstWeight], 1);
-  axis_of("conv_1.weight", tensors[kSecondWeight], 0);
+  problem.channels = axis_of("conv_0_weight", tensors.conv_0_weight, 0);
+  problem.in_channels = axis_of("conv_0_weight", tensors.conv_0_weight, 1);
+  axis_of("conv_1_weight", tensors.conv_1_weight, 0);
   const int64_t channels = problem.channels;
   problem.first.weight =
-      float_data("conv_0.weight", tensors[kFirstWeight], {channels, problem.in_channels, 3, 3});
-  problem.first.bias = float_data("conv_0.bias", tensors[kFirstBias], {channels});
+      float_data("conv_0_weight", tensors.conv_0_weight, {channels, problem.in_channels, 3, 3});
+  problem.first.bias = float_data("conv_0_bias", tensors.conv_0_bias, {channels});
   problem.second.weight =
-      float_data("conv_1.weight", tensors[kSecondWeight], {channels, channels, 3, 3});
-  problem.second.bias = float_data("conv_1.bias", tensors[kSecondBias], {channels});
-  const OptionalTensors norm(tensors.begin() + kNormWeight, tensors.begin() + kSecondWeight);
-  problem.norm = read_norm("norm_0", norm, 0, {eps}, channels);
+      float_data("conv_1_weight", tensors.conv_1_weight, {channels, channels, 3, 3});
+  problem.second.bias = float_data("conv_1_bias", tensors.conv_1_bias, {channels});
+  problem.norm = read_norm("norm_0", tensors.norm_0, eps, channels);
   STD_TORCH_CHECK(problem.norm.present, "norm_0 must have running statistics");
   return problem;
 }
@@ -114,10 +93,10 @@ void StemEval::compute(float* output, float* scratch) {
 
 namespace {
 
-Tensor stem_eval(const Tensor& x, OptionalTensors tensors, double eps) {
+Tensor stem_eval(const Tensor& x, const StemTensors& tensors, double eps) {
   check_stem_input(x);
-  make_readable(tensors);
-  StemProblem problem = read_stem(tensors, eps);
+  const StemTensors kept = readable(tensors);
+  StemProblem problem = read_stem(kept, eps);
   set_maps(map_size("x", x), problem);
   const Tensor output = empty_maps(x, output_map(problem), ScalarType::Float);
   if (output.numel() == 0) return output;
@@ -132,5 +111,5 @@ Tensor stem_eval(const Tensor& x, OptionalTensors tensors, double eps) {
 }  // namespace moat_kernels::cpu
 
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CPU, library) {
-  library.impl("cpu_stem_eval", TORCH_BOX(&moat_kernels::cpu::stem_eval));
+  library.impl("cpu_stem_eval", moat_kernels::boxed<&moat_kernels::cpu::stem_eval>);
 }

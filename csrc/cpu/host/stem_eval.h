@@ -4,9 +4,25 @@
 // packed ones.
 
 #include "cpu/common/stem_eval_kernels.h"
+#include "cpu/host/norm_arguments.h"
 #include "cpu/host/tensors.h"
 
 namespace moat_kernels::cpu {
+
+struct StemTensors : Fields {
+  std::optional<Tensor> conv_0_weight, conv_0_bias;
+  NormTensors norm_0;
+  std::optional<Tensor> conv_1_weight, conv_1_bias;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    field("conv_0_weight", self.conv_0_weight);
+    field("conv_0_bias", self.conv_0_bias);
+    field("norm_0", self.norm_0);
+    field("conv_1_weight", self.conv_1_weight);
+    field("conv_1_bias", self.conv_1_bias);
+  }
+};
 
 // Sizes are in floats.
 class StemEval {
@@ -34,7 +50,7 @@ void check_stem_input(const Tensor& x);
 MapSize output_map(const StemProblem& problem);
 
 // All of a stem but the images that it reads; tensors must be contiguous floats.
-StemProblem read_stem(const OptionalTensors& tensors, double eps);
+StemProblem read_stem(const StemTensors& tensors, double eps);
 void set_maps(const MapSize& x, StemProblem& problem);
 
 }  // namespace moat_kernels::cpu

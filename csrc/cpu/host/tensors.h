@@ -15,11 +15,10 @@
 #include <vector>
 
 #include "cpu/common/types.h"
+#include "fields.h"
 #include "tensor_checks.h"
 
 namespace moat_kernels::cpu {
-
-using OptionalTensors = std::vector<std::optional<Tensor>>;
 
 // The size of maps [batch, channels, height, width].
 struct MapSize {
@@ -103,10 +102,21 @@ inline Tensor as_floats(const Tensor& tensor) {
 }
 
 // Converted copies of those tensors that kernels cannot read as they are.
-inline void make_readable(OptionalTensors& tensors) {
-  for (std::optional<Tensor>& tensor : tensors) {
-    if (tensor.has_value()) tensor = as_floats(*tensor);
+struct ReadableTensors {
+  template <class T>
+  void operator()(const char*, T& value) const {
+    if constexpr (has_fields<T>) {
+      T::visit(value, *this);
+    } else if (value.has_value()) {
+      value = as_floats(*value);
+    }
   }
+};
+
+template <class T>
+T readable(T tensors) {
+  T::visit(tensors, ReadableTensors{});
+  return tensors;
 }
 
 // Maps that the caller may read: uninitialised, in channels_last.

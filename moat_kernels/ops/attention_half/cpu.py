@@ -7,6 +7,7 @@ attention and a sum, none of whose wide results crosses memory. Everything else 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -72,20 +73,28 @@ def evaluate(
     """See api.attention_half."""
     return torch.ops.moat_kernels.cpu_attention_half_eval.default(
         y,
-        list(tensors),
+        *tensors,
         *settings(description, y.shape[2], y.shape[3]),
         eps,
     )
 
 
-def settings(
-    description: WindowAttentionDescription, height: int, width: int
-) -> tuple[int, int, list[int], float]:
+class Settings(NamedTuple):
+    """The native op's settings but for eps, in its order."""
+
+    heads: int
+    head_dim: int
+    window_height: int
+    window_width: int
+    scale: float
+
+
+def settings(description: WindowAttentionDescription, height: int, width: int) -> Settings:
     """The description as the native op takes it, for a map of `height` x `width`."""
-    return (
+    return Settings(
         description.heads,
         description.head_dim,
-        list(description.window_for(height, width)),
+        *description.window_for(height, width),
         description.scale_or_default(),
     )
 

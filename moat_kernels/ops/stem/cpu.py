@@ -65,7 +65,7 @@ def evaluate(
     second: Sequence[Tensor | None],
 ) -> Tensor:
     """See api.stem."""
-    return torch.ops.moat_kernels.cpu_stem_eval.default(x, [*first, *norm[:4], *second], eps)
+    return torch.ops.moat_kernels.cpu_stem_eval.default(x, *first, *norm[:4], *second, eps)
 
 
 def norm_gelu(
@@ -93,12 +93,10 @@ def norm_gelu_backward(
     )
 
 
-def _fake_evaluate(x: Tensor, tensors: Sequence[Tensor | None], eps: float) -> Tensor:
-    weight = tensors[0]
-    assert weight is not None
+def _fake_evaluate(x: Tensor, conv_0_weight: Tensor, *_: object) -> Tensor:
     return torch.empty(
         x.shape[0],
-        weight.shape[0],
+        conv_0_weight.shape[0],
         (x.shape[2] + 1) // 2,
         (x.shape[3] + 1) // 2,
         dtype=x.dtype,

@@ -8,23 +8,18 @@ Training is a sequence of passes over wide tensors, which are kept in the convol
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from moat_kernels.ops.common.autocast import autocast_dtype
-from moat_kernels.ops.common.spatial import resolve_padding
-from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE, all_frozen, unsupported_by_kernels
+from moat_kernels.ops.mbconv.algebra.coverage import all_frozen, unsupported_by_kernels
 from moat_kernels.ops.mbconv.contract import Forward
 from moat_kernels.ops.mbconv.cpu import project_norm
 from moat_kernels.ops.mbconv.cpu import training as plain_training
+from moat_kernels.ops.mbconv.cpu.arguments import block_tensors, eval_settings
 from moat_kernels.ops.mbconv.cpu.fakes import register_fakes
 from moat_kernels.ops.mbconv.cpu.training import as_float
 from moat_kernels.ops.mbconv.description import (
-    NORMS,
-    WEIGHTS,
     MBConvDescription,
     MBConvParameters,
     flatten,
@@ -123,42 +118,10 @@ def evaluate(
     settings = (eval_settings if cached else eval_settings.__wrapped__)(description, *x.shape[2:])
     return torch.ops.moat_kernels.cpu_mbconv_eval.default(
         x,
-        *eval_tensors(parameters),
+        *block_tensors(parameters),
         drop_path_scale,
         *settings,
         _output_dtype(x, parameters, description),
-    )
-
-
-def eval_tensors(parameters: MBConvParameters) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """The tensors as the native op takes them: of the convolutions, and of the norms."""
-    norms: list[Tensor | None] = []
-    for name in NORMS:
-        norms += getattr(parameters, name)[:4]
-    return [getattr(parameters, name) for name in WEIGHTS], norms
-
-
-@functools.lru_cache(maxsize=1024)
-def eval_settings(description: MBConvDescription, height: int, width: int) -> tuple[Any, ...]:
-    """The description as the native op takes it, for a map of `height` x `width`."""
-    gate, pool = description.squeeze_excite, description.pool
-    pool_settings = [0]  # AOTInductor of torch 2.13 would pass an empty list as None
-    if pool is not None:
-        size = (pool.kernel_size, pool.kernel_size)
-        padding = resolve_padding(pool.padding, height, width, size, pool.stride)
-        pool_settings = [pool.kernel_size, pool.stride, *padding, int(pool.count_include_pad)]
-    return (
-        [norm.eps if (norm := getattr(description, name)) else 0.0 for name in NORMS],
-        description.stride,
-        resolve_padding(description.padding, height, width, KERNEL_SIZE, description.stride),
-        [
-            description.expand_activation,
-            description.depthwise_activation,
-            gate.activation if gate else "identity",
-        ],
-        description.residual,
-        pool.kind if pool else "",
-        pool_settings,
     )
 
 

@@ -29,11 +29,17 @@ from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE
 from moat_kernels.ops.mbconv.algebra.shortcut import shortcut, shortcut_backward
 from moat_kernels.ops.mbconv.algebra.squeeze_excite import Excitation
 from moat_kernels.ops.mbconv.contract import Forward
+from moat_kernels.ops.mbconv.cpu.arguments import (
+    TrainSettings,
+    bottleneck_tensors,
+    eps_of,
+)
 from moat_kernels.ops.mbconv.description import (
     NORMS,
     WEIGHTS,
     MBConvDescription,
     MBConvParameters,
+    Norm,
     NormParameters,
 )
 
@@ -49,10 +55,6 @@ GRADIENTS = (
     *("pre_norm_weight", "pre_norm_bias"),
     *("expand_norm_weight", "expand_norm_bias"),
     *("depthwise_norm_weight", "depthwise_norm_bias"),
-)
-_PASSED_WEIGHTS = (
-    *("expand_weight", "depthwise_weight", "project_weight"),
-    *("expand_bias", "depthwise_bias", "project_bias"),
 )
 _PASSED_NORMS = ("pre_norm", "expand_norm", "depthwise_norm")
 
@@ -91,20 +93,38 @@ class Call:
         out_width = output_size(width, left, right, KERNEL_SIZE[1], stride)
         self.out_channels, self.wide = parameters.project_weight.shape[:2]
         self.out_pixels = out_height * out_width
-        norms = [(getattr(description, name), getattr(parameters, name)) for name in _PASSED_NORMS]
-        weights = [getattr(parameters, name) for name in _PASSED_WEIGHTS]
-        # csrc/cpu/host/mbconv_train.h
-        self.settings = (
-            [None if tensor is None else tensor.contiguous() for tensor in weights],
-            [tensor for _, tensors in norms for tensor in tensors[:4]],
-            [0.0 if norm is None else norm.eps for norm, _ in norms],
-            [0 if norm is None else 1 if norm.frozen else 2 for norm, _ in norms],
-            [
-                *(batch, height, width, out_height, out_width),
-                *(stride, top, left, channels, self.wide, self.out_channels),
-            ],
-            [description.expand_activation, description.depthwise_activation],
+        settings = TrainSettings(
+            batch=batch,
+            height=height,
+            width=width,
+            out_height=out_height,
+            out_width=out_width,
+            stride=stride,
+            padding_top=top,
+            padding_left=left,
+            in_channels=channels,
+            wide_channels=self.wide,
+            out_channels=self.out_channels,
+            expand_activation=description.expand_activation,
+            depthwise_activation=description.depthwise_activation,
+            pre_norm_eps=eps_of(description.pre_norm),
+            expand_norm_eps=eps_of(description.expand_norm),
+            depthwise_norm_eps=eps_of(description.depthwise_norm),
+            pre_norm_mode=_mode(description.pre_norm),
+            expand_norm_mode=_mode(description.expand_norm),
+            depthwise_norm_mode=_mode(description.depthwise_norm),
         )
+        tensors = bottleneck_tensors(parameters)
+        self.settings = (
+            *(None if tensor is None else tensor.contiguous() for tensor in tensors),
+            *settings,
+        )
+
+
+def _mode(norm: Norm | None) -> str:
+    if norm is None:
+        return "absent"
+    return "frozen" if norm.frozen else "measured"
 
 
 def as_float(tensor: Tensor | None) -> Tensor | None:

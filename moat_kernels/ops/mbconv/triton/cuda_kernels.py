@@ -7,6 +7,8 @@ them by nvcc.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -86,8 +88,20 @@ def _unsupported_activations(activations: tuple[str, ...]) -> str:
     return f"activation {others[0]!r}" if others else ""
 
 
-def _geometry(stencil: Stencil) -> list[int]:
-    return [stencil.out_height, stencil.out_width, stencil.stride, stencil.top, stencil.left]
+class Geometry(NamedTuple):
+    """Where the kernels' windows lie, as the ops take it."""
+
+    out_height: int
+    out_width: int
+    stride: int
+    padding_top: int
+    padding_left: int
+
+
+def _geometry(stencil: Stencil) -> Geometry:
+    return Geometry(
+        stencil.out_height, stencil.out_width, stencil.stride, stencil.top, stencil.left
+    )
 
 
 def _input_map(rows: Tensor, stencil: Stencil) -> Tensor:
@@ -126,7 +140,7 @@ def depthwise(
         taps,
         bias,
         output_activation,
-        _geometry(stencil),
+        *_geometry(stencil),
         measure,
         target_blocks,
     )
@@ -157,7 +171,7 @@ def depthwise_backward(
         affine,
         activation,
         taps,
-        _geometry(stencil),
+        *_geometry(stencil),
         target_blocks,
     )
     return output.view(z1.shape), sums
@@ -186,7 +200,7 @@ def expand_depthwise(
         taps,
         depthwise_bias,
         output_activation,
-        _geometry(stencil),
+        *_geometry(stencil),
         measure,
     )
     return output.view(-1, weight.shape[0]), _with_count(moments, stencil) if measure else None
@@ -217,7 +231,7 @@ def expand_depthwise_backward(
         bias,
         activation,
         taps,
-        _geometry(stencil),
+        *_geometry(stencil),
         target_blocks,
     )
     return output.view(-1, weight.shape[0]), sums
@@ -234,11 +248,15 @@ def _fake_depthwise(
     weights: Tensor,
     bias: Tensor | None,
     output_activation: str,
-    geometry: list[int],
+    out_height: int,
+    out_width: int,
+    stride: int,
+    padding_top: int,
+    padding_left: int,
     measures: bool,
     target_blocks: int,
 ) -> tuple[Tensor, Tensor]:
-    output = z1.new_empty(z1.shape[0], *geometry[:2], z1.shape[3])
+    output = z1.new_empty(z1.shape[0], out_height, out_width, z1.shape[3])
     return output, _fake_moments(z1, z1.shape[3], measures)
 
 
@@ -250,7 +268,11 @@ def _fake_depthwise_backward(
     affine: Tensor | None,
     activation: str,
     weights: Tensor,
-    geometry: list[int],
+    out_height: int,
+    out_width: int,
+    stride: int,
+    padding_top: int,
+    padding_left: int,
     target_blocks: int,
 ) -> tuple[Tensor, Tensor]:
     return torch.empty_like(z1), z1.new_empty(11, z1.shape[3], dtype=torch.float64)
@@ -264,10 +286,14 @@ def _fake_expand_depthwise(
     depthwise_weights: Tensor,
     depthwise_bias: Tensor | None,
     output_activation: str,
-    geometry: list[int],
+    out_height: int,
+    out_width: int,
+    stride: int,
+    padding_top: int,
+    padding_left: int,
     measures: bool,
 ) -> tuple[Tensor, Tensor]:
-    output = x.new_empty(x.shape[0], *geometry[:2], weight.shape[0])
+    output = x.new_empty(x.shape[0], out_height, out_width, weight.shape[0])
     return output, _fake_moments(x, weight.shape[0], measures)
 
 
@@ -280,32 +306,36 @@ def _fake_expand_depthwise_backward(
     bias: Tensor | None,
     activation: str,
     depthwise_weights: Tensor,
-    geometry: list[int],
+    out_height: int,
+    out_width: int,
+    stride: int,
+    padding_top: int,
+    padding_left: int,
     target_blocks: int,
 ) -> tuple[Tensor, Tensor]:
     channels = weight.shape[0]
     return x.new_empty(*x.shape[:3], channels), x.new_empty(11, channels, dtype=torch.float64)
 
 
-# Maps are [B, H, W, C]; geometry: out height, out width, stride, top, left.
-# csrc/cuda/binding.cpp registers the implementations.
+# Maps are [B, H, W, C]. csrc/cuda/binding.cpp registers the implementations.
+_GEOMETRY = ", ".join(f"int {name}" for name in Geometry._fields)
 LIBRARY.define(
     "cuda_depthwise_forward(Tensor z1, Tensor? affine, str activation, Tensor weights, "
-    "Tensor? bias, str output_activation, int[] geometry, bool measures, int target_blocks) "
+    f"Tensor? bias, str output_activation, {_GEOMETRY}, bool measures, int target_blocks) "
     "-> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "cuda_depthwise_backward(Tensor dy2, Tensor? z2, Tensor? factors, Tensor z1, Tensor? affine, "
-    "str activation, Tensor weights, int[] geometry, int target_blocks) -> (Tensor, Tensor)"
+    f"str activation, Tensor weights, {_GEOMETRY}, int target_blocks) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "cuda_expand_depthwise(Tensor x, Tensor weight, Tensor? bias, str activation, "
-    "Tensor depthwise_weights, Tensor? depthwise_bias, str output_activation, int[] geometry, "
+    f"Tensor depthwise_weights, Tensor? depthwise_bias, str output_activation, {_GEOMETRY}, "
     "bool measures) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "cuda_expand_depthwise_backward(Tensor dy2, Tensor? z2, Tensor? factors, Tensor x, "
-    "Tensor weight, Tensor? bias, str activation, Tensor depthwise_weights, int[] geometry, "
+    f"Tensor weight, Tensor? bias, str activation, Tensor depthwise_weights, {_GEOMETRY}, "
     "int target_blocks) -> (Tensor, Tensor)"
 )
 for _name, _fake in (
