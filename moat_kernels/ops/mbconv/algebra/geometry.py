@@ -4,6 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moat_kernels.ops.common.spatial import output_size, resolve_padding
+from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE
+from moat_kernels.ops.mbconv.description import MBConvDescription
+
 
 @dataclass(frozen=True)
 class Stencil:
@@ -17,6 +21,29 @@ class Stencil:
     stride: int
     top: int
     left: int
+
+    @staticmethod
+    def of(batch: int, height: int, width: int, description: MBConvDescription) -> Stencil:
+        """Of the block's convolution on maps of `height` x `width`."""
+        stride = description.stride
+        top, bottom, left, right = resolve_padding(
+            description.padding, height, width, KERNEL_SIZE, stride
+        )
+        return Stencil(
+            batch,
+            height,
+            width,
+            output_size(height, top, bottom, KERNEL_SIZE[0], stride),
+            output_size(width, left, right, KERNEL_SIZE[1], stride),
+            stride,
+            top,
+            left,
+        )
+
+    @property
+    def out_pixels(self) -> int:
+        """Of one image."""
+        return self.out_height * self.out_width
 
     @property
     def sizes(self) -> tuple[int, ...]:

@@ -24,8 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moat_kernels.ops.common.spatial import output_size, resolve_padding
-from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE
+from moat_kernels.ops.mbconv.algebra.geometry import Stencil
 from moat_kernels.ops.mbconv.algebra.shortcut import shortcut, shortcut_backward
 from moat_kernels.ops.mbconv.algebra.squeeze_excite import Excitation
 from moat_kernels.ops.mbconv.contract import Forward
@@ -85,23 +84,18 @@ class Call:
         self.wide_dtype = parameters.expand_weight.dtype
         self.parameters = parameters = _in_float(parameters)
         batch, height, width, channels = self.x.shape
-        stride = description.stride
-        top, bottom, left, right = resolve_padding(
-            description.padding, height, width, KERNEL_SIZE, stride
-        )
-        out_height = output_size(height, top, bottom, KERNEL_SIZE[0], stride)
-        out_width = output_size(width, left, right, KERNEL_SIZE[1], stride)
+        stencil = Stencil.of(batch, height, width, description)
         self.out_channels, self.wide = parameters.project_weight.shape[:2]
-        self.out_pixels = out_height * out_width
+        self.out_pixels = stencil.out_pixels
         settings = TrainSettings(
             batch=batch,
             height=height,
             width=width,
-            out_height=out_height,
-            out_width=out_width,
-            stride=stride,
-            padding_top=top,
-            padding_left=left,
+            out_height=stencil.out_height,
+            out_width=stencil.out_width,
+            stride=stencil.stride,
+            padding_top=stencil.top,
+            padding_left=stencil.left,
             in_channels=channels,
             wide_channels=self.wide,
             out_channels=self.out_channels,

@@ -19,9 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.common.spatial import output_size, resolve_padding
 from moat_kernels.ops.mbconv.algebra.affine import Affine, make_affine
-from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
 from moat_kernels.ops.mbconv.algebra.shortcut import shortcut, shortcut_backward
 from moat_kernels.ops.mbconv.algebra.squeeze_excite import Excitation
@@ -50,16 +48,8 @@ class Call:
         self.description = description
         self.drop_path_scale = _as_float(drop_path_scale)
         batch, height, width, channels = self.x.shape
-        stride = description.stride
-        top, bottom, left, right = resolve_padding(
-            description.padding, height, width, KERNEL_SIZE, stride
-        )
-        out_height = output_size(height, top, bottom, KERNEL_SIZE[0], stride)
-        out_width = output_size(width, left, right, KERNEL_SIZE[1], stride)
-        self.stencil = Stencil(
-            batch, height, width, out_height, out_width, stride=stride, top=top, left=left
-        )
-        self.out_pixels = out_height * out_width
+        self.stencil = Stencil.of(batch, height, width, description)
+        self.out_pixels = self.stencil.out_pixels
         self.rows_out = batch * self.out_pixels
         self.rows = self.x.view(-1, channels)
         self.project_weight = parameters.project_weight.flatten(1).contiguous()
