@@ -125,7 +125,7 @@ def checkout(fresh_load: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 def add_an_op(checkout: Path) -> None:
     (schemas,) = checkout.rglob("registration.cpp")
-    first = "  library.def("
+    first = "  define("
     text = schemas.read_text()
     assert first in text
     schemas.write_text(text.replace(first, f'{first}"cpu_of_tomorrow() -> int");\n{first}', 1))
