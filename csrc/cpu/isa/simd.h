@@ -66,14 +66,14 @@ template <int count, class Function>
 }
 
 // The first `count` elements of a vector; what is not loaded is zero.
-[[gnu::always_inline]] inline Vec load_part(const float* source, int64_t count) {
+inline Vec load_part(const float* source, int64_t count) {
   if (count >= kWidth) return load(source);
   float values[kWidth] = {};
   __builtin_memcpy(values, source, static_cast<size_t>(count) * sizeof(float));
   return load(values);
 }
 
-[[gnu::always_inline]] inline void store_part(float* destination, Vec value, int64_t count) {
+inline void store_part(float* destination, Vec value, int64_t count) {
   if (count >= kWidth) return store(destination, value);
   __builtin_memcpy(destination, &value, static_cast<size_t>(count) * sizeof(float));
 }

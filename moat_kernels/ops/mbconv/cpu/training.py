@@ -66,7 +66,10 @@ def _in_float(parameters: MBConvParameters) -> MBConvParameters:
     """The same in float32; as they are, if they are that already."""
 
     def convert(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.float()
+        # `float` would return such a tensor as it is, too, but through the dispatcher.
+        if tensor is None or tensor.dtype == torch.float32:
+            return tensor
+        return tensor.float()
 
     fields: dict[str, Any] = {name: convert(getattr(parameters, name)) for name in WEIGHTS}
     for name in NORMS:
