@@ -8,9 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from moat_kernels.ops.common.batch_norm import Norm, NormParameters, update_norm
 from moat_kernels.ops.common.synchronization import group_name, world_name
-from moat_kernels.ops.mbconv.algebra.running_statistics import update_norm
-from moat_kernels.ops.mbconv.description import Norm, NormParameters
 from moat_kernels.ops.mbconv.reference import batch_norm
 from moat_kernels.tensor_access import is_parametrized, plain_class, tensor_of
 

@@ -16,12 +16,12 @@ from torch import Tensor, nn
 
 from moat_kernels.drop_path import DropPath
 from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
+from moat_kernels.ops.common.batch_norm import Norm
 from moat_kernels.ops.common.checks import check_positive_integers
 from moat_kernels.ops.common.spatial import pad_map, resolve_padding, split_padding
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
-    Norm,
     Pool,
     SqueezeExcite,
 )

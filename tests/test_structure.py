@@ -13,6 +13,7 @@ import pytest
 
 import moat_kernels
 from moat_kernels.extension import load_extension
+from moat_kernels.ops.triton_support.launch_table import LAUNCH_TABLES
 from moat_kernels.ops.triton_support.launching import triton_missing
 
 PACKAGE = Path(moat_kernels.__file__).parent
@@ -96,6 +97,29 @@ SHARED = ("common", "triton_support")
 def test_what_all_ops_use_knows_no_op(module: str) -> None:
     used = {place(name)[0] for name in imports(MODULES[module].read_text())}
     assert used <= {"", *SHARED}
+
+
+# Ops that are made of others: they take those' descriptions.
+MADE_OF = {
+    "attention_half": {"window_attention"},
+    "frozen": {"attention_half", "mbconv", "stem", "window_attention"},
+}
+
+
+@pytest.mark.parametrize("module", sorted(name for name in MODULES if place(name)[0]))
+def test_an_op_imports_no_other_op(module: str) -> None:
+    op = place(module)[0]
+    used = {place(name)[0] for name in imports(MODULES[module].read_text())}
+    assert used <= {"", op, *SHARED, *MADE_OF.get(op, ())}
+
+
+def test_every_launch_table_registers_itself() -> None:
+    """Importing the package is enough for the tuner and for the user's table to know them all."""
+    with_kernels = {
+        path.parent.parent.name for path in PACKAGE.glob("ops/*/triton/launch_table.py")
+    }
+    assert with_kernels == set(LAUNCH_TABLES)
+    assert all(table.op == op for op, table in LAUNCH_TABLES.items())
 
 
 def test_no_two_modules_import_each_other() -> None:

@@ -20,12 +20,11 @@ from moat_kernels.normalization import (
     has_activation,
     norm_tensors,
 )
+from moat_kernels.ops.common.batch_norm import Norm, NormParameters
 from moat_kernels.ops.common.spatial import Padding
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
-    Norm,
-    NormParameters,
     Pool,
     SqueezeExcite,
 )

@@ -20,6 +20,7 @@ from torch.nn import Parameter
 
 from moat_kernels.ops.attention_half import cpu as attention_half
 from moat_kernels.ops.common.backends import backend_status
+from moat_kernels.ops.common.batch_norm import NormParameters
 from moat_kernels.ops.common.spatial import output_size
 from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE, all_frozen
 from moat_kernels.ops.mbconv.cpu import backend as cpu_backend
@@ -32,7 +33,6 @@ from moat_kernels.ops.mbconv.cpu.arguments import (
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
-    NormParameters,
 )
 from moat_kernels.ops.stem import cpu as stem
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription

@@ -26,7 +26,9 @@ from moat_kernels.functional import MBConvDescription, MBConvParameters, Norm
 from moat_kernels.ops.common import synchronization
 from moat_kernels.ops.common.synchronization import all_reduce, combine_moments, world_name
 from moat_kernels.ops.mbconv.algebra import synchronized as mbconv_synchronized
-from moat_kernels.ops.mbconv.description import NORMS
+from moat_kernels.ops.mbconv.description import (
+    NORMS,
+)
 
 UNEQUAL = [3, 1, 4, 2]
 ONE_EMPTY = [5, 0, 2, 2]

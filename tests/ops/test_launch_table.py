@@ -12,12 +12,12 @@ import pytest
 import torch
 
 from moat_kernels import info
-from moat_kernels.ops.mbconv.triton.launches import GemmBlocks, gemm_blocks
+from moat_kernels.ops.mbconv.triton.launch_table import GemmBlocks, gemm_blocks
 from moat_kernels.ops.triton_support import choice, launching, user_table
 from moat_kernels.ops.triton_support.choice import choosing
 from moat_kernels.ops.triton_support.launch_table import LAUNCH_TABLES, LaunchTable, Problem
 from moat_kernels.ops.triton_support.user_table import Entry
-from moat_kernels.ops.window_attention.triton.launches import attention_blocks
+from moat_kernels.ops.window_attention.triton.launch_table import attention_blocks
 
 GPU = "Some GPU"
 VERSIONS = {"triton": "3.9.0", "moat_kernels": "1.0"}

@@ -20,7 +20,9 @@ from support.tolerances import (
 from moat_kernels import use_backend
 from moat_kernels.functional import MBConvDescription, Norm, Pool, mbconv
 from moat_kernels.ops.mbconv import dispatch
-from moat_kernels.ops.mbconv.description import flatten
+from moat_kernels.ops.mbconv.description import (
+    flatten,
+)
 
 RECOMPUTE_LEVELS = ["none", "expand", "block"]
 # 84 rows measure expand_norm directly (6 channels), 504 rows by covariance.

@@ -30,7 +30,10 @@ from moat_kernels.functional import (
     mbconv,
 )
 from moat_kernels.ops.mbconv.cpu import backend as cpu_backend
-from moat_kernels.ops.mbconv.description import PARAMETER_NAMES, flatten
+from moat_kernels.ops.mbconv.description import (
+    PARAMETER_NAMES,
+    flatten,
+)
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 
 pytestmark = needs_extension

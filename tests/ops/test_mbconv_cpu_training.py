@@ -13,7 +13,9 @@ from support.tolerances import BACKEND_OUTPUT, LOW_PRECISION_FACTOR, assert_clos
 from moat_kernels import FallbackWarning, use_backend
 from moat_kernels.functional import MBConvDescription, Pool, SqueezeExcite, mbconv
 from moat_kernels.memory import saved_bytes
-from moat_kernels.ops.mbconv.description import flatten
+from moat_kernels.ops.mbconv.description import (
+    flatten,
+)
 
 pytestmark = needs_extension
 

@@ -16,7 +16,10 @@ from moat_kernels.functional import (
     SqueezeExcite,
     mbconv,
 )
-from moat_kernels.ops.mbconv.description import PARAMETER_NAMES, flatten
+from moat_kernels.ops.mbconv.description import (
+    PARAMETER_NAMES,
+    flatten,
+)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,10 @@ import torch
 
 from moat_kernels import get_preprocessing, list_models
 from moat_kernels.functional import MBConvDescription, MBConvParameters, Pool, SqueezeExcite
-from moat_kernels.ops.mbconv.description import PARAMETER_NAMES, WEIGHTS
+from moat_kernels.ops.mbconv.description import (
+    PARAMETER_NAMES,
+    WEIGHTS,
+)
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
 from moat_kernels.variants import get_variant

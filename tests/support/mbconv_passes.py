@@ -5,7 +5,9 @@ from __future__ import annotations
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from moat_kernels.ops.mbconv.description import PARAMETER_NAMES
+from moat_kernels.ops.mbconv.description import (
+    PARAMETER_NAMES,
+)
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
 from moat_kernels.ops.triton_support.traffic import Pass, record_passes

@@ -24,7 +24,9 @@ from moat_kernels.ops.mbconv.cpu.arguments import (
     BlockSettings,
     TrainSettings,
 )
-from moat_kernels.ops.mbconv.description import NORMS
+from moat_kernels.ops.mbconv.description import (
+    NORMS,
+)
 from moat_kernels.ops.window_attention import reference as attention_reference
 from moat_kernels.ops.window_attention.algebra.position_bias import resize_table
 from support.wrong_arguments import Call, exact, in_float64, with_fields

@@ -15,7 +15,7 @@ from support.compile_only_driver import (
 )
 
 from moat_kernels.ops.mbconv.triton.kernels.expand import expand
-from moat_kernels.ops.mbconv.triton.launches import GemmBlocks
+from moat_kernels.ops.mbconv.triton.launch_table import GemmBlocks
 from moat_kernels.ops.triton_support.launch_table import LAUNCH_TABLES, LaunchTable
 from moat_kernels.ops.triton_support.launching import observing
 from moat_kernels.ops.triton_support.tuning import Tuner

@@ -25,7 +25,7 @@ from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
 from moat_kernels.ops.mbconv.triton import cuda_kernels
 from moat_kernels.ops.mbconv.triton import passes as depthwise_passes
-from moat_kernels.ops.mbconv.triton.launches import Implementation
+from moat_kernels.ops.mbconv.triton.launch_table import Implementation
 from moat_kernels.ops.triton_support.choice import choosing
 from moat_kernels.ops.triton_support.traffic import Pass, record_passes
 

@@ -26,7 +26,7 @@ from moat_kernels.reference import MOATBlock
 pytest.importorskip("triton")
 
 from moat_kernels.ops.layer_norm.triton import backend as triton_backend
-from moat_kernels.ops.layer_norm.triton import launches as triton_launch
+from moat_kernels.ops.layer_norm.triton import launch_table as triton_launch
 from moat_kernels.ops.triton_support.traffic import record_passes
 
 EPS = 1e-5

@@ -24,14 +24,16 @@ from torch import Tensor
 from moat_kernels import FallbackWarning, use_backend
 from moat_kernels.functional import MBConvDescription, MBConvParameters, Pool, SqueezeExcite, mbconv
 from moat_kernels.ops.common import backends
-from moat_kernels.ops.mbconv.description import flatten
+from moat_kernels.ops.mbconv.description import (
+    flatten,
+)
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
-from moat_kernels.ops.mbconv.triton import launches as triton_launch
+from moat_kernels.ops.mbconv.triton import launch_table as triton_launch
 
 pytest.importorskip("triton")
 
 from moat_kernels.ops.mbconv.triton.kernels.covariance import covariance
-from moat_kernels.ops.mbconv.triton.launches import GemmBlocks, StencilBlocks
+from moat_kernels.ops.mbconv.triton.launch_table import GemmBlocks, StencilBlocks
 from moat_kernels.ops.triton_support.choice import choosing
 
 # 84 rows of 6 channels measure expand_norm directly, 112 by covariance.

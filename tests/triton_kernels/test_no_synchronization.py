@@ -23,9 +23,11 @@ from moat_kernels.functional import (
     WindowAttentionDescription,
 )
 from moat_kernels.ops.layer_norm.triton import backend as layer_norm
-from moat_kernels.ops.mbconv.algebra.running_statistics import update_running_statistics
-from moat_kernels.ops.mbconv.description import PARAMETER_NAMES
+from moat_kernels.ops.mbconv.description import (
+    PARAMETER_NAMES,
+)
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
+from moat_kernels.ops.mbconv.running_statistics import update_running_statistics
 from moat_kernels.ops.mbconv.triton import backend as mbconv
 from moat_kernels.ops.triton_support import launching
 from moat_kernels.ops.window_attention.triton import backend as window_attention

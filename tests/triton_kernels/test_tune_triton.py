@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 import moat_kernels as mk
 from moat_kernels import tune
 from moat_kernels.ops.mbconv.triton import cuda_kernels
-from moat_kernels.ops.mbconv.triton.launches import Implementation
+from moat_kernels.ops.mbconv.triton.launch_table import Implementation
 from moat_kernels.ops.triton_support import choice, launching, user_table
 from moat_kernels.ops.triton_support.choice import choose
 from moat_kernels.ops.triton_support.launch_table import Blocks, LaunchTable

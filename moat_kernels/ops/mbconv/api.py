@@ -12,7 +12,6 @@ from moat_kernels.ops.common.backends import is_exporting
 from moat_kernels.ops.common.registration import is_watched
 from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.mbconv import operators, reference
-from moat_kernels.ops.mbconv.algebra.running_statistics import update_running_statistics
 from moat_kernels.ops.mbconv.contract import Moments
 from moat_kernels.ops.mbconv.description import (
     NORMS,
@@ -25,6 +24,7 @@ from moat_kernels.ops.mbconv.description import (
 )
 from moat_kernels.ops.mbconv.dispatch import BACKENDS, Plan, plan_call
 from moat_kernels.ops.mbconv.operators import list_moments, name_moments
+from moat_kernels.ops.mbconv.running_statistics import update_running_statistics
 
 
 def mbconv(

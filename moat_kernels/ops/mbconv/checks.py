@@ -6,13 +6,13 @@ from torch import Tensor
 
 from moat_kernels.ops.common.checks import FLOATING, check_tensor
 from moat_kernels.ops.common.spatial import output_size, resolve_padding
-from moat_kernels.ops.mbconv.algebra.running_statistics import values_per_channel
 from moat_kernels.ops.mbconv.description import (
     NORMS,
     MBConvDescription,
     MBConvParameters,
     NormParameters,
 )
+from moat_kernels.ops.mbconv.running_statistics import values_per_channel
 
 RECOMPUTE_LEVELS = ("auto", "none", "expand", "block")
 

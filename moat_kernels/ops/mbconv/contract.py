@@ -1,7 +1,7 @@
 """What a backend of `mbconv` must provide.
 
 Each of torch/, cpu/ and triton/ has a module backend.py that is one: `Backend` describes a module's
-functions. api.py checks a call, chooses who computes it, and calls these. What two backends need
+functions. dispatch.py checks a call and chooses who computes it, api.py calls these. What two backends need
 is in algebra/; no backend imports another.
 """
 
@@ -24,7 +24,7 @@ class Forward(NamedTuple):
 
     output: [B, C_out, H_out, W_out], in any memory format.
     saved: what `Backend.backward` takes beside x and the parameters. How many tensors there are
-        follows from the description and `recompute` alone.
+        follows from shapes, the description and `recompute`.
     """
 
     output: Tensor

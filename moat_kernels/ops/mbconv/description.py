@@ -10,6 +10,8 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from moat_kernels.ops.common.batch_norm import Norm as Norm
+from moat_kernels.ops.common.batch_norm import NormParameters as NormParameters
 from moat_kernels.ops.common.checks import check_positive_integer
 from moat_kernels.ops.common.encoding import decode_fields, encode
 from moat_kernels.ops.common.spatial import Padding
@@ -36,37 +38,6 @@ def _check_padding(argument: str, padding: object) -> None:
             f"{argument} must be 'tf_same' or four integers >= 0 (top, bottom, left, right), "
             f"got {padding!r}"
         )
-
-
-@dataclass(frozen=True)
-class Norm:
-    """A batch norm over the channels of [B, C, H, W].
-
-    eps: added to the variance (official MOAT: 1e-3; PyTorch: 1e-5).
-    momentum: share of the new batch in the running statistics; None averages all batches.
-    unbiased: whether the running variance takes N/(N-1) times the batch variance, as PyTorch
-        does. Official MOAT (Keras SyncBatchNormalization) stores the biased one.
-    frozen: normalise with the running statistics even in training.
-    process_group: name of the torch.distributed group whose ranks measure their batches together;
-        None: this process alone.
-    """
-
-    eps: float = 1e-3
-    momentum: float | None = 0.01
-    unbiased: bool = False
-    frozen: bool = False
-    process_group: str | None = None
-
-    def __post_init__(self) -> None:
-        if not self.eps > 0:
-            raise ValueError(f"eps must be > 0, got {self.eps!r}")
-        if self.momentum is not None and not 0 <= self.momentum <= 1:
-            raise ValueError(f"momentum must be None or within [0, 1], got {self.momentum!r}")
-        if self.process_group is not None and not isinstance(self.process_group, str):
-            raise TypeError(
-                "process_group must be None or a group's name (group.group_name), "
-                f"got {self.process_group!r}"
-            )
 
 
 @dataclass(frozen=True)
@@ -171,16 +142,6 @@ def _decode(text: str) -> MBConvDescription:
     if fields["pool"]:
         fields["pool"] = Pool(**fields["pool"])
     return MBConvDescription(**fields)
-
-
-class NormParameters(NamedTuple):
-    """Tensors of one batch norm over C channels; any may be None, as in torch.nn.BatchNorm2d."""
-
-    weight: Tensor | None = None  # [C]
-    bias: Tensor | None = None  # [C]
-    running_mean: Tensor | None = None  # [C]
-    running_var: Tensor | None = None  # [C]
-    num_batches_tracked: Tensor | None = None  # [], int64
 
 
 class MBConvParameters(NamedTuple):

@@ -14,8 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moat_kernels.ops.common.backends import choose_backend, is_eager
-from moat_kernels.ops.mbconv.algebra.running_statistics import update_norm
-from moat_kernels.ops.mbconv.description import Norm, NormParameters
+from moat_kernels.ops.common.batch_norm import Norm, NormParameters, update_norm
 from moat_kernels.ops.stem import cpu
 
 

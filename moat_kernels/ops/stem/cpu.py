@@ -14,8 +14,8 @@ from torch import Tensor
 
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.common.autocast import autocast_dtype
+from moat_kernels.ops.common.batch_norm import NormParameters
 from moat_kernels.ops.common.registration import register_fake
-from moat_kernels.ops.mbconv.description import NormParameters
 
 
 def unsupported(

@@ -20,7 +20,11 @@ import torch
 from torch import Tensor
 
 from moat_kernels.ops.layer_norm.contract import Forward
-from moat_kernels.ops.layer_norm.triton.launches import LARGEST_ROW, norm_blocks, rows_of_a_program
+from moat_kernels.ops.layer_norm.triton.launch_table import (
+    LARGEST_ROW,
+    norm_blocks,
+    rows_of_a_program,
+)
 from moat_kernels.ops.triton_support.launching import DTYPES, launch, tunable, unsupported_tensor
 
 

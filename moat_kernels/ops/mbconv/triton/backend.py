@@ -13,8 +13,8 @@ from torch import Tensor
 from moat_kernels.ops.mbconv.algebra.coverage import unsupported_by_kernels
 from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
 
-# cuda_kernels defines its operators, launches registers its table, when the package is imported.
-from moat_kernels.ops.mbconv.triton import cuda_kernels, launches  # noqa: F401
+# cuda_kernels defines its operators, launch_table registers itself, when the package is imported.
+from moat_kernels.ops.mbconv.triton import cuda_kernels, launch_table  # noqa: F401
 from moat_kernels.ops.triton_support.launching import DTYPES, unsupported_tensor
 
 if TYPE_CHECKING:

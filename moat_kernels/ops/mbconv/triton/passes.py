@@ -1,6 +1,6 @@
 """The passes with the depthwise convolution, by Triton kernels or, where built, by CUDA C++ ones.
 
-Which of them is an entry of the launch table (launches.py): in the static one CUDA C++ where
+Which of them is an entry of the launch table (launch_table.py): in the static one CUDA C++ where
 an H200 has been seen to be faster with it, and what was faster in one that `python -m
 moat_kernels.tune` wrote.
 MOAT_KERNELS_CUDA_KERNELS overrides: "always" takes CUDA C++ wherever it covers a call, "never"
@@ -24,7 +24,7 @@ from moat_kernels.ops.mbconv.triton.kernels import depthwise as triton_forward
 from moat_kernels.ops.mbconv.triton.kernels import depthwise_backward as triton_backward
 from moat_kernels.ops.mbconv.triton.kernels.expand import expand
 from moat_kernels.ops.mbconv.triton.kernels.moments import merge_moments
-from moat_kernels.ops.mbconv.triton.launches import LAUNCHES, Implementation
+from moat_kernels.ops.mbconv.triton.launch_table import LAUNCHES, Implementation
 from moat_kernels.ops.triton_support import traffic
 from moat_kernels.ops.triton_support.choice import choose
 from moat_kernels.ops.triton_support.launching import is_observed, tunable

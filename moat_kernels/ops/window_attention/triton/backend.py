@@ -17,7 +17,7 @@ from moat_kernels.ops.window_attention.algebra.partition import window_counts
 from moat_kernels.ops.window_attention.algebra.position_bias import table_size
 from moat_kernels.ops.window_attention.contract import Forward
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
-from moat_kernels.ops.window_attention.triton.launches import (
+from moat_kernels.ops.window_attention.triton.launch_table import (
     BIAS_GRADIENT_PROGRAMS,
     AttentionBlocks,
     attention_blocks,

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moat_kernels.ops.mbconv.triton.launches import dot_precision, gemm_blocks, reduction_splits
+from moat_kernels.ops.mbconv.triton.launch_table import dot_precision, gemm_blocks, reduction_splits
 from moat_kernels.ops.triton_support.launching import launch, tunable
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
 from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
 from moat_kernels.ops.mbconv.triton.kernels.moments import merge_moments, store_moments
-from moat_kernels.ops.mbconv.triton.launches import depthwise_blocks
+from moat_kernels.ops.mbconv.triton.launch_table import depthwise_blocks
 from moat_kernels.ops.triton_support.activations import activate
 from moat_kernels.ops.triton_support.launching import launch, tunable
 

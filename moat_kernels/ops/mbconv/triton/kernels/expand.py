@@ -8,7 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moat_kernels.ops.mbconv.triton.kernels.moments import merge_moments, store_tile_moments
-from moat_kernels.ops.mbconv.triton.launches import dot_precision, gemm_blocks
+from moat_kernels.ops.mbconv.triton.launch_table import dot_precision, gemm_blocks
 from moat_kernels.ops.triton_support.activations import activate
 from moat_kernels.ops.triton_support.launching import launch, tunable
 

@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
-from moat_kernels.ops.mbconv.triton.launches import dot_precision, gemm_blocks, pool_blocks
+from moat_kernels.ops.mbconv.triton.launch_table import dot_precision, gemm_blocks, pool_blocks
 from moat_kernels.ops.triton_support.activations import activate
 from moat_kernels.ops.triton_support.launching import launch, tunable
 

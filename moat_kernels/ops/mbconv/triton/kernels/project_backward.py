@@ -12,7 +12,7 @@ from torch import Tensor
 
 from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
 from moat_kernels.ops.mbconv.triton.kernels.project import row_blocks, rows_of_block
-from moat_kernels.ops.mbconv.triton.launches import dot_precision, gemm_blocks, reduction_splits
+from moat_kernels.ops.mbconv.triton.launch_table import dot_precision, gemm_blocks, reduction_splits
 from moat_kernels.ops.triton_support.activations import activate, activation_derivative
 from moat_kernels.ops.triton_support.launching import launch, tunable
 

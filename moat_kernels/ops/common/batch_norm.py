@@ -1,18 +1,53 @@
-"""In-place update of the running statistics of an inverted bottleneck's norms."""
+"""A batch norm: its description, its tensors, and the update of its running statistics."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.mbconv.description import (
-    MBConvDescription,
-    MBConvParameters,
-    Norm,
-    NormParameters,
-)
+
+@dataclass(frozen=True)
+class Norm:
+    """A batch norm over the channels of [B, C, H, W].
+
+    eps: added to the variance (official MOAT: 1e-3; PyTorch: 1e-5).
+    momentum: share of the new batch in the running statistics; None averages all batches.
+    unbiased: whether the running variance takes N/(N-1) times the batch variance, as PyTorch
+        does. Official MOAT (Keras SyncBatchNormalization) stores the biased one.
+    frozen: normalise with the running statistics even in training.
+    process_group: name of the torch.distributed group whose ranks measure their batches together;
+        None: this process alone.
+    """
+
+    eps: float = 1e-3
+    momentum: float | None = 0.01
+    unbiased: bool = False
+    frozen: bool = False
+    process_group: str | None = None
+
+    def __post_init__(self) -> None:
+        if not self.eps > 0:
+            raise ValueError(f"eps must be > 0, got {self.eps!r}")
+        if self.momentum is not None and not 0 <= self.momentum <= 1:
+            raise ValueError(f"momentum must be None or within [0, 1], got {self.momentum!r}")
+        if self.process_group is not None and not isinstance(self.process_group, str):
+            raise TypeError(
+                "process_group must be None or a group's name (group.group_name), "
+                f"got {self.process_group!r}"
+            )
+
+
+class NormParameters(NamedTuple):
+    """Tensors of one batch norm over C channels; any may be None, as in torch.nn.BatchNorm2d."""
+
+    weight: Tensor | None = None  # [C]
+    bias: Tensor | None = None  # [C]
+    running_mean: Tensor | None = None  # [C]
+    running_var: Tensor | None = None  # [C]
+    num_batches_tracked: Tensor | None = None  # [], int64
 
 
 @torch.no_grad()
@@ -58,28 +93,3 @@ def _recomputing() -> bool:
     That batch was counted in the forward pass. torch.compile traces a checkpointed region once.
     """
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def values_per_channel(
-    name: str, description: MBConvDescription, rows_in: int, rows_out: int
-) -> int:
-    """How many values per channel the norm called `name` sees: B*H*W before or after the stride."""
-    before_stride = {"pre_norm"}
-    if description.order == "expand_first":
-        before_stride.add("expand_norm")
-    return rows_in if name in before_stride else rows_out
-
-
-def update_running_statistics(
-    x: Tensor,
-    output: Tensor,
-    parameters: MBConvParameters,
-    description: MBConvDescription,
-    moments: Mapping[str, tuple[Tensor, ...]],
-) -> None:
-    """Update every norm in `moments` (name -> batch mean, biased variance, count over ranks)."""
-    rows_in = x.shape[0] * x.shape[2] * x.shape[3]
-    rows_out = output.shape[0] * output.shape[2] * output.shape[3]
-    for name, (mean, variance, *joined) in moments.items():
-        count = joined[0] if joined else values_per_channel(name, description, rows_in, rows_out)
-        update_norm(getattr(description, name), getattr(parameters, name), mean, variance, count)
