@@ -1,8 +1,8 @@
 """What a backend of `mbconv` must provide.
 
 Each of torch/, cpu/ and triton/ has a module backend.py that is one: `Backend` describes a module's
-functions. dispatch.py checks a call and chooses who computes it, api.py calls these. What two backends need
-is in algebra/; no backend imports another.
+functions. dispatch.py checks a call and chooses who computes it, api.py calls these. What two
+backends need is in algebra/; no backend imports another.
 """
 
 from __future__ import annotations
