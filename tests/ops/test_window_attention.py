@@ -204,6 +204,14 @@ def test_resize_is_bilinear_with_half_pixel_centres_and_the_identity_at_the_same
     assert resize_table(table.bfloat16(), (5, 14)).dtype == torch.bfloat16
 
 
+def test_resize_names_what_is_no_table() -> None:
+    table = torch.randn(2, 13, 13)
+    with pytest.raises(ValueError, match=r"table must be \[heads, .*\], got shape \(13, 13\)"):
+        resize_table(table[0], (5, 14))
+    with pytest.raises(TypeError, match=r"table must be floating point, got torch\.int64"):
+        resize_table(table.long(), (5, 14))
+
+
 @pytest.mark.parametrize("kind", ["window", "grid"])
 def test_reverse_undoes_partition(kind: str) -> None:
     x = torch.randn(2, 7, 5, 3)
