@@ -10,9 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import moat_kernels
+from moat_kernels import FusedMOATBlock, functional, use_backend
 from moat_kernels.extension import load_extension
+from moat_kernels.functional import MBConvDescription, WindowAttentionDescription
 from moat_kernels.ops.triton_support.launch_table import LAUNCH_TABLES
 from moat_kernels.ops.triton_support.launching import triton_missing
 
@@ -140,6 +144,25 @@ def test_no_two_modules_import_each_other() -> None:
 
     for module in graph:
         follow(module, ())
+
+
+def test_eager_calls_write_no_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Descriptions are encoded for operators that something watches, and for nothing else."""
+
+    def refuse(description: object) -> str:
+        raise AssertionError(f"{description} was encoded")
+
+    for kind in (MBConvDescription, WindowAttentionDescription):
+        monkeypatch.setattr(kind, "encode", refuse)
+    block = FusedMOATBlock(32, 32, window_size=4)
+    x = torch.randn(2, 32, 8, 8, requires_grad=True)
+    for backend in ("torch", "cpu") if load_extension().usable else ("torch",):
+        with use_backend(backend):
+            block.train()(x).sum().backward()
+            with torch.no_grad():
+                block.eval()(x)
+    with pytest.raises(AssertionError, match="was encoded"), torch.no_grad(), FakeTensorMode():
+        functional.window_attention(torch.empty(1, 4, 4, 96), None, WindowAttentionDescription(1))
 
 
 # Prints how many functions of the package are being called, and in how many files, at each native
