@@ -76,8 +76,8 @@ def launch_layer_norm(dtype: torch.dtype, autocast: bool) -> None:
     for batch, size, width in _attention_maps():
         x = _empty(batch, size, size, width, dtype=outside)
         weight = _empty(width, dtype=outside)
-        normalized, mean, rstd = layer_norm.forward(x, weight, weight, EPS, dtype)
-        layer_norm.backward(normalized, x, x, weight, mean, rstd, True)
+        normalized, saved = layer_norm.forward(x, weight, weight, EPS, dtype)
+        layer_norm.backward(normalized, x, x, weight, saved, True)
 
 
 @dataclass(frozen=True)

@@ -35,12 +35,10 @@ class Affine:
 
 def scale_and_bias(parameters: NormParameters, inverse_std: Tensor) -> tuple[Tensor, Tensor]:
     """(weight / std, bias) of a norm [C] in the dtype of inverse_std; its defaults are 1 and 0."""
-    scale, bias = inverse_std, torch.zeros_like(inverse_std)
-    if parameters.weight is not None:
-        scale = inverse_std * parameters.weight
-    if parameters.bias is not None:
-        bias = parameters.bias.to(inverse_std.dtype)
-    return scale, bias
+    scale = inverse_std if parameters.weight is None else inverse_std * parameters.weight
+    if parameters.bias is None:
+        return scale, torch.zeros_like(inverse_std)
+    return scale, parameters.bias.to(inverse_std.dtype)
 
 
 def make_affine(
