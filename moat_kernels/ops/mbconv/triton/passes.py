@@ -49,9 +49,10 @@ def setting() -> str:
 
 @dataclass(frozen=True)
 class Problem:
-    """What decides who computes a pass: like: a tensor of its dtype and device; sizes: for the
+    """What decides who computes a call.
 
-    launch table; unsupported: why CUDA C++ does not cover it, or empty.
+    like: a tensor of its dtype and device. sizes: what the launch table is asked with.
+    unsupported: why CUDA C++ does not cover the call, or empty.
     """
 
     like: Tensor
@@ -59,11 +60,10 @@ class Problem:
     unsupported: str
 
 
-class Pass(Generic[Result]):
-    """A pass that Triton's kernels and CUDA C++ ones compute alike. A call computes it.
+class StencilPass(Generic[Result]):
+    """A pass that Triton's kernels and CUDA C++ ones compute alike; calling it computes it.
 
-    name: in the launch table. triton, cuda: functions of the same arguments. problem: of the
-    arguments too.
+    name: in the launch table. triton, cuda: functions of the same arguments, and so is problem.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ def _depthwise_by_cuda(
 #
 # output_activation(convolution of activation(z scale + shift) by taps, + bias) and moments.
 # z: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E]; bias: float32 [E].
-depthwise = Pass(
+depthwise = StencilPass(
     "depthwise_pass",
     triton_forward.depthwise,
     _depthwise_by_cuda,
@@ -163,7 +163,7 @@ def _depthwise_backward_by_cuda(
 # Gradient of y1 [B*H*W, E]; and sums, float64 [11, E]: of the taps, and of it, and it * z1.
 # grad, z2: [B*H_out*W_out, E]; factors: float32 (a, b, c) [3, E] of dz2 = a grad + b z2 + c;
 # z1: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E].
-depthwise_backward = Pass(
+depthwise_backward = StencilPass(
     "depthwise_backward_pass",
     triton_backward.depthwise_backward,
     _depthwise_backward_by_cuda,
@@ -213,7 +213,7 @@ def _expand_depthwise_by_cuda(
 #
 # `depthwise` of z = rows weight^T + bias, which nobody else needs.
 # rows: [B*H*W, C]; weight: [E, C]; bias, depthwise_bias: float32 [E].
-expand_depthwise = Pass(
+expand_depthwise = StencilPass(
     "expand_depthwise_pass",
     _expand_depthwise_by_triton,
     _expand_depthwise_by_cuda,
@@ -264,7 +264,7 @@ def _expand_depthwise_backward_by_cuda(
 #
 # `depthwise_backward` with z1 = y1 = rows weight^T + bias computed again: by CUDA C++ without
 # storing it. rows: [B*H*W, C]; weight: [E, C]; bias: float32 [E].
-expand_depthwise_backward = Pass(
+expand_depthwise_backward = StencilPass(
     "expand_depthwise_backward_pass",
     _expand_depthwise_backward_by_triton,
     _expand_depthwise_backward_by_cuda,

@@ -93,13 +93,13 @@ class Call:
 
     def projection(self) -> tuple[Any, ...]:
         """What `project` takes after the gate."""
-        shortcut = self.shortcut()
+        added = self.shortcut()
         dtype = self.project_weight.dtype
-        if shortcut is not None:
-            dtype = torch.promote_types(dtype, shortcut.dtype)
+        if added is not None:
+            dtype = torch.promote_types(dtype, added.dtype)
         bias = _as_float(self.parameters.project_bias)
         return (
-            *(self.project_weight, bias, self.drop_path_scale, shortcut),
+            *(self.project_weight, bias, self.drop_path_scale, added),
             *(self.out_pixels, dtype),
         )
 
