@@ -21,7 +21,8 @@ from moat_kernels.ops.triton_support.launch_table import LAUNCH_TABLES
 from moat_kernels.ops.triton_support.launching import triton_missing
 
 PACKAGE = Path(moat_kernels.__file__).parent
-OPS = ("layer_norm", "mbconv", "window_attention")
+# Those with backends in folders of their own.
+OPS = sorted(path.parent.name for path in PACKAGE.glob("ops/*/contract.py"))
 BACKENDS = ("cpu", "torch", "triton")
 
 

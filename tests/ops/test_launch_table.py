@@ -198,6 +198,8 @@ def test_a_file_that_is_named_must_exist(
 ) -> None:
     assert user_table.path() == file
     assert read_launch() == STATIC
+    monkeypatch.setenv(user_table.ENVIRONMENT_VARIABLE, "")  # as if it were not set
+    assert user_table.read(GPU).ignored == ()
     monkeypatch.setenv(user_table.ENVIRONMENT_VARIABLE, str(tmp_path / "my.json"))
     user_table.chooser.cache_clear()
     with pytest.warns(UserWarning, match=r"my.json: there is no such file"):

@@ -81,7 +81,7 @@ def read(device_name: str) -> Section:
     """What the file holds for a GPU, without warning."""
     file = path()
     if not file.exists():
-        named = ENVIRONMENT_VARIABLE in os.environ
+        named = bool(os.environ.get(ENVIRONMENT_VARIABLE))
         return Section({}, ("there is no such file",) if named else ())
     try:
         sections = _sections(file)
