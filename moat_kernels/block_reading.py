@@ -128,18 +128,12 @@ def _read(block: MBConvBlock, drop_path: Any) -> Bottleneck:
     """The block with a look at every module."""
     if reason := interceptions(block, READ_CHILDREN):
         raise NotCovered(reason)
-    modules, se = _modules_of(block), child(block, "se")
-    for name, module, kinds in (
-        *((name, child(block, name), _CONVOLUTIONS) for name in _CONVOLUTION_NAMES),
-        *((name, child(block, name), _NORMS) for name in _NORM_NAMES),
-        ("se", se, (SqueezeExcitation,)),
-        ("se.reduce", modules.se_reduce, _CONVOLUTIONS),
-        ("se.expand", modules.se_expand, _CONVOLUTIONS),
-    ):
-        # Other classes may have such tensors and settings too: a linear layer, say.
-        known = module is None or plain_class(module) in kinds
-        if not known and not (kinds is _NORMS and is_norm(module)):
-            raise NotCovered(f"{name} was replaced by {class_name(module)}")
+    se = child(block, "se")
+    _check_classes(block, _CONVOLUTION_NAMES, _CONVOLUTIONS)
+    _check_classes(block, _NORM_NAMES, _NORMS)
+    _check_classes(block, ("se",), (SqueezeExcitation,))
+    _check_classes(se, ("reduce", "expand"), _CONVOLUTIONS)
+    modules = _modules_of(block)
     return read_bottleneck(
         pre_norm=modules.pre_norm,
         expand=modules.expand,
@@ -154,3 +148,15 @@ def _read(block: MBConvBlock, drop_path: Any) -> Bottleneck:
         shortcut=modules.shortcut,
         drop_path=drop_path,
     )
+
+
+def _check_classes(
+    owner: nn.Module | None, names: tuple[str, ...], kinds: tuple[type[nn.Module], ...]
+) -> None:
+    """Raise NotCovered for a child of another class: a linear layer has such tensors too, say."""
+    for name in names:
+        module = child(owner, name)
+        if module is None or plain_class(module) in kinds:
+            continue
+        if kinds is not _NORMS or not is_norm(module):
+            raise NotCovered(f"{name} was replaced by {class_name(module)}")
