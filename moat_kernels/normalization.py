@@ -8,7 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from moat_kernels.ops.common.batch_norm import Norm, NormParameters, update_norm
+from moat_kernels.ops.common.batch_norm import (
+    Norm,
+    NormParameters,
+    leave_uncounted,
+    update_norm,
+)
 from moat_kernels.ops.common.synchronization import group_name, world_name
 from moat_kernels.ops.mbconv.reference import batch_norm
 from moat_kernels.tensor_access import is_parametrized, plain_class, tensor_of
@@ -217,6 +222,7 @@ def norm_tensors(module: nn.Module | None) -> NormParameters:
         return NormParameters()
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
         if module.training and not module.track_running_stats:
+            leave_uncounted(module._buffers["running_mean"])
             return NormParameters(tensor_of(module, "weight"), tensor_of(module, "bias"))
         return NormParameters(*[tensor_of(module, name) for name in NormParameters._fields])
     assert is_frozen_norm(module)
