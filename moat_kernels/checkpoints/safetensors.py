@@ -77,6 +77,14 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             raise CheckpointError(f"{path}: {error}") from None
 
 
+def is_safetensors(begin: bytes) -> bool:
+    """Whether a file whose first bytes are ``begin`` starts like a .safetensors file."""
+    if len(begin) <= _LENGTH_BYTES:
+        return False
+    (length,) = struct.unpack_from("<Q", begin)
+    return length <= _MAXIMUM_HEADER_BYTES and begin[_LENGTH_BYTES] in b"{ \t\r\n"
+
+
 def _itemsize(name: str, tensor: torch.Tensor) -> int:
     if not isinstance(name, str) or name == METADATA_KEY:
         raise CheckpointError(f"{name!r} cannot be the name of a tensor")

@@ -13,7 +13,6 @@ from checkpoints.bundle_writer import (
     BFLOAT16,
     STRING,
     bytes_field,
-    entry as table_entry,
     fixed32_field,
     header_record,
     integer_field,
@@ -22,6 +21,9 @@ from checkpoints.bundle_writer import (
     tensor_record,
     write_bundle,
     write_raw_bundle,
+)
+from checkpoints.bundle_writer import (
+    entry as table_entry,
 )
 from checkpoints.hostile import SPECIAL_FILES, make_special_file, peak_of_refusal
 from support.golden import variable_values
