@@ -42,6 +42,7 @@ def check_fit(state_dict: StateDict, target: StateDict) -> None:
             raise CheckpointError(
                 f"{name} is {state_dict[name].dtype} in the file, {tensor.dtype} in the model"
             )
+    _check_shared(state_dict, target)
 
 
 def fill(model: torch.nn.Module, state_dict: StateDict) -> None:
@@ -104,6 +105,18 @@ def _check_shapes(state_dict: StateDict, target: StateDict) -> None:
                 "or without head (features_only=True)"
             )
         raise CheckpointError(message)
+
+
+def _check_shared(state_dict: StateDict, target: StateDict) -> None:
+    """Of names that are one tensor in the model, the last would silently win."""
+    names: dict[tuple[object, ...], str] = {}
+    for name, tensor in target.items():
+        place = (tensor.device, tensor.data_ptr(), tensor.shape, tensor.stride())
+        first = names.setdefault(place, name) if tensor.numel() else name
+        if first != name and not torch.equal(state_dict[first], state_dict[name]):
+            raise CheckpointError(
+                f"{first} and {name} are one tensor in the model, but not equal in the file"
+            )
 
 
 def _unusual_kind(value: Any) -> str | None:

@@ -8,12 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from checkpoints.small_models import (
-    WEIGHTS,
-    is_untouched,
-    module_with,
-    saved,
-)
+from checkpoints.small_models import WEIGHTS, is_untouched, module_with, saved
 
 from moat_kernels.checkpoints import CheckpointError, load_checkpoint
 
@@ -38,7 +33,7 @@ UNUSUAL: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:Sparse CSR|torch.quantize_per_tensor|The PyTorch API of nested")
+@pytest.mark.filterwarnings("ignore:Sparse|torch.quantize|The PyTorch API of nested|TypedStorage")
 @pytest.mark.parametrize("kind", UNUSUAL)
 def test_tensors_that_cannot_be_copied_leave_the_model_untouched(tmp_path: Path, kind: str) -> None:
     make, complaint = UNUSUAL[kind]
@@ -78,6 +73,19 @@ def test_a_model_made_in_inference_mode(tmp_path: Path) -> None:
         model = module_with(WEIGHTS)
     with pytest.raises(CheckpointError, match=r"the model's stem\.weight was made in inference"):
         load_checkpoint(model, saved(tmp_path, WEIGHTS))
+
+
+def test_one_tensor_under_two_names(tmp_path: Path) -> None:
+    model = module_with({"a.x": torch.ones(2), "b.x": torch.ones(2), "empty": torch.ones(0)})
+    model.get_submodule("b").x = model.get_submodule("a").x
+    file = {"a.x": torch.ones(2), "b.x": torch.full((2,), 2.0), "empty": torch.ones(0)}
+    with pytest.raises(
+        CheckpointError, match=r"a\.x and b\.x are one tensor in the model"
+    ):
+        load_checkpoint(model, saved(tmp_path, file))
+    assert is_untouched(model)
+    load_checkpoint(model, saved(tmp_path, file | {"b.x": torch.ones(2)}))
+    assert model.get_buffer("a.x").all()
 
 
 def interrupt(*_: object) -> None:
