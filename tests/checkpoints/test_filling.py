@@ -79,9 +79,7 @@ def test_one_tensor_under_two_names(tmp_path: Path) -> None:
     model = module_with({"a.x": torch.ones(2), "b.x": torch.ones(2), "empty": torch.ones(0)})
     model.get_submodule("b").x = model.get_submodule("a").x
     file = {"a.x": torch.ones(2), "b.x": torch.full((2,), 2.0), "empty": torch.ones(0)}
-    with pytest.raises(
-        CheckpointError, match=r"a\.x and b\.x are one tensor in the model"
-    ):
+    with pytest.raises(CheckpointError, match=r"a\.x and b\.x are one tensor in the model"):
         load_checkpoint(model, saved(tmp_path, file))
     assert is_untouched(model)
     load_checkpoint(model, saved(tmp_path, file | {"b.x": torch.ones(2)}))
