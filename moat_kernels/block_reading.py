@@ -97,10 +97,14 @@ def _signature(block: MBConvBlock) -> tuple[Any, ...] | None:
         if module is None:
             key.append(None)
             continue
-        read_settings = _SETTINGS.get(plain_class(module))
+        kind = type(module)
+        read_settings = _SETTINGS.get(kind)
+        if read_settings is None:
+            kind = plain_class(module)
+            read_settings = _SETTINGS.get(kind)
         if read_settings is None or is_touched(module):
             return None
-        key += (plain_class(module), read_settings(module))
+        key += (kind, read_settings(module))
     try:
         hash(signature := tuple(key))
     except TypeError:  # a list among the settings

@@ -47,7 +47,8 @@ def _methods(kind: Any) -> frozenset[str]:
 def _is_patched(module: nn.Module) -> bool:
     """Whether a method was replaced on the instance, or the forward of its known class."""
     own, kind = module.__dict__, type(module)
-    if kind.forward is not _FORWARDS.get(plain_class(module), kind.forward):
+    forward = _FORWARDS.get(kind) or _FORWARDS.get(plain_class(module), kind.forward)
+    if kind.forward is not forward:
         return True
     if torch.compiler.is_compiling():  # which follows neither caches nor sets of names
         return "forward" in own or "_conv_forward" in own
@@ -142,12 +143,9 @@ def is_plain_tensor(tensor: Any) -> bool:
     None is no tensor, and plain.
     """
     kind = type(tensor)
-    return (
-        tensor is None
-        or kind is nn.Parameter
-        or kind is Tensor
-        or isinstance(tensor, FakeTensor | FunctionalTensor)
-    )
+    if kind is nn.Parameter or kind is Tensor:
+        return True
+    return tensor is None or isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -311,7 +311,7 @@ def test_feature_extractors(package: str) -> None:
         node, x = "blocks.0", torch.rand(1, 3, 16, 16)
     else:
         stock = import_peer("timm").create_model("coatnet_pico_rw_224").stages[:2].eval()
-        node, x = "0", torch.rand(1, 32, 16, 16)
+        node, x = "0", torch.rand(1, 64, 16, 16)
     fused = copy.deepcopy(stock)
     assert mk.fuse(fused).fused
     with torch.no_grad(), warnings.catch_warnings():
