@@ -45,6 +45,10 @@ MIXED_DTYPES = re.compile(
     r"expect.*(dtype|scalar type)|share same datatype|same dtype|should be the same"
 )
 
+# Nothing inside can be, the module is in training mode, or torch.nn.utils.spectral_norm has left a
+# tensor with a history in it, so that nobody can copy it.
+UNFROZEN = re.compile("can be frozen|must be in eval mode|deepcopy protocol")
+
 CLASSES = {
     reference.MBConvBlock: mk.FusedMBConv,
     reference.MOATBlock: mk.FusedMOATBlock,
@@ -297,7 +301,7 @@ def _tolerance(dtype: torch.dtype, is_gradient: bool) -> float:
 def observe_frozen(
     module: nn.Module, x: Tensor, settle: Callable[[nn.Module], None] | None = None
 ) -> Results | Raised | None:
-    """The output of a frozen copy; None if nothing in the module can be frozen."""
+    """The output of a frozen copy; None if nothing in the module can be frozen, or none be made."""
     module.eval()
     if settle is not None:
         settle(module)
@@ -307,8 +311,8 @@ def observe_frozen(
             warnings.simplefilter("ignore")
             try:
                 frozen = mk.freeze(module)
-            except ValueError as error:
-                if "be frozen" in str(error):  # nothing inside, or a module in training mode
+            except (ValueError, RuntimeError) as error:
+                if UNFROZEN.search(str(error)):
                     return None
                 raise
             CALLS.clear()
