@@ -1,17 +1,14 @@
 """Checkpoints of a run of one or many processes, by torch.distributed.checkpoint.
 
-    FOLDER/step_00000100/    all tensors, each process's share in a file of its own
-    FOLDER/step_00000100/run.json    settings, step, losses
-    FOLDER/step_00000150.unfinished/    being written, or left by a run that was killed meanwhile
-
 A checkpoint gets its name when it is whole, and only then do older ones go: whenever a run is
-killed, the latest `step_*` can be resumed, by any number of processes.
+killed, the latest `step_*` can be resumed, by any number of processes. checkpoint_folder.py says
+what is in a folder of them.
 """
 
 from __future__ import annotations
 
-import json
-import shutil
+import os
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -22,38 +19,90 @@ from typing import Any
 import processes
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from checkpoint_folder import (
+    RUN,
+    discard,
+    free_name,
+    is_own,
+    latest_checkpoint,
+    leftovers,
+    name_of,
+    named,
+    read_run,
+    remove,
+    write_json,
+)
 from training import Trainer, TrainingError
 
 KEPT = 2  # checkpoints; the last one but one is for those who find the last one spoilt
-RUN = "run.json"
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """The whole checkpoints in `folder`, the latest last."""
-    return sorted(path for path in folder.glob("step_*") if path.suffix != ".unfinished")
+class CheckpointError(TrainingError):
+    """A checkpoint could not be written; training may go on."""
 
 
 def save_checkpoint(folder: Path, trainers: Sequence[Trainer], step: int) -> None:
-    """Write all of a run after `step` steps; every process calls this."""
-    final = folder / f"step_{step:08d}"
-    unfinished = final.with_suffix(".unfinished")
-    if processes.rank() == 0:
-        shutil.rmtree(unfinished, ignore_errors=True)
-    processes.wait_for_all()
-    with _quiet_alone():
-        dcp.save(_tensors(trainers), checkpoint_id=unfinished, no_dist=not dist.is_initialized())
-    if processes.rank() == 0:
-        run = {
-            "settings": asdict(trainers[0].settings),
-            "step": step,
-            "trainers": {trainer.blocks: trainer.history() for trainer in trainers},
-        }
-        (unfinished / RUN).write_text(json.dumps(run))
-        shutil.rmtree(final, ignore_errors=True)
-        unfinished.rename(final)
-        for old in checkpoints(folder)[:-KEPT]:
-            shutil.rmtree(old)
-    processes.wait_for_all()
+    """Write all of a run after `step` steps; every process calls this.
+
+    CheckpointError, in every process, if it cannot be written: then nothing of it is left.
+    """
+    final = folder / name_of(step)
+    run = {
+        "settings": asdict(trainers[0].settings),
+        "step": step,
+        "trainers": {trainer.blocks: trainer.history() for trainer in trainers},
+    }
+    try:
+        unfinished = processes.first_alone(lambda: _begin(final, step))
+        try:
+            with _quiet_alone():
+                dcp.save(
+                    _tensors(trainers),
+                    checkpoint_id=unfinished,
+                    no_dist=not dist.is_initialized(),
+                )
+            processes.first_alone(lambda: _finish(unfinished, final, run))
+        except BaseException:
+            if processes.rank() == 0:
+                discard(unfinished)
+            raise
+    except dcp.api.CheckpointException as error:
+        raise _cause(error, final) from error
+    except OSError as error:
+        raise CheckpointError(f"cannot write the checkpoint {final}: {error}") from error
+
+
+def _begin(final: Path, step: int) -> Path:
+    """Make the folder to write to, which says what it is before it has anything in it."""
+    final.parent.mkdir(parents=True, exist_ok=True)
+    for leftover in leftovers(final.parent):
+        discard(leftover)
+    unfinished = free_name(final, "unfinished")
+    unfinished.mkdir()
+    try:
+        write_json(unfinished / RUN, {"step": step})
+    except BaseException:
+        discard(unfinished)
+        raise
+    return unfinished
+
+
+def _finish(unfinished: Path, final: Path, run: dict[str, Any]) -> None:
+    """Complete run.json, give the checkpoint its name, and remove older ones."""
+    sizes = {path.name: path.stat().st_size for path in unfinished.iterdir() if path.name != RUN}
+    write_json(unfinished / RUN, {**run, "files": sizes})
+    if os.path.lexists(final):
+        if not is_own(final, run["step"]):
+            raise FileExistsError("there is something that this program did not write")
+        remove(final)
+    unfinished.rename(final)
+    up_to_this = {s: path for s, path in named(final.parent).items() if s <= run["step"]}
+    own = [path for step, path in up_to_this.items() if is_own(path, step)]
+    for old in own[:-KEPT]:
+        try:
+            remove(old)
+        except OSError as error:
+            print(f"warning: cannot remove the old checkpoint {old}: {error}", file=sys.stderr)
 
 
 def load_checkpoint(path: Path, trainers: Sequence[Trainer]) -> int:
@@ -64,7 +113,9 @@ def load_checkpoint(path: Path, trainers: Sequence[Trainer]) -> int:
     The learning rate follows this run's --steps and --lr: only with the same arguments does the
     resumed run repeat the uninterrupted one.
     """
-    path, run = _read_run(path)
+    if not os.path.lexists(path / RUN):
+        path = latest_checkpoint(path)
+    run = read_run(path)
     settings = trainers[0].settings
     for name, wanted in (("model", settings.model), ("classes", settings.classes)):
         saved = run["settings"][name]
@@ -97,15 +148,15 @@ def _quiet_alone() -> Iterator[None]:
         yield
 
 
-def _read_run(path: Path) -> tuple[Path, dict[str, Any]]:
-    if not (path / RUN).exists() and checkpoints(path):
-        path = checkpoints(path)[-1]
-    try:
-        run = json.loads((path / RUN).read_text())
-        run["settings"], run["step"], run["trainers"]
-    except (OSError, ValueError, LookupError, TypeError) as error:
-        raise TrainingError(f"--resume {path} is no checkpoint of this program: {error}") from error
-    return path, run
+def _cause(error: dcp.api.CheckpointException, path: Path) -> BaseException:
+    """What went wrong in one of the processes while they wrote `path`."""
+    causes = [cause for cause, _ in error.failures.values()]
+    for cause in causes:
+        if isinstance(cause, KeyboardInterrupt):
+            return cause
+    # torch.save says of a full disk where in the file it was.
+    reason = causes[0].__context__ if isinstance(causes[0].__context__, OSError) else causes[0]
+    return CheckpointError(f"cannot write the checkpoint {path}: {reason}")
 
 
 def _tensors(trainers: Sequence[Trainer]) -> dict[str, Any]:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import functools
 import importlib.util
-from collections.abc import Sequence
+import os
+import sys
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageEnhance, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageEnhance, ImageOps
 from torch import Tensor
 
 from moat_kernels.variants import Preprocessing
@@ -29,6 +32,17 @@ HELD_OUT_ROWS = 4  # pieces of a bundled photograph's held-out strip, from top t
 CROP_AREA = (0.2, 1.0)  # of the region
 CROP_ASPECT = (3 / 4, 4 / 3)
 JITTER = 0.3  # brightness, contrast and saturation are scaled by 1 - JITTER .. 1 + JITTER
+
+# What makes an image upright, by its EXIF orientation; 1 is upright.
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 Region = tuple[float, float, float, float]  # left, top, right, bottom as fractions of the image
 WHOLE: Region = (0.0, 0.0, 1.0, 1.0)
@@ -81,7 +95,17 @@ def bundled_photographs() -> Photographs:
 
 
 def folder_photographs(folder: Path) -> Photographs:
-    """A folder with one subfolder of images per class; the last fifth of each class is held out."""
+    """A folder with one subfolder of images per class; the last fifth of each class is held out.
+
+    Files and folders whose names begin with a dot are no part of it.
+    """
+    try:
+        return _in_subfolders(folder)
+    except OSError as error:
+        raise DataError(f"--data {folder} cannot be read: {error}") from error
+
+
+def _in_subfolders(folder: Path) -> Photographs:
     if not folder.is_dir():
         raise DataError(f"--data {folder} is not a folder")
     subfolders = sorted(
@@ -95,7 +119,7 @@ def folder_photographs(folder: Path) -> Photographs:
     training: list[Example] = []
     held_out: list[Example] = []
     for label, subfolder in enumerate(subfolders):
-        paths = sorted(path for path in subfolder.rglob("*") if path.suffix.lower() in SUFFIXES)
+        paths = sorted(path for path in _files(subfolder) if path.suffix.lower() in SUFFIXES)
         if not paths:
             raise DataError(f"--data: {subfolder} has no images (of type {', '.join(SUFFIXES)})")
         examples = [Example(path, label) for path in paths]
@@ -103,6 +127,31 @@ def folder_photographs(folder: Path) -> Photographs:
         training += examples[: len(paths) - kept]
         held_out += examples[len(paths) - kept :]
     return Photographs([subfolder.name for subfolder in subfolders], training, held_out)
+
+
+def _files(folder: Path) -> Iterator[Path]:
+    """All files below a folder; OSError if a part of it cannot be read."""
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for parent, folders, files in os.walk(folder, onerror=fail):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        yield from (Path(parent, name) for name in files if not name.startswith("."))
+
+
+def unusable(paths: Sequence[Path]) -> list[str]:
+    """Why files cannot be used, a line for each of those."""
+
+    def try_out(path: Path) -> str:
+        try:
+            _read(path)
+        except DataError as error:
+            return str(error)
+        return ""
+
+    with ThreadPoolExecutor() as pool:
+        return [line for line in pool.map(try_out, paths) if line]
 
 
 def training_batch(
@@ -137,16 +186,24 @@ def training_batch(
 def held_out_batch(
     examples: Sequence[Example], resolution: int, preprocessing: Preprocessing
 ) -> tuple[Tensor, Tensor]:
-    """The central square of each example, unchanged: [B, 3, resolution, resolution] and [B]."""
-    images = []
+    """The central square of each example, unchanged: [B, 3, resolution, resolution] and [B].
+
+    What cannot be read any more is left out with a warning: the training is not lost for it.
+    """
+    images, labels = [torch.empty(0, 3, resolution, resolution)], []
     for example in examples:
-        image = _read(example.path)
+        try:
+            image = _read(example.path)
+        except DataError as error:
+            _warn_once(f"left out of the test: {error}")
+            continue
         left, top, right, bottom = _pixels(example.region, image)
         side = min(right - left, bottom - top)
         left, top = (left + right - side) / 2, (top + bottom - side) / 2
         square = _resize(image, (left, top, left + side, top + side), resolution)
-        images.append(_to_tensor(square, preprocessing))
-    return torch.stack(images), torch.tensor([example.label for example in examples])
+        images.append(_to_tensor(square, preprocessing)[None])
+        labels.append(example.label)
+    return torch.cat(images), torch.tensor(labels)
 
 
 def _augment(example: Example, random: np.random.Generator, resolution: int) -> Image.Image:
@@ -172,10 +229,54 @@ def _augment(example: Example, random: np.random.Generator, resolution: int) -> 
 def _read(path: Path) -> Image.Image:
     """The image as RGB, upright."""
     try:
+        if not path.is_file():  # opening a pipe would wait for who writes to it
+            raise ValueError("there is no such file")
         with Image.open(path) as image:
-            return ImageOps.exif_transpose(image).convert("RGB")
-    except (UnidentifiedImageError, OSError) as error:
-        raise DataError(f"cannot read the image {path}: {error}") from error
+            image.load()
+            return _upright(image, path, _rgb(image))
+    except Exception as error:  # Pillow raises whatever its readers of broken files come upon
+        reason = str(error) or type(error).__name__
+        raise DataError(f"cannot read the image {path}: {reason}") from error
+
+
+def _upright(image: Image.Image, path: Path, pixels: Image.Image) -> Image.Image:
+    """`pixels` as the EXIF data of `image` say; as they are where those are broken."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+        return pixels.transpose(UPRIGHT[orientation]) if orientation in UPRIGHT else pixels
+    except Exception as error:
+        _warn_once(f"{path} may not be upright, its EXIF data cannot be read: {error}")
+        return pixels
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    """8 bits for each colour, on white where an image is transparent; ValueError for other ranges.
+
+    16 bits (Pillow's I;16 and I) are 0 .. 65535, floating point (F) is 0 .. 1.
+    """
+    if image.mode.startswith("I"):
+        return _scaled(image, 65535)
+    if image.mode == "F":
+        return _scaled(image, 1)
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _scaled(image: Image.Image, white: int) -> Image.Image:
+    pixels = np.asarray(image)
+    lowest, highest = pixels.min(), pixels.max()
+    if not (lowest >= 0 and highest <= white):
+        raise ValueError(
+            f"pixels of mode {image.mode} must be within 0 .. {white}, got {lowest} .. {highest}"
+        )
+    return Image.fromarray((pixels * (255 / white)).round().astype(np.uint8)).convert("RGB")
 
 
 def _pixels(region: Region, image: Image.Image) -> tuple[float, float, float, float]:

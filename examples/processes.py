@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+Result = TypeVar("Result")
 
 
 @contextmanager
@@ -56,10 +59,28 @@ def _warn_of_stale_addresses() -> None:
         )
 
 
-def wait_for_all() -> None:
-    """Go on when every process is here."""
+def first_alone(function: Callable[[], Result]) -> Result:
+    """Let the first process do something while all wait; all get its result, or its OSError."""
+    outcome: list[Any] = [None]
+    if rank() == 0:
+        try:
+            outcome = [function()]
+        except OSError as error:
+            outcome = [error]
     if dist.is_initialized():
-        dist.barrier()
+        dist.broadcast_object_list(outcome)
+    if isinstance(outcome[0], OSError):
+        raise outcome[0]
+    return outcome[0]
+
+
+def from_all(value: list[Any]) -> list[Any]:
+    """Every process's list, one behind the other."""
+    if not dist.is_initialized():
+        return value
+    values: list[list[Any]] = [[] for _ in range(count())]
+    dist.all_gather_object(values, value)
+    return [each for one in values for each in one]
 
 
 def mean_over_processes(value: torch.Tensor) -> float:

@@ -15,13 +15,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
 import processes
 import torch
 from chart import draw_chart
-from checkpointing import checkpoints, load_checkpoint, save_checkpoint
+from checkpoint_folder import checkpoints, refuse_strangers
+from checkpointing import CheckpointError, load_checkpoint, save_checkpoint
 from memory import peak_of_step, saved_for_backward
 from photographs import (
     DataError,
@@ -30,6 +32,7 @@ from photographs import (
     folder_photographs,
     held_out_batch,
     training_batch,
+    unusable,
 )
 from progress import Progress
 from report import Measurements, format_table, write_json
@@ -39,10 +42,11 @@ from training import Settings, Trainer, TrainingError
 import moat_kernels
 
 INTERRUPTED = 130  # the exit code that shells use after Ctrl-C
+NAMED = 20  # photographs that cannot be used, at most; the others are counted
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Train, measure and report; returns the exit code (2: the arguments cannot be used)."""
+    """Train, measure and report; returns the exit code (2: what it prints as an error)."""
     options = _parser().parse_args(arguments)
     try:
         return _run(options)
@@ -156,30 +160,54 @@ def _train_and_report(
             f"--batch-size {settings.batch_size} must be a multiple of the "
             f"{processes.count()} processes"
         )
-    trainers = _trainers(options.blocks, settings)
-    source = _resumed_from(options)
-    done = load_checkpoint(source, trainers) if source else 0
-    _say(
-        f"{settings.model} on {len(photographs.training)} photographs of "
-        f"{len(photographs.classes)} classes, {settings.steps} steps of {settings.batch_size} "
-        f"crops of {settings.resolution} x {settings.resolution} pixels, {settings.device}"
-    )
     try:
-        _train(trainers, photographs, done, options)
+        trainers = _trainers(options.blocks, settings)
+        done = _resume(trainers, options)
+        _check_photographs(photographs)
+        _say(
+            f"{settings.model} on {len(photographs.training)} photographs of "
+            f"{len(photographs.classes)} classes, {settings.steps} steps of {settings.batch_size} "
+            f"crops of {settings.resolution} x {settings.resolution} pixels, {settings.device}"
+        )
+        measured_on = _training_batch(photographs, settings, 0)
+        unsaved = _train(trainers, photographs, done, options)
+        results = _measure(trainers, photographs, *measured_on)
     except KeyboardInterrupt:
         _say("\nstopped; --resume continues from the last checkpoint, if --checkpoint wrote one")
         return INTERRUPTED
-    results = _measure(trainers, photographs)
-    if processes.rank() > 0:
-        return 0
-    print(format_table(results, settings))
-    write_json(options.output / "results.json", results, settings)
-    print(f"\nnumbers  {options.output / 'results.json'}")
-    if draw_chart(options.output / "chart.png", results, settings):
-        print(f"chart    {options.output / 'chart.png'}")
+    try:
+        # The others wait: torchrun ends all when one of them ends with an error.
+        processes.first_alone(lambda: _report(results, settings, options.output))
+    except OSError as error:
+        raise TrainingError(f"--output: cannot write to {options.output}: {error}") from error
+    if unsaved:
+        raise unsaved
+    return 0
+
+
+def _check_photographs(photographs: Photographs) -> None:
+    """All can be read, or DataError: hours later it would be too late to find out."""
+    examples = [*photographs.training, *photographs.held_out]
+    files = list(dict.fromkeys(example.path for example in examples))
+    share = files[processes.rank() :: processes.count()]
+    reasons = processes.from_all(unusable(share))
+    if reasons:
+        more = [f"and {len(reasons) - NAMED} more"] if len(reasons) > NAMED else []
+        lines = "\n  ".join([*reasons[:NAMED], *more])
+        raise DataError(
+            f"{len(reasons)} of {len(files)} photographs cannot be used, mend them or move them "
+            f"away:\n  {lines}"
+        )
+
+
+def _report(results: Sequence[Measurements], settings: Settings, folder: Path) -> None:
+    print(format_table(results, settings), flush=True)
+    write_json(folder / "results.json", results, settings)
+    print(f"\nnumbers  {folder / 'results.json'}")
+    if draw_chart(folder / "chart.png", results, settings):
+        print(f"chart    {folder / 'chart.png'}")
     else:
         print("chart    not drawn: matplotlib is not installed")
-    return 0
 
 
 def _say(text: str) -> None:
@@ -199,6 +227,20 @@ def _resumed_from(options: argparse.Namespace) -> Path | None:
             "--resume, or choose another folder"
         )
     return options.resume
+
+
+def _resume(trainers: Sequence[Trainer], options: argparse.Namespace) -> int:
+    """Go to where the run shall continue; returns the number of steps done."""
+    source = _resumed_from(options)
+    done = load_checkpoint(source, trainers) if source else 0
+    if options.checkpoint:
+        refuse_strangers(options.checkpoint, lambda step: step > done and _is_due(step, options))
+    return done
+
+
+def _is_due(step: int, options: argparse.Namespace) -> bool:
+    """Whether a checkpoint is written after `step` steps."""
+    return step == options.steps or (step < options.steps and step % options.checkpoint_every == 0)
 
 
 def _settings(options: argparse.Namespace, photographs: Photographs) -> Settings:
@@ -229,6 +271,10 @@ def _make_folders(options: argparse.Namespace) -> None:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise TrainingError(f"{argument}: cannot make the folder {folder}: {error}") from error
+        try:
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            raise TrainingError(f"{argument}: cannot write to {folder}: {error}") from error
 
 
 def _trainers(blocks: str, settings: Settings) -> list[Trainer]:
@@ -242,7 +288,9 @@ def _trainers(blocks: str, settings: Settings) -> list[Trainer]:
 
 def _train(
     trainers: Sequence[Trainer], photographs: Photographs, done: int, options: argparse.Namespace
-) -> None:
+) -> CheckpointError | None:
+    """Train to the end; returns why the last checkpoint could not be written, if it could not."""
+    unsaved = None
     settings = trainers[0].settings
     progress = Progress(done, settings.steps)
     for step in range(done, settings.steps):
@@ -252,9 +300,20 @@ def _train(
             trainer.step(step, *batch)
         if processes.rank() == 0:
             progress.show(step + 1, _latest(trainers))
-        last = step + 1 == settings.steps
-        if options.checkpoint and (last or (step + 1) % options.checkpoint_every == 0):
-            save_checkpoint(options.checkpoint, trainers, step + 1)
+        if options.checkpoint and _is_due(step + 1, options):
+            unsaved = _try_to_save(options.checkpoint, trainers, step + 1)
+    return unsaved
+
+
+def _try_to_save(folder: Path, trainers: Sequence[Trainer], step: int) -> CheckpointError | None:
+    """Write a checkpoint, or say why that fails: what was trained so far is not given up for it."""
+    try:
+        save_checkpoint(folder, trainers, step)
+    except CheckpointError as error:
+        if processes.rank() == 0:
+            print(f"\nwarning: {error}", file=sys.stderr)
+        return error
+    return None
 
 
 def _latest(trainers: Sequence[Trainer]) -> str:
@@ -279,35 +338,41 @@ def _training_batch(
     return images.to(settings.device), labels.to(settings.device)
 
 
-def _measure(trainers: Sequence[Trainer], photographs: Photographs) -> list[Measurements]:
-    """Accuracy and memory; afterwards the trainers are used up."""
-    settings = trainers[0].settings
+def _measure(
+    trainers: Sequence[Trainer], photographs: Photographs, images: Tensor, labels: Tensor
+) -> list[Measurements]:
+    """Accuracy, and memory with a batch; afterwards the trainers are used up."""
     _say("testing on what was held out, and measuring memory")
-    batch = _training_batch(photographs, settings, 0)
-    return [
-        Measurements(
-            blocks=trainer.blocks,
-            losses=trainer.losses,
-            step_seconds=trainer.step_seconds,
-            accuracy=_accuracy(trainer, photographs),
-            held_out=len(photographs.held_out),
-            saved_bytes=saved_for_backward(trainer, *batch),
-            # Of many processes on one machine none could be told from the others.
-            peak_bytes=peak_of_step(trainer, *batch) if processes.count() == 1 else None,
+    results = []
+    for trainer in trainers:
+        right, tested = _test(trainer, photographs)
+        # Of many processes on one machine none could be told from the others.
+        peak = peak_of_step(trainer, images, labels) if processes.count() == 1 else None
+        results.append(
+            Measurements(
+                blocks=trainer.blocks,
+                losses=trainer.losses,
+                step_seconds=trainer.step_seconds,
+                accuracy=right / tested if tested else None,
+                held_out=tested,
+                saved_bytes=saved_for_backward(trainer, images, labels),
+                peak_bytes=peak,
+            )
         )
-        for trainer in trainers
-    ]
+    return results
 
 
-def _accuracy(trainer: Trainer, photographs: Photographs) -> float | None:
-    """The share of the held-out pictures that are classified right; None without any."""
-    settings, right = trainer.settings, 0
+def _test(trainer: Trainer, photographs: Photographs) -> tuple[int, int]:
+    """How many held-out pictures are classified right, of how many."""
+    settings, right, tested = trainer.settings, 0, 0
     preprocessing = moat_kernels.get_preprocessing(settings.model)
     for start in range(0, len(photographs.held_out), settings.batch_size):
         examples = photographs.held_out[start : start + settings.batch_size]
         images, labels = held_out_batch(examples, settings.resolution, preprocessing)
-        right += int((trainer.predict(images) == labels).sum())
-    return right / len(photographs.held_out) if photographs.held_out else None
+        if len(images):
+            right += int((trainer.predict(images) == labels).sum())
+            tested += len(images)
+    return right, tested
 
 
 if __name__ == "__main__":

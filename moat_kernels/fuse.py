@@ -12,7 +12,8 @@ from moat_kernels.adapters.fused import FusedModule, fused_class, is_changed, st
 from moat_kernels.adapters.reading import NotCovered, NotCoveredInTraining
 from moat_kernels.adapters.registry import all_adapters
 from moat_kernels.adapters.timm import UNFUSED
-from moat_kernels.adapters.verification import verify
+from moat_kernels.adapters.verification import unread, verify
+from moat_kernels.inspection import replaced_method
 from moat_kernels.modules import FusedAttention, FusedInvertedBottleneck
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
 
@@ -166,12 +167,12 @@ class _Fusion:
                 raise NotCovered(f"a subclass of {base.__name__}")
 
     def _check(self, adapter: Adapter, kind: type[nn.Module], module: nn.Module) -> str:
-        """Raise NotCovered, or return what to note."""
-        if adapter.method in module.__dict__:
-            raise NotCovered(f"its {adapter.method} was replaced")
+        """Raise NotCovered, or return what to note. The module stays as it is."""
+        if method := replaced_method(module):
+            raise NotCovered(f"its {method} was replaced")
         reason = ""
         try:
-            adapter.check(module)
+            adapter.check(unread(module))
         except NotCoveredInTraining as obstacle:
             reason = str(obstacle)
         key = (adapter.key, kind, _signature(module))

@@ -171,7 +171,7 @@ def _launch_table() -> dict[str, Any]:
     for gpu in _gpus():
         section = user_table.read(gpu["name"])
         gpus[gpu["name"]] = {"launches": len(section.launches), "ignored": list(section.ignored)}
-    return {"path": str(user_table.path()), "gpus": gpus}
+    return {"path": user_table.location(), "gpus": gpus}
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -1,82 +1,157 @@
-"""Whether modules are as they were made, so that their tensors say all that they compute.
+"""Whether modules run as their classes do, so that tensors and settings say what they compute.
 
-A fused op does not call the modules whose tensors it reads, so one that a user hooked, changed or
-replaced (an adapter, quantisation) must run as itself.
+A fused op does not call the modules whose tensors it reads. One that a user hooked, patched or
+replaced (an adapter, quantisation, offloading) must run as itself; here that is found out.
 """
 
 from __future__ import annotations
 
-from torch import nn
+import inspect
+from collections.abc import Callable, Iterable
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.functional_tensor import FunctionalTensor
+from torch.nn.modules import module as torch_module
+from torch.utils.module_tracker import ModuleTracker
 
 from moat_kernels.drop_path import DropPath
 from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm
 from moat_kernels.reference import SameConv2d, SqueezeExcitation
-from moat_kernels.tensor_access import plain_class
+from moat_kernels.tensor_access import child, plain_class
 
-_STOCK_CLASSES = (
-    nn.Conv2d,
-    nn.Linear,
-    nn.LayerNorm,
-    BatchNorm2d,
-    SyncBatchNorm,
-    nn.SyncBatchNorm,
-    DropPath,
-    SameConv2d,
-    SqueezeExcitation,
-)
+# Classes whose forward is known here, with that forward: somebody may put another one in its place.
+_FORWARDS: dict[Any, Any] = {
+    kind: kind.forward
+    for kind in (
+        *(nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm),
+        *(BatchNorm2d, SyncBatchNorm, DropPath, SameConv2d, SqueezeExcitation),
+    )
+}
+
+# Methods of nn.Module that a call runs, and those of its subclasses that say nothing about one.
+_CALLED = frozenset(("forward", "_call_impl", "_wrapped_call_impl"))
+_SILENT = frozenset(("extra_repr", "reset_parameters", *dir(nn.Module))) - _CALLED
 
 
-def runs_as_its_class(module: nn.Module) -> bool:
-    """Whether a call of the module runs the forward of its class and nothing else: no hooks."""
-    return not (
+@lru_cache(maxsize=512)
+def _methods(kind: Any) -> frozenset[str]:
+    """Names of the methods of a module class that may say what a call of it computes."""
+    names = (name for name in dir(kind) if name not in _SILENT and not name.startswith("__"))
+    return _CALLED | {name for name in names if inspect.isroutine(getattr(kind, name))}
+
+
+def _is_patched(module: nn.Module) -> bool:
+    """Whether a method was replaced on the instance, or the forward of its known class."""
+    own, kind = module.__dict__, type(module)
+    forward = _FORWARDS.get(kind) or _FORWARDS.get(plain_class(module), kind.forward)
+    if kind.forward is not forward:
+        return True
+    if torch.compiler.is_compiling():  # which follows neither caches nor sets of names
+        return "forward" in own or "_conv_forward" in own
+    return not own.keys().isdisjoint(_methods(kind))  # type: ignore[arg-type]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
         module._forward_hooks
         or module._forward_pre_hooks
         or module._backward_hooks
         or module._backward_pre_hooks
-        or "forward" in module.__dict__
     )
+
+
+def is_touched(module: nn.Module) -> bool:
+    """Whether hooks of the module, or what replaced a method of it, run when it is called."""
+    return _has_hooks(module) or _is_patched(module)
+
+
+def hooks_for_all_modules() -> bool:
+    """Whether a hook is registered for every module of the process, and wants to see each call.
+
+    PyTorch's ModuleTracker, which FlopCounterMode has, only wants to know where it is.
+    """
+    hooks = (
+        torch_module._global_forward_pre_hooks,
+        torch_module._global_forward_hooks,
+        torch_module._global_backward_pre_hooks,
+        torch_module._global_backward_hooks,
+    )
+    if not any(hooks):
+        return False
+    return not all(
+        isinstance(getattr(hook, "__self__", None), ModuleTracker)
+        for registered in hooks
+        for hook in registered.values()
+    )
+
+
+def runs_as_its_class(module: nn.Module) -> bool:
+    """Whether a call of the module runs the forward of its class and nothing else."""
+    return not (is_touched(module) or hooks_for_all_modules())
 
 
 def interception(module: nn.Module, name: str) -> str:
     """What else runs when the module, to be called `name`, is called; empty if nothing does."""
-    if runs_as_its_class(module):
+    if _has_hooks(module):
+        return f"{name} has hooks"
+    if method := replaced_method(module):
+        return f"the {method} of {name} was replaced"
+    return "hooks for all modules are registered" if hooks_for_all_modules() else ""
+
+
+def replaced_method(module: nn.Module) -> str:
+    """The name of a method that was replaced on the instance; empty if none was."""
+    if not _is_patched(module):
         return ""
-    replaced = "forward" in module.__dict__
-    return f"the forward of {name} was replaced" if replaced else f"{name} has hooks"
+    own = _methods(type(module)).intersection(module.__dict__)  # type: ignore[arg-type]
+    return min(own, default="forward")
 
 
-def obstacle(owner: nn.Module, names: tuple[str, ...]) -> str:
-    """Why the submodules `names` cannot be read as plain tensors; empty if they can."""
+def interceptions(owner: nn.Module, names: Iterable[str]) -> str:
+    """The first `interception` of the children `names`, or of what is inside them, or ""."""
     for name in names:
-        child = owner._modules[name] if name in owner._modules else getattr(owner, name)
-        if child is None or _is_plain(child):
+        module = child(owner, name)
+        if not isinstance(module, nn.Module):
             continue
-        for path, module in child.named_modules(prefix=name):
+        for path, inner in module.named_modules(prefix=name):
             if ".parametrizations" in path:
                 continue  # they run when the tensor is read
-            if plain_class(module) not in _STOCK_CLASSES:
-                return f"{path} was replaced by {type(module).__name__}"
-            if found := interception(module, path):
+            if found := interception(inner, path):
                 return found
     return ""
 
 
-def difference(
-    module: nn.Module, classes: tuple[type[nn.Module], ...], children: tuple[str, ...]
-) -> str:
-    """What tells a module from one of `classes` as it is made, itself or in these children.
+def overridden(module: nn.Module, methods: Iterable[Callable[..., Any]]) -> str:
+    """The name of one of `methods`, functions of this package, that the module does not have.
 
-    Empty if nothing does.
+    A subclass, the instance, or whoever patched the class has another; empty if none has.
     """
-    if type(module) not in classes or "forward" in module.__dict__:
-        return f"a {type(module).__name__} with a forward of its own"
-    return interception(module, "it") or obstacle(module, children)
+    for function in methods:
+        name = function.__name__
+        if name in module.__dict__ or getattr(type(module), name) is not function:
+            return name
+    return ""
 
 
-def _is_plain(module: nn.Module) -> bool:
-    """Stock all the way down and not parametrized: the usual case, told quickly."""
-    if type(module) not in _STOCK_CLASSES or not runs_as_its_class(module):
-        return False
-    # Most have no children, for whom a generator would take longer than all the rest.
-    children = module._modules
-    return not children or all(child is None or _is_plain(child) for child in children.values())
+def is_plain_tensor(tensor: Any) -> bool:
+    """Whether a tensor's memory says what it is: neither a subclass nor one that is not there yet.
+
+    None is no tensor, and plain.
+    """
+    kind = type(tensor)
+    if kind is nn.Parameter or kind is Tensor:
+        return True
+    return tensor is None or isinstance(tensor, FakeTensor | FunctionalTensor)
+
+
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a module is of a class, runs as that, and holds plain tensors."""
+    return (
+        plain_class(module) is kind
+        and runs_as_its_class(module)
+        and all(map(is_plain_tensor, module._parameters.values()))
+    )

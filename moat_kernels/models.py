@@ -11,15 +11,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from moat_kernels.inspection import obstacle
+from moat_kernels.adapters.reading import NotCovered, read_norm
+from moat_kernels.inspection import interceptions, is_plain
 from moat_kernels.modules import (
     FusedInvertedBottleneck,
     FusedMBConv,
     FusedMOATBlock,
-    check_is_plain,
+    check_runs_as_made,
 )
-from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
+from moat_kernels.normalization import BatchNorm2d, norm_tensors
 from moat_kernels.ops.common.backends import warn_once
+from moat_kernels.ops.common.batch_norm import Norm, NormParameters
 from moat_kernels.ops.common.checks import (
     check_devices,
     check_positive_integer,
@@ -28,7 +30,8 @@ from moat_kernels.ops.common.checks import (
 from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, head_step, stem_step
 from moat_kernels.ops.stem import api as stem
 from moat_kernels.reference import MBConvBlock, MOATBlock, SameConv2d, initialize
-from moat_kernels.tensor_access import tensor_of
+from moat_kernels.tensor_access import child, is_parametrized, tensor_of
+from moat_kernels.tracing import is_traced, record_call
 from moat_kernels.variants import get_preprocessing, get_variant, list_models
 
 __all__ = ["MOAT", "create_model", "get_preprocessing", "list_models"]
@@ -74,27 +77,50 @@ class FusedStem(Stem):
 
     def frozen_steps(self) -> list[FrozenStep]:
         """What inference computes, its weights packed as they are now. Raises CannotFreeze."""
-        check_is_plain(self, (FusedStem,), ("conv_0", "norm_0", "conv_1"))
-        norm, tensors = describe_norm(self.norm_0), norm_tensors(self.norm_0)
-        if not norm.frozen or self.conv_0.stride != (2, 2) or self.conv_1.stride != (1, 1):
-            raise CannotFreeze("a norm that measures the batch, or other strides")
-        first, second = self._convolutions()
+        check_runs_as_made(self, (FusedStem,))
+        try:
+            first, norm, tensors, second = self._read()
+        except NotCovered as obstacle:
+            raise CannotFreeze(str(obstacle)) from obstacle
+        if not norm.frozen:
+            raise CannotFreeze("a norm that measures the batch")
         return [stem_step(first, tensors, norm.eps, second)]
 
-    def _convolutions(self) -> list[list[Tensor | None]]:
-        """Weight and bias of both."""
-        return [
-            [tensor_of(self._modules[name], part) for part in ("weight", "bias")]
-            for name in ("conv_0", "conv_1")
-        ]
+    def _read(self) -> tuple[list[Tensor | None], Norm, NormParameters, list[Tensor | None]]:
+        """Weight and bias of the first convolution, the norm, those of the second. Or NotCovered.
+
+        Raised before any tensor is read.
+        """
+        if reason := interceptions(self, ("conv_0", "norm_0", "conv_1")):
+            raise NotCovered(reason)
+        convolutions = (child(self, "conv_0"), child(self, "conv_1"))
+        for conv, stride in zip(convolutions, ((2, 2), (1, 1)), strict=True):
+            if not is_plain(conv, SameConv2d):
+                raise NotCovered(f"{type(conv).__name__} in place of a convolution")
+            if (conv.stride, conv.dilation, conv.groups) != (stride, (1, 1), 1):
+                raise NotCovered("other strides, dilation or groups")
+            if conv.padding_mode != "zeros":
+                raise NotCovered(f"padding_mode {conv.padding_mode!r}")
+        norm = child(self, "norm_0")
+        reading = read_norm(norm)
+        if reading.norm is None or reading.activation != "identity":
+            raise NotCovered(f"{type(norm).__name__} in place of a batch norm")
+        first, second = (
+            [tensor_of(conv, part) for part in ("weight", "bias")] for conv in convolutions
+        )
+        return first, reading.norm, norm_tensors(norm), second
 
     def forward(self, x: Tensor) -> Tensor:
-        reason = obstacle(self, ("conv_0", "norm_0", "conv_1"))
-        if reason:
-            warn_once(f"{type(self).__name__}: {reason}; running unfused")
-        elif self.conv_0.stride == (2, 2) and self.conv_1.stride == (1, 1):
-            first, second = self._convolutions()
-            norm, tensors = describe_norm(self.norm_0), norm_tensors(self.norm_0)
+        if is_traced(x):
+            return record_call(self, x)
+        try:
+            if is_parametrized(self.conv_0) or is_parametrized(self.conv_1):
+                # What computes the weights must do so once in a call.
+                raise NotCovered("parametrized weights")
+            first, norm, tensors, second = self._read()
+        except NotCovered as obstacle:
+            warn_once(f"{type(self).__name__}: {obstacle}; running unfused")
+        else:
             if norm.frozen and stem.covers(x, first, tensors, second):
                 return stem.stem(x, first, tensors, norm.eps, second)
             if stem.covers_training(x, first, norm, tensors, second):
@@ -197,13 +223,13 @@ class MOAT(nn.Module):
 
         With fused blocks they are in channels_last, whatever x is.
         """
-        if not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != 3:
+        if not is_traced(x) and (not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != 3):
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x must be [B, 3, H, W], got {found}")
         outputs = [self.stem(x)]
         for stage in self.stages:
             x = outputs[-1]
-            for block in stage.children():
+            for block in stage if isinstance(stage, nn.ModuleList) else (stage,):
                 x = block(x)
             outputs.append(x)
         return outputs
@@ -221,15 +247,15 @@ class MOAT(nn.Module):
     def forward(self, x: Tensor) -> Tensor | OrderedDict[str, Tensor]:
         if not self.features_only:
             return self.forward_head(self.forward_features(x))
-        return endpoints(self.forward_stages(x), x.is_contiguous())
+        return endpoints(self.forward_stages(x), not is_traced(x) and x.is_contiguous())
 
     def frozen_stages(self) -> list[list[FrozenStep]]:
         """What inference computes in the stem and each stage, its weights packed as they are now.
 
         Raises CannotFreeze.
         """
-        check_is_plain(self, (MOAT,), ())
-        stages = [[self.stem], *(stage.children() for stage in self.stages)]
+        check_runs_as_made(self, (MOAT,))
+        stages = [[self.stem], *self.stages]
         steps: list[list[FrozenStep]] = []
         for stage in stages:
             steps.append([])
@@ -244,7 +270,7 @@ class MOAT(nn.Module):
         norm, linear = self.final_layer_norm, self.logits_head
         if norm is None:
             return []
-        if obstacle(self, ("final_layer_norm", "logits_head")):
+        if not is_plain(norm, nn.LayerNorm) or (linear and not is_plain(linear, nn.Linear)):
             raise CannotFreeze("its classifier is hooked or was replaced")
         tensors = [
             tensor_of(module, part) for module in (norm, linear) for part in ("weight", "bias")

@@ -9,7 +9,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moat_kernels import reference
-from moat_kernels.inspection import difference, interception, obstacle, runs_as_its_class
+from moat_kernels.adapters.reading import NotCovered, read_drop_path
+from moat_kernels.block_reading import read_block
+from moat_kernels.drop_path import DropPath
+from moat_kernels.inspection import interception, is_plain, overridden
 from moat_kernels.linear import apply_linear
 from moat_kernels.ops.attention_half import api as attention_half
 from moat_kernels.ops.common.backends import NO_TORCHSCRIPT, keep_backend, warn_once
@@ -25,16 +28,17 @@ from moat_kernels.ops.mbconv import mbconv
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.window_attention import window_attention
-from moat_kernels.tensor_access import tensor_of
+from moat_kernels.tensor_access import child, is_parametrized, tensor_of
+from moat_kernels.tracing import is_traced, record_call
 
 Result = TypeVar("Result")
 
 
-def check_is_plain(
-    module: nn.Module, classes: tuple[type[nn.Module], ...], children: tuple[str, ...]
-) -> None:
-    """Raise CannotFreeze unless the module is as it was made, and so are these of its children."""
-    if reason := difference(module, classes, children):
+def check_runs_as_made(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> None:
+    """Raise CannotFreeze if anything but the code of one of `classes` runs when it is called."""
+    if type(module) not in classes:
+        raise CannotFreeze(f"a {type(module).__name__} with code of its own")
+    if reason := interception(module, "it"):
         raise CannotFreeze(reason)
 
 
@@ -46,17 +50,6 @@ def refuse_scripting(module: nn.Module) -> NoReturn:
 class FusedInvertedBottleneck(reference.MBConvBlock):
     """What both fused blocks share: the convolutional half through `functional.mbconv`."""
 
-    _fused_children = (
-        "pre_norm",
-        "expand_conv",
-        "expand_norm",
-        "depthwise_conv",
-        "depthwise_norm",
-        "se",
-        "shrink_conv",
-        "shortcut_conv",
-        "drop_path",
-    )
     __prepare_scriptable__ = refuse_scripting
 
     def __init__(
@@ -68,29 +61,40 @@ class FusedInvertedBottleneck(reference.MBConvBlock):
         self.recompute = recompute
 
     def inverted_bottleneck(self, x: Tensor) -> Tensor:
-        reason = obstacle(self, self._fused_children)
-        if reason:
-            warn_once(f"{type(self).__name__}: {reason}; running unfused")
+        try:
+            bottleneck = read_block(self)
+        except NotCovered as obstacle:
+            warn_once(f"{type(self).__name__}: {obstacle}; running unfused")
             return super().inverted_bottleneck(x)
+        drop_path = bottleneck.drop_path
         return mbconv(
             x,
-            self.tensors(),
-            self.description(),
+            bottleneck.parameters,
+            bottleneck.description,
             training=True,  # which norms measure the batch is told by their own training flags
             recompute=self.recompute,
-            drop_path_scale=self.drop_path.scale(x),
+            drop_path_scale=None if drop_path is None else drop_path.scale(x),
         )
 
     def frozen_steps(self) -> list[FrozenStep]:
         """What inference computes, its weights packed as they are now. Raises CannotFreeze."""
-        check_is_plain(self, (FusedMBConv, FusedMOATBlock), self._fused_children)
+        check_runs_as_made(self, (FusedMBConv, FusedMOATBlock))
         if self._drops():
             raise CannotFreeze("its drop path drops")
-        tensors = self.tensors()
-        return [mbconv_step(tensors, resolve_frozen(self.description(), tensors, training=True))]
+        try:
+            bottleneck = read_block(self)
+        except NotCovered as obstacle:
+            raise CannotFreeze(str(obstacle)) from obstacle
+        parameters = bottleneck.parameters
+        description = resolve_frozen(bottleneck.description, parameters, training=True)
+        return [mbconv_step(parameters, description)]
 
     def _drops(self) -> bool:
-        return self.drop_path.training and self.drop_path.probability > 0
+        """Whether drop path draws, or is replaced by something that might."""
+        try:
+            return read_drop_path(child(self, "drop_path")) is not None
+        except NotCovered:
+            return True
 
     def extra_repr(self) -> str:
         return f"recompute={self.recompute!r}"
@@ -109,9 +113,13 @@ class FusedMBConv(FusedInvertedBottleneck):
     >>> block(torch.zeros(1, 16, 7, 8)).shape
     torch.Size([1, 32, 4, 4])
 
-    Raises ValueError naming an argument that is not supported. A block whose inner modules were
-    hooked or replaced runs unfused, with a FallbackWarning.
+    Raises ValueError naming an argument that is not supported. What was changed inside a block
+    (settings, modules, methods) is computed too, or the block runs unfused, with a FallbackWarning
+    that names it.
     """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return record_call(self, x) if is_traced(x) else self.inverted_bottleneck(x)
 
 
 class FusedAttention(reference.Attention):
@@ -123,6 +131,8 @@ class FusedAttention(reference.Attention):
     __prepare_scriptable__ = refuse_scripting
 
     def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x):
+            return record_call(self, x)
         return apply_linear(self.proj, self.attend(apply_linear(self.qkv, x)))
 
     def attend(self, qkv: Tensor) -> Tensor:
@@ -130,13 +140,7 @@ class FusedAttention(reference.Attention):
         return window_attention(qkv, table, self.description)
 
 
-def _is_called_for_its_result_only(attention: nn.Module) -> bool:
-    """Whether it is FusedAttention as it was made, so that its tensors say what it computes."""
-    return (
-        type(attention) is FusedAttention
-        and runs_as_its_class(attention)
-        and not obstacle(attention, ("qkv", "proj"))
-    )
+_ATTENTION_METHODS = (FusedAttention.forward, FusedAttention.attend, FusedAttention.bias_table)
 
 
 class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
@@ -155,6 +159,11 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
 
     attention_class = FusedAttention
 
+    def forward(self, x: Tensor) -> Tensor:
+        if is_traced(x):
+            return record_call(self, x)
+        return self.attention_half(self.inverted_bottleneck(x))
+
     def frozen_steps(self) -> list[FrozenStep]:
         steps = super().frozen_steps()
         if not self._is_one_pass():
@@ -164,7 +173,9 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
         return [*steps, half]
 
     def attention_half(self, y: Tensor) -> Tensor:
-        if not self._drops() and self._is_one_pass():
+        if overridden(self, (_SELF_ATTENTION,)):
+            return super().attention_half(y)
+        if not self._drops() and self._is_one_pass() and not self._is_parametrized():
             tensors, description = self._attention_tensors(), self.attention.description
             if attention_half.covers(y, tensors, description):
                 eps = self.attention_norm.eps
@@ -178,21 +189,35 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
     def self_attention(self, y: Tensor) -> Tensor:
         return self._keeping_input(super().self_attention, y)
 
+    def _attention_modules(self) -> tuple[nn.Module, ...]:
+        """The norm, the attention and its two linear layers."""
+        attention = child(self, "attention")
+        layers = (child(attention, "qkv"), child(attention, "proj"))
+        return (child(self, "attention_norm"), attention, *layers)
+
     def _is_one_pass(self) -> bool:
         """Whether tensors alone say what this half computes, so that one op may."""
-        return not obstacle(
-            self, ("attention_norm", "drop_path")
-        ) and _is_called_for_its_result_only(self.attention)
+        if type(child(self, "attention")) is not FusedAttention:
+            return False
+        kinds = (nn.LayerNorm, FusedAttention, nn.Linear, nn.Linear)
+        modules = self._attention_modules()
+        return (
+            all(map(is_plain, modules, kinds))
+            and not overridden(modules[1], _ATTENTION_METHODS)
+            and len(modules[0].normalized_shape) == 1  # type: ignore[arg-type]
+        )
+
+    def _is_parametrized(self) -> bool:
+        """Whether tensors of this half are computed, which must be done once in a call."""
+        return any(map(is_parametrized, self._attention_modules()))
 
     def _attention_tensors(self) -> list[Tensor | None]:
         """As `attention_half` takes them."""
-        modules = self.attention._modules
-        tensors = [
-            tensor_of(module, part)
-            for module in (self.attention_norm, modules["qkv"], modules["proj"])
-            for part in ("weight", "bias")
+        norm, attention, qkv, proj = self._attention_modules()
+        layers = [
+            tensor_of(module, part) for module in (norm, qkv, proj) for part in ("weight", "bias")
         ]
-        return [*tensors, tensor_of(self.attention, "relative_position_embedding")]
+        return [*layers, tensor_of(attention, "relative_position_embedding")]
 
     def _branch(self, rows: Tensor) -> tuple[Tensor, Tensor]:
         """(rows, attention(layer_norm(rows))); rows are to be used instead of those given."""
@@ -203,14 +228,16 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
 
     def _fuses_branch(self, y: Tensor) -> bool:
         """Whether kernels compute the norm: they cover it, and nobody hooked or replaced it."""
-        norm = self.attention_norm
-        if not covers(y.permute(0, 2, 3, 1), norm.weight, norm.bias):
+        norm, attention = child(self, "attention_norm"), child(self, "attention")
+        fits = is_plain(norm, nn.LayerNorm) and not is_parametrized(norm)
+        if fits and not covers(y.permute(0, 2, 3, 1), norm.weight, norm.bias):
             return False
-        reason = obstacle(self, ("attention_norm", "drop_path"))
-        attention = self.attention
-        if not reason:
-            reason = interception(attention, "attention")
-        if not reason and not isinstance(attention, reference.Attention):
+        reason = interception(attention, "attention")
+        if not fits:
+            reason = interception(norm, "attention_norm") or "attention_norm was replaced"
+        elif not is_plain(child(self, "drop_path"), DropPath):
+            reason = "drop_path was replaced"
+        elif not reason and not isinstance(attention, reference.Attention):
             reason = f"attention was replaced by {type(attention).__name__}"
         if reason:
             warn_once(f"{type(self).__name__}: {reason}; its layer norm runs unfused")
@@ -221,3 +248,6 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
         if self.recompute == "block" and y.requires_grad:
             return checkpoint(keep_backend(function), y, use_reentrant=False)
         return function(y)
+
+
+_SELF_ATTENTION = FusedMOATBlock.self_attention

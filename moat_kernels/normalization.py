@@ -8,7 +8,12 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from moat_kernels.ops.common.batch_norm import Norm, NormParameters, update_norm
+from moat_kernels.ops.common.batch_norm import (
+    Norm,
+    NormParameters,
+    leave_uncounted,
+    update_norm,
+)
 from moat_kernels.ops.common.synchronization import group_name, world_name
 from moat_kernels.ops.mbconv.reference import batch_norm
 from moat_kernels.tensor_access import is_parametrized, plain_class, tensor_of
@@ -167,22 +172,38 @@ def _synchronized(norm: nn.BatchNorm2d, process_group: Any) -> SyncBatchNorm:
     return converted
 
 
+def is_frozen_norm(norm: nn.Module) -> bool:
+    """Whether a module is torchvision's, timm's or detectron2's batch norm of fixed statistics.
+
+    All of its tensors are buffers, which training never changes.
+    """
+    kind = plain_class(norm)
+    return (
+        kind.__name__ == "FrozenBatchNorm2d"
+        and kind.__module__.partition(".")[0] in ("torchvision", "timm", "detectron2")
+        and {"weight", "bias", "running_mean", "running_var"} == set(norm._buffers)
+        and not norm._modules
+    )
+
+
 def describe_norm(module: nn.Module) -> Norm:
     """A batch norm module for `functional.mbconv`; frozen if it uses its running statistics.
 
-    module: BatchNorm2d or SyncBatchNorm, this package's or torch.nn's. The latter keep PyTorch's
-        unbiased running variance.
+    module: BatchNorm2d or SyncBatchNorm, this package's or torch.nn's, or one that
+        `is_frozen_norm`. torch.nn's keep PyTorch's unbiased running variance.
 
     >>> describe_norm(nn.BatchNorm2d(8)).unbiased, describe_norm(BatchNorm2d(8)).unbiased
     (True, False)
     """
-    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
+    # torch.compile would only warn about a cache.
+    make = Norm if torch.compiler.is_compiling() else _cached_norm
+    if not isinstance(module, nn.modules.batchnorm._BatchNorm):
+        assert is_frozen_norm(module)
+        return make(eps=module.eps, unbiased=True, frozen=True)  # type: ignore[arg-type]
     group = None
     if module.training and isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
         chosen = module.process_group
         group = world_name() if chosen is None else group_name(chosen)
-    # torch.compile would only warn about a cache.
-    make = Norm if torch.compiler.is_compiling() else _cached_norm
     return make(
         eps=module.eps,
         momentum=module.momentum,
@@ -192,9 +213,17 @@ def describe_norm(module: nn.Module) -> Norm:
     )
 
 
-def norm_tensors(module: nn.Module) -> NormParameters:
-    """The tensors of a batch norm module for `functional.mbconv`, each [C] or None."""
-    assert isinstance(module, nn.modules.batchnorm._BatchNorm)
-    if module.training and not module.track_running_stats:
-        return NormParameters(module.weight, module.bias)
-    return NormParameters(*[tensor_of(module, name) for name in NormParameters._fields])
+def norm_tensors(module: nn.Module | None) -> NormParameters:
+    """The tensors of a batch norm module for `functional.mbconv`, each [C] or None.
+
+    None and nn.Identity, which are no norm, have none.
+    """
+    if module is None or plain_class(module) is nn.Identity:
+        return NormParameters()
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        if module.training and not module.track_running_stats:
+            leave_uncounted(module._buffers["running_mean"])
+            return NormParameters(tensor_of(module, "weight"), tensor_of(module, "bias"))
+        return NormParameters(*[tensor_of(module, name) for name in NormParameters._fields])
+    assert is_frozen_norm(module)
+    return NormParameters(*[tensor_of(module, name) for name in NormParameters._fields[:4]])

@@ -8,27 +8,18 @@ width.
 
 from __future__ import annotations
 
-from functools import lru_cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moat_kernels.drop_path import DropPath
-from moat_kernels.normalization import BatchNorm2d, describe_norm, norm_tensors
-from moat_kernels.ops.common.batch_norm import Norm
+from moat_kernels.normalization import BatchNorm2d
 from moat_kernels.ops.common.checks import check_positive_integers
 from moat_kernels.ops.common.spatial import pad_map, resolve_padding, split_padding
-from moat_kernels.ops.mbconv.description import (
-    MBConvDescription,
-    MBConvParameters,
-    Pool,
-    SqueezeExcite,
-)
+from moat_kernels.ops.mbconv.description import Pool
 from moat_kernels.ops.mbconv.reference import pool_map
 from moat_kernels.ops.window_attention import WindowAttentionDescription, resize_table
 from moat_kernels.ops.window_attention.reference import window_attention
-from moat_kernels.tensor_access import tensor_of
 
 INITIAL_STD = 0.02  # of every weight: a plain normal, not truncated; biases start at 0
 
@@ -37,13 +28,21 @@ class SameConv2d(nn.Conv2d):
     """A convolution with TensorFlow's SAME padding, decided from the map's size at each call."""
 
     def forward(self, input: Tensor) -> Tensor:
-        kernel_size = (self.kernel_size[0], self.kernel_size[1])
         height, width = input.shape[2:]
-        border, padding = split_padding(
-            resolve_padding("tf_same", height, width, kernel_size, self.stride[0])
-        )
+        # Of the pixels that a dilated kernel spans.
+        spans = [
+            dilation * (size - 1) + 1
+            for size, dilation in zip(self.kernel_size, self.dilation, strict=True)
+        ]
+        sides = resolve_padding("tf_same", height, width, (spans[0], spans[1]), self.stride[0])
+        if self.padding_mode != "zeros":
+            top, bottom, left, right = sides
+            padded, padding = F.pad(input, (left, right, top, bottom), self.padding_mode), (0, 0)
+        else:
+            border, padding = split_padding(sides)
+            padded = pad_map(input, border)
         return F.conv2d(
-            pad_map(input, border), self.weight, self.bias, self.stride, padding, 1, self.groups
+            padded, self.weight, self.bias, self.stride, padding, self.dilation, self.groups
         )
 
 
@@ -145,56 +144,6 @@ class MBConvBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.inverted_bottleneck(x)
-
-    def description(self) -> MBConvDescription:
-        """This block's inverted bottleneck for `functional.mbconv`."""
-        # torch.compile would only warn about a cache.
-        make = _description if torch.compiler.is_compiling() else _cached_description
-        return make(
-            self.stride,
-            describe_norm(self.pre_norm),
-            describe_norm(self.expand_norm),
-            describe_norm(self.depthwise_norm),
-            self.se is not None,
-            self.pool,
-        )
-
-    def tensors(self) -> MBConvParameters:
-        """This block's parameters and buffers for `functional.mbconv`."""
-        modules = self._modules
-        shrink, shortcut = modules["shrink_conv"], modules.get("shortcut_conv")
-        se = {} if self.se is None else self.se._modules
-        return MBConvParameters(
-            expand_weight=tensor_of(modules["expand_conv"], "weight"),
-            depthwise_weight=tensor_of(modules["depthwise_conv"], "weight"),
-            project_weight=tensor_of(shrink, "weight"),
-            project_bias=tensor_of(shrink, "bias"),
-            pre_norm=norm_tensors(self.pre_norm),
-            expand_norm=norm_tensors(self.expand_norm),
-            depthwise_norm=norm_tensors(self.depthwise_norm),
-            se_reduce_weight=tensor_of(se.get("reduce"), "weight"),
-            se_reduce_bias=tensor_of(se.get("reduce"), "bias"),
-            se_expand_weight=tensor_of(se.get("expand"), "weight"),
-            se_expand_bias=tensor_of(se.get("expand"), "bias"),
-            shortcut_weight=tensor_of(shortcut, "weight"),
-            shortcut_bias=tensor_of(shortcut, "bias"),
-        )
-
-
-def _description(
-    stride: int, pre: Norm, expand: Norm, depthwise: Norm, gated: bool, pool: Pool | None
-) -> MBConvDescription:
-    return MBConvDescription(
-        stride=stride,
-        pre_norm=pre,
-        expand_norm=expand,
-        depthwise_norm=depthwise,
-        squeeze_excite=SqueezeExcite() if gated else None,
-        pool=pool,
-    )
-
-
-_cached_description = lru_cache(maxsize=256)(_description)
 
 
 class Attention(nn.Module):

@@ -30,7 +30,7 @@ from moat_kernels.ops.triton_support import user_table
 from moat_kernels.ops.triton_support.launch_table import LAUNCH_TABLES, Problem
 from moat_kernels.ops.triton_support.launching import Observer, device_name, observing
 from moat_kernels.ops.triton_support.tuning import Survey, Tuner, time_on_gpu
-from moat_kernels.ops.triton_support.user_table import Entry
+from moat_kernels.ops.triton_support.user_table import Entry, LaunchTableError
 from moat_kernels.variants import get_preprocessing, list_models
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -130,13 +130,25 @@ def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """The command line. Exits with a reason where there is no GPU to measure on."""
+    """The command line. Exits with a reason where nothing can be measured or kept."""
     options = _parse(arguments)
     reason = backend_status()["triton"].reason
     if not torch.cuda.is_available():
         reason = "no CUDA device that torch can use"
     if reason:
         sys.exit(f"nothing can be measured here: {reason}. The static launch tables are in use.")
+    try:
+        user_table.check_writable()
+        _tune_here(options)
+    except LaunchTableError as error:
+        sys.exit(
+            f"the launch table {user_table.location()} cannot take what is measured: {error}. "
+            f"Move it away, or name another file by {user_table.ENVIRONMENT_VARIABLE}"
+        )
+
+
+def _tune_here(options: argparse.Namespace) -> None:
+    """Tune on the current CUDA device and write what is found."""
     device, dtype = torch.device("cuda", torch.cuda.current_device()), DTYPES[options.dtype]
     resolution = options.resolution or get_preprocessing(options.model).resolution
     models = [
@@ -161,7 +173,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         bandwidth=copy_bandwidth(device),
         seconds=options.seconds,
     )
-    print(f"{written} launches for {device_name(device)} written to {user_table.path()}")
+    print(f"{written} launches for {device_name(device)} written to {user_table.location()}")
 
 
 def copy_bandwidth(device: torch.device) -> float:

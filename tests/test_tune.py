@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 
 from moat_kernels import tune
+from moat_kernels.ops.triton_support import user_table
 
 without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 
@@ -31,6 +33,32 @@ def test_a_missing_triton_is_the_reason(monkeypatch: pytest.MonkeyPatch) -> None
 
 class _Missing:
     reason = "triton is not installed"
+
+
+class _Usable:
+    reason = ""
+
+
+@pytest.mark.parametrize(
+    ("prepare", "reason"),
+    [
+        (lambda file: file.mkdir(), "it is no file"),
+        (lambda file: file.write_text("my notes"), "Expecting value"),
+        (lambda file: file.parent.rmdir() or file.parent.write_text(""), "cannot be written: "),
+    ],
+    ids=["folder", "notes", "no folder"],
+)
+def test_a_table_that_cannot_be_written_is_found_before_measuring(
+    prepare, reason: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "tables" / "launches.json"
+    file.parent.mkdir()
+    prepare(file)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(tune, "backend_status", lambda: {"triton": _Usable})
+    monkeypatch.setenv(user_table.ENVIRONMENT_VARIABLE, str(file))
+    with pytest.raises(SystemExit, match=f"{file} cannot take what is measured: {reason}"):
+        tune.main([])
 
 
 @pytest.mark.parametrize("arguments", [["--model", "moat_9"], ["--dtype", "int8"]])

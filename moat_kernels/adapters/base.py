@@ -20,6 +20,7 @@ from moat_kernels.adapters.reading import (
 from moat_kernels.ops.common.backends import warn_once
 from moat_kernels.ops.mbconv import mbconv
 from moat_kernels.ops.window_attention import WindowAttentionDescription, window_attention
+from moat_kernels.tracing import is_traced, record_call
 
 
 @dataclass(frozen=True)
@@ -100,6 +101,10 @@ class Adapter(ABC):
         adapter = self
 
         def method(module: nn.Module, *inputs: Any, **options: Any) -> Any:
+            if any(map(is_traced, inputs)):
+                if adapter.method == "forward":
+                    return record_call(module, *inputs, **options)
+                return getattr(stock, adapter.method)(module, *inputs, **options)
             try:
                 return adapter.run(module, recompute, *inputs, **options)
             except NotCovered as obstacle:

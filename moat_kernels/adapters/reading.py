@@ -12,15 +12,17 @@ from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
-from moat_kernels.inspection import interception, runs_as_its_class
+from moat_kernels.drop_path import DropPath
+from moat_kernels.inspection import interception, is_plain_tensor
 from moat_kernels.normalization import (
     BatchNorm2d,
     SyncBatchNorm,
     describe_norm,
     has_activation,
+    is_frozen_norm,
     norm_tensors,
 )
-from moat_kernels.ops.common.batch_norm import Norm, NormParameters
+from moat_kernels.ops.common.batch_norm import Norm
 from moat_kernels.ops.common.spatial import Padding
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
@@ -28,7 +30,8 @@ from moat_kernels.ops.mbconv.description import (
     Pool,
     SqueezeExcite,
 )
-from moat_kernels.tensor_access import plain_class
+from moat_kernels.reference import SameConv2d
+from moat_kernels.tensor_access import is_parametrized, plain_class, tensor_of
 
 _ACTIVATIONS = {
     "GELU": "gelu",
@@ -68,8 +71,8 @@ def tensor_names(module: nn.Module) -> set[str]:
 def refuse_hooks(modules: Iterable[nn.Module]) -> None:
     """Raise NotCovered if one of the modules, which are not called when fused, must be called."""
     for module in modules:
-        if not runs_as_its_class(module):
-            raise NotCovered(interception(module, f"an inner {class_name(module)}"))
+        if reason := interception(module, f"an inner {class_name(module)}"):
+            raise NotCovered(reason)
 
 
 def refuse_dropout(dropout: nn.Module, what: str) -> None:
@@ -96,25 +99,33 @@ class NormReading(NamedTuple):
     """A batch norm, and the activation that its module applies after it."""
 
     norm: Norm | None
-    tensors: NormParameters
     activation: str
 
 
-def read_norm(module: nn.Module | None) -> NormReading:
-    """A batch norm of maps: torch.nn's, ours, or timm's with an activation; synchronised or not.
+def is_norm(module: nn.Module) -> bool:
+    """Whether `read_norm` knows the class of a module."""
+    known = plain_class(module) in (*_NORMS, nn.Identity)
+    return known or has_activation(module) or is_frozen_norm(module)
 
-    None is no norm.
+
+def read_norm(module: nn.Module | None) -> NormReading:
+    """A batch norm of maps: torch.nn's, ours, timm's with an activation, or one that is frozen.
+
+    It may be synchronised. None and nn.Identity are no norm.
     """
-    if module is None:
-        return NormReading(None, NormParameters(), "identity")
+    if module is None or plain_class(module) is nn.Identity:
+        return NormReading(None, "identity")
+    if not is_norm(module):
+        raise NotCovered(f"{class_name(module)} in place of a batch norm")
     activation = "identity"
     if has_activation(module):
         if class_name(module.drop) != "Identity":  # type: ignore[arg-type]
             raise NotCovered(f"{class_name(module.drop)} inside a norm")  # type: ignore[arg-type]
         activation = read_activation(module.act)  # type: ignore[arg-type]
-    elif plain_class(module) not in _NORMS:
-        raise NotCovered(f"{class_name(module)} in place of a batch norm")
-    return NormReading(describe_norm(module), norm_tensors(module), activation)
+    try:
+        return NormReading(describe_norm(module), activation)
+    except ValueError as error:
+        raise NotCovered(f"a batch norm: {error}") from error
 
 
 def _pair(value: Any) -> tuple[Any, Any]:
@@ -122,19 +133,22 @@ def _pair(value: Any) -> tuple[Any, Any]:
 
 
 def _check_convolution(conv: nn.Module) -> nn.Conv2d:
-    if not isinstance(conv, nn.Conv2d) or class_name(conv) not in ("Conv2d", "Conv2dSame"):
+    known = plain_class(conv) is SameConv2d or class_name(conv) in ("Conv2d", "Conv2dSame")
+    if not isinstance(conv, nn.Conv2d) or not known:
         raise NotCovered(f"{class_name(conv)} in place of a convolution")
     if conv.dilation != (1, 1):
         raise NotCovered(f"dilation {conv.dilation}")
     if conv.padding_mode != "zeros":
         raise NotCovered(f"padding_mode {conv.padding_mode!r}")
+    if not is_parametrized(conv) and tuple(conv.weight.shape[2:]) != tuple(conv.kernel_size):
+        raise NotCovered(f"a weight {tuple(conv.weight.shape)} for a kernel of {conv.kernel_size}")
     return conv
 
 
-def read_pointwise(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
-    """(weight [out, in, ...], bias) of a 1x1 convolution or a linear layer."""
+def check_pointwise(conv: nn.Module) -> nn.Module:
+    """The module, if it is a 1x1 convolution or a linear layer; its tensors are not read."""
     if isinstance(conv, nn.Linear) and class_name(conv) == "Linear":
-        return conv.weight, conv.bias
+        return conv
     conv = _check_convolution(conv)
     if conv.kernel_size != (1, 1) or conv.groups != 1:
         raise NotCovered(f"a convolution of {conv.kernel_size}, groups {conv.groups}, not 1x1")
@@ -142,31 +156,35 @@ def read_pointwise(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
         raise NotCovered("a 1x1 convolution with a stride")
     if conv.padding not in ("same", "valid", (0, 0)):
         raise NotCovered(f"a 1x1 convolution with padding {conv.padding}")
-    return conv.weight, conv.bias
+    return conv
+
+
+def read_pointwise(conv: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """(weight [out, in, ...], bias) of a 1x1 convolution or a linear layer."""
+    check_pointwise(conv)
+    return tensor_of(conv, "weight"), tensor_of(conv, "bias")
 
 
 class DepthwiseReading(NamedTuple):
-    """A depthwise convolution."""
+    """The settings of a depthwise convolution."""
 
-    weight: Tensor  # [C, 1, K, K]
-    bias: Tensor | None
     stride: int
     padding: Padding
 
 
 def read_depthwise(conv: nn.Module) -> DepthwiseReading:
-    """A depthwise convolution: nn.Conv2d, or timm's Conv2dSame with TensorFlow's padding."""
+    """A depthwise convolution: nn.Conv2d, or SameConv2d or timm's Conv2dSame, with TF's padding."""
     conv = _check_convolution(conv)
     channels = conv.in_channels
     if conv.groups != channels or conv.out_channels != channels:
         raise NotCovered(f"{conv.groups} groups of a convolution over {channels} channels")
     if conv.stride[0] != conv.stride[1]:
         raise NotCovered(f"stride {conv.stride}")
-    return DepthwiseReading(conv.weight, conv.bias, conv.stride[0], _padding(conv))
+    return DepthwiseReading(conv.stride[0], _padding(conv))
 
 
 def _padding(conv: nn.Conv2d) -> Padding:
-    if class_name(conv) == "Conv2dSame":
+    if class_name(conv) in ("Conv2dSame", "SameConv2d"):
         return "tf_same"
     if conv.padding == "valid":
         return (0, 0, 0, 0)
@@ -179,8 +197,12 @@ def _padding(conv: nn.Conv2d) -> Padding:
     return vertical, vertical, horizontal, horizontal
 
 
-def read_pool(pool: nn.Module) -> Pool:
-    """nn.AvgPool2d, nn.MaxPool2d, or timm's AvgPool2dSame and MaxPool2dSame."""
+def read_pool(pool: nn.Module | Pool) -> Pool:
+    """nn.AvgPool2d, nn.MaxPool2d, or timm's AvgPool2dSame and MaxPool2dSame; or what it returns."""
+    if isinstance(pool, Pool):
+        return pool
+    if not isinstance(pool, nn.Module):
+        raise NotCovered(f"a pool {pool!r}")
     name = class_name(pool)
     kinds = {"AvgPool2d": "average", "MaxPool2d": "max"}
     kind = kinds.get(name.removesuffix("Same"))
@@ -207,11 +229,11 @@ def read_pool(pool: nn.Module) -> Pool:
 
 
 class Gate(NamedTuple):
-    """Squeeze-and-excitation."""
+    """Squeeze-and-excitation: its first activation and its two 1x1 convolutions."""
 
     activation: str
-    reduce: tuple[Tensor, Tensor | None]
-    expand: tuple[Tensor, Tensor | None]
+    reduce: nn.Module
+    expand: nn.Module
 
 
 def read_gate(
@@ -220,7 +242,7 @@ def read_gate(
     """Squeeze-and-excitation made of these modules. gate: the last activation; None: sigmoid."""
     if gate is not None and class_name(gate) != "Sigmoid":
         raise NotCovered(f"squeeze-and-excitation with gate {class_name(gate)}")
-    return Gate(read_activation(activation), read_pointwise(reduce), read_pointwise(expand))
+    return Gate(read_activation(activation), check_pointwise(reduce), check_pointwise(expand))
 
 
 @dataclass(frozen=True)
@@ -236,8 +258,15 @@ class DropPathReading:
         return (scale.div_(survival) if survival > 0 else scale).flatten()
 
 
-def read_drop_path(module: nn.Module) -> DropPathReading | None:
-    """timm's DropPath or torchvision's StochasticDepth by rows; None where nothing drops."""
+def read_drop_path(module: nn.Module) -> DropPathReading | DropPath | None:
+    """This package's or timm's DropPath, torchvision's StochasticDepth by rows.
+
+    None where nothing drops. Raises NotCovered.
+    """
+    if reason := interception(module, "drop_path"):
+        raise NotCovered(reason)
+    if type(module) is DropPath:
+        return module if module.training and module.probability > 0 else None
     name = class_name(module)
     if name == "Identity":
         return None
@@ -260,7 +289,49 @@ class Bottleneck:
 
     description: MBConvDescription
     parameters: MBConvParameters
-    drop_path: DropPathReading | None = None
+    drop_path: DropPathReading | DropPath | None = None
+
+
+class BottleneckModules(NamedTuple):
+    """The modules of an inverted bottleneck that hold its tensors."""
+
+    expand: nn.Module
+    depthwise: nn.Module
+    project: nn.Module
+    pre_norm: nn.Module | None
+    expand_norm: nn.Module | None
+    depthwise_norm: nn.Module | None
+    project_norm: nn.Module | None
+    se_reduce: nn.Module | None
+    se_expand: nn.Module | None
+    shortcut: nn.Module | None
+
+
+def read_tensors(modules: BottleneckModules) -> MBConvParameters:
+    """The tensors as they are now, each read once. Raises NotCovered for subclasses of Tensor."""
+    parameters = MBConvParameters(
+        expand_weight=tensor_of(modules.expand, "weight"),
+        expand_bias=tensor_of(modules.expand, "bias"),
+        depthwise_weight=tensor_of(modules.depthwise, "weight"),
+        depthwise_bias=tensor_of(modules.depthwise, "bias"),
+        project_weight=tensor_of(modules.project, "weight"),
+        project_bias=tensor_of(modules.project, "bias"),
+        pre_norm=norm_tensors(modules.pre_norm),
+        expand_norm=norm_tensors(modules.expand_norm),
+        depthwise_norm=norm_tensors(modules.depthwise_norm),
+        project_norm=norm_tensors(modules.project_norm),
+        se_reduce_weight=tensor_of(modules.se_reduce, "weight"),
+        se_reduce_bias=tensor_of(modules.se_reduce, "bias"),
+        se_expand_weight=tensor_of(modules.se_expand, "weight"),
+        se_expand_bias=tensor_of(modules.se_expand, "bias"),
+        shortcut_weight=tensor_of(modules.shortcut, "weight"),
+        shortcut_bias=tensor_of(modules.shortcut, "bias"),
+    )
+    for value in parameters:
+        for tensor in value if isinstance(value, tuple) else (value,):
+            if not is_plain_tensor(tensor):
+                raise NotCovered(f"a {type(tensor).__name__} among its tensors")
+    return parameters
 
 
 def read_bottleneck(
@@ -277,14 +348,15 @@ def read_bottleneck(
     gate: Gate | None = None,
     gate_position: Literal["before_norm", "after_activation"] = "after_activation",
     residual: bool = True,
-    pool: nn.Module | None = None,
+    pool: nn.Module | Pool | None = None,
     shortcut: nn.Module | None = None,
-    drop_path: DropPathReading | None = None,
+    drop_path: DropPathReading | DropPath | None = None,
     order: Literal["expand_first", "depthwise_first"] = "expand_first",
 ) -> Bottleneck:
     """The inverted bottleneck made of these modules; see MBConvDescription for what they are.
 
-    The activations may instead be part of the norms (timm's BatchNormAct2d). Raises NotCovered.
+    The activations may instead be part of the norms (timm's BatchNormAct2d). Raises NotCovered,
+    before any tensor that a parametrization computes is read.
     """
     pre, expanded, filtered, projected = (
         read_norm(norm) for norm in (pre_norm, expand_norm, depthwise_norm, project_norm)
@@ -292,11 +364,9 @@ def read_bottleneck(
     if projected.activation != "identity":
         raise NotCovered(f"activation {projected.activation} after the project norm")
     convolution = read_depthwise(depthwise)
-    expand_weight, expand_bias = read_pointwise(expand)
-    project_weight, project_bias = read_pointwise(project)
-    reduce_weight, reduce_bias = gate.reduce if gate else (None, None)
-    gate_weight, gate_bias = gate.expand if gate else (None, None)
-    shortcut_weight, shortcut_bias = read_pointwise(shortcut) if shortcut else (None, None)
+    for conv in (expand, project, shortcut):
+        if conv is not None:
+            check_pointwise(conv)
     description = MBConvDescription(
         stride=convolution.stride,
         padding=convolution.padding,
@@ -309,28 +379,22 @@ def read_bottleneck(
         project_norm=projected.norm,
         squeeze_excite=SqueezeExcite(gate_position, gate.activation) if gate else None,
         residual=residual,
-        pool=read_pool(pool) if pool else None,
+        pool=None if pool is None else read_pool(pool),
         order=order,
     )
-    parameters = MBConvParameters(
-        expand_weight=expand_weight,
-        expand_bias=expand_bias,
-        depthwise_weight=convolution.weight,
-        depthwise_bias=convolution.bias,
-        project_weight=project_weight,
-        project_bias=project_bias,
-        pre_norm=pre.tensors,
-        expand_norm=expanded.tensors,
-        depthwise_norm=filtered.tensors,
-        project_norm=projected.tensors,
-        se_reduce_weight=reduce_weight,
-        se_reduce_bias=reduce_bias,
-        se_expand_weight=gate_weight,
-        se_expand_bias=gate_bias,
-        shortcut_weight=shortcut_weight,
-        shortcut_bias=shortcut_bias,
+    modules = BottleneckModules(
+        expand,
+        depthwise,
+        project,
+        pre_norm,
+        expand_norm,
+        depthwise_norm,
+        project_norm,
+        gate.reduce if gate else None,
+        gate.expand if gate else None,
+        shortcut,
     )
-    return Bottleneck(description, parameters, drop_path)
+    return Bottleneck(description, read_tensors(modules), drop_path)
 
 
 def _one_activation(norm: NormReading, activation: nn.Module | None) -> str:

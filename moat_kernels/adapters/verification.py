@@ -19,6 +19,7 @@ from moat_kernels.normalization import (
     has_activation,
 )
 from moat_kernels.ops.common.backends import use_backend
+from moat_kernels.tensor_access import is_parametrized
 
 # float64, values of order one: what is the same differs by 1e-13, another eps by 1e-4.
 TOLERANCE = 1e-8
@@ -31,17 +32,38 @@ def verify(adapter: Adapter, module: nn.Module) -> str:
     """
     if not adapter.compared:
         return ""
-    if any(tensor.is_meta for tensor in module.state_dict().values()):
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
         raise NotCovered("its tensors are on the meta device: fuse after loading them")
     reason = ""
-    with torch.random.fork_rng(devices=()), use_backend("reference"), torch.no_grad():
-        stock = _randomized(_clone(module, {}))
+    with (
+        torch.random.fork_rng(devices=()),
+        use_backend("reference"),
+        torch.no_grad(),
+        torch.device("cpu"),
+    ):
+        try:
+            stock = _randomized(_clone(module, {}))
+        except Exception as error:
+            raise NotCovered(f"trying it out failed: {error}") from error
         try:
             _compare(adapter, stock.train())
         except NotCoveredInTraining as obstacle:
             reason = str(obstacle)
         _compare(adapter, stock.eval())
     return reason
+
+
+def unread(module: nn.Module) -> nn.Module:
+    """The module, or a copy of it if reading its tensors may change them.
+
+    A parametrization (spectral_norm's in training) may do so.
+    """
+    if not any(map(is_parametrized, module.modules())):
+        return module
+    try:
+        return _clone(module, {})
+    except Exception as error:
+        raise NotCovered(f"trying it out failed: {error}") from error
 
 
 def _clone(module: nn.Module, clones: dict[nn.Module, nn.Module]) -> nn.Module:
@@ -101,7 +123,7 @@ def _randomized(module: nn.Module) -> nn.Module:
 def _compare(adapter: Adapter, stock: nn.Module) -> None:
     fused = _clone(stock, {}).train(stock.training)
     try:
-        inputs = adapter.example(stock)
+        inputs = adapter.example(_clone(stock, {}))
         state = torch.get_rng_state()
         actual = adapter.run(fused, "auto", *[value.clone() for value in inputs])
         torch.set_rng_state(state)

@@ -11,6 +11,8 @@ from .names import SCOPES, Place, Rule, find_variable
 _AVERAGE_SUFFIX = "/ExponentialMovingAverage"
 _OBJECT_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 _STAGES = 4
+# block_02_01/attention/q/weight
+_MAXIMUM_PARTS = 4
 
 
 @dataclass
@@ -122,11 +124,8 @@ def _sort_in(inventory: Inventory, name: str) -> None:
 
 def _is_slot(variable: str) -> bool:
     """Optimizers name their slots <variable>/<slot>, for example .../kernel/Adam_1."""
-    while "/" in variable:
-        variable = variable.rpartition("/")[0]
-        if find_variable(variable) is not None:
-            return True
-    return False
+    parts = variable.split("/", _MAXIMUM_PARTS + 1)
+    return any(find_variable("/".join(parts[:count])) is not None for count in range(1, len(parts)))
 
 
 def find_places(inventory: Inventory) -> list[Place]:

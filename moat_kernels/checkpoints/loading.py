@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from .conversion import ConvertedCheckpoint, convert_variables
 from .errors import CheckpointError
+from .files import open_regular
+from .filling import HEAD_PREFIXES, check_fit, check_target, fill
 from .report import CheckpointReport
-from .safetensors import load_safetensors
+from .safetensors import is_safetensors, load_safetensors
+from .state_dicts import (
+    AVERAGED_MODEL_COUNTER,
+    StateDict,
+    beside,
+    choose_state_dict,
+    common_prefix,
+)
 from .tensorflow_bundle import TensorBundle
+from .torch_file import is_torch_file, load_torch_file
 
-_TORCH_SUFFIXES = (".pt", ".pth")
-_HEAD_PREFIXES = ("final_layer_norm.", "logits_head.")
-_POSITION_EMBEDDING = "relative_position_embedding"
-_EXAMPLES = 3
+_MAGIC_BYTES = 16
 
 
 def load_tensorflow(path: str | os.PathLike[str], *, ema: bool = False) -> ConvertedCheckpoint:
@@ -41,16 +48,26 @@ def load_tensorflow(path: str | os.PathLike[str], *, ema: bool = False) -> Conve
 
 
 def load_checkpoint(
-    model: torch.nn.Module, path: str | os.PathLike[str], *, ema: bool = False
+    model: torch.nn.Module,
+    path: str | os.PathLike[str],
+    *,
+    ema: bool = False,
+    key: str | None = None,
 ) -> CheckpointReport:
-    """Load a checkpoint into ``model``; names and shapes are checked before it is touched.
+    """Load a checkpoint into ``model``: all of it or, where anything does not fit, nothing.
+
+    The content of a file tells what it is, not its name. Prefixes that wrappers put before all
+    names (``module.``, ``model.``, ``_orig_mod.``) are left out, in the file and in the model.
 
     Args:
         model: a MOAT of this package or one of its blocks. Without classifier head, the head's
             tensors in the file are skipped.
-        path: a ``.safetensors`` file, a ``.pt`` or ``.pth`` file with a state_dict (read with
-            ``weights_only=True``), or else a TensorFlow checkpoint as in :func:`load_tensorflow`.
+        path: a .safetensors file; a file of ``torch.save`` (read with ``weights_only=True``) with a
+            state_dict or with dicts around one (``{"model": ..., "epoch": 3}``); or a TensorFlow
+            checkpoint as in :func:`load_tensorflow`.
         ema: as in :func:`load_tensorflow`; for TensorFlow checkpoints only.
+        key: where in a file of ``torch.save`` the state_dict is (``"model_ema"``,
+            ``"ema.state_dict"``); needed if several would do.
 
     Returns:
         What was loaded from where, and what was skipped, with the reasons.
@@ -58,111 +75,72 @@ def load_checkpoint(
     Raises:
         CheckpointError: the file cannot be read, or does not fit; the model is then unchanged.
     """
-    converted = _read(Path(path), ema)
-    report = converted.report
-    target = model.state_dict()
-    state_dict = dict(converted.state_dict)
-    if not any(name.startswith(_HEAD_PREFIXES) for name in target):
-        for name in [name for name in state_dict if name.startswith(_HEAD_PREFIXES)]:
+    names = model.state_dict()
+    prefix = common_prefix(names)
+    target = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
+    check_target(target)
+    converted = _read(Path(path), target, ema, key)
+    report, state_dict = converted.report, dict(converted.state_dict)
+    if not any(name.startswith(HEAD_PREFIXES) for name in target):
+        for name in [name for name in state_dict if name.startswith(HEAD_PREFIXES)]:
             del state_dict[name], report.source[name]
             for variable in report.loaded.pop(name):
                 report.skipped[variable] = "the model has no classifier head"
-    _check_names(report.origin, state_dict, target)
-    _check_tensors(report.origin, state_dict, target)
-    model.load_state_dict(state_dict)
+    try:
+        check_fit(state_dict, target)
+        fill(model, {prefix + name: tensor for name, tensor in state_dict.items()})
+    except CheckpointError as error:
+        raise CheckpointError(f"{report.origin}: {error}") from error.__cause__
     return report
 
 
-def _read(path: Path, ema: bool) -> ConvertedCheckpoint:
-    if path.suffix not in (".safetensors", *_TORCH_SUFFIXES):
+def _read(path: Path, names: Collection[str], ema: bool, key: str | None) -> ConvertedCheckpoint:
+    kind = _kind_of_file(path)
+    if kind != "torch" and key is not None:
+        raise CheckpointError(f"{path}: key={key!r} is for files of torch.save only")
+    if kind == "tensorflow":
         return load_tensorflow(path, ema=ema)
     if ema:
         raise CheckpointError(f"{path}: ema=True is for TensorFlow checkpoints only")
-    if not path.is_file():
-        raise CheckpointError(f"{path}: no such file")
-    state_dict = load_safetensors(path) if path.suffix == ".safetensors" else _load_torch(path)
-    report = CheckpointReport(
-        str(path),
-        loaded={name: (name,) for name in state_dict},
-        source=dict.fromkeys(state_dict, "raw"),
-    )
-    return ConvertedCheckpoint(state_dict, report)
-
-
-def _load_torch(path: Path) -> dict[str, torch.Tensor]:
+    content = load_torch_file(path) if kind == "torch" else load_safetensors(path)
     try:
-        content: Any = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        # torch.load has no error of its own: bytes that are not a state_dict end in any exception.
-        reason = str(error).partition("\n")[0]
-        raise CheckpointError(
-            f"{path}: not a state_dict that torch.load can read safely: {reason}"
-        ) from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: holds a {type(content).__name__}, not a state_dict")
-    for name, value in content.items():
-        if not isinstance(name, str) or not isinstance(value, torch.Tensor):
-            raise CheckpointError(
-                f"{path}: not a flat state_dict: {name!r} is a {type(value).__name__}, not a tensor"
-            )
-    return dict(content)
+        key, state_dict = choose_state_dict(content, names, key)
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from None
+    report = CheckpointReport(str(path))
+    report.skipped.update(dict.fromkeys(beside(content, key), f"beside {key!r}"))
+    return _without_prefix(state_dict, names, report)
 
 
-def _check_names(
-    origin: str, state_dict: dict[str, torch.Tensor], target: dict[str, torch.Tensor]
-) -> None:
-    missing = [name for name in target if name not in state_dict]
-    unexpected = [name for name in state_dict if name not in target]
-    if not missing and not unexpected:
-        return
-    if not missing and all(name.endswith(_POSITION_EMBEDDING) for name in unexpected):
-        raise CheckpointError(
-            f"{origin}: has position embeddings ({_some(unexpected)}), which change the function, "
-            "but the model has none: build it with position_embedding=True"
-        )
-    if not unexpected and all(name.endswith(_POSITION_EMBEDDING) for name in missing):
-        raise CheckpointError(
-            f"{origin}: has no position embeddings ({_some(missing)}), but the model has: "
-            "build it with position_embedding=False"
-        )
-    if not unexpected and all(name.startswith(_HEAD_PREFIXES) for name in missing):
-        raise CheckpointError(
-            f"{origin}: has no classifier head ({_some(missing)}), but the model has: "
-            "build it with features_only=True or num_classes=0"
-        )
+def _kind_of_file(path: Path) -> str:
+    """``tensorflow``, ``torch`` or ``safetensors``, as far as the first bytes tell."""
+    if path.suffix == ".index" or path.is_dir() or not path.exists():
+        return "tensorflow"
+    with open_regular(path) as file:
+        begin = file.read(_MAGIC_BYTES)
+    if is_torch_file(begin):
+        return "torch"
+    if is_safetensors(begin) or path.suffix == ".safetensors":
+        return "safetensors"
+    if Path(f"{path}.index").exists():
+        return "tensorflow"
     raise CheckpointError(
-        f"{origin}: does not fit the model; missing in the file: {_some(missing)}; "
-        f"not in the model: {_some(unexpected)}"
+        f"{path}: neither a .safetensors file, nor one of torch.save, nor a TensorFlow V2 "
+        "checkpoint (give its prefix, its .index file or its folder)"
     )
 
 
-def _check_tensors(
-    origin: str, state_dict: dict[str, torch.Tensor], target: dict[str, torch.Tensor]
-) -> None:
-    differing = [name for name in target if state_dict[name].shape != target[name].shape]
-    if differing:
-        shapes = [
-            f"{name} is {list(state_dict[name].shape)} in the file, "
-            f"{list(target[name].shape)} in the model"
-            for name in differing
-        ]
-        message = f"{origin}: does not fit the model: {_some(shapes, '; ')}"
-        if all(name.startswith("logits_head.") for name in differing):
-            classes = state_dict["logits_head.bias"].numel()
-            message += (
-                f"; build the model with num_classes={classes}, then reset_classifier, "
-                "or without head (features_only=True)"
-            )
-        raise CheckpointError(message)
-    for name, tensor in target.items():
-        if state_dict[name].is_floating_point() != tensor.is_floating_point():
-            raise CheckpointError(
-                f"{origin}: {name} is {state_dict[name].dtype} in the file, "
-                f"{tensor.dtype} in the model"
-            )
-
-
-def _some(items: list[str], separator: str = ", ") -> str:
-    shown = separator.join(items[:_EXAMPLES]) or "nothing"
-    rest = len(items) - _EXAMPLES
-    return f"{shown}{separator}and {rest} more" if rest > 0 else shown
+def _without_prefix(
+    state_dict: StateDict, names: Collection[str], report: CheckpointReport
+) -> ConvertedCheckpoint:
+    """``state_dict`` without the prefix of all its names, and ``report`` of it."""
+    prefix = common_prefix(state_dict)
+    bare = {}
+    for name, tensor in state_dict.items():
+        if name == AVERAGED_MODEL_COUNTER and name not in names:
+            report.skipped[name] = "a count of torch's AveragedModel"
+            continue
+        short = name.removeprefix(prefix)
+        bare[short] = tensor
+        report.loaded[short], report.source[short] = (name,), "raw"
+    return ConvertedCheckpoint(bare, report)

@@ -9,53 +9,25 @@ tensors fill the data exactly, without gaps and without overlap.
 from __future__ import annotations
 
 import json
-import math
 import os
 import struct
 import uuid
-from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 
 from .errors import CheckpointError
+from .files import open_regular
+from .safetensors_header import DTYPES, METADATA_KEY, TensorPlace, parse_header
 
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
-_CODES = {dtype: code for code, dtype in _DTYPES.items()}
-_METADATA_KEY = "__metadata__"
+_CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 # The limit of the format's own library.
 _MAXIMUM_HEADER_BYTES = 100_000_000
-# Beyond every real tensor, and small enough that no product of sizes overflows.
-_MAXIMUM_RANK = 32
-_MAXIMUM_EXTENT_BITS = 48
-
-
-@dataclass(frozen=True)
-class _TensorPlace:
-    """A checked record of the header; ``begin`` and ``end`` count bytes of the data."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    begin: int
-    end: int
 
 
 def save_safetensors(
@@ -98,15 +70,23 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
         CheckpointError: the file is truncated, damaged, not a .safetensors file, or has a dtype
             that is not supported.
     """
-    path = Path(path)
-    try:
-        return _load(path)
-    except CheckpointError as error:
-        raise CheckpointError(f"{path}: {error}") from None
+    with open_regular(Path(path)) as file:
+        try:
+            return _load(file)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+
+
+def is_safetensors(begin: bytes) -> bool:
+    """Whether a file whose first bytes are ``begin`` starts like a .safetensors file."""
+    if len(begin) <= _LENGTH_BYTES:
+        return False
+    (length,) = struct.unpack_from("<Q", begin)
+    return length <= _MAXIMUM_HEADER_BYTES and begin[_LENGTH_BYTES] in b"{ \t\r\n"
 
 
 def _itemsize(name: str, tensor: torch.Tensor) -> int:
-    if not isinstance(name, str) or name == _METADATA_KEY:
+    if not isinstance(name, str) or name == METADATA_KEY:
         raise CheckpointError(f"{name!r} cannot be the name of a tensor")
     if not isinstance(tensor, torch.Tensor):
         raise CheckpointError(f"{name!r} is a {type(tensor).__name__}, not a tensor")
@@ -127,7 +107,7 @@ def _encode_header(
     if metadata is not None:
         if not all(isinstance(text, str) for item in metadata.items() for text in item):
             raise CheckpointError(f"metadata must map strings to strings: {metadata!r}")
-        header[_METADATA_KEY] = dict(metadata)
+        header[METADATA_KEY] = dict(metadata)
     end = 0
     for name, tensor in tensors.items():
         begin, end = end, end + tensor.numel() * tensor.itemsize
@@ -140,15 +120,9 @@ def _encode_header(
     return text + b" " * (-len(text) % _ALIGNMENT)
 
 
-def _load(path: Path) -> dict[str, torch.Tensor]:
-    header, data_begin, data_size = _read_header(path)
-    metadata = header.pop(_METADATA_KEY, {})
-    if not isinstance(metadata, dict) or not all(isinstance(x, str) for x in metadata.values()):
-        raise CheckpointError(f"{_METADATA_KEY} does not map strings to strings")
-    places = sorted(
-        (_check_record(name, record) for name, record in header.items()),
-        key=lambda place: (place.begin, place.end),
-    )
+def _load(file: BinaryIO) -> dict[str, torch.Tensor]:
+    header, data_begin, data_size = _read_header(file)
+    places = sorted(parse_header(header), key=lambda place: (place.begin, place.end))
     position = 0
     for place in places:
         if place.begin != position:
@@ -161,73 +135,34 @@ def _load(path: Path) -> dict[str, torch.Tensor]:
         raise CheckpointError(
             f"the tensors take {position} bytes, the file has {data_size} (truncated or damaged)"
         )
-    data = np.asarray(np.memmap(path, dtype=np.uint8, mode="c"))[data_begin:]
+    data = np.asarray(np.memmap(file, dtype=np.uint8, mode="c"))[data_begin:]
     return {place.name: _tensor(place, data) for place in places}
 
 
-def _read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """The parsed header, the position of the data and its size in bytes."""
-    with path.open("rb") as file:
-        available = file.seek(0, os.SEEK_END) - _LENGTH_BYTES
-        file.seek(0)
-        if available < 0:
-            raise CheckpointError("not a .safetensors file: shorter than the length of its header")
-        (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES))
-        # Compared before anything is allocated.
-        if length > min(available, _MAXIMUM_HEADER_BYTES):
-            raise CheckpointError(
-                f"not a .safetensors file, or truncated: a header of {length} bytes is announced, "
-                f"{available} bytes follow"
-            )
-        text = file.read(length)
-    if not text.startswith(b"{"):
-        raise CheckpointError("not a .safetensors file: its header is not a JSON object")
-    try:
-        header = json.loads(text.decode("utf-8"), object_pairs_hook=_without_duplicates)
-    except CheckpointError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"its header is not valid JSON: {error}") from None
-    return header, _LENGTH_BYTES + length, available - length
-
-
-def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
-        ((twice, _),) = Counter(key for key, _ in pairs).most_common(1)
-        raise CheckpointError(f"its header has the key {twice!r} twice")
-    return result
-
-
-def _check_record(name: str, record: Any) -> _TensorPlace:
-    if not isinstance(record, dict) or record.keys() != {"dtype", "shape", "data_offsets"}:
-        raise CheckpointError(f"{name!r} is not described by dtype, shape and data_offsets")
-    code, shape, offsets = record["dtype"], record["shape"], record["data_offsets"]
-    if not isinstance(code, str) or code not in _DTYPES:
-        raise CheckpointError(f"{name!r} has dtype {code!r}; supported are {', '.join(_DTYPES)}")
-    if not _are_sizes(shape):
-        raise CheckpointError(f"{name!r} has the impossible shape {shape!r}")
-    if len(shape) > _MAXIMUM_RANK:
-        raise CheckpointError(f"{name!r} has {len(shape)} dimensions, at most {_MAXIMUM_RANK} go")
-    if math.prod(max(size, 1) for size in shape) >> _MAXIMUM_EXTENT_BITS:
-        raise CheckpointError(f"{name!r} has the impossible shape {shape!r}")
-    if not _are_sizes(offsets) or len(offsets) != 2:
-        raise CheckpointError(f"{name!r} has the impossible data_offsets {offsets!r}")
-    begin, end = offsets
-    dtype = _DTYPES[code]
-    expected = math.prod(shape) * dtype.itemsize
-    if end - begin != expected:
+def _read_header(file: BinaryIO) -> tuple[bytes, int, int]:
+    """The header, the position of the data and its size in bytes."""
+    available = file.seek(0, os.SEEK_END) - _LENGTH_BYTES
+    file.seek(0)
+    if available < 0:
+        raise CheckpointError("not a .safetensors file: shorter than the length of its header")
+    (length,) = struct.unpack("<Q", file.read(_LENGTH_BYTES))
+    # Compared before anything is allocated.
+    if length > available:
         raise CheckpointError(
-            f"{name!r}: {code} of shape {shape} takes {expected} bytes, its data_offsets {offsets}"
+            f"not a .safetensors file, or truncated: a header of {length} bytes is announced, "
+            f"{available} bytes follow"
         )
-    return _TensorPlace(name, dtype, tuple(shape), begin, end)
+    if length > _MAXIMUM_HEADER_BYTES:
+        raise CheckpointError(
+            f"its header has {length} bytes, at most {_MAXIMUM_HEADER_BYTES} are read"
+        )
+    return file.read(length), _LENGTH_BYTES + length, available - length
 
 
-def _are_sizes(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)
-
-
-def _tensor(place: _TensorPlace, data: np.ndarray) -> torch.Tensor:
+def _tensor(place: TensorPlace, data: np.ndarray) -> torch.Tensor:
+    if place.begin == place.end:
+        # Without bytes there is nothing that could be aligned.
+        return torch.empty(place.shape, dtype=place.dtype)
     stored = data[place.begin : place.end]
     if stored.ctypes.data % place.dtype.itemsize:
         # The format does not promise alignment.

@@ -14,12 +14,14 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 
 from .crc32c import masked_crc32c
 from .errors import CheckpointError
+from .files import open_regular
 from .tensorflow_table import read_table
 from .wire import FIXED32, Message, signed
 
@@ -49,7 +51,7 @@ _MAXIMUM_RANK = 32
 _CHECKPOINT_FILE = "checkpoint"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class TensorEntry:
     """What the index says about one tensor; ``offset`` and ``size`` are bytes in its shard."""
 
@@ -90,10 +92,11 @@ class TensorBundle(Mapping[str, np.ndarray]):
         self.entries: dict[str, TensorEntry] = {}
         self.skipped: dict[str, str] = {}
         table = read_table(self.index_path)
-        self._shards = self._read_header(table)
-        for key, value in table[1:]:
+        self._shards = self._read_header(next(table, None))
+        for key, value in table:
             if not key.startswith(_SLICE_MARK):
                 self._read_entry(key, value)
+        self._check_overlap()
 
     def __getitem__(self, name: str) -> np.ndarray:
         entry = self.entries[name]
@@ -123,12 +126,12 @@ class TensorBundle(Mapping[str, np.ndarray]):
     def _shard_path(self, shard: int) -> Path:
         return Path(f"{self.prefix}.data-{shard:05d}-of-{self._shards:05d}")
 
-    def _read_header(self, table: list[tuple[bytes, bytes]]) -> int:
+    def _read_header(self, first: tuple[bytes, bytes] | None) -> int:
         """Check the header record; returns the number of shards."""
-        if not table or table[0][0] != _HEADER_KEY:
+        if first is None or first[0] != _HEADER_KEY:
             raise CheckpointError(f"{self.index_path}: the header of a V2 checkpoint is missing")
         try:
-            header = Message(table[0][1])
+            header = Message(first[1])
             shards, big_endian = header.integer(1), header.integer(2)
             versions = header.messages(3)
             required = max((version.integer(2) for version in versions), default=0)
@@ -166,6 +169,20 @@ class TensorBundle(Mapping[str, np.ndarray]):
         except CheckpointError as error:
             raise CheckpointError(f"{self.index_path}: {name!r}: {error}") from None
 
+    def _check_overlap(self) -> None:
+        """No two tensors share bytes, or few of them could stand for any number of tensors."""
+        places = sorted(
+            (entry.shard, entry.offset, entry.offset + entry.size, name)
+            for name, entry in self.entries.items()
+            if entry.size and not entry.partitioned
+        )
+        for (shard, _, end, name), (next_shard, begin, _, next_name) in pairwise(places):
+            if next_shard == shard and begin < end:
+                raise CheckpointError(
+                    f"{self.index_path}: {next_name!r} begins at byte {begin} of shard {shard}, "
+                    f"within {name!r}, which ends at {end}"
+                )
+
 
 def find_prefix(path: str | os.PathLike[str]) -> Path:
     """The prefix of the V2 checkpoint that ``path`` means (see :class:`TensorBundle`)."""
@@ -173,9 +190,9 @@ def find_prefix(path: str | os.PathLike[str]) -> Path:
     if path.is_dir():
         return _prefix_of_folder(path)
     prefix = path.with_suffix("") if path.suffix == ".index" else path
-    if Path(f"{prefix}.index").is_file():
+    if Path(f"{prefix}.index").exists():
         return prefix
-    if path.is_file():
+    if path.exists():
         raise CheckpointError(
             f"{path}: not a TensorFlow V2 checkpoint; give its prefix (PREFIX.index and "
             "PREFIX.data-00000-of-00001 exist), its .index file, or its folder"
@@ -185,34 +202,29 @@ def find_prefix(path: str | os.PathLike[str]) -> Path:
 
 def _prefix_of_folder(folder: Path) -> Path:
     state = folder / _CHECKPOINT_FILE
-    if not state.is_file():
+    if not state.exists():
         found = ", ".join(sorted(file.name for file in folder.glob("*.index"))) or "none"
         raise CheckpointError(
             f"{folder}: no file {_CHECKPOINT_FILE!r} says which checkpoint to take; "
             f"give the prefix of one (index files here: {found})"
         )
-    with state.open("rb") as file:
+    with open_regular(state) as file:
         text = file.read(1 << 20).decode("utf-8", errors="replace")
     match = re.search(r'^model_checkpoint_path:\s*"([^"\n\0]+)"', text, flags=re.MULTILINE)
     if match is None:
         raise CheckpointError(f'{state}: no line model_checkpoint_path: "..."')
     # An absolute path was right on the machine that trained; here the folder is what counts.
     for prefix in (folder / match[1], folder / Path(match[1]).name):
-        if Path(f"{prefix}.index").is_file():
+        if Path(f"{prefix}.index").exists():
             return prefix
     raise CheckpointError(f"{state}: names {match[1]!r}, whose .index file does not exist")
 
 
 def _parse_entry(record: Message, dtype_code: int, shards: int) -> TensorEntry:
-    shape: tuple[int, ...] = ()
-    for message in record.messages(2):
-        if message.integer(3):
-            raise CheckpointError("its rank is unknown")
-        shape += tuple(signed(dimension.integer(1)) for dimension in message.messages(2))
     dtype, storage = _DTYPES[dtype_code][0], np.dtype(_DTYPES[dtype_code][1])
     entry = TensorEntry(
         dtype=dtype,
-        shape=shape,
+        shape=_parse_shape(record),
         shard=record.integer(3),
         offset=record.integer(4),
         size=record.integer(5),
@@ -224,10 +236,22 @@ def _parse_entry(record: Message, dtype_code: int, shards: int) -> TensorEntry:
     return entry
 
 
+def _parse_shape(record: Message) -> tuple[int, ...]:
+    dimensions: list[Message] = []
+    for message in record.messages(2):
+        if message.integer(3):
+            raise CheckpointError("its rank is unknown")
+        dimensions += message.messages(2)
+    if len(dimensions) > _MAXIMUM_RANK:
+        raise CheckpointError(f"{len(dimensions)} dimensions are not a possible shape")
+    shape = tuple(signed(dimension.integer(1)) for dimension in dimensions)
+    extent = math.prod(max(size, 1) for size in shape)
+    if min(shape, default=0) < 0 or extent >> 48:
+        raise CheckpointError(f"{list(shape)} is not a possible shape")
+    return shape
+
+
 def _check_entry(entry: TensorEntry, shards: int) -> None:
-    extent = math.prod(max(size, 1) for size in entry.shape)
-    if len(entry.shape) > _MAXIMUM_RANK or min(entry.shape, default=0) < 0 or extent >> 48:
-        raise CheckpointError(f"{list(entry.shape)} is not a possible shape")
     if entry.shard >= shards:
         raise CheckpointError(f"shard {entry.shard} of only {shards}")
     expected = math.prod(entry.shape) * entry.storage_dtype.itemsize
@@ -240,7 +264,7 @@ def _check_entry(entry: TensorEntry, shards: int) -> None:
 
 def _read_range(path: Path, offset: int, size: int, name: str) -> np.ndarray:
     try:
-        with path.open("rb") as file:
+        with open_regular(path) as file:
             available = file.seek(0, os.SEEK_END)
             # Compared before anything is allocated.
             if offset + size > available:

@@ -17,6 +17,8 @@ _FIXED_SIZES = {FIXED64: 8, FIXED32: 4}
 
 def read_varint(data: bytes, position: int) -> tuple[int, int]:
     """The unsigned 64-bit integer at ``position``, and the position behind it."""
+    if position < len(data) and data[position] < 0x80:
+        return data[position], position + 1
     value = 0
     for shift in range(0, 70, 7):
         if position >= len(data):

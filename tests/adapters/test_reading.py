@@ -61,12 +61,12 @@ def test_other_pools(pool: nn.Module, reason: str) -> None:
 @pytest.mark.parametrize("kernel_size", [2, 3, 4, 5])
 def test_the_padding_called_same(kernel_size: int) -> None:
     conv = nn.Conv2d(3, 3, kernel_size, padding="same", groups=3)
-    weight, bias, stride, padding = reading.read_depthwise(conv)
+    stride, padding = reading.read_depthwise(conv)
     assert stride == 1 and padding != "tf_same"
     top, bottom, left, right = padding
     x = torch.randn(1, 3, 6, 7)
     padded = F.pad(x, (left, right, top, bottom))
-    assert torch.allclose(F.conv2d(padded, weight, bias, groups=3), conv(x), atol=1e-6)
+    assert torch.allclose(F.conv2d(padded, conv.weight, conv.bias, groups=3), conv(x), atol=1e-6)
 
 
 @pytest.mark.parametrize(

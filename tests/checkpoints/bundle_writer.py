@@ -82,8 +82,13 @@ def table_of_blocks(blocks: Sequence[bytes], compression: int = 0) -> bytes:
     for number, data in enumerate(blocks):
         handles.append((struct.pack(">I", number), varint(len(content)) + varint(len(data))))
         content += sealed(data, compression)
+    return finished(content, block(handles))
+
+
+def finished(content: bytes, index: bytes) -> bytes:
+    """``content``, sealed blocks, with the metaindex, the block ``index`` and the footer."""
     footer = b""
-    for data in (block([]), block(handles)):
+    for data in (block([]), index):
         footer += varint(len(content)) + varint(len(data))
         content += sealed(data)
     return content + footer.ljust(40, b"\0") + struct.pack("<Q", TABLE_MAGIC)

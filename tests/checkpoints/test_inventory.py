@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from moat_kernels.checkpoints import CheckpointError
@@ -68,6 +70,13 @@ def test_a_missing_raw_value_points_to_its_average() -> None:
 def test_names_that_are_no_checkpoint_of_moat(names: list[str], complaint: str) -> None:
     with pytest.raises(CheckpointError, match=f"^file: .*{complaint}"):
         take(*names)
+
+
+def test_a_name_of_many_parts_costs_no_time() -> None:
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="is not a variable that MOAT is known to have"):
+        take(f"moat/{'a/' * 200_000}kernel")
+    assert time.process_time() - start < 1
 
 
 def test_averages_that_do_not_exist_cannot_be_asked_for() -> None:

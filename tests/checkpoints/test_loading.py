@@ -6,12 +6,18 @@ import pickle
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from checkpoints.bundle_writer import STRING, tensor_record, write_bundle
+from checkpoints.hostile import SPECIAL_FILES, make_special_file
+from checkpoints.small_models import (
+    WEIGHTS,
+    StateDict,
+    is_untouched,
+    module_with,
+)
 
 import moat_kernels
 from moat_kernels.checkpoints import (
@@ -23,28 +29,9 @@ from moat_kernels.checkpoints import (
 )
 
 EMBEDDING = "relative_position_embedding"
-StateDict = dict[str, torch.Tensor]
 Change = Callable[[StateDict], StateDict]
 
 HEAD = ("final_layer_norm.", "logits_head.")
-
-
-def module_with(state_dict: StateDict) -> torch.nn.Module:
-    """A module whose state_dict has these names, shapes and dtypes, and zeros."""
-    root = torch.nn.Module()
-    for name, tensor in state_dict.items():
-        *path, leaf = name.split(".")
-        module = root
-        for part in path:
-            if part not in dict(module.named_children()):
-                module.add_module(part, torch.nn.Module())
-            module = module.get_submodule(part)
-        module.register_buffer(leaf, torch.zeros_like(tensor))
-    return root
-
-
-def is_untouched(model: torch.nn.Module) -> bool:
-    return not any(tensor.any() for tensor in model.state_dict().values())
 
 
 @pytest.fixture
@@ -72,15 +59,15 @@ def test_load_tensorflow_reports_what_the_bundle_skipped(
     assert report.skipped["global_step"] == "not a variable of MOAT"
 
 
-@pytest.mark.parametrize("kind", ["folder", "prefix", "index", "safetensors", "pt", "pth"])
+@pytest.mark.parametrize("kind", ["folder", "prefix", "index", "safetensors", "pt"])
 def test_every_kind_of_file(
     tmp_path: Path, golden_folder: Path, state_dict: StateDict, kind: str
 ) -> None:
     if kind == "safetensors":
         path = tmp_path / "model.safetensors"
         save_safetensors(state_dict, path)
-    elif kind in ("pt", "pth"):
-        path = tmp_path / f"model.{kind}"
+    elif kind == "pt":
+        path = tmp_path / "model.pt"
         torch.save(state_dict, path)
     else:
         endings = {"folder": "", "prefix": "/model.ckpt-1234", "index": "/model.ckpt-1234.index"}
@@ -192,39 +179,23 @@ def test_damaged_data_leaves_the_model_untouched(golden_copy: Path, state_dict: 
     assert is_untouched(model)
 
 
-class Bomb:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return (pytest.fail, ("the pickle was executed",))
-
-
-@pytest.mark.parametrize(
-    ("content", "complaint"),
-    [
-        ({"state_dict": {"x": torch.ones(1)}}, "'state_dict' is a dict, not a tensor"),
-        ({"epoch": 3}, "'epoch' is a int, not a tensor"),
-        ({0: torch.ones(1)}, "not a flat state_dict"),
-        ([torch.ones(1)], "holds a list, not a state_dict"),
-        (Bomb(), "not a state_dict that torch.load can read safely"),
-    ],
-)
-def test_torch_files_that_are_no_state_dict(
-    tmp_path: Path, state_dict: StateDict, content: Any, complaint: str
-) -> None:
-    torch.save(content, tmp_path / "bad.pt")
-    with pytest.raises(CheckpointError, match=rf"bad\.pt: .*{complaint}"):
-        load_checkpoint(module_with(state_dict), tmp_path / "bad.pt")
-
-
 @pytest.mark.parametrize(
     "content",
-    [b"", b"\x89PNG\r\n\x1a\n", pickle.dumps({}, protocol=2), random.Random(0).randbytes(999)],
+    [
+        b"",
+        b"\x89PNG\r\n\x1a\n",
+        pickle.dumps({}, protocol=2),
+        b"\x80\x02" + b"]" * 1000,
+        b"PK\x03\x04 and no more",
+        random.Random(0).randbytes(999),
+    ],
+    ids=["empty", "png", "pickle", "endless", "zip", "random"],
 )
-def test_foreign_files_with_a_torch_name(
-    tmp_path: Path, state_dict: StateDict, content: Any
-) -> None:
-    (tmp_path / "bad.pth").write_bytes(content)
-    with pytest.raises(CheckpointError, match=r"bad\.pth: "):
-        load_checkpoint(module_with(state_dict), tmp_path / "bad.pth")
+@pytest.mark.parametrize("name", ["bad.pth", "bad.safetensors", "bad.ckpt"])
+def test_foreign_files(tmp_path: Path, state_dict: StateDict, name: str, content: bytes) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(CheckpointError, match=f"{name}: "):
+        load_checkpoint(module_with(state_dict), tmp_path / name)
 
 
 @pytest.mark.parametrize("name", ["none.safetensors", "none.pt", "none"])
@@ -253,3 +224,38 @@ def test_create_model_loads_the_golden_checkpoint(
     assert model.state_dict().keys() == state_dict.keys()
     for name, tensor in model.state_dict().items():
         assert torch.equal(tensor, state_dict[name]), name
+
+
+@pytest.mark.parametrize("name", ["x.bin", "x.ckpt", "x.pth.tar", "x.th", "x", "x.safetensors"])
+@pytest.mark.parametrize("write", ["zip", "legacy", "safetensors"])
+def test_the_content_tells_what_a_file_is(tmp_path: Path, name: str, write: str) -> None:
+    path, state_dict = tmp_path / name, {"layer.weight": torch.rand(2, 3)}
+    if write == "safetensors":
+        save_safetensors(state_dict, path)
+    else:
+        torch.save(state_dict, path, _use_new_zipfile_serialization=write == "zip")
+    model = module_with(state_dict)
+    load_checkpoint(model, path)
+    assert torch.equal(model.state_dict()["layer.weight"], state_dict["layer.weight"])
+
+
+def test_a_file_is_preferred_to_the_tensorflow_checkpoint_beside_it(
+    golden_copy: Path, state_dict: StateDict
+) -> None:
+    """PREFIX is no file of a TensorFlow V2 checkpoint, so one that is there is meant."""
+    torch.save({"x": torch.ones(1)}, golden_copy)
+    model = module_with({"x": torch.zeros(1)})
+    load_checkpoint(model, golden_copy)
+    assert model.state_dict()["x"] == 1
+    golden_copy.write_bytes(b"V1")
+    load_checkpoint(module_with(state_dict), golden_copy)
+
+
+@pytest.mark.parametrize("kind", SPECIAL_FILES)
+def test_only_regular_files_are_opened(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_special_file(kind, tmp_path / "x.pt", monkeypatch)
+    complaint = "no file 'checkpoint' says" if kind == "folder" else SPECIAL_FILES[kind]
+    with pytest.raises(CheckpointError, match=rf"x\.pt: {complaint}"):
+        load_checkpoint(module_with(WEIGHTS), tmp_path / "x.pt")

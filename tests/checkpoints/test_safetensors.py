@@ -12,8 +12,14 @@ from typing import Any
 
 import pytest
 import torch
+from checkpoints.hostile import SPECIAL_FILES, make_special_file, peak_of_refusal
 
-from moat_kernels.checkpoints import CheckpointError, load_safetensors, save_safetensors
+from moat_kernels.checkpoints import (
+    CheckpointError,
+    load_safetensors,
+    safetensors_header,
+    save_safetensors,
+)
 
 DTYPES = [
     torch.float64,
@@ -25,6 +31,14 @@ DTYPES = [
     torch.int16,
     torch.int8,
     torch.uint8,
+    torch.uint16,
+    torch.uint32,
+    torch.uint64,
+    torch.float8_e4m3fn,
+    torch.float8_e4m3fnuz,
+    torch.float8_e5m2,
+    torch.float8_e5m2fnuz,
+    torch.complex64,
     torch.bool,
 ]
 
@@ -114,6 +128,49 @@ def test_unaligned_files_are_read_into_aligned_memory(tmp_path: Path) -> None:
     assert loaded["b"].data_ptr() % 4 == 0
 
 
+def test_empty_tensors_need_no_alignment(tmp_path: Path) -> None:
+    path = tmp_path / "odd.safetensors"
+    header = {
+        "a": record("U8", (1,), (0, 1)),
+        "b": record("F32", (0,), (1, 1)),
+        "c": record("F64", (4, 0, 3), (1, 1)),
+    }
+    path.write_bytes(file_of(header, b"\x07"))
+    expected = {"b": torch.empty(0), "c": torch.empty(4, 0, 3, dtype=torch.float64)}
+    assert_same(load_safetensors(path), {"a": torch.tensor([7], dtype=torch.uint8)} | expected)
+
+
+RECORD = json.dumps({"dtype": "F32", "shape": [2], "data_offsets": [0, 8]})
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        file_of({"e": record("F64", (0,), (1, 1)), "b": record("U8", (1,), (0, 1))}, b"\x07"),
+        file_of({"z": record(), "a": record(shape=(0,), offsets=(0, 0))}, bytes(8)),
+        file_of({"z": record(), "a": record(offsets=(8, 16))}, bytes(16)),
+        file_of({"y": record(offsets=(8, 16)), "b": record()}, bytes(16)),
+        file_of({"": record()}, bytes(8)),
+        file_of({'é"\\\n\U0001f600': record()}, bytes(8)),
+        file_of({"x": record(shape=[1] * 70 + [2])}, bytes(8)),
+        file_of({"x": record() | {"more": [{"}": 1}]}}, bytes(8)),
+        file_of({"x": record(), "__metadata__": {"a": "b\n", "": ""}}, bytes(8)),
+        file_of({"__metadata__": None}),
+        file_of(b'{"__metadata__":{"a":"1","a":"2"}}'),
+        file_of(b" \n{} \t\r\n"),
+        file_of(f'{{ "x" :\n{RECORD}\t}} '.encode(), bytes(8)),
+        file_of({"x": record("F8_E8M0", (8,))}, bytes(8)),
+        file_of({"x": record("C64", (1,))}, bytes(8)),
+    ],
+    ids=lambda content: repr(content[8:60]),
+)
+def test_what_the_reference_library_reads_is_read_alike(tmp_path: Path, content: bytes) -> None:
+    reader = pytest.importorskip("safetensors.torch")
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(content)
+    assert_same(load_safetensors(path), reader.load_file(path))
+
+
 def test_writing_to_a_loaded_tensor_leaves_the_file_alone(tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     save_safetensors({"x": torch.ones(5)}, path)
@@ -133,7 +190,7 @@ def test_a_loaded_file_can_be_replaced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("tensors", "metadata", "complaint"),
     [
-        ({"x": torch.ones(1, dtype=torch.complex64)}, None, "'x' has dtype torch.complex64"),
+        ({"x": torch.ones(1).cdouble()}, None, "'x' has dtype torch.complex128"),
         ({"x": [1.0]}, None, "'x' is a list, not a tensor"),
         ({1: torch.ones(1)}, None, "1 cannot be the name"),
         ({"__metadata__": torch.ones(1)}, None, "'__metadata__' cannot be the name"),
@@ -175,22 +232,29 @@ TWO = bytes(8)
         (file_of(b"{}", length=1 << 63), "a header of 9223372036854775808 bytes"),
         (file_of(b"{}", length=3), "a header of 3 bytes is announced, 2 bytes follow"),
         (file_of(b"[]"), "not a JSON object"),
-        (file_of(b" {}"), "not a JSON object"),
         (file_of(b"{"), "not valid JSON"),
+        (file_of(b"{}{}"), "not valid JSON"),
+        (file_of(b"{}\0"), "not valid JSON"),
         (file_of(b'{"a":\xff}'), "not valid JSON"),
-        (file_of(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "not valid JSON"),
-        (file_of(b'{"a":' + b"9" * 10_000 + b"}"), "not valid JSON|not described by"),
-        (file_of(b'{"a":{},"a":{}}'), "key 'a' twice"),
+        (file_of(b'{"a\n":{}}'), "not valid JSON"),
+        (file_of(b'{"\\ud800":' + RECORD.encode() + b"}", TWO), "not valid JSON"),
+        (file_of(b'{"__metadata__":{"a":"b"'), "not valid JSON"),
+        (file_of(b'{"a":{"b":[}}'), "not valid JSON"),
+        (file_of(b'{"a":' + b"[" * 100_000 + b"]" * 100_000 + b"}"), "'a' is not described by"),
+        (file_of(b'{"a":{"b":' + b"[" * 100_000 + b"]" * 100_000 + b"}}"), "valid JSON"),
+        (file_of(b'{"a":' + b"9" * 10_000 + b"}"), "'a' is not described by"),
+        (file_of(f'{{"a":{RECORD},"a":{RECORD}}}'.encode(), TWO), "key 'a' twice"),
+        (file_of(f'{{"a":{RECORD[:-1]},"shape":[2]}}}}'.encode(), TWO), "key 'shape' twice"),
+        (file_of({"n" * 5000: record()}, TWO), "a name of 5000 characters"),
         (file_of({"x": 3}), "'x' is not described by"),
-        (file_of({"x": record() | {"more": 1}}, TWO), "'x' is not described by"),
         (file_of({"x": {"dtype": "F32", "shape": [2]}}, TWO), "'x' is not described by"),
-        (file_of({"x": record("F8_E4M3")}, TWO), "'x' has dtype 'F8_E4M3'; supported are F64"),
+        (file_of({"x": record("F4")}, TWO), "'x' has dtype 'F4'; supported are F64"),
         (file_of({"x": record(["F32"])}, TWO), "'x' has dtype"),
         (file_of({"x": record(shape=[-2])}, TWO), r"impossible shape \[-2\]"),
         (file_of({"x": record(shape=[2.0])}, TWO), "impossible shape"),
         (file_of({"x": record(shape=[True, 2])}, TWO), "impossible shape"),
         (file_of({"x": record(shape=[1 << 40, 1 << 40, 0], offsets=(0, 0))}), "impossible shape"),
-        (file_of({"x": record(shape=[1] * 33, offsets=(0, 4))}, bytes(4)), "33 dimensions"),
+        (file_of({"x": record(shape=[1] * 5000, offsets=(0, 4))}, bytes(4)), "at most 4096 char"),
         (file_of({"x": record(offsets=(0, 8, 8))}, TWO), "impossible data_offsets"),
         (file_of({"x": record(offsets=(-8, 0))}, TWO), "impossible data_offsets"),
         (file_of({"x": record(shape=[3])}, TWO), r"F32 of shape \[3\] takes 12 bytes"),
@@ -214,6 +278,65 @@ def test_damaged_hostile_and_foreign_files(tmp_path: Path, content: bytes, compl
     path = tmp_path / "bad.safetensors"
     path.write_bytes(content)
     with pytest.raises(CheckpointError, match=rf"bad\.safetensors: .*({complaint})"):
+        load_safetensors(path)
+
+
+MEGABYTE = 1 << 20
+
+
+@pytest.mark.parametrize(
+    ("header", "complaint"),
+    [
+        (b'{"a":[' + b"[]," * (MEGABYTE // 3) + b"[]]}", "not described"),
+        (b'{"a":{"shape":[' + b"[]," * (MEGABYTE // 3) + b"[]]}}", "at most 4096 characters"),
+        (b'{"__metadata__":{"a":{' + b'"":[],' * (MEGABYTE // 6), "does not map strings"),
+        (b'{"__metadata__":{"a":"' + b"\\n" * (MEGABYTE // 2) + b'"}}x', "not valid JSON"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "header",
+)
+def test_a_header_takes_a_small_multiple_of_its_size(
+    tmp_path: Path, header: bytes, complaint: str
+) -> None:
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(file_of(header))
+    # The bytes, their text and one string of it; a JSON parser takes up to 30 times the size.
+    assert peak_of_refusal(lambda: load_safetensors(path), complaint) < 5 * MEGABYTE
+
+
+@pytest.mark.parametrize(
+    ("header", "complaint"),
+    [
+        ({str(i): record("U8", (0,), (0, 0)) for i in range(11)}, "more than 10 tensors"),
+        ({"__metadata__": {str(i): "" for i in range(11)}}, "has more than 10 keys"),
+    ],
+    ids=["tensors", "metadata"],
+)
+def test_no_more_entries_than_a_checkpoint_can_have(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, header: dict[str, Any], complaint: str
+) -> None:
+    monkeypatch.setattr(safetensors_header, "_MAXIMUM_ENTRIES", 10)
+    path = tmp_path / "x.safetensors"
+    path.write_bytes(file_of(header))
+    with pytest.raises(CheckpointError, match=complaint):
+        load_safetensors(path)
+
+
+def test_a_header_beyond_the_limit_is_not_read(tmp_path: Path) -> None:
+    path = tmp_path / "x.safetensors"
+    with path.open("wb") as file:
+        file.write(struct.pack("<Q", 100_000_001))
+        file.truncate(200_000_000)
+    with pytest.raises(CheckpointError, match="has 100000001 bytes, at most 100000000 are read"):
+        load_safetensors(path)
+
+
+@pytest.mark.parametrize("kind", SPECIAL_FILES)
+def test_only_regular_files_are_opened(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.safetensors"
+    make_special_file(kind, path, monkeypatch)
+    with pytest.raises(CheckpointError, match=rf"x\.safetensors: {SPECIAL_FILES[kind]}, not a"):
         load_safetensors(path)
 
 

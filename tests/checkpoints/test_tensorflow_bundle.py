@@ -22,13 +22,19 @@ from checkpoints.bundle_writer import (
     write_bundle,
     write_raw_bundle,
 )
+from checkpoints.bundle_writer import (
+    entry as table_entry,
+)
+from checkpoints.hostile import SPECIAL_FILES, make_special_file, peak_of_refusal
 from support.golden import variable_values
 
 from moat_kernels.checkpoints import CheckpointError, TensorBundle, save_safetensors
+from moat_kernels.checkpoints.files import open_regular
 
 # The seed of the model whose weights the golden checkpoint holds.
 GOLDEN_SEED = 21
 FLOAT32 = 1
+ONE_RESTART = struct.pack("<II", 0, 1)
 
 
 def index_of(prefix: Path) -> Path:
@@ -227,6 +233,48 @@ def test_hostile_records(tmp_path: Path, record: bytes, complaint: str) -> None:
     prefix = write_raw_bundle(tmp_path, records, [bytes(8)])
     with pytest.raises(CheckpointError, match=rf"model\.index: 'some/tensor': .*{complaint}"):
         TensorBundle(prefix)
+
+
+def test_tensors_that_share_bytes(tmp_path: Path) -> None:
+    data = bytes(range(24))
+    records = {
+        b"": header_record(),
+        b"a": tensor_record(FLOAT32, (4,), data[:16]),
+        b"b": tensor_record(FLOAT32, (3,), data[12:], offset=12),
+        b"empty": tensor_record(FLOAT32, (0,), b"", offset=8),
+    }
+    prefix = write_raw_bundle(tmp_path, records, [data])
+    complaint = r"model\.index: 'b' begins at byte 12 of shard 0, within 'a', which ends at 16"
+    with pytest.raises(CheckpointError, match=complaint):
+        TensorBundle(prefix)
+    records[b"b"] = tensor_record(FLOAT32, (2,), data[16:], offset=16)
+    assert set(TensorBundle(write_raw_bundle(tmp_path, records, [data]))) == {"a", "b", "empty"}
+
+
+@pytest.mark.parametrize("kind", SPECIAL_FILES)
+@pytest.mark.parametrize("name", ["model.index", "checkpoint", "model.data-00000-of-00001"])
+def test_only_regular_files_are_opened(
+    tmp_path: Path, name: str, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_bundle(tmp_path, {"x": np.ones(2, dtype=np.float32)})
+    (tmp_path / name).unlink(missing_ok=True)
+    make_special_file(kind, tmp_path / name, monkeypatch)
+    with pytest.raises(CheckpointError, match=f"{name}: {SPECIAL_FILES[kind]}, not a regular file"):
+        TensorBundle(tmp_path if name == "checkpoint" else tmp_path / "model")["x"]
+
+
+def test_a_device_is_not_read() -> None:
+    with pytest.raises(CheckpointError, match="/dev/zero: a device, not a regular file"):
+        open_regular(Path("/dev/zero"))
+
+
+def test_an_index_takes_a_small_multiple_of_its_size(tmp_path: Path) -> None:
+    """65,536 keys of four bytes without records, and one that is no text."""
+    path = tmp_path / "x.index"
+    entries = b"".join(b"\0\4\0" + struct.pack(">I", i + 1) for i in range(1 << 16)) + b"\0\1\0\xff"
+    path.write_bytes(table_of_blocks([table_entry(b"", header_record()) + entries + ONE_RESTART]))
+    size = path.stat().st_size
+    assert peak_of_refusal(lambda: TensorBundle(path), "not the name of a tensor") < 5 * size
 
 
 @pytest.mark.parametrize("offset", [1, 1 << 62])

@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
-from checkpoints.bundle_writer import block, entry, table, table_of_blocks, varint
+from checkpoints.bundle_writer import (
+    block,
+    entry,
+    finished,
+    sealed,
+    table,
+    table_of_blocks,
+    varint,
+)
 
-from moat_kernels.checkpoints import CheckpointError
+from moat_kernels.checkpoints import CheckpointError, tensorflow_table
 from moat_kernels.checkpoints.tensorflow_table import read_table
 
 Read = Callable[[bytes], list[tuple[bytes, bytes]]]
@@ -20,7 +29,7 @@ def read(tmp_path: Path) -> Read:
     def read_bytes(content: bytes) -> list[tuple[bytes, bytes]]:
         path = tmp_path / "some.index"
         path.write_bytes(content)
-        return read_table(path)
+        return list(read_table(path))
 
     return read_bytes
 
@@ -84,9 +93,14 @@ ONE_RESTART = struct.pack("<II", 0, 1)
     ("entries", "complaint"),
     [
         (varint(5) + varint(1) + varint(0) + b"x", "shares 5 bytes with a key of 0 bytes"),
-        (varint(0) + varint(1 << 62) + varint(0), "bytes are announced where 0 are left"),
-        (varint(0) + varint(1) + varint(1 << 40) + b"x", "bytes are announced where 0 are left"),
+        (varint(0) + varint(9) + varint(0), "9 bytes are announced where 0 are left"),
+        (varint(0) + varint(1 << 62) + varint(0), "at most 1024 and 65536 are read"),
+        (varint(0) + varint(1) + varint(9) + b"x", "9 bytes are announced where 0 are left"),
+        (varint(0) + varint(1) + varint(1 << 40) + b"x", "at most 1024 and 65536 are read"),
         (b"\x80", "cut off"),
+        (b"\xff" * 100, "more than 64 bits"),
+        (entry(b"k" * 1025, b""), "a key of 1025 and a value of 0 bytes; at most 1024 and 65536"),
+        (entry(b"k", bytes(65537)), "a key of 1 and a value of 65537 bytes"),
     ],
 )
 def test_hostile_entries_with_valid_checksums(read: Read, entries: bytes, complaint: str) -> None:
@@ -95,11 +109,71 @@ def test_hostile_entries_with_valid_checksums(read: Read, entries: bytes, compla
 
 
 def test_a_small_file_cannot_expand_without_end(read: Read) -> None:
-    first = b"a" * 2000
+    first = b"a" * 1000
     keys = [first + struct.pack(">I", number) for number in range(5000)]
-    entries = entry(keys[0], b"") + b"".join(entry(key, b"", shared=2000) for key in keys[1:])
-    with pytest.raises(CheckpointError, match="expand to more than 32 times"):
+    entries = entry(keys[0], b"") + b"".join(entry(key, b"", shared=1000) for key in keys[1:])
+    with pytest.raises(CheckpointError, match="expand to more than 8 times"):
         read(table_of_blocks([entries + ONE_RESTART]))
+
+
+def table_of_handles(blocks: Sequence[bytes], handles: Sequence[tuple[int, int]]) -> bytes:
+    """A table of ``blocks`` whose index block names (block, bytes left out at its front)."""
+    content, places = b"", []
+    for data in blocks:
+        places.append((len(content), len(data)))
+        content += sealed(data)
+    entries = []
+    for number, (chosen, omitted) in enumerate(handles):
+        offset, size = places[chosen]
+        handle = varint(offset + omitted) + varint(size - omitted)
+        entries.append((struct.pack(">I", number), handle))
+    return finished(content, block(entries))
+
+
+@pytest.mark.parametrize(
+    ("handles", "complaint"),
+    [
+        ([(0, 0), (0, 0)], "the block of 17 bytes at 0 overlaps the one before it, .* ends at 22"),
+        ([(0, 0), (0, 1)], "the block of 16 bytes at 1 overlaps"),
+        ([(1, 0), (0, 0)], "the block of 17 bytes at 0 overlaps"),
+    ],
+)
+def test_every_block_is_read_once(
+    read: Read, handles: list[tuple[int, int]], complaint: str
+) -> None:
+    blocks = [block([(key, b"value")]) for key in (b"1", b"2")]
+    assert len(blocks[0]) == 17
+    assert read(table_of_handles(blocks, [(0, 0), (1, 0)])) == [(b"1", b"value"), (b"2", b"value")]
+    with pytest.raises(CheckpointError, match=complaint):
+        read(table_of_handles(blocks, handles))
+
+
+def test_a_block_named_many_times_costs_no_time(read: Read) -> None:
+    """An index block of 0.5 MB, and 256 KB of restart points without entries."""
+    restarts = struct.pack("<65536I", *range(65535), 65535)
+    content = table_of_handles([restarts], [(0, 0)] * 30_000)
+    start = time.process_time()
+    with pytest.raises(CheckpointError, match="a block without entries"):
+        read(content)
+    assert time.process_time() - start < 5
+
+
+def test_the_index_block_is_no_data_block(read: Read) -> None:
+    index = block([(b"0", varint(0) + varint(18))])
+    with pytest.raises(CheckpointError, match="lies beyond the end"):
+        read(finished(b"", index))
+
+
+def test_no_more_entries_than_a_checkpoint_can_have(
+    read: Read, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = table({bytes([number]): b"" for number in range(11)}, entries_per_block=1)
+    monkeypatch.setattr(tensorflow_table, "_MAXIMUM_ENTRIES", 10)
+    with pytest.raises(CheckpointError, match="more than 10 keys"):
+        read(content)
+    monkeypatch.setattr(tensorflow_table, "_MAXIMUM_BLOCKS", 9)
+    with pytest.raises(CheckpointError, match="more than 9 blocks"):
+        read(content)
 
 
 def test_an_index_of_impossible_size_is_not_read(tmp_path: Path) -> None:
@@ -108,4 +182,4 @@ def test_an_index_of_impossible_size_is_not_read(tmp_path: Path) -> None:
         file.seek(1 << 30)
         file.write(table({})[-8:])
     with pytest.raises(CheckpointError, match="too many for the index of a checkpoint"):
-        read_table(path)
+        list(read_table(path))

@@ -9,14 +9,12 @@ import shutil
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("PIL", reason="the example needs Pillow")
-sys.path.insert(0, str(Path(__file__).parents[2] / "examples"))
-
 import chart
+import checkpoint_folder
 import checkpointing
 import memory
 import photographs
@@ -24,44 +22,9 @@ import progress
 import train_classifier
 import training
 from PIL import Image, ImageColor
+from support.example_program import STEPS
 
 import moat_kernels
-
-STEPS = 4
-create_model = moat_kernels.create_model
-
-
-@pytest.fixture(scope="module")
-def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two classes of three small pictures each: coarse and fine random blotches."""
-    folder = tmp_path_factory.mktemp("pictures")
-    random = np.random.default_rng(0)
-    for name, size in (("coarse", 4), ("fine", 24)):
-        (folder / name).mkdir()
-        for index in range(3):
-            pixels = random.integers(0, 256, (size, size, 3), dtype=np.uint8)
-            Image.fromarray(pixels).resize((48, 40)).save(folder / name / f"{index}.png")
-    return folder
-
-
-def small_model(name: str, **options) -> moat_kernels.MOAT:
-    sizes = {"stem_width": 8, "widths": (8, 16, 32, 64), "depths": (1, 2, 2, 1)}
-    return create_model(name, **sizes, **options)
-
-
-@pytest.fixture
-def run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    """Calls the program on tiny data and models; peak memory and chart have tests of their own."""
-    monkeypatch.setattr(moat_kernels, "create_model", small_model)
-    monkeypatch.setattr(train_classifier, "peak_of_step", lambda *arguments: 2**20)
-    monkeypatch.setattr(train_classifier, "draw_chart", lambda *arguments: False)
-
-    def call(*arguments: object) -> int:
-        small = ("--data", pictures, "--steps", STEPS, "--resolution", 32, "--batch-size", 4)
-        fixed = ("--device", "cpu", "--output", tmp_path / "out")
-        return train_classifier.main([str(one) for one in (*small, *fixed, *arguments)])
-
-    return call
 
 
 def results(tmp_path: Path) -> dict:
@@ -134,7 +97,9 @@ def test_a_run_that_was_interrupted_leaves_a_checkpoint(run, tmp_path, monkeypat
     interrupt_at(monkeypatch, training.Trainer, "step", 4)
     assert run("--checkpoint", tmp_path / "run", "--checkpoint-every", 2) == 130
     assert "--resume continues" in capsys.readouterr().out
-    assert [path.name for path in checkpointing.checkpoints(tmp_path / "run")] == ["step_00000002"]
+    assert [path.name for path in checkpoint_folder.checkpoints(tmp_path / "run")] == [
+        "step_00000002"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -148,12 +113,11 @@ def test_dying_while_saving_leaves_the_checkpoint_before(
     with monkeypatch.context() as patches:
         interrupt_at(patches, owner, name, call)
         assert run("--checkpoint", tmp_path / "run", "--checkpoint-every", 1) == 130
-    left = [path.name for path in checkpointing.checkpoints(tmp_path / "run")]
-    assert left == ["step_00000001"]
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["step_00000001"]
     resume = ("--resume", tmp_path / "run", "--checkpoint", tmp_path / "run")
     assert run(*resume, "--checkpoint-every", 1) == 0
     left = [path.name for path in (tmp_path / "run").iterdir()]
-    assert sorted(left) == ["step_00000003", "step_00000004"]  # older ones and halves are gone
+    assert sorted(left) == ["step_00000003", "step_00000004"]
 
 
 def test_checkpoints_of_another_run_are_not_mixed_in(run, tmp_path, capsys):
@@ -211,22 +175,6 @@ def test_saved_bytes_count_each_storage_once_and_no_parameters(settings):
     trainer.loss = loss
     images = torch.ones(8, requires_grad=True)
     assert memory.saved_for_backward(trainer, images, torch.ones(8)) == 2 * 8 * 4
-
-
-@pytest.fixture
-def settings() -> training.Settings:
-    return training.Settings(
-        model="tiny_moat_0",
-        classes=["a", "b"],
-        resolution=32,
-        batch_size=2,
-        steps=4,
-        lr=1e-3,
-        seed=0,
-        amp=False,
-        recompute="auto",
-        device="cpu",
-    )
 
 
 def test_moving_averages_begin_with_the_first_batch(settings):
@@ -363,10 +311,28 @@ def test_resume_refuses_what_does_not_fit(run, tmp_path, capsys):
         (("--steps", 1), "has done 1 steps already"),
         (("--resume", tmp_path / "none"), "is no checkpoint of this program"),
         (("--resume", foreign), "is no checkpoint of this program"),
-        (("--resume", torn), "cannot be read"),
+        (("--resume", torn), "has none that is whole"),
+        (("--resume", torn / "step_00000001"), "is damaged: .metadata not as written"),
     ):
         assert run("--resume", path, *arguments) == 2
         assert message in capsys.readouterr().err
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder that takes no files")
+@pytest.mark.parametrize("argument", ["--output", "--checkpoint"])
+def test_folders_that_take_no_files_are_found_before_training(run, capsys, argument):
+    assert run(argument, "/proc/self") == 2
+    captured = capsys.readouterr()
+    assert f"{argument}: cannot write to /proc/self" in captured.err
+    assert "step" not in captured.out
+
+
+def test_numbers_that_cannot_be_written_are_at_least_printed(run, tmp_path, capsys):
+    (tmp_path / "out" / "results.json").mkdir(parents=True)
+    assert run("--steps", 1) == 2
+    captured = capsys.readouterr()
+    assert "loss, first step" in captured.out
+    assert f"--output: cannot write to {tmp_path / 'out'}" in captured.err
 
 
 @pytest.mark.parametrize("argument", ["--output", "--checkpoint"])

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,28 @@ class NormParameters(NamedTuple):
     num_batches_tracked: Tensor | None = None  # [], int64
 
 
+# By the running mean of a norm: its forward passes that did not count, since one that did.
+_uncounted: WeakTensorKeyDictionary = WeakTensorKeyDictionary()
+
+
+def leave_uncounted(running_mean: Tensor | None) -> None:
+    """Note that a forward pass in training left its batch out of statistics that the norm has.
+
+    Wrappers of activation checkpointing do that, and let the recomputation count (fairscale's
+    patch_batchnorm).
+    """
+    if running_mean is not None and not torch.compiler.is_compiling() and not _recomputing():
+        _uncounted[running_mean] = _uncounted.get(running_mean, 0) + 1
+
+
+def _was_counted(running_mean: Tensor) -> bool:
+    """Whether the forward pass that is now recomputed has counted its batch."""
+    passes = _uncounted.pop(running_mean, 0)
+    if passes > 1:
+        _uncounted[running_mean] = passes - 1
+    return passes == 0
+
+
 @torch.no_grad()
 def update_norm(
     norm: Norm, parameters: NormParameters, mean: Tensor, variance: Tensor, count: int | Tensor
@@ -58,11 +81,17 @@ def update_norm(
 
     count: a tensor [] where other ranks' values count; its value is then not looked at, and the
         unbiased variance of a single value is 0.
-    Does nothing for a norm that tracks no statistics, for an empty batch, or in a recomputation.
+    Does nothing for a norm that tracks no statistics, for an empty batch, or in a recomputation of
+    what was counted.
     """
     running_mean, running_var = parameters.running_mean, parameters.running_var
-    if running_mean is None or running_var is None or _recomputing():
+    if running_mean is None or running_var is None:
         return
+    if _recomputing():
+        if _was_counted(running_mean):
+            return
+    elif _uncounted and not torch.compiler.is_compiling():
+        _uncounted.pop(running_mean, None)
     if not isinstance(count, Tensor):
         if count == 0:
             return
