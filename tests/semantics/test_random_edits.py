@@ -58,6 +58,7 @@ class Scenario:
     dtype: torch.dtype
     way: str
     channels_last: bool
+    input_gradient: bool
     compiled: bool
     order: tuple[str, ...]
     edits: tuple[Edit, ...]
@@ -79,6 +80,7 @@ def draw(seed: int) -> Scenario:
     dtype = torch.float64 if rng.random() < 0.3 else torch.float32
     order = tuple(rng.sample([*MODES, FROZEN], 4))
     channels_last = subject != "attention" and rng.random() < 0.5
+    input_gradient = rng.random() < 0.8
     # Drawn of a plain module that is edited on the way, so that an edit can build on another.
     pair = make_pair(subject, dtype, "plain")
     edits: list[Edit] = []
@@ -96,7 +98,9 @@ def draw(seed: int) -> Scenario:
             continue
         edits.append(edit)
     compiled = seed % COMPILED == 0 and subject not in ("model", "backbone")
-    return Scenario(seed, subject, dtype, way, channels_last, compiled, order, tuple(edits))
+    return Scenario(
+        *(seed, subject, dtype, way, channels_last, input_gradient, compiled, order, tuple(edits))
+    )
 
 
 def edited(scenario: Scenario, edits: tuple[Edit, ...], way: str) -> Pair:
@@ -135,8 +139,9 @@ def compare(scenario: Scenario, edits: tuple[Edit, ...], way: str) -> tuple[str,
             continue
         # After a frozen copy the module itself, so that statistics move in both of the pair.
         mode = "no_grad" if mode == FROZEN else mode
-        expected = observe(pair.plain, x, mode, settle)
-        found = difference(observe(pair.fused, x, mode, settle), expected)
+        arguments = x, mode, settle, scenario.input_gradient
+        expected = observe(pair.plain, *arguments)
+        found = difference(observe(pair.fused, *arguments), expected)
         if not found and frozen is not None:
             found = difference(frozen, outputs_only(expected))
             mode = FROZEN

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from support.patches import bend
 
@@ -51,6 +52,30 @@ class Wrapped(nn.Module):
 
     def forward(self, *inputs: Tensor) -> Tensor:
         return bend(self.module(*inputs))
+
+
+class Checkpointed(nn.Module):
+    """What it holds, computed again in the backward pass."""
+
+    def __init__(self, module: nn.Module, use_reentrant: bool) -> None:
+        super().__init__()
+        self.module = module
+        self.use_reentrant = use_reentrant
+
+    def forward(self, x: Tensor) -> Tensor:
+        return checkpoint(self.module, x, use_reentrant=self.use_reentrant)
+
+
+class WithOtherWeights(nn.Module):
+    """What it holds, called with other parameters than its own, as meta-learning does."""
+
+    def __init__(self, module: nn.Module) -> None:
+        super().__init__()
+        self.module = module
+
+    def forward(self, x: Tensor) -> Tensor:
+        others = {name: 1.5 * value for name, value in self.module.named_parameters()}
+        return torch.func.functional_call(self.module, others, (x,))
 
 
 class LoRA(nn.Module):

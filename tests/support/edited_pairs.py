@@ -45,6 +45,10 @@ MIXED_DTYPES = re.compile(
     r"expect.*(dtype|scalar type)|share same datatype|same dtype|should be the same"
 )
 
+# Nothing inside can be, the module is in training mode, or torch.nn.utils.spectral_norm has left a
+# tensor with a history in it, so that nobody can copy it.
+UNFROZEN = re.compile("can be frozen|must be in eval mode|deepcopy protocol")
+
 CLASSES = {
     reference.MBConvBlock: mk.FusedMBConv,
     reference.MOATBlock: mk.FusedMOATBlock,
@@ -175,8 +179,9 @@ def build_pair(
         fused = copy.deepcopy(plain)
         if way == "fuse":
             mk.fuse(fused)
-    if type(plain) is mk.MOAT:
-        plain.__class__ = PlainMOAT
+    for module in (plain, fused) if way == "plain" else (plain,):
+        if type(module) is mk.MOAT:
+            module.__class__ = PlainMOAT
     return Pair(plain, fused)
 
 
@@ -202,7 +207,11 @@ CALLS: list[str] = []  # what hooks that only look have seen, in the forward pas
 
 
 def observe(
-    module: nn.Module, x: Tensor, mode: str, settle: Callable[[nn.Module], None] | None = None
+    module: nn.Module,
+    x: Tensor,
+    mode: str,
+    settle: Callable[[nn.Module], None] | None = None,
+    input_gradient: bool = True,
 ) -> Results | Raised:
     """What one forward pass gives, and but for "no_grad" one backward pass: all results by name.
 
@@ -212,7 +221,7 @@ def observe(
     if settle is not None:
         settle(module)
     differentiates = mode != "no_grad"
-    x = x.detach().clone().requires_grad_(differentiates)
+    x = x.detach().clone().requires_grad_(differentiates and input_gradient)
     module.zero_grad(set_to_none=True)
     CALLS.clear()
     torch.default_generator.manual_seed(5)  # drop path draws; torch.manual_seed is slower
@@ -224,7 +233,9 @@ def observe(
             results: Results = {f"output {key}": value.detach() for key, value in named.items()}
             results["calls"] = tuple(CALLS)
             if differentiates:
-                sum(map(_loss, named.values()), torch.zeros(())).backward()
+                loss = sum(map(_loss, named.values()), torch.zeros(()))
+                if loss.requires_grad:  # everything may be frozen
+                    loss.backward()
     except Exception as error:  # whatever the edited module raises is compared
         return Raised(error)
     if x.grad is not None:
@@ -254,8 +265,15 @@ def difference(actual: Results | Raised, expected: Results | Raised) -> str:
         return f"raises {actual.error!r}"
     if actual.keys() != expected.keys():
         return f"has other results: {sorted(actual.keys() ^ expected.keys())}"
-    gradients = [value for name, value in expected.items() if name.startswith("gradient")]
+    floating = {
+        name: value
+        for name, value in expected.items()
+        if name != "calls" and value.is_floating_point()
+    }
+    gradients = [value for name, value in floating.items() if name.startswith("gradient")]
     largest = max((float(value.abs().max()) for value in gradients if value.numel()), default=0.0)
+    # Nothing is more exact than the maps in between, which the outputs' dtype tells of.
+    outputs = {value.dtype for name, value in floating.items() if name.startswith("output")}
     found = []
     for name, value in expected.items():
         if name == "calls":
@@ -267,19 +285,23 @@ def difference(actual: Results | Raised, expected: Results | Raised) -> str:
         if torch.equal(actual[name], value):
             continue
         is_gradient = name.startswith("gradient")
-        table = BACKEND_GRADIENT if is_gradient else BACKEND_OUTPUT
         floor = max(1e-30, GRADIENT_FLOOR * largest) if is_gradient else OUTPUT_FLOOR
         error = relative_error(actual[name], value, floor)
-        # Where one module is in 16 bits, so are its gradients and what it hands on.
-        if error > table.get(value.dtype, 4 * STORED_ROUNDING.get(value.dtype, 0.0)):
+        if error > max(_tolerance(dtype, is_gradient) for dtype in {value.dtype, *outputs}):
             found.append(f"{name} off by {error:.1e}")
     return ", ".join(found[:3]) + (f" and {len(found) - 3} more" if len(found) > 3 else "")
+
+
+def _tolerance(dtype: torch.dtype, is_gradient: bool) -> float:
+    table = BACKEND_GRADIENT if is_gradient else BACKEND_OUTPUT
+    # Where one module is in 16 bits, so are its gradients and what it hands on.
+    return table.get(dtype, 4 * STORED_ROUNDING.get(dtype, 0.0))
 
 
 def observe_frozen(
     module: nn.Module, x: Tensor, settle: Callable[[nn.Module], None] | None = None
 ) -> Results | Raised | None:
-    """The output of a frozen copy; None if nothing in the module can be frozen."""
+    """The output of a frozen copy; None if nothing in the module can be frozen, or none be made."""
     module.eval()
     if settle is not None:
         settle(module)
@@ -289,8 +311,8 @@ def observe_frozen(
             warnings.simplefilter("ignore")
             try:
                 frozen = mk.freeze(module)
-            except ValueError as error:
-                if "be frozen" in str(error):  # nothing inside, or a module in training mode
+            except (ValueError, RuntimeError) as error:
+                if UNFROZEN.search(str(error)):
                     return None
                 raise
             CALLS.clear()
