@@ -175,8 +175,9 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
     def attention_half(self, y: Tensor) -> Tensor:
         if overridden(self, (_SELF_ATTENTION,)):
             return super().attention_half(y)
-        if not self._drops() and self._is_one_pass() and not self._is_parametrized():
-            tensors, description = self._attention_tensors(), self.attention.description
+        tensors = self.read_attention_half()
+        if tensors is not None:
+            description = self.attention.description
             if attention_half.covers(y, tensors, description):
                 eps = self.attention_norm.eps
                 output = attention_half.attention_half(y, tensors, eps, description)
@@ -207,9 +208,16 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
             and len(modules[0].normalized_shape) == 1  # type: ignore[arg-type]
         )
 
-    def _is_parametrized(self) -> bool:
-        """Whether tensors of this half are computed, which must be done once in a call."""
-        return any(map(is_parametrized, self._attention_modules()))
+    def read_attention_half(self) -> list[Tensor | None] | None:
+        """Its tensors as `attention_half` takes them; None where they do not say all.
+
+        What parametrizations compute is not read: that must be done once in a call.
+        """
+        if self._drops() or not self._is_one_pass():
+            return None
+        if any(map(is_parametrized, self._attention_modules())):
+            return None
+        return self._attention_tensors()
 
     def _attention_tensors(self) -> list[Tensor | None]:
         """As `attention_half` takes them."""
