@@ -171,11 +171,12 @@ class BatchNorm(Stage):
         return torch.ops.aten.batch_norm_update_stats(x, zeros, zeros.clone(), 0.0)
 
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """Dense: PyTorch's backward op reads beyond an expanded weight."""
         dtype = self.statistics[0].dtype
         weight, bias = self.parameters.weight, self.parameters.bias
         return (
-            None if weight is None else weight.to(dtype),
-            None if bias is None else bias.to(dtype),
+            None if weight is None else weight.to(dtype).contiguous(),
+            None if bias is None else bias.to(dtype).contiguous(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
