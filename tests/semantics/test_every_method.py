@@ -36,6 +36,7 @@ from support.patches import (
     mark,
     on_the_instance,
     overriding,
+    patched_class,
     public_methods,
 )
 from torch import Tensor, nn
@@ -126,10 +127,10 @@ def at(path: str, change: Patch) -> Patch:
     return lambda root: change(root.get_submodule(path))
 
 
-def own_methods(module: nn.Module) -> set[str]:
+def own_methods(kind: type[nn.Module]) -> set[str]:
     """Of this package's classes, and forward of all others but lists, which nobody can call."""
-    methods = public_methods(type(module)) - NOT_CALLED.keys() - FUSED_ALONE.keys()
-    return methods | (set() if isinstance(module, nn.ModuleList) else {"forward"})
+    methods = public_methods(kind) - NOT_CALLED.keys() - FUSED_ALONE.keys()
+    return methods | (set() if issubclass(kind, nn.ModuleList) else {"forward"})
 
 
 def methods_patched(kind: str, modules: dict[str, nn.Module]) -> dict[str, Patch]:
@@ -137,7 +138,7 @@ def methods_patched(kind: str, modules: dict[str, nn.Module]) -> dict[str, Patch
     return {
         f"{path or 'itself'}.{method}": at(path, lambda m, n=method: put(m, n))
         for path, module in modules.items()
-        for method in sorted(own_methods(module))
+        for method in sorted(own_methods(type(module)))
     }
 
 
@@ -210,10 +211,30 @@ def test_methods_of_other_blocks(name: str) -> None:
 @pytest.mark.parametrize("name", BLOCKS)
 def test_methods_of_a_subclass_made_by_its_constructor(name: str) -> None:
     found = []
-    for method in sorted(own_methods(pair_of(name, "plain").plain)):
+    for method in sorted(own_methods(SUBJECTS[name].plain)):
         pair = build_pair(name, DTYPE, "built", lambda kind, n=method: overriding(kind, n))
         different = differences(pair, input_of(name), ALL_MODES)
         found += [f"{method}, {mode}: {text}" for mode, text in different.items()]
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("name", BLOCKS)
+def test_methods_patched_in_their_classes(name: str) -> None:
+    """For all modules of a class at once; in its own class where the fused module has another."""
+    pair, x, found = pair_of(name, "built"), input_of(name), []
+    kinds = {
+        (type(m), type(pair.fused.get_submodule(path))) for path, m in modules_of(name).items()
+    }
+    for kind, fused_kind in sorted(kinds, key=str):
+        for method in sorted(own_methods(kind)):
+            with patched_class(kind, method):
+                expected = observe(pair.plain, x, "no_grad")
+            with patched_class(fused_kind, method):
+                different = {"no_grad": difference(observe(pair.fused, x, "no_grad"), expected)}
+                if (frozen := observe_frozen(pair.fused, x)) is not None:
+                    different[FROZEN] = difference(frozen, outputs_only(expected))
+            label = f"{fused_kind.__name__}.{method}"
+            found += [f"{label}, {mode}: {text}" for mode, text in different.items() if text]
     assert not found, "\n".join(found)
 
 
@@ -291,7 +312,9 @@ def blocks_of(name: str) -> list[tuple[Pair, Tensor]]:
 def test_forward_and_hooks_in_other_peoples_blocks(name: str) -> None:
     for pair, x in blocks_of(name):
         modules = dict(pair.plain.named_modules())
-        patched = {path: m for path, m in modules.items() if path and "forward" in own_methods(m)}
+        patched = {
+            path: m for path, m in modules.items() if path and "forward" in own_methods(type(m))
+        }
         check(pair, x, methods_patched("on the instance", patched), ("train",))
         check(pair, x, everywhere(HOOKS["forward hook"], modules), ("no_grad",))
         handle = GLOBAL_HOOKS["forward hook"]()

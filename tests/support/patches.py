@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import inspect
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -96,6 +97,24 @@ def overriding(kind: type[nn.Module], method: str) -> type[nn.Module]:
 def by_class(module: nn.Module, method: str) -> None:
     """`module.__class__ = Patched`."""
     module.__class__ = overriding(type(module), method)
+
+
+@contextmanager
+def patched_class(kind: type[nn.Module], method: str) -> Iterator[None]:
+    """In the `with` block `kind` itself has another `method`, as tracers patch nn.Conv2d."""
+    own, original = vars(kind).get(method), getattr(kind, method)
+
+    def patched(self: nn.Module, *inputs: Any, **options: Any) -> Any:
+        return alter(original(self, *inputs, **options), *inputs)
+
+    setattr(kind, method, patched)
+    try:
+        yield
+    finally:
+        if own is None:
+            delattr(kind, method)
+        else:
+            setattr(kind, method, own)
 
 
 Method = Callable[[nn.Module, str], None]
