@@ -12,7 +12,7 @@ from moat_kernels import reference
 from moat_kernels.adapters.reading import NotCovered, read_drop_path
 from moat_kernels.block_reading import read_block
 from moat_kernels.drop_path import DropPath
-from moat_kernels.inspection import interception, is_plain, overridden
+from moat_kernels.inspection import interception, is_plain, is_plain_tensor, overridden
 from moat_kernels.linear import apply_linear
 from moat_kernels.ops.attention_half import api as attention_half
 from moat_kernels.ops.common.backends import NO_TORCHSCRIPT, keep_backend, warn_once
@@ -136,6 +136,10 @@ class FusedAttention(reference.Attention):
         return apply_linear(self.proj, self.attend(apply_linear(self.qkv, x)))
 
     def attend(self, qkv: Tensor) -> Tensor:
+        kept = self._parameters.get("relative_position_embedding")
+        if not is_plain_tensor(kept):
+            warn_once(f"{type(self).__name__}: a {type(kept).__name__} as table; running unfused")
+            return super().attend(qkv)
         table = self.bias_table(qkv.shape[1], qkv.shape[2])
         return window_attention(qkv, table, self.description)
 
