@@ -9,7 +9,8 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable
 from functools import lru_cache
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -23,14 +24,7 @@ from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm
 from moat_kernels.reference import SameConv2d, SqueezeExcitation
 from moat_kernels.tensor_access import child, plain_class
 
-# Classes whose forward is known here, with that forward: somebody may put another one in its place.
-_FORWARDS: dict[Any, Any] = {
-    kind: kind.forward
-    for kind in (
-        *(nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm),
-        *(BatchNorm2d, SyncBatchNorm, DropPath, SameConv2d, SqueezeExcitation),
-    )
-}
+Kind = TypeVar("Kind", bound=type[nn.Module])
 
 # Methods of nn.Module that a call runs, and those of its subclasses that say nothing about one.
 _CALLED = frozenset(("forward", "_call_impl", "_wrapped_call_impl"))
@@ -44,14 +38,40 @@ def _methods(kind: Any) -> frozenset[str]:
     return _CALLED | {name for name in names if inspect.isroutine(getattr(kind, name))}
 
 
+class _Code(NamedTuple):
+    """The methods of a class: how to get them, and what they were at first."""
+
+    read: Callable[[type], Any]
+    methods: Any
+    forward: Any
+
+
+_CODE: dict[Any, _Code] = {}
+
+
+def remember_code(kind: Kind) -> Kind:
+    """Note the methods of a module class, so that others put in their place later are noticed."""
+    read = attrgetter(*sorted(_methods(kind)))  # type: ignore[arg-type]
+    _CODE[kind] = _Code(read, read(kind), kind.forward)
+    return kind
+
+
+for _kind in (
+    *(nn.Conv2d, nn.Linear, nn.LayerNorm, nn.BatchNorm2d, nn.SyncBatchNorm),
+    *(BatchNorm2d, SyncBatchNorm, DropPath, SameConv2d, SqueezeExcitation),
+):
+    remember_code(_kind)
+
+
 def _is_patched(module: nn.Module) -> bool:
-    """Whether a method was replaced on the instance, or the forward of its known class."""
+    """Whether a method was replaced on the instance, or in its class if that is remembered."""
     own, kind = module.__dict__, type(module)
-    forward = _FORWARDS.get(kind) or _FORWARDS.get(plain_class(module), kind.forward)
-    if kind.forward is not forward:
-        return True
+    code = _CODE.get(kind) or _CODE.get(plain_class(module))
     if torch.compiler.is_compiling():  # which follows neither caches nor sets of names
-        return "forward" in own or "_conv_forward" in own
+        replaced = code is not None and kind.forward is not code.forward
+        return replaced or "forward" in own or "_conv_forward" in own
+    if code is not None and code.read(kind) != code.methods:
+        return True
     return not own.keys().isdisjoint(_methods(kind))  # type: ignore[arg-type]
 
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moat_kernels.adapters.reading import NotCovered, read_norm
-from moat_kernels.inspection import interceptions, is_plain
+from moat_kernels.inspection import interceptions, is_plain, remember_code
 from moat_kernels.modules import (
     FusedInvertedBottleneck,
     FusedMBConv,
@@ -64,6 +64,7 @@ class Stem(nn.Module):
         return self.conv_1(F.gelu(self.norm_0(self.conv_0(x))))
 
 
+@remember_code
 class FusedStem(Stem):
     """`Stem` by native kernels where they cover the call; the output is in channels_last.
 
@@ -132,6 +133,7 @@ class FusedStem(Stem):
         return super().forward(x.contiguous(memory_format=torch.channels_last))
 
 
+@remember_code
 class MOAT(nn.Module):
     """MOAT (arXiv 2210.01820): stem, two MBConv stages, two MOAT stages, optional classifier.
 

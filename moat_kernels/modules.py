@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NoReturn, TypeVar
 
+import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -12,7 +13,13 @@ from moat_kernels import reference
 from moat_kernels.adapters.reading import NotCovered, read_drop_path
 from moat_kernels.block_reading import read_block
 from moat_kernels.drop_path import DropPath
-from moat_kernels.inspection import interception, is_plain, is_plain_tensor, overridden
+from moat_kernels.inspection import (
+    interception,
+    is_plain,
+    is_plain_tensor,
+    overridden,
+    remember_code,
+)
 from moat_kernels.linear import apply_linear
 from moat_kernels.ops.attention_half import api as attention_half
 from moat_kernels.ops.common.backends import NO_TORCHSCRIPT, keep_backend, warn_once
@@ -215,12 +222,13 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
     def read_attention_half(self) -> list[Tensor | None] | None:
         """Its tensors as `attention_half` takes them; None where they do not say all.
 
-        What parametrizations compute is not read: that must be done once in a call.
+        What parametrizations compute in training is not read: that must be done once in a call.
         """
         if self._drops() or not self._is_one_pass():
             return None
-        if any(map(is_parametrized, self._attention_modules())):
-            return None
+        for module in self._attention_modules():
+            if is_parametrized(module) and (module.training or torch.is_grad_enabled()):
+                return None
         return self._attention_tensors()
 
     def _attention_tensors(self) -> list[Tensor | None]:
@@ -263,3 +271,5 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
 
 
 _SELF_ATTENTION = FusedMOATBlock.self_attention
+for _kind in (FusedMBConv, FusedMOATBlock, FusedAttention):
+    remember_code(_kind)

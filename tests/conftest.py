@@ -1,4 +1,7 @@
-"""Every test runs with uninitialised memory filled with NaN: an unwritten element shows."""
+"""Every test runs with uninitialised memory filled with NaN: an unwritten element shows.
+
+And as if it were the first: with the same random numbers, and nothing warned of.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +15,12 @@ import torch
 def poisoned_memory() -> Iterator[None]:
     # Not above: it imports Triton, which tests/triton_kernels/conftest.py tells to interpret first.
     from moat_kernels.memory import release_memory
+    from moat_kernels.ops.common import backends
 
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.manual_seed(0)
+    backends._warned.clear()  # what an earlier test was told once
     release_memory()  # what an earlier test left there hides what this one does not write
     yield
     torch.use_deterministic_algorithms(False)
