@@ -28,8 +28,9 @@ help:
 demo: $(EXTENSION)
 	$(VENV)/bin/python examples/train_classifier.py --blocks both $(ARGS)
 
+# Files are shared out among as many processes as there are cores; ARGS="-n 0" is one process.
 test: $(EXTENSION) $(PEERS)
-	$(VENV)/bin/python -m pytest $(ARGS)
+	$(VENV)/bin/python -m pytest -n logical --dist loadfile $(ARGS)
 
 bench: $(EXTENSION) $(PEERS)
 	@mkdir -p build

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import bench_mbconv
 import bench_models
+import bench_reading
 import bench_window_attention
 import torch
 from interleaved import Comparison, Row
@@ -162,12 +163,18 @@ def model_targets() -> list[Target]:
     ]
 
 
-TARGETS = [*block_targets(), *attention_targets(), *model_targets()]
+READING_TARGET = Target(
+    "reading the modules, over an eval call",
+    *(bench_reading.READING[0].name, TIME, "reading", ("model",)),
+    at_most=0.05,
+)
+TARGETS = [*block_targets(), *attention_targets(), *model_targets(), READING_TARGET]
 COMPARISONS = {
     comparison.name: comparison
     for comparison in (
         *(*bench_mbconv.EVAL, *bench_mbconv.TRAINING),
         *(*bench_window_attention.TRAINING, *bench_models.EVAL, *bench_models.TRAINING),
+        *bench_reading.READING,
     )
 }
 

@@ -40,8 +40,9 @@ constexpr bool has_fields = std::is_base_of_v<Fields, T>;
 
 template <class T>
 constexpr const char* schema_type = nullptr;
+// Compilers and exporters may hold sizes open; kernels get numbers.
 template <>
-inline constexpr const char* schema_type<int64_t> = "int";
+inline constexpr const char* schema_type<int64_t> = "SymInt";
 template <>
 inline constexpr const char* schema_type<double> = "float";
 template <>
@@ -66,7 +67,7 @@ struct SchemaWriter {
   }
 };
 
-// "Tensor? weight, int height, ..."
+// "Tensor? weight, SymInt height, ..."
 template <class T>
 std::string schema_of() {
   std::string text;

@@ -39,7 +39,8 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
          ", " + schema_of<BlockPadding>() + ", ScalarType dtype) -> Tensor");
   define("cpu_stem_eval(Tensor x, " + stem + ", float eps) -> Tensor");
   define("cpu_attention_half_eval(Tensor y, " + half +
-         ", int heads, int head_dim, int window_height, int window_width, float scale, float eps) "
+         ", int heads, int head_dim, SymInt window_height, SymInt window_width, float scale, float "
+         "eps) "
          "-> Tensor");
   // The norm and GELU of the stem's training: z [B, H, W, C] -> (output, statistics [2, C]); and,
   // in place of the output's gradient, that of z -> (gradient of weight, gradient of bias).
@@ -82,11 +83,11 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
   // flat tensor, empty if not needed). heads_first: the channels are (heads, 3, head_dim).
   define(
       "cpu_window_attention_forward(Tensor qkv, Tensor? bias_table, int heads, int head_dim, "
-      "int window_height, int window_width, float scale, bool heads_first, bool grid) "
+      "SymInt window_height, SymInt window_width, float scale, bool heads_first, bool grid) "
       "-> (Tensor, Tensor)");
   define(
       "cpu_window_attention_backward(Tensor grad, Tensor qkv, Tensor? bias_table, Tensor output, "
-      "Tensor log_sum_exp, int heads, int head_dim, int window_height, int window_width, "
+      "Tensor log_sum_exp, int heads, int head_dim, SymInt window_height, SymInt window_width, "
       "float scale, bool heads_first, bool grid, bool needs_table) -> (Tensor, Tensor)");
   // x [.., K], weight [N, K]. -> x weight^T + bias; and the gradients of x, weight and bias, empty
   // where they are not needed.

@@ -79,14 +79,14 @@ class FusedStem(Stem):
         """What inference computes, its weights packed as they are now. Raises CannotFreeze."""
         check_runs_as_made(self, (FusedStem,))
         try:
-            first, norm, tensors, second = self._read()
+            first, norm, tensors, second = self.read()
         except NotCovered as obstacle:
             raise CannotFreeze(str(obstacle)) from obstacle
         if not norm.frozen:
             raise CannotFreeze("a norm that measures the batch")
         return [stem_step(first, tensors, norm.eps, second)]
 
-    def _read(self) -> tuple[list[Tensor | None], Norm, NormParameters, list[Tensor | None]]:
+    def read(self) -> tuple[list[Tensor | None], Norm, NormParameters, list[Tensor | None]]:
         """Weight and bias of the first convolution, the norm, those of the second. Or NotCovered.
 
         Raised before any tensor is read.
@@ -117,7 +117,7 @@ class FusedStem(Stem):
             if is_parametrized(self.conv_0) or is_parametrized(self.conv_1):
                 # What computes the weights must do so once in a call.
                 raise NotCovered("parametrized weights")
-            first, norm, tensors, second = self._read()
+            first, norm, tensors, second = self.read()
         except NotCovered as obstacle:
             warn_once(f"{type(self).__name__}: {obstacle}; running unfused")
         else:

@@ -12,7 +12,7 @@ from moat_kernels import reference
 from moat_kernels.adapters.reading import NotCovered, read_drop_path
 from moat_kernels.block_reading import read_block
 from moat_kernels.drop_path import DropPath
-from moat_kernels.inspection import interception, is_plain, overridden
+from moat_kernels.inspection import interception, is_plain, is_plain_tensor, overridden
 from moat_kernels.linear import apply_linear
 from moat_kernels.ops.attention_half import api as attention_half
 from moat_kernels.ops.common.backends import NO_TORCHSCRIPT, keep_backend, warn_once
@@ -136,6 +136,10 @@ class FusedAttention(reference.Attention):
         return apply_linear(self.proj, self.attend(apply_linear(self.qkv, x)))
 
     def attend(self, qkv: Tensor) -> Tensor:
+        kept = self._parameters.get("relative_position_embedding")
+        if not is_plain_tensor(kept):
+            warn_once(f"{type(self).__name__}: a {type(kept).__name__} as table; running unfused")
+            return super().attend(qkv)
         table = self.bias_table(qkv.shape[1], qkv.shape[2])
         return window_attention(qkv, table, self.description)
 
@@ -175,8 +179,9 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
     def attention_half(self, y: Tensor) -> Tensor:
         if overridden(self, (_SELF_ATTENTION,)):
             return super().attention_half(y)
-        if not self._drops() and self._is_one_pass() and not self._is_parametrized():
-            tensors, description = self._attention_tensors(), self.attention.description
+        tensors = self.read_attention_half()
+        if tensors is not None:
+            description = self.attention.description
             if attention_half.covers(y, tensors, description):
                 eps = self.attention_norm.eps
                 output = attention_half.attention_half(y, tensors, eps, description)
@@ -207,9 +212,16 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
             and len(modules[0].normalized_shape) == 1  # type: ignore[arg-type]
         )
 
-    def _is_parametrized(self) -> bool:
-        """Whether tensors of this half are computed, which must be done once in a call."""
-        return any(map(is_parametrized, self._attention_modules()))
+    def read_attention_half(self) -> list[Tensor | None] | None:
+        """Its tensors as `attention_half` takes them; None where they do not say all.
+
+        What parametrizations compute is not read: that must be done once in a call.
+        """
+        if self._drops() or not self._is_one_pass():
+            return None
+        if any(map(is_parametrized, self._attention_modules())):
+            return None
+        return self._attention_tensors()
 
     def _attention_tensors(self) -> list[Tensor | None]:
         """As `attention_half` takes them."""

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 import moat_kernels as mk
 from moat_kernels.ops.common.backends import backend_status
+from moat_kernels.reference import MOATBlock
 
 EXAMPLE_BATCH, OTHER_BATCH = 2, 5
 
@@ -62,7 +63,7 @@ def test_exported_programs_need_no_python_operator(program) -> None:
         for node in program.graph.nodes
         if str(node.target).startswith("moat_kernels.")
     }
-    native = {"cpu_mbconv_eval", "cpu_attention_half_eval"}
+    native = {"cpu_stem_eval", "cpu_mbconv_eval", "cpu_attention_half_eval"}
     assert ours == (native if backend_status()["cpu"].usable else set())
 
 
@@ -81,6 +82,69 @@ def test_export_with_parameters_that_require_grad(model) -> None:
     with torch.no_grad():
         expected = model(images)
     assert_close(export(model).module()(images), expected, BACKEND_OUTPUT[torch.float32])
+
+
+def any_size(smallest: int) -> dict[int, torch.export.Dim]:
+    """Batch, height and width of maps [B, C, H, W] held open."""
+    return {
+        0: torch.export.Dim("batch", min=1, max=64),
+        2: torch.export.Dim("height", min=smallest, max=1024),
+        3: torch.export.Dim("width", min=smallest, max=1024),
+    }
+
+
+@pytest.mark.skipif(not backend_status()["cpu"].usable, reason="stock windows have guards")
+def test_export_of_a_model_for_images_of_every_size() -> None:
+    """Whole-map attention, windows that do not divide their map, tables that are resized."""
+    model = make_model(torch.float32, window_size=(None, None, 2, None)).eval()
+    with torch.no_grad():
+        program = torch.export.export(
+            model, (torch.randn(2, 3, 96, 160),), dynamic_shapes={"x": any_size(33)}
+        )
+        for shape in ((1, 3, 64, 64), (3, 3, 97, 40), (2, 3, 33, 224)):
+            images = torch.randn(shape)
+            actual = program.module()(images)
+            assert_close(actual, model(images), BACKEND_OUTPUT[torch.float32])
+
+
+WHOLE_MAP = {"stride": 2, "head_dim": 16, "position_size": 4}
+
+
+@pytest.mark.parametrize(
+    ("make", "dtype"),
+    [(MOATBlock, torch.float32), (mk.FusedMOATBlock, torch.float64)],
+    ids=["plain", "without kernels"],
+)
+def test_export_of_a_block_for_maps_of_every_size(make, dtype: torch.dtype) -> None:
+    """Stock operators alone: no native kernel computes float64."""
+    block = make(16, 32, **WHOLE_MAP).to(dtype).eval()
+    x = torch.randn(2, 16, 10, 14, dtype=dtype)
+    with torch.no_grad():
+        program = torch.export.export(block, (x,), dynamic_shapes=[any_size(3)])
+        for shape in ((1, 16, 3, 16), (3, 16, 4, 4), (2, 16, 13, 9)):
+            x = torch.randn(shape, dtype=dtype)
+            assert_close(program.module()(x), block(x), BACKEND_OUTPUT[dtype])
+
+
+def test_onnx_of_a_block_for_maps_of_every_size(tmp_path: Path) -> None:
+    runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    block = mk.FusedMOATBlock(16, 32, **WHOLE_MAP).eval()
+    torch.onnx.export(
+        block,
+        (torch.randn(2, 16, 10, 14),),
+        tmp_path / "block.onnx",
+        input_names=["x"],
+        dynamic_shapes=[any_size(3)],
+        dynamo=True,
+        verbose=False,
+    )
+    session = runtime.InferenceSession(tmp_path / "block.onnx", providers=["CPUExecutionProvider"])
+    for shape in ((1, 16, 3, 16), (3, 16, 4, 4), (2, 16, 13, 9)):
+        x = torch.randn(shape)
+        (actual,) = session.run(None, {"x": x.numpy()})
+        with torch.no_grad():
+            assert_close(torch.from_numpy(actual), block(x), EXPORTED_OUTPUT)
 
 
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")

@@ -11,9 +11,11 @@ import torch
 import torch.autograd.forward_ad as forward_ad
 from support.foreign_models import make_foreign_model
 from support.fusing import check_same, randomize, reasons, run
+from support.peers import import_peer
 from support.twins import changzy00
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils.flop_counter import FlopCounterMode
 
 import moat_kernels as mk
 from moat_kernels.adapters.cases import COMBINATIONS
@@ -107,12 +109,67 @@ def hooks_inside() -> None:
     check_falls_back(block, stock, "the forward of an inner BatchNorm2d was replaced")
 
 
+def changed_settings() -> None:
+    stock = make_block()
+    block = fused(stock)
+    for each in (block, stock):
+        each.conv1.bias = nn.Parameter(torch.ones(64, dtype=torch.float64))
+        each.bn1.eps = 0.5
+    check_fused(stock, block)
+    for each in (block, stock):
+        each.conv2.dilation, each.conv2.padding = (2, 2), (2, 2)
+    check_falls_back(block, stock, r"dilation \(2, 2\)")
+
+
 def replaced_modules() -> None:
     stock = make_block()
     block = fused(stock)
     for each in (block, stock):
         each.act = nn.Hardswish()
     check_falls_back(block, stock, "activation Hardswish")
+
+
+def frozen_norms() -> None:
+    FrozenBatchNorm2d = import_peer("torchvision.ops.misc").FrozenBatchNorm2d
+    block = make_block()
+    norm = FrozenBatchNorm2d(16, block.bn.eps).double()
+    norm.load_state_dict(block.bn.state_dict())
+    block.bn = norm
+    check_fused(block)
+
+
+class Subclass(Tensor):
+    """As a quantised weight is one."""
+
+
+def tensor_subclasses() -> None:
+    stock = make_block()
+    block = fused(stock)
+    weight = nn.Parameter(stock.conv1.weight.detach().as_subclass(Subclass))
+    block.conv1.weight = weight
+    check_falls_back(block, stock, "a Subclass among its tensors")
+    mk.unfuse(block)
+    assert reasons(block) == {"a Subclass among its tensors"}
+
+
+def hooks_for_all() -> None:
+    stock = make_block()
+    block = fused(stock)
+    handle = nn.modules.module.register_module_forward_hook(lambda *_: None)
+    try:
+        check_falls_back(block, stock, "hooks for all modules are registered")
+    finally:
+        handle.remove()
+    with FlopCounterMode(display=False):
+        check_fused(stock, block)
+
+
+def fx_tracing() -> None:
+    block = fused(make_block()).eval()
+    traced = torch.fx.symbolic_trace(nn.Sequential(block, nn.ReLU()))
+    assert [node.op for node in traced.graph.nodes].count("call_module") == 2
+    x = make_input()
+    assert torch.equal(traced(x), block(x).relu())
 
 
 def meta_device() -> None:
@@ -190,7 +247,8 @@ def torchscript() -> None:
 
 CHECKS = (
     *(synchronised_norms, norms_of_every_kind, other_norms, hooks_and_parametrizations),
-    *(hooks_inside, replaced_modules, meta_device, class_changed, other_dtypes),
+    *(hooks_inside, changed_settings, replaced_modules, frozen_norms, tensor_subclasses),
+    *(hooks_for_all, fx_tracing, meta_device, class_changed, other_dtypes),
     *(function_transforms, second_derivatives, forward_derivatives, torchscript),
 )
 

@@ -17,9 +17,21 @@ COMBINATIONS = {
     "hooks on modules inside a block, or a forward replaced there": (
         "the block runs unfused, with a `FallbackWarning`"
     ),
-    "modules inside replaced later (adapters, quantised ones)": (
-        "the block runs unfused, with a `FallbackWarning`; those around attention are called"
+    "settings and biases changed inside a block": (
+        "fused, or, if no op computes them, the block runs unfused, with a `FallbackWarning`"
     ),
+    "modules inside replaced later (adapters, quantised ones)": (
+        "fused if their classes are known; else the block runs unfused, with a "
+        "`FallbackWarning`; those around attention are called"
+    ),
+    "batch norms of fixed statistics (torchvision's FrozenBatchNorm2d)": "fused",
+    "weights that are tensor subclasses (torchao)": (
+        "left as it is, and reported; later: the block runs unfused, with a `FallbackWarning`"
+    ),
+    "hooks for all modules (`register_module_forward_hook`)": (
+        "the block runs unfused, with a `FallbackWarning`, except `FlopCounterMode`'s"
+    ),
+    "torch.fx, `create_feature_extractor`": "a fused module is one node",
     "weights on the meta device": "left as it is, and reported",
     "another class given to a fused block (`fully_shard`)": "fused; `unfuse` raises `RuntimeError`",
     "integer or complex input": "`TypeError` that names it",

@@ -40,6 +40,11 @@ FOLDED_GRADIENT = 2e-5
 # C x C terms.
 FOLDED_GRADIENT_CORRELATED = 2e-3
 
+# Error of a mean, in standard deviations, and of a variance, relative to it, of some hundred rows
+# at 100 standard deviations from 0, beyond LOW_PRECISION_FACTOR times eager's: PyTorch's own sums
+# of a channels_last map lose up to 3e-6, of a contiguous one a tenth of that.
+MEASURED_MOMENTS = 5e-6
+
 # Low precision is judged by its distance from the float64 result: at most this many times as far
 # as stock PyTorch modules in that dtype (which round after every step, as we do after fewer).
 LOW_PRECISION_FACTOR = 2.0

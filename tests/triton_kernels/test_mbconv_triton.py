@@ -11,6 +11,7 @@ import pytest
 import torch
 from support.mbconv_cases import CASES, Case, make_parameters, map_tensors, run
 from support.mbconv_passes import training_passes, wide_crossings
+from support.sample_independence import check_samples_never_mix
 from support.tolerances import (
     BACKEND_GRADIENT,
     BACKEND_OUTPUT,
@@ -240,6 +241,11 @@ def test_nan_and_inf_in_the_gradient_reach_the_same_elements(
     for name, gradient in expected.items():
         assert torch.equal(actual[name].isfinite(), gradient.isfinite()), name
     assert 0 < expected["x"].isfinite().double().mean() < 1
+
+
+@pytest.mark.parametrize("recompute", ["none", "expand", "block"])
+def test_samples_never_mix(recompute: str, device: str) -> None:
+    check_samples_never_mix("triton", Case(GATED), (3, 5, 6), device, recompute=recompute)
 
 
 def test_gradients_of_any_memory_format_and_strides(device: str) -> None:

@@ -40,6 +40,10 @@ class Affine {
   bool measured() const { return norm_.mode == NormMode::measured; }
   double scale(int64_t channel) const { return scale_[channel]; }
   double shift(int64_t channel) const { return shift_[channel]; }
+  // The mean that is known without the batch: the running one of a frozen norm, else 0.
+  double fixed_mean(int64_t channel) const {
+    return norm_.mode == NormMode::frozen ? static_cast<double>(norm_.mean[channel]) : 0.0;
+  }
 
   // mean, variance: of z in this batch, read only if the norm measures it.
   void fold(int64_t channel, double mean, double variance, double constant) {

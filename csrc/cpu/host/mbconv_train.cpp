@@ -220,8 +220,15 @@ void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure)
   const int64_t pixels = shape.in_pixels();
   const float* data = float_data("x", x, {shape.batch, shape.height, shape.width, channels});
   double* input = input_statistics(shape, statistics);
-  // All pixels as one row: a few long parts for every thread.
-  if (measure) measure_moments(data, shape.batch * pixels, channels, kParts, workers, input);
+  if (measure && (pre.measured() || expand_affine.measured())) {
+    // All pixels as one row: a few long parts for every thread.
+    measure_moments(data, shape.batch * pixels, channels, kParts, workers, input);
+  } else if (measure) {
+    // With fixed statistics no image may have a part in another's result.
+    for (int64_t channel = 0; channel < channels; ++channel) {
+      input[channel] = pre.fixed_mean(channel);
+    }
+  }
   for (int64_t channel = 0; channel < channels; ++channel) {
     // Rows are what a float32 mean leaves, so everything else starts from that, too.
     mean[channel] = static_cast<float>(input[channel]);

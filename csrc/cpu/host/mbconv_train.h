@@ -101,8 +101,9 @@ class TrainCall {
  public:
   TrainCall(const Tensor& like, const BottleneckTensors& tensors, const TrainSettings& settings);
 
-  // Folds what `statistics` says, or measures x first and leaves room in it for the rest. mean and
-  // variance of x, z1 and z2: [2 C_in + 4 E], float64.
+  // Folds what `statistics` says, or writes those of x first and leaves room in it for the rest.
+  // mean and variance of x, z1 and z2: [2 C_in + 4 E], float64. The mean of x is the batch's if
+  // pre_norm or expand_norm measures it, else pre_norm's running one, or 0.
   void prepare_input(const Tensor& x, double* statistics, bool measure);
   void expand(const Blocks& blocks, const Wide& z1, double* statistics, bool measure);
   void fold_expand(const Blocks& blocks, const double* statistics);

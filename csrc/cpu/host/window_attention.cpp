@@ -60,7 +60,7 @@ AttentionMap map_of(const char* name, const Tensor& tensor, const WindowAttentio
   STD_TORCH_CHECK(tensor.is_cpu() && tensor.scalar_type() == type && tensor.dim() == 4 &&
                       tensor.size(0) == problem.batch && tensor.size(1) == problem.height &&
                       tensor.size(2) == problem.width && tensor.size(3) == channels &&
-                      (tensor.stride(3) == 1 || channels == 1),
+                      (tensor.stride(3) == 1 || channels == 1 || problem.batch == 0),
                   name, " must be [", problem.batch, ", ", problem.height, ", ", problem.width,
                   ", ", channels, "] in ", name_of(type), " with dense channels on the CPU, got ",
                   shape_of(tensor), " in ", name_of(tensor.scalar_type()));

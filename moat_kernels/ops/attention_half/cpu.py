@@ -7,15 +7,17 @@ attention and a sum, none of whose wide results crosses memory. Everything else 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.common.autocast import autocast_dtype
+from moat_kernels.ops.common.flops import Shape, linear_flops, register_flops
 from moat_kernels.ops.common.registration import register_fake
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
+from moat_kernels.ops.window_attention.flops import attention_flops
 
 # Where the CPU multiplies bfloat16 itself, oneDNN's linear layers are faster than the float32
 # arithmetic here.
@@ -103,5 +105,17 @@ def _fake(y: Tensor, *_: object) -> Tensor:
     return torch.empty_like(y, memory_format=torch.channels_last)
 
 
+def _flops(y: Shape, *arguments: Any, **_: object) -> int:
+    tensors, given = arguments[:7], Settings(*arguments[7:12])
+    qkv, proj = tensors[2], tensors[4]
+    map_size, window = (y[0], y[2], y[3]), (given.window_height, given.window_width)
+    return (
+        linear_flops((*map_size, qkv[1]), qkv)
+        + attention_flops(map_size, given.heads, given.head_dim, window)
+        + linear_flops((*map_size, proj[1]), proj)
+    )
+
+
 if load_extension().usable:
     register_fake("cpu_attention_half_eval", _fake)
+    register_flops("cpu_attention_half_eval", _flops)

@@ -18,7 +18,7 @@ Result = TypeVar("Result")
 def autocast_dtype(x: Tensor) -> torch.dtype | None:
     """The dtype that autocast wants matrix products of `x` in; None: autocast is off for it."""
     kind = device_type(x)
-    if not torch.is_autocast_enabled(kind) or x.dtype == torch.float64:
+    if not _is_on(kind) or x.dtype == torch.float64:
         return None
     return torch.get_autocast_dtype(kind)
 
@@ -30,7 +30,14 @@ def autocast_off(x: Tensor) -> contextlib.AbstractContextManager[Any]:
     """Inside the `with` block autocast is off for x's device."""
     kind = device_type(x)
     # Entering torch.autocast takes longer than asking.
-    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else _UNCHANGED
+    return torch.autocast(kind, enabled=False) if _is_on(kind) else _UNCHANGED
+
+
+def _is_on(kind: str) -> bool:
+    """Whether autocast is on for a type of device; some, meta among them, have none."""
+    # Asking whether there is one takes a microsecond.
+    known = kind in ("cpu", "cuda") or torch.amp.is_autocast_available(kind)
+    return known and torch.is_autocast_enabled(kind)
 
 
 def without_autocast(function: Callable[..., Result]) -> Callable[..., Result]:

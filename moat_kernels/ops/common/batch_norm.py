@@ -90,7 +90,7 @@ def update_norm(
     if _recomputing():
         if _was_counted(running_mean):
             return
-    elif _uncounted and not torch.compiler.is_compiling():
+    elif not torch.compiler.is_compiling() and _uncounted:
         _uncounted.pop(running_mean, None)
     if not isinstance(count, Tensor):
         if count == 0:

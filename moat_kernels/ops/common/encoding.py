@@ -7,6 +7,7 @@ from functools import cache
 from typing import Any
 
 import torch
+from torch.fx.experimental.symbolic_shapes import guard_scalar
 
 
 def encode(description: Any) -> str:
@@ -21,10 +22,15 @@ def decode_fields(text: str) -> dict[str, Any]:
 
 
 def _literal(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "(" + "".join([_literal(part) + ", " for part in value]) + ")"
     names = getattr(type(value), "__dataclass_fields__", None)
-    if names is None:
-        return repr(value)
-    return "{" + ", ".join(f"{name!r}: {_literal(getattr(value, name))}" for name in names) + "}"
+    if names is not None:
+        return (
+            "{" + ", ".join([f"{name!r}: {_literal(getattr(value, name))}" for name in names]) + "}"
+        )
+    # A number may be a symbol to torch.compile, which has no text: this call holds for its value.
+    return repr(guard_scalar(value) if isinstance(value, int | float) else value)
 
 
 _cached = cache(_literal)

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
+from moat_kernels.ops.common.flops import register_flops
+
 Implementation = Callable[..., Tensor | list[Tensor]]
 
 # A fragment: the native extension, where it is built, defines the library itself.
@@ -19,13 +21,23 @@ LIBRARY = torch.library.Library("moat_kernels", "FRAGMENT")
 IMPLEMENTATIONS: dict[str, Implementation] = {}
 
 
-def define_op(schema: str, implementation: Implementation, fake: Implementation) -> None:
-    """Register an op with one implementation for every device and one for fake tensors."""
+def define_op(
+    schema: str,
+    implementation: Implementation,
+    fake: Implementation,
+    flops: Callable[..., int] | None = None,
+) -> None:
+    """Register an op with one implementation for every device and one for fake tensors.
+
+    flops: as `register_flops` takes it; None: nothing of it counts.
+    """
     name = schema.partition("(")[0]
     IMPLEMENTATIONS[name] = implementation
     LIBRARY.define(schema)
     LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     register_fake(name, fake, LIBRARY)
+    if flops is not None:
+        register_flops(name, flops)
 
 
 def register_fake(

@@ -1,4 +1,8 @@
-"""Padding of stencils and pools: TensorFlow's SAME rule and explicit four-sided padding."""
+"""Padding of stencils and pools: TensorFlow's SAME rule and explicit four-sided padding.
+
+Sizes may be symbols to compilers and exporters. What is computed then may not depend on a question
+that has another answer at another size: `is_certain` asks without deciding.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +11,17 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 # (top, bottom, left, right) in pixels, or TensorFlow's rule, which depends on the map's size.
 Padding = Literal["tf_same"] | tuple[int, int, int, int]
+
+
+def is_certain(condition: bool) -> bool:
+    """Whether a condition on sizes holds: of symbols, whether it holds at every size."""
+    if isinstance(condition, Tensor):  # torch.jit.trace has tensors for sizes
+        return bool(condition)
+    return statically_known_true(condition)
 
 
 def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
@@ -17,7 +29,9 @@ def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
 
     Decided per axis: at stride 2 and kernel 3 an even size gives (0, 1), an odd size (1, 1).
     """
-    total = max((-(-size // stride) - 1) * stride + kernel_size - size, 0)
+    total = (-(-size // stride) - 1) * stride + kernel_size - size
+    if kernel_size < stride:  # else it is none less, and symbols stay simple
+        total = max(total, 0)
     return total // 2, total - total // 2
 
 
@@ -33,10 +47,15 @@ def resolve_padding(
     return padding
 
 
+def may_pad(padding: tuple[int, int, int, int]) -> bool:
+    """Whether there is padding, or may be where it is a symbol."""
+    return not all([is_certain(side == 0) for side in padding])
+
+
 def pad_map(x: Tensor, padding: tuple[int, int, int, int], value: float = 0.0) -> Tensor:
     """Pad [B, C, H, W] by (top, bottom, left, right); the memory format is kept."""
     top, bottom, left, right = padding
-    if not any(padding):
+    if not may_pad(padding):
         return x
     return F.pad(x, (left, right, top, bottom), value=value)
 
@@ -55,14 +74,9 @@ def split_padding(
     Convolutions take the same padding on both sides of an axis; an uneven axis is padded first.
     """
     top, bottom, left, right = padding
-    vertical, horizontal = min(top, bottom), min(left, right)
-    if (top, left) == (bottom, right):
-        return (0, 0, 0, 0), (top, left)
-    if top == bottom:
-        return (0, 0, left, right), (vertical, 0)
-    if left == right:
-        return (top, bottom, 0, 0), (0, horizontal)
-    return padding, (0, 0)
+    vertical, horizontal = is_certain(top == bottom), is_certain(left == right)
+    border = (0, 0) if vertical else (top, bottom), (0, 0) if horizontal else (left, right)
+    return (*border[0], *border[1]), (top if vertical else 0, left if horizontal else 0)
 
 
 def output_size(size: int, before: int, after: int, kernel_size: int, stride: int) -> int:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.common.autocast import autocast_dtype
+from moat_kernels.ops.common.flops import Shape, linear_flops, register_flops
 from moat_kernels.ops.common.registration import register_fake
 
 # The widest vector of the kernels: rows of the operands are read without remainders.
@@ -88,6 +89,18 @@ def _fake_backward(
     )
 
 
+def _forward_flops(x: Shape, weight: Shape, *_: object, **__: object) -> int:
+    return linear_flops(x, weight)
+
+
+def _backward_flops(
+    grad: Shape, x: Shape, weight: Shape, needs_input: bool, needs_parameters: bool, **_: object
+) -> int:
+    return linear_flops(x, weight) * (needs_input + needs_parameters)
+
+
 if load_extension().usable:
     register_fake("cpu_linear_forward", _fake_forward)
     register_fake("cpu_linear_backward", _fake_backward)
+    register_flops("cpu_linear_forward", _forward_flops)
+    register_flops("cpu_linear_backward", _backward_flops)

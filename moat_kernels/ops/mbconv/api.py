@@ -55,7 +55,8 @@ def mbconv(
     # What runs without Python holds operators of PyTorch and of the native extension only.
     exported = is_exporting() and not plan.moment_counts
     moments: Moments
-    if plan.backend == "reference":
+    # The torch backend chooses by the number of rows, which an export may hold open.
+    if plan.backend == "reference" or (exported and plan.backend == "torch"):
         output, moments = reference.mbconv(x, parameters, plan.description, drop_path_scale)
     elif plan.differentiable and not exported:
         tensors, running = _operands(x, parameters, plan)

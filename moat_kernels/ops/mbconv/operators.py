@@ -16,6 +16,7 @@ from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.mbconv.contract import Moments
 from moat_kernels.ops.mbconv.description import NORMS, PARAMETER_NAMES, MBConvDescription, unflatten
 from moat_kernels.ops.mbconv.dispatch import BACKENDS
+from moat_kernels.ops.mbconv.flops import described_backward, described_forward
 
 
 def list_moments(moments: Moments) -> list[Tensor]:
@@ -126,13 +127,17 @@ def _backward_operator(
 _TENSORS = "Tensor x, Tensor?[] parameters, Tensor?[] running, Tensor? drop_path_scale"
 
 define_op(
-    f"mbconv_evaluate({_TENSORS}, str description, str backend) -> Tensor", evaluate, evaluate
+    f"mbconv_evaluate({_TENSORS}, str description, str backend) -> Tensor",
+    evaluate,
+    evaluate,
+    described_forward,
 )
 # -> [output, the moments of each norm that measures, what backward needs ...]
 define_op(
     f"mbconv_forward({_TENSORS}, str description, str recompute, str backend) -> Tensor[]",
     forward,
     forward,
+    described_forward,
 )
 # -> the gradients that `needs` asks for
 define_op(
@@ -140,4 +145,5 @@ define_op(
     "str backend, bool[] needs) -> Tensor[]",
     _backward_operator,
     _backward_operator,
+    described_backward,
 )

@@ -7,7 +7,13 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moat_kernels.ops.common.activations import activate
-from moat_kernels.ops.common.spatial import pad_map, resolve_padding, split_padding, valid_counts
+from moat_kernels.ops.common.spatial import (
+    may_pad,
+    pad_map,
+    resolve_padding,
+    split_padding,
+    valid_counts,
+)
 from moat_kernels.ops.common.synchronization import all_reduce, differentiable_all_reduce
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
@@ -95,7 +101,7 @@ def pool_map(x: Tensor, pool: Pool) -> Tensor:
     if pool.kind == "max":
         return F.max_pool2d(pad_map(x, padding, value=float("-inf")), size, stride)
     mean = F.avg_pool2d(pad_map(x, padding), size, stride)
-    if pool.count_include_pad or not any(padding):
+    if pool.count_include_pad or not may_pad(padding):
         return mean
     counts = valid_counts(x.shape[2], x.shape[3], size, stride, padding, like=x)
     return mean * (size * size / counts)

@@ -13,7 +13,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moat_kernels.ops.common.backends import choose_backend, is_eager
+from moat_kernels.ops.common.backends import (
+    choose_backend,
+    is_eager,
+    is_exporting,
+    needs_standard_operators,
+)
 from moat_kernels.ops.common.batch_norm import Norm, NormParameters, update_norm
 from moat_kernels.ops.stem import cpu
 
@@ -24,11 +29,16 @@ def covers(
     norm: NormParameters,
     second: Sequence[Tensor | None],
 ) -> bool:
-    """Whether `stem` computes this call: eager inference in float32, 3x3 kernels that fit x."""
+    """Whether `stem` computes this call: inference in float32, 3x3 kernels that fit x.
+
+    Eager or exported; compilers do as well with stock operators.
+    """
+    if is_exporting():
+        return not needs_standard_operators() and _is_native(x, first, norm, second)
     tensors = (x, *first, *norm[:4], *second)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return False
-    return _is_native(x, first, norm, second)
+    return _is_plain_call(x) and _is_native(x, first, norm, second)
 
 
 def covers_training(
@@ -42,7 +52,17 @@ def covers_training(
 
     Arguments as in `stem`. Synchronised norms and empty batches are not covered.
     """
-    return norm.process_group is None and x.numel() > 0 and _is_native(x, first, parameters, second)
+    return (
+        norm.process_group is None
+        and _is_plain_call(x)
+        and x.numel() > 0
+        and _is_native(x, first, parameters, second)
+    )
+
+
+def _is_plain_call(x: Tensor) -> bool:
+    """Whether nobody traces or transforms the call."""
+    return is_eager() and type(x) is Tensor
 
 
 def _is_native(
@@ -51,8 +71,6 @@ def _is_native(
     norm: NormParameters,
     second: Sequence[Tensor | None],
 ) -> bool:
-    if not is_eager() or type(x) is not Tensor:
-        return False
     backend = choose_backend(
         "stem",
         x.device,

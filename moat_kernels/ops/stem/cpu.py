@@ -8,6 +8,7 @@ training batch norm and GELU are one op (csrc) between stock convolutions. Only 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from torch import Tensor
 from moat_kernels.extension import load_extension
 from moat_kernels.ops.common.autocast import autocast_dtype
 from moat_kernels.ops.common.batch_norm import NormParameters
+from moat_kernels.ops.common.flops import Shape, convolution_flops, register_flops
 from moat_kernels.ops.common.registration import register_fake
 
 
@@ -123,7 +125,15 @@ def _fake_backward(
     return z.new_empty(z.shape[3]), z.new_empty(z.shape[3])
 
 
+def _evaluate_flops(
+    x: Shape, first: Shape, first_bias: object, *norm_and_second: Any, out_shape: Shape, **_: object
+) -> int:
+    second = norm_and_second[4]
+    return convolution_flops(first, out_shape) + convolution_flops(second, out_shape)
+
+
 if load_extension().usable:
     register_fake("cpu_stem_eval", _fake_evaluate)
     register_fake("cpu_stem_train_forward", _fake_forward)
     register_fake("cpu_stem_train_backward", _fake_backward)
+    register_flops("cpu_stem_eval", _evaluate_flops)

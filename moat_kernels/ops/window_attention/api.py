@@ -11,6 +11,7 @@ from torch import Tensor
 from moat_kernels.ops.common.autocast import autocast_dtype, autocast_off
 from moat_kernels.ops.common.backends import choose_backend, is_exporting
 from moat_kernels.ops.common.registration import is_watched
+from moat_kernels.ops.common.spatial import is_certain
 from moat_kernels.ops.window_attention import operators, reference
 from moat_kernels.ops.window_attention.algebra.position_bias import crop_table
 from moat_kernels.ops.window_attention.checks import check_window_attention
@@ -42,9 +43,10 @@ def window_attention(
         BACKENDS,
         lambda candidate: candidate.unsupported(qkv, bias_table, description),
     )
-    if backend == "reference":
-        return reference.window_attention(qkv, bias_table, description)
     exported = is_exporting()  # to operators that exist without Python
+    # The torch backend goes by chunks of windows, whose number an export may hold open.
+    if backend == "reference" or (exported and backend == "torch"):
+        return reference.window_attention(qkv, bias_table, description)
     if _needs_gradient(qkv, bias_table) and not exported:
         return _WindowAttention.apply(qkv, bias_table, description, backend)
     if is_watched() and not exported:
@@ -63,13 +65,15 @@ def _needs_gradient(qkv: Tensor, bias_table: Tensor | None) -> bool:
 def _clamp_window(
     qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
 ) -> tuple[WindowAttentionDescription, Tensor | None]:
-    """A window beyond the map cut to the map: the same result without computing on padding."""
+    """A window beyond the map cut to the map: the same result without computing on padding.
+
+    Where the map's sizes are symbols, nothing is cut.
+    """
     if description.window_size is None or description.partition == "grid":
         return description, bias_table
-    window = (
-        min(description.window_size[0], qkv.shape[1]),
-        min(description.window_size[1], qkv.shape[2]),
-    )
+    sides = zip(description.window_size, qkv.shape[1:3], strict=True)
+    height, width = [size if is_certain(size < side) else side for side, size in sides]
+    window = (height, width)
     if window == description.window_size:
         return description, bias_table
     if bias_table is not None:

@@ -14,6 +14,7 @@ from moat_kernels.ops.common.registration import define_op
 from moat_kernels.ops.window_attention.contract import Backend
 from moat_kernels.ops.window_attention.cpu import backend as cpu_backend
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
+from moat_kernels.ops.window_attention.flops import described_backward, described_forward
 from moat_kernels.ops.window_attention.torch import backend as torch_backend
 from moat_kernels.ops.window_attention.triton import backend as triton_backend
 
@@ -73,12 +74,13 @@ def _backward_operator(
 
 _CALL = "Tensor qkv, Tensor? bias_table, str description, str backend"
 
-define_op(f"window_attention_evaluate({_CALL}) -> Tensor", evaluate, evaluate)
+define_op(f"window_attention_evaluate({_CALL}) -> Tensor", evaluate, evaluate, described_forward)
 # -> [output, what backward needs ...]
-define_op(f"window_attention_forward({_CALL}) -> Tensor[]", forward, forward)
+define_op(f"window_attention_forward({_CALL}) -> Tensor[]", forward, forward, described_forward)
 define_op(
     "window_attention_backward(Tensor grad, Tensor qkv, Tensor? bias_table, Tensor output, "
     "Tensor[] saved, str description, str backend, bool needs_table) -> Tensor[]",
     _backward_operator,
     _backward_operator,
+    described_backward,
 )

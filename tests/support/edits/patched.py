@@ -21,6 +21,7 @@ def patched_method(rng: Random, root: nn.Module) -> Edit | None:
     called = set() if isinstance(module, nn.ModuleList) else {"forward"}
     uncalled = {"extra_repr", "reset_classifier", "get_classifier", "no_weight_decay"}
     uncalled |= {"parameter_groups", "frozen_steps", "frozen_stages", "frozen_head"}
+    uncalled |= {"read", "read_attention_half"}
     methods = sorted((public_methods(type(module)) | called) - uncalled)
     if not methods:
         return None

@@ -12,8 +12,9 @@ so that no E-wide tensor is read for a statistic, neither here nor in the backwa
 chain through v1 and S is C x C algebra plus one [N, C] x [C, C] product.
 
 Rows are shifted by a pilot mean before they are multiplied: a raw x^T x loses everything for
-|mean| >> std. Products of a tile of rows are summed in float32, tiles and the quadratic form v1 in
-float64: channels that cancel in a row of W' lose least.
+|mean| >> std. Statistics are of these rows before they are rounded to the dtype of the GEMM: a
+running mean would be off by what the rounding adds up to. Products of a tile of rows are summed in
+float32, tiles and the quadratic form v1 in float64: channels that cancel in a row of W' lose least.
 """
 
 from __future__ import annotations
@@ -74,6 +75,9 @@ class FoldedExpand(Stage):
     """pre_norm, the expand 1x1 convolution and expand_norm as one GEMM; see the module's text.
 
     Either norm may be absent (None) or frozen. x [B, C, H, W] -> [B, E, H, W].
+
+    fixed_mean: the running mean [C] that rows are shifted by where no batch is measured and they
+        are rounded: not much would be left of channels whose mean is far from 0. Else None.
     """
 
     # pilot mean [C], mean of the shifted rows [C], covariance [C, C], expand variance [E];
@@ -94,6 +98,10 @@ class FoldedExpand(Stage):
         self.wide_weight = self.weight.to(self.dtype)
         self.measures_pre = pre_norm is not None and not pre_norm.frozen
         self.measures_expand = expand_norm is not None and not expand_norm.frozen
+        self.fixed_mean: Tensor | None = None
+        if not self.centred and pre_norm is not None and self.weight.dtype != self.dtype:
+            assert self.pre_parameters.running_mean is not None
+            self.fixed_mean = self.pre_parameters.running_mean.to(self.dtype)
 
     @property
     def centred(self) -> bool:
@@ -101,10 +109,11 @@ class FoldedExpand(Stage):
         return self.measures_pre or self.measures_expand
 
     def _rows(self, x: Tensor) -> Tensor:
-        """[N, C] input rows in the dtype of the GEMM, shifted by the pilot mean if centred."""
+        """[N, C] input rows in the dtype of the GEMM, less the pilot mean or `fixed_mean`."""
         rows = as_rows(x)
-        if self.centred:
-            rows = rows.to(self.dtype) - self.statistics[0]
+        shift = self.statistics[0] if self.centred else self.fixed_mean
+        if shift is not None:
+            rows = rows.to(self.dtype) - shift
         return rows.to(self.weight.dtype)
 
     def _measure(self, x: Tensor) -> None:
@@ -112,8 +121,7 @@ class FoldedExpand(Stage):
             self.statistics = tuple(self.wide_weight.new_empty(0) for _ in range(4))
             return
         pilot = as_rows(x).mean(0, dtype=self.dtype)
-        self.statistics = (pilot,)
-        self.take_moments(pilot, *covariance(self._rows(x).to(self.dtype)))
+        self.take_moments(pilot, *covariance(as_rows(x).to(self.dtype) - pilot))
 
     def take_moments(self, pilot: Tensor, offset: Tensor, exact: Tensor) -> None:
         """Fill `statistics` from the mean, pilot + offset [C], and the covariance [C, C] of rows.
@@ -128,18 +136,21 @@ class FoldedExpand(Stage):
             self.statistics = (pilot, offset, matrix, variance)
 
     def _mean(self) -> Tensor:
-        """The mean of x [C], where rows are centred."""
-        return self.statistics[0] + self.statistics[1]
+        """The row of x [C] that becomes 0: the batch's mean if `centred`, or `fixed_mean`."""
+        if self.centred:
+            return self.statistics[0] + self.statistics[1]
+        if self.fixed_mean is not None:
+            return self.fixed_mean
+        return self.wide_weight.new_zeros(self.weight.shape[1])
 
     def _pre_affine(self) -> tuple[Tensor, Tensor, Tensor]:
         """pre_norm as (1/std, scale, shift), each [C]: it maps a row to row * scale + shift.
 
-        `shift` is the normalised value of a row of zeros; with a centred input, of the mean row.
+        `shift` is the normalised value of the row that `_mean` gives.
         """
-        zeros = self.wide_weight.new_zeros(self.weight.shape[1])
-        mean = self._mean() if self.centred else zeros
+        mean = self._mean()
         if self.pre_norm is None:
-            return torch.ones_like(zeros), torch.ones_like(zeros), mean
+            return torch.ones_like(mean), torch.ones_like(mean), mean
         if self.measures_pre:
             centre, variance = mean, self.statistics[2].diagonal()
         else:
@@ -168,7 +179,7 @@ class FoldedExpand(Stage):
         return mean if self.bias is None else mean + self.bias
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        """The weight [E, C] and bias [E] that rows, less their mean if `centred`, go through."""
+        """The weight [E, C] and bias [E] that rows of x, less what `_mean` gives, go through."""
         _, pre_scale, _ = self._pre_affine()
         _, scale, centre = self._expand_affine()
         weight = scale[:, None] * self.wide_weight * pre_scale
@@ -254,8 +265,7 @@ class FoldedExpand(Stage):
             grad_covariance = diagonal if grad_covariance is None else grad_covariance + diagonal
         else:
             running_mean, _ = running_moments(self.pre_parameters, self.dtype)
-            mean = self._mean() if self.centred else 0
-            grad_pre_scale = grad_pre_scale + grad_pre_shift * (mean - running_mean)
+            grad_pre_scale = grad_pre_scale + grad_pre_shift * (self._mean() - running_mean)
         self._collect("pre_norm_weight", lambda: grad_pre_scale * pre_inverse_std)
         return grad_covariance
 

@@ -19,6 +19,7 @@ from moat_kernels.ops.common.activations import activate, activate_backward
 from moat_kernels.ops.common.spatial import (
     Padding,
     crop_map,
+    may_pad,
     pad_map,
     resolve_padding,
     split_padding,
@@ -166,16 +167,17 @@ class BatchNorm(Stage):
         if self.norm.frozen:
             return running_moments(self.parameters, dtype)
         zeros = torch.zeros(x.shape[1], dtype=dtype, device=x.device)
-        if x.numel() == 0:
+        if x.numel() == 0 or x.is_meta:  # for which PyTorch does not know the next operator
             return zeros, zeros.clone()
         return torch.ops.aten.batch_norm_update_stats(x, zeros, zeros.clone(), 0.0)
 
     def _affine(self) -> tuple[Tensor | None, Tensor | None]:
+        """Dense: PyTorch's backward op reads beyond an expanded weight."""
         dtype = self.statistics[0].dtype
         weight, bias = self.parameters.weight, self.parameters.bias
         return (
-            None if weight is None else weight.to(dtype),
-            None if bias is None else bias.to(dtype),
+            None if weight is None else weight.to(dtype).contiguous(),
+            None if bias is None else bias.to(dtype).contiguous(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
@@ -371,7 +373,7 @@ class PoolStage(Stage):
 
     def _divisor(self, x: Tensor, padding: tuple[int, int, int, int]) -> Tensor | int:
         kernel_size, stride = self.pool.kernel_size, self.pool.stride
-        if self.pool.count_include_pad or not any(padding):
+        if self.pool.count_include_pad or not may_pad(padding):
             return kernel_size * kernel_size
         return valid_counts(x.shape[2], x.shape[3], kernel_size, stride, padding, like=x)
 

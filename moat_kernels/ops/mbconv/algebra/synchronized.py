@@ -36,8 +36,7 @@ class SynchronizedExpand(FoldedExpand):
     def _measure(self, x: Tensor) -> None:
         count = x.shape[0] * x.shape[2] * x.shape[3]
         pilot = as_rows(x).sum(0, dtype=self.dtype) / max(count, 1)
-        self.statistics = (pilot,)
-        sums, products = scatter(self._rows(x).to(self.dtype))
+        sums, products = scatter(as_rows(x).to(self.dtype) - pilot)
         own_mean = sums / max(count, 1)
         total, mean, products = combine_moments(
             count, pilot + own_mean, products - torch.outer(sums, own_mean), self.group

@@ -1,6 +1,7 @@
 """Shapes of the native CPU ops' results, for torch.compile; csrc/cpu/host has the ops.
 
-A fake gets an op's arguments by the names that its schema gives them.
+Also the FLOPs of the one that exported programs call. A fake gets an op's arguments by the names
+that its schema gives them.
 """
 
 from __future__ import annotations
@@ -13,10 +14,13 @@ import torch
 from torch import Tensor
 
 from moat_kernels.extension import load_extension
+from moat_kernels.ops.common.flops import register_flops
 from moat_kernels.ops.common.registration import register_fake
 from moat_kernels.ops.common.spatial import output_size
 from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE
 from moat_kernels.ops.mbconv.cpu.training import WIDE_CHANNELS, padded_wide
+from moat_kernels.ops.mbconv.description import PARAMETER_NAMES, MBConvDescription
+from moat_kernels.ops.mbconv.flops import forward_flops
 
 
 def _fake_eval(given: SimpleNamespace) -> Tensor:
@@ -86,11 +90,17 @@ def _fake_backward(given: SimpleNamespace) -> list[Tensor]:
     ]
 
 
+def _eval_flops(given: SimpleNamespace) -> int:
+    padding = (given.padding_top, given.padding_bottom, given.padding_left, given.padding_right)
+    description = MBConvDescription(stride=given.stride, padding=padding)
+    return forward_flops(given.x, [getattr(given, name) for name in PARAMETER_NAMES], description)
+
+
 def _by_name(op: str, fake: Callable[[SimpleNamespace], Any]) -> Callable[..., Any]:
     schema = getattr(torch.ops.moat_kernels, op).default._schema
     names = [argument.name for argument in schema.arguments]
 
-    def call(*arguments: Any) -> Any:
+    def call(*arguments: Any, **_: Any) -> Any:
         return fake(SimpleNamespace(**dict(zip(names, arguments, strict=True))))
 
     return call
@@ -111,3 +121,4 @@ def register_fakes() -> None:
     for name, fake in fakes.items():
         op = f"cpu_mbconv_{name}"
         register_fake(op, _by_name(op, fake))
+    register_flops("cpu_mbconv_eval", _by_name("cpu_mbconv_eval", _eval_flops))

@@ -1,7 +1,8 @@
 """Training of the inverted bottleneck by native CPU passes (csrc/cpu/host/mbconv_train*.cpp).
 
 Wide tensors (E channels), and the algebra of the norms between the passes, are the native ops'.
-With rows = x - mean(x):
+With rows = x - mean, the batch's if pre_norm or expand_norm measures it, else pre_norm's running
+one, or 0, so that samples with fixed statistics do not mix:
 
     z1 = rows W'^T          W' = W1 diag(pre_norm's scale)
     y1 = z1 scale1 + shift1                 expand_norm, and what the centring left out
@@ -9,11 +10,11 @@ With rows = x - mean(x):
     y2 = z2 scale2 + shift2                 depthwise_norm
     output = gate act(y2) W2^T + bias, and the shortcut
 
-Statistics of z1 and z2 are summed by the passes that write them: z1 around 0, which is its mean, z2
-around one of its values. Sums over all pixels are finished in float64. Every pass adds in an order
-that depends on the shape only, so results do not depend on the number of threads; squeeze-excite's
-small products and the shortcut, which are stock, may. z1 and z2 are kept in the dtype of the
-convolutions' weights; all arithmetic is in float32.
+Statistics of z1 and z2 are summed by the passes that write them: z1 around 0, which is then its
+mean, z2 around one of its values. Sums over all pixels are finished in float64. Every pass adds in
+an order that depends on the shape only, so results do not depend on the number of threads;
+squeeze-excite's small products and the shortcut, which are stock, may. z1 and z2 are kept in the
+dtype of the convolutions' weights; all arithmetic is in float32.
 """
 
 from __future__ import annotations

@@ -116,24 +116,31 @@ class CovarianceExpand(Expand):
     ) -> None:
         self.x = x
         self.stage = FoldedExpand(parameters, description.pre_norm, description.expand_norm)
+        # Mean and biased variance of x, float32 [C], for pre_norm's running ones where x is rounded
+        # to rows.
+        self.exact: tuple[Tensor, Tensor] | None = None
 
-    def _shift(self, pilot: Tensor) -> None:
-        """Set `rows`: x, or what is left of it above the pilot if x must be rounded."""
+    def _shift(self, mean: Tensor | None) -> None:
+        """Set `rows`: x, or what is left of it above that mean if x must be rounded."""
         self.rows = self.x
         if self.x.dtype != self.stage.weight.dtype:
-            centred = self.x - pilot if self.stage.centred else self.x
-            self.rows = centred.to(self.stage.weight.dtype)
+            shifted = self.x if mean is None else self.x - mean
+            self.rows = shifted.to(self.stage.weight.dtype)
 
     def begin(self) -> Tensor | None:
         if not self.stage.centred:
-            self._shift(self.x)
+            self._shift(self.stage.fixed_mean)
             self.stage.statistics = tuple(
                 self.x.new_empty(0, dtype=torch.float32) for _ in range(4)
             )
             self._fold()
             return None
-        step = max(1, self.x.shape[0] // PILOT_ROWS)
-        self.pilot = self.x[::step].mean(0, dtype=torch.float32)
+        if self.stage.measures_pre and self.x.dtype == torch.float32 != self.stage.weight.dtype:
+            variance, self.pilot = torch.var_mean(self.x, 0, correction=0)
+            self.exact = (self.pilot, variance)
+        else:
+            step = max(1, self.x.shape[0] // PILOT_ROWS)
+            self.pilot = self.x[::step].mean(0, dtype=torch.float32)
         self._shift(self.pilot)
         return torch.zeros_like(self.pilot) if self.rows is not self.x else self.pilot
 
@@ -143,21 +150,23 @@ class CovarianceExpand(Expand):
 
     def restore(self, statistics: tuple[Tensor, ...]) -> None:
         self.stage.statistics = statistics
-        self._shift(statistics[0])
+        self._shift(statistics[0] if self.stage.centred else self.stage.fixed_mean)
         self._fold()
 
     def _fold(self) -> None:
         self.statistics = self.stage.statistics
         weight, bias = self.stage.fold()
         self.weight = weight.to(self.stage.weight.dtype).contiguous()
-        if not self.stage.centred:
-            self.centre = weight.new_zeros(weight.shape[1])
-            self.bias = bias
+        if self.stage.centred:
+            pilot, offset = self.statistics[:2]
+            self.centre = offset if self.rows is not self.x else pilot + offset
+        elif self.stage.fixed_mean is not None and self.rows is self.x:
+            self.centre = self.stage.fixed_mean
+        else:
+            self.centre, self.bias = weight.new_zeros(weight.shape[1]), bias
             return
-        pilot, offset = self.statistics[:2]
-        self.centre = offset if self.rows is not self.x else pilot + offset
         # By the rounded weight, so that a large mean cancels.
-        self.bias = bias - self.weight.float() @ self.centre
+        self.bias = torch.addmv(bias, self.weight.float(), self.centre, alpha=-1)
 
     @property
     def measures(self) -> bool:
@@ -167,7 +176,8 @@ class CovarianceExpand(Expand):
         """Nothing: z1 is y1."""
 
     def moments(self) -> dict[str, tuple[Tensor, ...]]:
-        return self.stage.batch_moments()
+        moments = self.stage.batch_moments()
+        return moments if self.exact is None else moments | {"pre_norm": self.exact}
 
     def backward(
         self,

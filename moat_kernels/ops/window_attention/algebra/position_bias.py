@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moat_kernels.ops.common.spatial import is_certain
+
 
 def table_size(window: tuple[int, int]) -> tuple[int, int]:
     """Height and width of the table that a window needs."""
@@ -30,7 +32,7 @@ def resize_table(table: Tensor, window: tuple[int, int]) -> Tensor:
     if not table.is_floating_point():
         raise TypeError(f"table must be floating point, got {table.dtype}")
     size = table_size(window)
-    if tuple(table.shape[1:]) == size:
+    if is_certain(table.shape[1] == size[0]) and is_certain(table.shape[2] == size[1]):
         return table
     wide = table if table.dtype == torch.float64 else table.float()
     resized = F.interpolate(wide[None], size=size, mode="bilinear", align_corners=False)[0]

@@ -11,9 +11,11 @@ import torch
 from torch import Tensor
 
 from moat_kernels.extension import load_extension
+from moat_kernels.ops.common.flops import register_flops
 from moat_kernels.ops.common.registration import register_fake
 from moat_kernels.ops.window_attention.contract import Forward
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
+from moat_kernels.ops.window_attention.flops import native_backward, native_forward
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -108,7 +110,9 @@ def _fake_backward(
     return qkv.new_empty(qkv.shape), qkv.new_empty(count, dtype=torch.float32)
 
 
-# The shapes of the native ops' results, for torch.compile.
+# The shapes of the native ops' results, for torch.compile, and their FLOPs.
 if load_extension().usable:
     register_fake("cpu_window_attention_forward", _fake_forward)
     register_fake("cpu_window_attention_backward", _fake_backward)
+    register_flops("cpu_window_attention_forward", native_forward)
+    register_flops("cpu_window_attention_backward", native_backward)
