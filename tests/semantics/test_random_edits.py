@@ -41,7 +41,7 @@ import moat_kernels as mk
 WEIGHTS = {name: 1 if name in ("model", "backbone") else 4 for name in SUBJECTS}
 WAYS = {"built": 4, "fuse": 2, "fused last": 2}
 # One seed of so many is compiled by torch.compile(backend="eager"), which takes seconds.
-COMPILED = 150
+COMPILED = 300
 
 
 def seeds() -> range:
@@ -97,7 +97,7 @@ def draw(seed: int) -> Scenario:
                 earlier.apply(pair)
             continue
         edits.append(edit)
-    compiled = seed % COMPILED == 0 and subject not in ("model", "backbone")
+    compiled = seed % COMPILED == 43 and subject not in ("model", "backbone")
     return Scenario(
         *(seed, subject, dtype, way, channels_last, input_gradient, compiled, order, tuple(edits))
     )
@@ -128,7 +128,8 @@ def compare(scenario: Scenario, edits: tuple[Edit, ...], way: str) -> tuple[str,
 
     if scenario.compiled:
         torch.compiler.reset()
-        pair.fused.compile(backend="eager")
+        for module in (pair.plain, pair.fused):  # what PyTorch gets wrong, it does in both
+            module.compile(backend="eager")
     x = make_input(scenario.subject, scenario.dtype)
     if scenario.channels_last:
         x = x.contiguous(memory_format=torch.channels_last)
