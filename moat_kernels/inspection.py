@@ -26,12 +26,20 @@ from moat_kernels.tensor_access import child, plain_class
 
 Kind = TypeVar("Kind", bound=type[nn.Module])
 
+# Tensors that are read from where nn.Module keeps them: a plain attribute of the name hides one.
+_TENSORS = frozenset(("weight", "bias", "running_mean", "running_var"))
+
 # Methods of nn.Module that a call runs, and those of its subclasses that say nothing about one.
 _CALLED = frozenset(("forward", "_call_impl", "_wrapped_call_impl"))
 _SILENT = frozenset(("extra_repr", "reset_parameters", *dir(nn.Module))) - _CALLED
 
 
 @lru_cache(maxsize=512)
+def _names(kind: Any) -> frozenset[str]:
+    """What a plain attribute of an instance must not be called."""
+    return _methods(kind) | _TENSORS
+
+
 def _methods(kind: Any) -> frozenset[str]:
     """Names of the methods of a module class that may say what a call of it computes."""
     names = (name for name in dir(kind) if name not in _SILENT and not name.startswith("__"))
@@ -51,7 +59,7 @@ _CODE: dict[Any, _Code] = {}
 
 def remember_code(kind: Kind) -> Kind:
     """Note the methods of a module class, so that others put in their place later are noticed."""
-    read = attrgetter(*sorted(_methods(kind)))  # type: ignore[arg-type]
+    read = attrgetter(*sorted(_methods(kind)))
     _CODE[kind] = _Code(read, read(kind), kind.forward)
     return kind
 
@@ -72,7 +80,7 @@ def _is_patched(module: nn.Module) -> bool:
         return replaced or "forward" in own or "_conv_forward" in own
     if code is not None and code.read(kind) != code.methods:
         return True
-    return not own.keys().isdisjoint(_methods(kind))  # type: ignore[arg-type]
+    return not own.keys().isdisjoint(_names(kind))  # type: ignore[arg-type]
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -127,7 +135,7 @@ def replaced_method(module: nn.Module) -> str:
     """The name of a method that was replaced on the instance; empty if none was."""
     if not _is_patched(module):
         return ""
-    own = _methods(type(module)).intersection(module.__dict__)  # type: ignore[arg-type]
+    own = _names(type(module)).intersection(module.__dict__)  # type: ignore[arg-type]
     return min(own, default="forward")
 
 

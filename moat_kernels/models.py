@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moat_kernels.adapters.reading import NotCovered, read_norm
-from moat_kernels.inspection import interceptions, is_plain, remember_code
+from moat_kernels.inspection import interceptions, is_plain, is_plain_tensor, remember_code
 from moat_kernels.modules import (
     FusedInvertedBottleneck,
     FusedMBConv,
@@ -109,7 +109,10 @@ class FusedStem(Stem):
         first, second = (
             [tensor_of(conv, part) for part in ("weight", "bias")] for conv in convolutions
         )
-        return first, reading.norm, norm_tensors(norm), second
+        tensors = norm_tensors(norm)
+        if not all(map(is_plain_tensor, (*first, *tensors, *second))):
+            raise NotCovered("a subclass among its tensors")
+        return first, reading.norm, tensors, second
 
     def forward(self, x: Tensor) -> Tensor:
         if is_traced(x):

@@ -144,8 +144,9 @@ class FusedAttention(reference.Attention):
 
     def attend(self, qkv: Tensor) -> Tensor:
         kept = self._parameters.get("relative_position_embedding")
-        if not is_plain_tensor(kept):
-            warn_once(f"{type(self).__name__}: a {type(kept).__name__} as table; running unfused")
+        if not is_plain_tensor(kept) or (kept is not None and len(kept) != self.description.heads):
+            found = f"a {type(kept).__name__} {tuple(kept.shape)} as table"
+            warn_once(f"{type(self).__name__}: {found}; running unfused")
             return super().attend(qkv)
         table = self.bias_table(qkv.shape[1], qkv.shape[2])
         return window_attention(qkv, table, self.description)
@@ -187,7 +188,7 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
         if overridden(self, (_SELF_ATTENTION,)):
             return super().attention_half(y)
         tensors = self.read_attention_half()
-        if tensors is not None:
+        if tensors is not None and child(self, "attention_norm").normalized_shape == y.shape[1:2]:
             description = self.attention.description
             if attention_half.covers(y, tensors, description):
                 eps = self.attention_norm.eps
@@ -213,11 +214,7 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
             return False
         kinds = (nn.LayerNorm, FusedAttention, nn.Linear, nn.Linear)
         modules = self._attention_modules()
-        return (
-            all(map(is_plain, modules, kinds))
-            and not overridden(modules[1], _ATTENTION_METHODS)
-            and len(modules[0].normalized_shape) == 1  # type: ignore[arg-type]
-        )
+        return all(map(is_plain, modules, kinds)) and not overridden(modules[1], _ATTENTION_METHODS)
 
     def read_attention_half(self) -> list[Tensor | None] | None:
         """Its tensors as `attention_half` takes them; None where they do not say all.
@@ -250,6 +247,7 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
         """Whether kernels compute the norm: they cover it, and nobody hooked or replaced it."""
         norm, attention = child(self, "attention_norm"), child(self, "attention")
         fits = is_plain(norm, nn.LayerNorm) and not is_parametrized(norm)
+        fits = fits and norm.normalized_shape == y.shape[1:2]
         if fits and not covers(y.permute(0, 2, 3, 1), norm.weight, norm.bias):
             return False
         reason = interception(attention, "attention")

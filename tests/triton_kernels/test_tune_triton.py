@@ -186,6 +186,7 @@ def test_a_model_is_tuned_and_the_table_is_used(device: str, gpu: None) -> None:
         function()
         return next(times)
 
+    launched = {one.kernel for one in step(blocks[0], x)}
     entries: list[Entry] = []
     tune.tune(blocks, x, clock, entries.append)
     tuned = {(entry.problem.op, entry.problem.kernel) for entry in entries}
@@ -194,7 +195,10 @@ def test_a_model_is_tuned_and_the_table_is_used(device: str, gpu: None) -> None:
         "depthwise_backward expand_weight expand_input",
         "window_attention": "forward query key_value bias",
     }
-    assert tuned >= {(op, name) for op, names in kernels.items() for name in names.split()}
+    expected = {(op, name) for op, names in kernels.items() for name in names.split()}
+    if "cuda_depthwise_backward" in launched:  # Hopper's own choice: Triton's is not launched
+        expected.remove(("mbconv", "depthwise_backward"))
+    assert tuned >= expected
     for entry in entries:
         assert entry.microseconds < entry.static_microseconds
         assert entry.blocks == Implementation("cuda") or entry.blocks.stages == 5
