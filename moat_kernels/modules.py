@@ -144,7 +144,7 @@ class FusedAttention(reference.Attention):
 
     def attend(self, qkv: Tensor) -> Tensor:
         kept = self._parameters.get("relative_position_embedding")
-        if not is_plain_tensor(kept) or (kept is not None and len(kept) != self.description.heads):
+        if kept is not None and not (is_plain_tensor(kept) and len(kept) == self.description.heads):
             found = f"a {type(kept).__name__} {tuple(kept.shape)} as table"
             warn_once(f"{type(self).__name__}: {found}; running unfused")
             return super().attend(qkv)
