@@ -22,10 +22,12 @@ def run(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     """`python ...` in `folder`, where a GPU is stood in for."""
     paths = map(str, (STAND_IN, ROOT / "benchmarks", ROOT / "tests", ROOT))
     environment = {"PYTHONPATH": os.pathsep.join(paths), "MADE": str(folder / "made.txt")}
+    # The benchmarks are no part of the run that these tests are shared out in.
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST_XDIST")}
     return subprocess.run(
         [sys.executable, *command],
         cwd=folder,
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
         capture_output=True,
         text=True,
     )

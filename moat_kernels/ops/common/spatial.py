@@ -19,6 +19,8 @@ Padding = Literal["tf_same"] | tuple[int, int, int, int]
 
 def is_certain(condition: bool) -> bool:
     """Whether a condition on sizes holds: of symbols, whether it holds at every size."""
+    if condition is True or condition is False:
+        return condition
     if isinstance(condition, Tensor):  # torch.jit.trace has tensors for sizes
         return bool(condition)
     return statically_known_true(condition)

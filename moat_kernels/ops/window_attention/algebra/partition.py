@@ -42,7 +42,7 @@ def partition(x: Tensor, window: tuple[int, int], kind: str) -> Tensor:
 def reverse(x: Tensor, height: int, width: int, window: tuple[int, int], kind: str) -> Tensor:
     """[B, windows, tokens, C] -> [B, H, W, C]: the inverse of `partition`, padding dropped."""
     if _is_whole(height, width, window):
-        return x[:, 0].unflatten(1, (height, width)).contiguous()
+        return x.squeeze(1).unflatten(1, (height, width)).contiguous()
     batch, _, _, channels = x.shape
     rows, columns = window_counts(height, width, window)
     if kind == "window":
