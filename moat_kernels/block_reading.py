@@ -25,9 +25,9 @@ from moat_kernels.adapters.reading import (
     read_tensors,
 )
 from moat_kernels.inspection import (
+    are_touched,
     hooks_for_all_modules,
     interceptions,
-    is_touched,
     overridden,
 )
 from moat_kernels.normalization import BatchNorm2d, SyncBatchNorm, describe_norm
@@ -89,9 +89,11 @@ def _signature(block: MBConvBlock) -> tuple[Any, ...] | None:
     se = child(block, "se")
     modules = [child(block, name) for name in (*_CONVOLUTION_NAMES, *_NORM_NAMES)]
     if se is not None:
-        if type(se) is not SqueezeExcitation or is_touched(se):
+        if type(se) is not SqueezeExcitation:
             return None
         modules += [child(se, "reduce"), child(se, "expand")]
+    if are_touched((se, *modules)):
+        return None
     key: list[Any] = [block.pool]
     for module in modules:
         if module is None:
@@ -102,8 +104,8 @@ def _signature(block: MBConvBlock) -> tuple[Any, ...] | None:
         if read_settings is None:
             kind = plain_class(module)
             read_settings = _SETTINGS.get(kind)
-        if read_settings is None or is_touched(module):
-            return None
+            if read_settings is None:
+                return None
         key += (kind, read_settings(module))
     try:
         hash(signature := tuple(key))

@@ -7,7 +7,7 @@ replaced (an adapter, quantisation, offloading) must run as itself; here that is
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from functools import lru_cache
 from operator import attrgetter
 from typing import Any, NamedTuple, TypeVar
@@ -47,11 +47,12 @@ def _methods(kind: Any) -> frozenset[str]:
 
 
 class _Code(NamedTuple):
-    """The methods of a class: how to get them, and what they were at first."""
+    """The methods of a class: how to get them, what they were at first, and `_names`."""
 
     read: Callable[[type], Any]
     methods: Any
     forward: Any
+    names: frozenset[str]
 
 
 _CODE: dict[Any, _Code] = {}
@@ -60,7 +61,7 @@ _CODE: dict[Any, _Code] = {}
 def remember_code(kind: Kind) -> Kind:
     """Note the methods of a module class, so that others put in their place later are noticed."""
     read = attrgetter(*sorted(_methods(kind)))
-    _CODE[kind] = _Code(read, read(kind), kind.forward)
+    _CODE[kind] = _Code(read, read(kind), kind.forward, _names(kind))  # type: ignore[arg-type]
     return kind
 
 
@@ -75,12 +76,17 @@ def _is_patched(module: nn.Module) -> bool:
     """Whether a method was replaced on the instance, or in its class if that is remembered."""
     own, kind = module.__dict__, type(module)
     code = _CODE.get(kind) or _CODE.get(plain_class(module))
-    if torch.compiler.is_compiling():  # which follows neither caches nor sets of names
-        replaced = code is not None and kind.forward is not code.forward
-        return replaced or "forward" in own or "_conv_forward" in own
-    if code is not None and code.read(kind) != code.methods:
-        return True
-    return not own.keys().isdisjoint(_names(kind))  # type: ignore[arg-type]
+    if code is None:
+        return not own.keys().isdisjoint(_names(kind))  # type: ignore[arg-type]
+    return code.read(kind) != code.methods or not own.keys().isdisjoint(code.names)
+
+
+def _is_patched_where_traced(module: nn.Module) -> bool:
+    """The same as far as torch.compile can follow: neither caches nor sets of names."""
+    own, kind = module.__dict__, type(module)
+    code = _CODE.get(kind) or _CODE.get(plain_class(module))
+    replaced = code is not None and kind.forward is not code.forward
+    return replaced or "forward" in own or "_conv_forward" in own
 
 
 def _has_hooks(module: nn.Module) -> bool:
@@ -94,7 +100,16 @@ def _has_hooks(module: nn.Module) -> bool:
 
 def is_touched(module: nn.Module) -> bool:
     """Whether hooks of the module, or what replaced a method of it, run when it is called."""
-    return _has_hooks(module) or _is_patched(module)
+    is_patched = _is_patched_where_traced if torch.compiler.is_compiling() else _is_patched
+    return _has_hooks(module) or is_patched(module)
+
+
+def are_touched(modules: Iterable[nn.Module | None]) -> bool:
+    """Whether any is; for eager calls, in which it is asked of many."""
+    for module in modules:
+        if module is not None and (_has_hooks(module) or _is_patched(module)):
+            return True
+    return False
 
 
 def hooks_for_all_modules() -> bool:
@@ -102,19 +117,20 @@ def hooks_for_all_modules() -> bool:
 
     PyTorch's ModuleTracker, which FlopCounterMode has, only wants to know where it is.
     """
-    hooks = (
-        torch_module._global_forward_pre_hooks,
-        torch_module._global_forward_hooks,
-        torch_module._global_backward_pre_hooks,
-        torch_module._global_backward_hooks,
-    )
-    if not any(hooks):
+    if not (
+        torch_module._global_forward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_backward_pre_hooks
+        or torch_module._global_backward_hooks
+    ):
         return False
-    return not all(
-        isinstance(getattr(hook, "__self__", None), ModuleTracker)
-        for registered in hooks
-        for hook in registered.values()
+    hooks = (
+        *torch_module._global_forward_pre_hooks.values(),
+        *torch_module._global_forward_hooks.values(),
+        *torch_module._global_backward_pre_hooks.values(),
+        *torch_module._global_backward_hooks.values(),
     )
+    return not all(isinstance(getattr(hook, "__self__", None), ModuleTracker) for hook in hooks)
 
 
 def runs_as_its_class(module: nn.Module) -> bool:
@@ -124,16 +140,16 @@ def runs_as_its_class(module: nn.Module) -> bool:
 
 def interception(module: nn.Module, name: str) -> str:
     """What else runs when the module, to be called `name`, is called; empty if nothing does."""
-    if _has_hooks(module):
-        return f"{name} has hooks"
-    if method := replaced_method(module):
-        return f"the {method} of {name} was replaced"
+    if is_touched(module):
+        method = "" if _has_hooks(module) else replaced_method(module)
+        return f"the {method} of {name} was replaced" if method else f"{name} has hooks"
     return "hooks for all modules are registered" if hooks_for_all_modules() else ""
 
 
 def replaced_method(module: nn.Module) -> str:
     """The name of a method that was replaced on the instance; empty if none was."""
-    if not _is_patched(module):
+    patched = _is_patched_where_traced if torch.compiler.is_compiling() else _is_patched
+    if not patched(module):
         return ""
     own = _names(type(module)).intersection(module.__dict__)  # type: ignore[arg-type]
     return min(own, default="forward")
@@ -176,10 +192,18 @@ def is_plain_tensor(tensor: Any) -> bool:
     return tensor is None or isinstance(tensor, FakeTensor | FunctionalTensor)
 
 
+_PLAIN_TENSORS = frozenset((nn.Parameter, Tensor, type(None)))
+
+
+def are_plain_tensors(tensors: Sequence[Any]) -> bool:
+    """Whether all are; quickly where they are of the usual classes."""
+    if not torch.compiler.is_compiling() and _PLAIN_TENSORS.issuperset(map(type, tensors)):
+        return True
+    return all(map(is_plain_tensor, tensors))
+
+
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a module is of a class, runs as that, and holds plain tensors."""
-    return (
-        plain_class(module) is kind
-        and runs_as_its_class(module)
-        and all(map(is_plain_tensor, module._parameters.values()))
-    )
+    if plain_class(module) is not kind or not runs_as_its_class(module):
+        return False
+    return are_plain_tensors(tuple(module._parameters.values()))

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, Literal, NamedTuple
 
 from torch import Tensor, nn
 
 from moat_kernels.drop_path import DropPath
-from moat_kernels.inspection import interception, is_plain_tensor
+from moat_kernels.inspection import are_plain_tensors, interception, is_plain_tensor
 from moat_kernels.normalization import (
     BatchNorm2d,
     SyncBatchNorm,
@@ -327,10 +328,10 @@ def read_tensors(modules: BottleneckModules) -> MBConvParameters:
         shortcut_weight=tensor_of(modules.shortcut, "weight"),
         shortcut_bias=tensor_of(modules.shortcut, "bias"),
     )
-    for value in parameters:
-        for tensor in value if isinstance(value, tuple) else (value,):
-            if not is_plain_tensor(tensor):
-                raise NotCovered(f"a {type(tensor).__name__} among its tensors")
+    tensors = list(chain(parameters[:6], *parameters[6:10], parameters[10:]))
+    if not are_plain_tensors(tensors):
+        found = next(tensor for tensor in tensors if not is_plain_tensor(tensor))
+        raise NotCovered(f"a {type(found).__name__} among its tensors")
     return parameters
 
 
