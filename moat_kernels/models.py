@@ -17,6 +17,7 @@ from moat_kernels.modules import (
     FusedInvertedBottleneck,
     FusedMBConv,
     FusedMOATBlock,
+    check_normalized_shape,
     check_runs_as_made,
 )
 from moat_kernels.normalization import BatchNorm2d, norm_tensors
@@ -277,6 +278,7 @@ class MOAT(nn.Module):
             return []
         if not is_plain(norm, nn.LayerNorm) or (linear and not is_plain(linear, nn.Linear)):
             raise CannotFreeze("its classifier is hooked or was replaced")
+        check_normalized_shape(norm, self.num_features)
         tensors = [
             tensor_of(module, part) for module in (norm, linear) for part in ("weight", "bias")
         ]

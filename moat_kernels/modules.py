@@ -49,6 +49,12 @@ def check_runs_as_made(module: nn.Module, classes: tuple[type[nn.Module], ...]) 
         raise CannotFreeze(reason)
 
 
+def check_normalized_shape(norm: nn.LayerNorm, channels: int) -> None:
+    """Raise CannotFreeze where a call of the norm would raise."""
+    if norm.normalized_shape != (channels,):
+        raise CannotFreeze(f"a layer norm over {norm.normalized_shape}")
+
+
 def refuse_scripting(module: nn.Module) -> NoReturn:
     """torch.jit.script asks each module for what to script instead of it."""
     raise RuntimeError(f"{type(module).__name__}: {NO_TORCHSCRIPT}")
@@ -181,6 +187,7 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
         if not self._is_one_pass():
             raise CannotFreeze("its attention is hooked or was replaced")
         norm, attention = self.attention_norm, self.attention
+        check_normalized_shape(norm, self.shrink_conv.weight.shape[0])
         half = attention_half_step(self._attention_tensors(), norm.eps, attention.description)
         return [*steps, half]
 

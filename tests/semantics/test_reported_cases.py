@@ -372,3 +372,26 @@ def test_fuse_tries_out_without_a_trace() -> None:
         assert torch.allclose(block(x), plain(x), atol=1e-5)
     for name, value in plain.state_dict().items():
         assert torch.allclose(block.state_dict()[name], value, atol=1e-5), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+@pytest.mark.parametrize("name", ["pre_norm", "expand_norm", "depthwise_norm"])
+def test_norm_weights_that_are_not_dense(name: str, training: bool) -> None:
+    """In channels_last PyTorch's own backward pass reads beyond a weight that was expanded."""
+    dense, expanded = make_pair(MBCONV)[0], make_pair(MBCONV)
+    for block in (dense, *expanded):
+        norm = getattr(block, name)
+        weight = torch.full((1,), 1.3).double().expand(norm.num_features)
+        weight = weight.contiguous() if block is dense else weight
+        norm.weight = nn.Parameter(weight, requires_grad=False)
+    x = torch.randn(2, 8, 9, 8, dtype=torch.float64).contiguous(memory_format=torch.channels_last)
+    expected = run(dense, x, training=training)
+    for block in expanded:
+        check_same(run(block, x, training=training), expected)
+
+
+def test_a_norm_that_would_raise_is_not_frozen() -> None:
+    block = mk.FusedMOATBlock(**MOAT).eval()
+    block.attention_norm.normalized_shape = (1,)
+    with pytest.raises(ValueError, match=r"a layer norm over \(1,\)"):
+        mk.freeze(block)

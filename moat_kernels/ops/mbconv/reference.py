@@ -34,6 +34,9 @@ def batch_norm(
     A norm that names a process group adds the count of values per channel over its ranks.
     """
     weight, bias, running_mean, running_var, _ = parameters
+    # Dense: PyTorch's backward pass in channels_last reads beyond an expanded weight.
+    weight = None if weight is None else weight.contiguous()
+    bias = None if bias is None else bias.contiguous()
     if norm.frozen:
         y = F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, norm.eps)
         return y, None

@@ -120,7 +120,7 @@ def replaced_part_of_attention(rng: Random, root: nn.Module) -> Edit | None:
             "Linear without bias": lambda m: nn.Linear(*sizes, bias=False),
             "LoRA": LoRA,
         }
-    else:
+    elif isinstance(module.qkv, nn.Linear):
         width = module.qkv.in_features
         makes |= {
             "Attention of other heads": lambda m: reference.Attention(
