@@ -35,11 +35,6 @@ def pytest_collection_finish() -> None:
         raise pytest.UsageError(f"native kernels {reason}")
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The file that takes the longest first: another process has all the others meanwhile."""
-    items.sort(key=lambda item: item.path.name != "test_triton.py")
-
-
 def pytest_configure(config: pytest.Config) -> None:
     # Small tensors on a possibly busy machine: more threads would only wait for each other.
     torch.set_num_threads(1)
