@@ -12,7 +12,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moat_kernels.adapters.reading import NotCovered, read_norm
-from moat_kernels.inspection import interceptions, is_plain, is_plain_tensor, remember_code
+from moat_kernels.inspection import (
+    interception,
+    interceptions,
+    is_plain,
+    is_plain_tensor,
+    remember_code,
+)
 from moat_kernels.modules import (
     FusedInvertedBottleneck,
     FusedMBConv,
@@ -261,11 +267,10 @@ class MOAT(nn.Module):
         Raises CannotFreeze.
         """
         check_runs_as_made(self, (MOAT,))
-        stages = [[self.stem], *self.stages]
         steps: list[list[FrozenStep]] = []
-        for stage in stages:
+        for stage in (self.stem, *self.stages):
             steps.append([])
-            for block in stage:
+            for block in _blocks_of(stage):
                 if not isinstance(block, FusedStem | FusedInvertedBottleneck):
                     raise CannotFreeze(f"a {type(block).__name__} among its blocks")
                 steps[-1] += block.frozen_steps()
@@ -332,6 +337,15 @@ class MOAT(nn.Module):
         if parts[0] == "stem":
             return 0
         return int(parts[1]) + 1 if parts[0] == "stages" else STAGES + 1
+
+
+def _blocks_of(stage: nn.Module) -> list[nn.Module]:
+    """What runs, one after the other, in a stage; itself if it is none. Raises CannotFreeze."""
+    if type(stage) is nn.Sequential and (reason := interception(stage, "a stage")):
+        raise CannotFreeze(reason)
+    if type(stage) in (nn.Sequential, nn.ModuleList):
+        return list(stage)  # type: ignore[call-overload]
+    return [stage]
 
 
 def endpoints(outputs: Sequence[Tensor], contiguous: bool) -> OrderedDict[str, Tensor]:

@@ -395,3 +395,22 @@ def test_a_norm_that_would_raise_is_not_frozen() -> None:
     block.attention_norm.normalized_shape = (1,)
     with pytest.raises(ValueError, match=r"a layer norm over \(1,\)"):
         mk.freeze(block)
+
+
+def hooked_sequential(model: mk.MOAT) -> None:
+    model.stages[2] = nn.Sequential(*model.stages[2])
+    model.stages[2].register_forward_hook(lambda module, inputs, output: 2 * output)
+
+
+def a_block_alone(model: mk.MOAT) -> None:
+    model.stages[0] = model.stages[0][0]
+
+
+@pytest.mark.parametrize("edit", [hooked_sequential, a_block_alone])
+def test_stages_of_other_kinds_frozen(edit: Callable) -> None:
+    model = small_moat().eval()
+    edit(model)
+    x = torch.rand(1, 3, 64, 64)
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", mk.FallbackWarning)
+        assert torch.allclose(mk.freeze(model)(x), model(x), atol=1e-5)
