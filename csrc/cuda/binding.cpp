@@ -203,17 +203,7 @@ NormBackward read_norm(const OptionalTensor& z2, const OptionalTensor& factors, 
           slope + 2 * shape.channels};
 }
 
-// The sum of partial gradients, float64 [11, E].
-Tensor add_up(const Tensor& like, const Tensor& partials, void* stream) {
-  const int64_t channels = partials.size(2);
-  const Tensor sums = torch::stable::new_empty(like, {kGradientRows, channels}, ScalarType::Double);
-  check_status("finish_sums",
-               finish_sums(mutable_floats(partials), partials.size(0), kGradientRows * channels,
-                           static_cast<double*>(sums.mutable_data_ptr()), stream));
-  return sums;
-}
-
-// -> dpre, gradients [11, E]
+// -> dpre, partial gradients [P, 11, E]
 std::tuple<Tensor, Tensor> backward(const Tensor& dy2, const OptionalTensor& z2,
                                     const OptionalTensor& factors, const Tensor& z1,
                                     const OptionalTensor& affine, const std::string& activation,
@@ -238,7 +228,7 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy2, const OptionalTensor& z2,
   check_status("depthwise_backward", depthwise_backward(shape, type, gradient, norm, input,
                                                         prologue, taps, dpre.mutable_data_ptr(),
                                                         mutable_floats(partials), blocks, stream));
-  return {dpre, add_up(z1, partials, stream)};
+  return {dpre, partials};
 }
 
 // Checked arguments of the kernels that begin with the expand GEMM.
@@ -274,11 +264,10 @@ ExpandInput read_expand(const Tensor& x, const Tensor& weight, const OptionalTen
   return input;
 }
 
-std::tuple<Tensor, Tensor> expand(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
-                                  const std::string& activation, const Tensor& depthwise_weights,
-                                  const OptionalTensor& depthwise_bias,
-                                  const std::string& output_activation, const Geometry& geometry,
-                                  bool measures) {
+Tensor expand(const Tensor& x, const Tensor& weight, const OptionalTensor& bias,
+              const std::string& activation, const Tensor& depthwise_weights,
+              const OptionalTensor& depthwise_bias, const std::string& output_activation,
+              const Geometry& geometry) {
   const ExpandInput input = read_expand(x, weight, bias, activation, geometry);
   const DepthwiseShape& shape = input.shape;
   const DeviceScope scope(input.device);
@@ -288,40 +277,10 @@ std::tuple<Tensor, Tensor> expand(const Tensor& x, const Tensor& weight, const O
   const float* taps =
       floats_of("depthwise_weights", depthwise_weights, input.device, {9, shape.channels});
   const Tensor z2 = torch::stable::new_empty(x, output_sizes(shape));
-  const OptionalTensor partials =
-      new_moments(x, measures, expand_depthwise_partials(shape), shape.channels);
-  check_status(
-      "expand_depthwise",
-      expand_depthwise(shape, input.in_channels, input.type, input.x, input.weight, input.hidden,
-                       taps, epilogue, z2.mutable_data_ptr(), mutable_floats(partials), stream));
-  return {z2, finish(x, partials, shape.channels, stream)};
-}
-
-// -> dpre, gradients [11, E]
-std::tuple<Tensor, Tensor> expand_backward(const Tensor& dy2, const OptionalTensor& z2,
-                                           const OptionalTensor& factors, const Tensor& x,
-                                           const Tensor& weight, const OptionalTensor& bias,
-                                           const std::string& activation,
-                                           const Tensor& depthwise_weights,
-                                           const Geometry& geometry, int64_t target_blocks) {
-  const ExpandInput input = read_expand(x, weight, bias, activation, geometry);
-  const DepthwiseShape& shape = input.shape;
-  const DeviceScope scope(input.device);
-  void* stream = current_stream(input.device);
-  const int blocks = read_blocks(target_blocks);
-  const void* gradient = data_of("dy2", dy2, x.scalar_type(), input.device, output_sizes(shape));
-  const NormBackward norm = read_norm(z2, factors, x.scalar_type(), input.device, shape);
-  const float* taps =
-      floats_of("depthwise_weights", depthwise_weights, input.device, {9, shape.channels});
-  const Tensor dpre = torch::stable::new_empty(x, input_sizes(shape));
-  const int64_t count = expand_depthwise_backward_partials(shape, input.type, blocks);
-  const Tensor partials = new_floats(x, {count, kGradientRows, shape.channels});
-  check_status(
-      "expand_depthwise_backward",
-      expand_depthwise_backward(shape, input.in_channels, input.type, gradient, norm, input.x,
-                                input.weight, input.hidden, taps, dpre.mutable_data_ptr(),
-                                mutable_floats(partials), blocks, stream));
-  return {dpre, add_up(x, partials, stream)};
+  check_status("expand_depthwise",
+               expand_depthwise(shape, input.in_channels, input.type, input.x, input.weight,
+                                input.hidden, taps, epilogue, z2.mutable_data_ptr(), stream));
+  return z2;
 }
 
 }  // namespace
@@ -332,6 +291,4 @@ STABLE_TORCH_LIBRARY_IMPL(moat_kernels, MOAT_KERNELS_CUDA_KEY, library) {
   library.impl("cuda_depthwise_forward", moat_kernels::boxed<&moat_kernels::cuda::forward>);
   library.impl("cuda_depthwise_backward", moat_kernels::boxed<&moat_kernels::cuda::backward>);
   library.impl("cuda_expand_depthwise", moat_kernels::boxed<&moat_kernels::cuda::expand>);
-  library.impl("cuda_expand_depthwise_backward",
-               moat_kernels::boxed<&moat_kernels::cuda::expand_backward>);
 }

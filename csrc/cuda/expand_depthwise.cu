@@ -35,7 +35,6 @@ template <class T>
 union alignas(16) ExpandShared {
   Stage<T, kPixels> stages[2];
   T hidden[kPixels][kPitch];
-  SharedMoments<T> moments;
 };
 
 struct ExpandArguments {
@@ -46,7 +45,6 @@ struct ExpandArguments {
   const float* depthwise_weights;
   Epilogue epilogue;
   void* z2;
-  float* partials;
 };
 
 // Output positions of a tile, and the part of the input map that they see.
@@ -102,7 +100,7 @@ __global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(ExpandArg
   float taps[kTaps][kLaneChannels], bias[kLaneChannels];
   load_coefficients(arguments.epilogue.bias, channel, shape.channels, 0.0f, bias);
   load_taps(arguments.depthwise_weights, channel, shape.channels, taps);
-  Moments moments;
+  Moments unused;
   const int columns = tile.columns * grid.groups;
   for (int part = slot; part < tile.images * columns && channel < shape.channels; part += kSlots) {
     const int image = part / columns;
@@ -130,13 +128,8 @@ __global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(ExpandArg
         },
         [&](int row, const float (&sums)[kLaneChannels]) {
           finish_output(sums, bias, arguments.epilogue.activation,
-                        out + int64_t{row} * shape.out_width * shape.channels, moments);
+                        out + int64_t{row} * shape.out_width * shape.channels, unused);
         });
-  }
-  if (arguments.partials) {
-    __syncthreads();
-    write_moments(moments, shared.moments, first_channel, shape.channels,
-                  arguments.partials + index * kMomentRows * shape.channels);
   }
 }
 
@@ -184,15 +177,13 @@ int launch_expand_depthwise(const ExpandArguments& arguments, void* stream) {
 
 }  // namespace
 
-int64_t expand_depthwise_partials(const DepthwiseShape& shape) { return plan_tiles(shape).tiles; }
-
 int expand_depthwise(const DepthwiseShape& shape, int in_channels, Element type, const void* x,
                      const void* weight, Epilogue hidden, const float* depthwise_weights,
-                     Epilogue epilogue, void* z2, float* partials, void* stream) {
+                     Epilogue epilogue, void* z2, void* stream) {
   const ExpandArguments arguments = {
       shape,  plan_tiles(shape), {x, weight, in_channels, shape.channels},
       hidden, depthwise_weights, epilogue,
-      z2,     partials};
+      z2};
   if (type == Element::bfloat16) return launch_expand_depthwise<__nv_bfloat16>(arguments, stream);
   if (type == Element::float16) return launch_expand_depthwise<__half>(arguments, stream);
   return cudaErrorInvalidValue;

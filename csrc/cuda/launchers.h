@@ -38,14 +38,11 @@ struct Epilogue {
   Activation activation;
 };
 
-// Statistics leave a kernel as partial results in `partials`, one row per group of tiles; a second
-// kernel adds them in order. Which tiles form a group depends on the shape and `target_blocks`
+// Statistics leave a kernel as partial results in `partials`, one row per group of tiles, for
+// another to add up in order. Which tiles form a group depends on the shape and `target_blocks`
 // only, so results are the same in every run.
 int64_t depthwise_forward_partials(const DepthwiseShape& shape, Element type, int target_blocks);
 int64_t depthwise_backward_partials(const DepthwiseShape& shape, Element type, int target_blocks);
-int64_t expand_depthwise_partials(const DepthwiseShape& shape);
-int64_t expand_depthwise_backward_partials(const DepthwiseShape& shape, Element type,
-                                           int target_blocks);
 
 // Rows of E floats in one partial result: count, mean, squared deviations; taps' gradients, sums.
 constexpr int kMomentRows = 3;
@@ -73,24 +70,13 @@ int depthwise_backward(const DepthwiseShape& shape, Element type, const void* dy
                        void* dpre, float* partials, int target_blocks, void* stream);
 
 // z2 = epilogue of depthwise(act(x weight^T + bias)), `hidden` being act and bias; x
-// [B,H,W,in_channels], weight [E][in_channels]; bfloat16 or float16. partials as for
-// depthwise_forward, [expand_depthwise_partials] of them.
+// [B,H,W,in_channels], weight [E][in_channels]; bfloat16 or float16.
 int expand_depthwise(const DepthwiseShape& shape, int in_channels, Element type, const void* x,
                      const void* weight, Epilogue hidden, const float* depthwise_weights,
-                     Epilogue epilogue, void* z2, float* partials, void* stream);
-
-// depthwise_backward with y1 = x weight^T + hidden.bias computed again in place of z1, and
-// hidden.activation; the second sum is of dpre y1. bfloat16 or float16.
-int expand_depthwise_backward(const DepthwiseShape& shape, int in_channels, Element type,
-                              const void* dy2, NormBackward norm, const void* x, const void* weight,
-                              Epilogue hidden, const float* depthwise_weights, void* dpre,
-                              float* partials, int target_blocks, void* stream);
+                     Epilogue epilogue, void* z2, void* stream);
 
 // Mean and sum of squared deviations, [2][E], of `count` partial moments.
 int finish_moments(const float* partials, int64_t count, int channels, float* moments,
                    void* stream);
-
-// result[i] = sum over `count` partials of their element i < size.
-int finish_sums(const float* partials, int64_t count, int64_t size, double* result, void* stream);
 
 }  // namespace moat_kernels::cuda

@@ -1,9 +1,8 @@
-// The second stage of every reduction: partial results added up in float64, in one fixed order.
+// Partial moments of groups of different sizes made into one, in float64 and in one fixed order:
 //
-//   finish_sums      result[i] = sum over p of partials[p][i]
-//   finish_moments   mean = sum n_p mean_p / N,  squares = sum squares_p + n_p (mean_p - mean)^2
+//   mean = sum n_p mean_p / N,  squares = sum squares_p + n_p (mean_p - mean)^2
 //
-// DRAM: reads the partial results (moments: twice), a few MB at most, and writes one row.
+// DRAM: reads the partial moments twice, a few MB at most, and writes one row.
 // On chip: 8 threads per column, whose sums meet in shared memory.
 
 #include "cuda/tile.cuh"
@@ -27,20 +26,6 @@ __device__ __forceinline__ double sum_rows(RowSums& shared, double value) {
   double sum = 0.0;
   for (int row = 0; row < kRows; ++row) sum += shared.values[row][column];
   return sum;
-}
-
-__global__ void __launch_bounds__(kColumns* kRows)
-    finish_sums_kernel(const float* partials, int64_t count, int64_t size, double* result) {
-  auto& shared = shared_memory<RowSums>();
-  const int64_t column = int64_t{blockIdx.x} * kColumns + threadIdx.x % kColumns;
-  double sum = 0.0;
-  if (column < size) {
-    for (int64_t p = threadIdx.x / kColumns; p < count; p += kRows) {
-      sum += partials[p * size + column];
-    }
-  }
-  sum = sum_rows(shared, sum);
-  if (threadIdx.x < kColumns && column < size) result[column] = sum;
 }
 
 __global__ void __launch_bounds__(kColumns* kRows)
@@ -72,11 +57,6 @@ __global__ void __launch_bounds__(kColumns* kRows)
 }
 
 }  // namespace
-
-int finish_sums(const float* partials, int64_t count, int64_t size, double* result, void* stream) {
-  return launch(&finish_sums_kernel, (size + kColumns - 1) / kColumns, kColumns * kRows, stream,
-                partials, count, size, result);
-}
 
 int finish_moments(const float* partials, int64_t count, int channels, float* moments,
                    void* stream) {

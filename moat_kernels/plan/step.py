@@ -13,6 +13,7 @@ from torch.autograd.graph import _engine_run_backward
 from moat_kernels.models import create_model
 from moat_kernels.ops.common.backends import use_backend
 from moat_kernels.ops.common.device import planning
+from moat_kernels.ops.common.registration import looking_inside
 from moat_kernels.ops.triton_support.launching import triton_missing
 from moat_kernels.ops.triton_support.traffic import Pass, crossing_of, record_passes
 from moat_kernels.plan.autocast import CudaAutocast
@@ -106,6 +107,7 @@ class TrainingStep:
         with contextlib.ExitStack() as stack:
             stack.enter_context(planning(self.architecture))
             stack.enter_context(use_backend(self.backend))
+            stack.enter_context(looking_inside())
             passes = stack.enter_context(record_passes())
             meter = stack.enter_context(Meter(passes))
             meter.hold((*self.parameters, *self.model.buffers(), *self.optimizer_state))

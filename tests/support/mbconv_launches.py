@@ -7,12 +7,10 @@ from collections.abc import Iterable, Iterator
 import torch
 
 from moat_kernels import get_preprocessing, list_models
-from moat_kernels.functional import MBConvDescription, MBConvParameters, Pool, SqueezeExcite
-from moat_kernels.ops.mbconv.description import (
-    PARAMETER_NAMES,
-    WEIGHTS,
-)
+from moat_kernels.functional import MBConvDescription, Pool, SqueezeExcite
+from moat_kernels.ops.mbconv.description import NORMS, PARAMETER_NAMES
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
+from moat_kernels.ops.mbconv.running_statistics import plan_updates
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
 from moat_kernels.variants import get_variant
 from support.mbconv_cases import Case, make_parameters
@@ -48,26 +46,20 @@ def launch_mbconv(
     autocast: x and the norms are float32, as `mbconv` hands them on then.
     """
     needed = frozenset(("x", *PARAMETER_NAMES))
+    cast = dtype if autocast else None
     for name in list_models() if names is None else names:
         for case, size in bottlenecks(name, stages):
             with torch.device("meta"):
-                parameters = _make_parameters(case, dtype, autocast)
+                parameters = make_parameters(case, torch.float32 if autocast else dtype)
             for batch in batches:
                 shape = (batch, case.in_channels, size, size)
                 x = torch.empty(shape, dtype=torch.float32 if autocast else dtype, device="meta")
                 scale = x.new_empty(batch, dtype=dtype)
                 description = resolve_frozen(case.description, parameters, training=False)
-                triton_backend.evaluate(x, parameters, description, scale)
+                triton_backend.evaluate(x, parameters, description, scale, cast)
                 description = resolve_frozen(case.description, parameters, training=True)
-                arguments = (parameters, description, "none", scale)
-                result = triton_backend.forward(x, *arguments)
+                arguments = (parameters, description, "none", scale, cast)
+                counts = dict.fromkeys(NORMS, batch * size**2)
+                updates = plan_updates(NORMS[:3], parameters, description, counts)
+                result = triton_backend.forward(x, *arguments, updates)
                 triton_backend.backward(result.output, x, *arguments, result.saved, needed)
-
-
-def _make_parameters(case: Case, dtype: torch.dtype, autocast: bool) -> MBConvParameters:
-    if not autocast:
-        return make_parameters(case, dtype)
-    parameters = make_parameters(case, torch.float32)
-    weights = {name: getattr(parameters, name) for name in WEIGHTS}
-    cast = {name: None if t is None else t.to(dtype) for name, t in weights.items()}
-    return parameters._replace(**cast)

@@ -30,9 +30,9 @@ def training_passes(
     description = resolve_frozen(case.description, parameters, training=True)
     needed = frozenset(("x", *PARAMETER_NAMES))
     with FakeTensorMode() as mode:
-        arguments = (map_tensors(parameters, mode.from_tensor), description, recompute, None)
+        arguments = (map_tensors(parameters, mode.from_tensor), description, recompute, None, None)
         with record_passes() as forward:
-            result = triton_backend.forward(mode.from_tensor(x), *arguments)
+            result = triton_backend.forward(mode.from_tensor(x), *arguments, {})
         with record_passes() as backward:
             grad = torch.empty_like(result.output)
             triton_backend.backward(grad, mode.from_tensor(x), *arguments, result.saved, needed)

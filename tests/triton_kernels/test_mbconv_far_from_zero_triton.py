@@ -8,7 +8,6 @@ from support.far_from_zero import INPUTS, PRECISIONS, Comparison
 
 pytest.importorskip("triton")
 
-# 84 rows of 6 channels measure the norms one by one, 168 by their covariance.
 SHAPES = [(2, 6, 7, 6), (3, 6, 7, 8)]
 
 

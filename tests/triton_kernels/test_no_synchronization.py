@@ -24,10 +24,11 @@ from moat_kernels.functional import (
 )
 from moat_kernels.ops.layer_norm.triton import backend as layer_norm
 from moat_kernels.ops.mbconv.description import (
+    NORMS,
     PARAMETER_NAMES,
 )
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
-from moat_kernels.ops.mbconv.running_statistics import update_running_statistics
+from moat_kernels.ops.mbconv.running_statistics import finish_updates, plan_updates
 from moat_kernels.ops.mbconv.triton import backend as mbconv
 from moat_kernels.ops.triton_support import launching
 from moat_kernels.ops.window_attention.triton import backend as window_attention
@@ -73,10 +74,14 @@ def test_training_the_bottleneck(case: str, recompute: str, rows: str) -> None:
         description = resolve_frozen(description, parameters, training=True)
         needed = frozenset(("x", *PARAMETER_NAMES))
         with OnOneDevice():
-            result = mbconv.forward(x, parameters, description, recompute, scale)
-            update_running_statistics(x, result.output, parameters, description, result.moments)
+            counts = dict.fromkeys(NORMS, x.numel() // x.shape[1])
+            norms = [name for name in NORMS[:3] if getattr(description, name)]
+            updates = plan_updates(norms, parameters, description, counts)
+            arguments = (parameters, description, recompute, scale, None)
+            result = mbconv.forward(x, *arguments, updates)
+            finish_updates(parameters, description, updates, result.moments)
             mbconv.backward(
-                *(result.output, x, parameters, description, recompute, scale),
+                *(result.output, x, *arguments),
                 *(result.saved, needed),
             )
 
@@ -89,7 +94,7 @@ def test_evaluating_the_bottleneck(case: str) -> None:
         description = resolve_frozen(case.description, parameters, training=False)
         x = on_gpu(2, 8, 12, 12)
         with OnOneDevice():
-            mbconv.evaluate(x, parameters, description, None)
+            mbconv.evaluate(x, parameters, description, None, None)
 
 
 @pytest.mark.parametrize("window", [None, (4, 5)], ids=str)

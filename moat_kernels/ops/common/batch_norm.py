@@ -73,6 +73,72 @@ def _was_counted(running_mean: Tensor) -> bool:
     return passes == 0
 
 
+class RunningUpdate(NamedTuple):
+    """A blend of a batch's moments into running ones that is due.
+
+    momentum: share of the batch; None: 1 / num_batches_tracked, counted with this batch.
+    correction: factor of the biased variance.
+    """
+
+    running_mean: Tensor  # [C]
+    running_var: Tensor  # [C]
+    num_batches_tracked: Tensor | None  # [], int64
+    momentum: float | None
+    correction: float
+
+    @property
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What is changed."""
+        return self.running_mean, self.running_var, self.num_batches_tracked
+
+
+def plan_update(norm: Norm, parameters: NormParameters, count: int | None) -> RunningUpdate | None:
+    """What a batch of `count` values of each channel does to the running statistics.
+
+    count: None where other ranks' values count; the correction is then 1. To be asked once for
+    each forward pass. Nothing is due for a norm that tracks no statistics, for an empty batch, or
+    in a recomputation of what was counted.
+    """
+    running_mean, running_var = parameters.running_mean, parameters.running_var
+    if running_mean is None or running_var is None:
+        return None
+    if _recomputing():
+        if _was_counted(running_mean):
+            return None
+    elif not torch.compiler.is_compiling() and _uncounted:
+        _uncounted.pop(running_mean, None)
+    if count == 0:
+        return None
+    if norm.unbiased and count == 1:
+        raise ValueError("the unbiased running variance needs at least two values per channel")
+    tracked = parameters.num_batches_tracked
+    if norm.momentum is None and tracked is None:
+        raise ValueError("momentum is None (a cumulative average) without num_batches_tracked")
+    correction = 1.0 if count is None or not norm.unbiased else count / (count - 1)
+    return RunningUpdate(running_mean, running_var, tracked, norm.momentum, correction)
+
+
+@torch.no_grad()
+def apply_update(update: RunningUpdate, mean: Tensor, variance: Tensor) -> None:
+    """Blend a batch's mean and biased variance [C] into the running ones."""
+    _blend(update, mean, variance * update.correction if update.correction != 1 else variance, 1)
+
+
+def _blend(update: RunningUpdate, mean: Tensor, variance: Tensor, share: int | Tensor) -> None:
+    """share: multiplies the momentum."""
+    running_mean, running_var, tracked, momentum, _ = update
+    if tracked is not None:
+        tracked.add_(1)
+    weight: float | Tensor
+    if momentum is not None:
+        weight = momentum * share
+    else:
+        assert tracked is not None
+        weight = share / tracked.to(mean.dtype)
+    running_mean.lerp_(mean.to(running_mean.dtype), weight)
+    running_var.lerp_(variance.to(running_var.dtype), weight)
+
+
 @torch.no_grad()
 def update_norm(
     norm: Norm, parameters: NormParameters, mean: Tensor, variance: Tensor, count: int | Tensor
@@ -81,39 +147,18 @@ def update_norm(
 
     count: a tensor [] where other ranks' values count; its value is then not looked at, and the
         unbiased variance of a single value is 0.
-    Does nothing for a norm that tracks no statistics, for an empty batch, or in a recomputation of
-    what was counted.
+    See `plan_update` for when nothing is done.
     """
-    running_mean, running_var = parameters.running_mean, parameters.running_var
-    if running_mean is None or running_var is None:
-        return
-    if _recomputing():
-        if _was_counted(running_mean):
-            return
-    elif not torch.compiler.is_compiling() and _uncounted:
-        _uncounted.pop(running_mean, None)
     if not isinstance(count, Tensor):
-        if count == 0:
-            return
-        if norm.unbiased and count == 1:
-            raise ValueError("the unbiased running variance needs at least two values per channel")
-    momentum: float | Tensor
-    if parameters.num_batches_tracked is not None:
-        parameters.num_batches_tracked.add_(1)
-    if norm.momentum is not None:
-        momentum = norm.momentum
-    elif parameters.num_batches_tracked is not None:
-        momentum = 1.0 / parameters.num_batches_tracked.to(mean.dtype)
-    else:
-        raise ValueError("momentum is None (a cumulative average) without num_batches_tracked")
-    if isinstance(count, Tensor):
-        momentum = momentum * (count > 0).to(running_mean.dtype)
-    if norm.unbiased and isinstance(count, Tensor):
-        variance = variance * (count / (count - 1).clamp(min=1))
-    elif norm.unbiased:
-        variance = variance * (count / (count - 1))
-    running_mean.lerp_(mean.to(running_mean.dtype), momentum)
-    running_var.lerp_(variance.to(running_var.dtype), momentum)
+        update = plan_update(norm, parameters, count)
+        if update is not None:
+            apply_update(update, mean, variance)
+        return
+    update = plan_update(norm, parameters, None)
+    if update is not None:
+        if norm.unbiased:
+            variance = variance * (count / (count - 1).clamp(min=1))
+        _blend(update, mean, variance, (count > 0).to(update.running_mean.dtype))
 
 
 def _recomputing() -> bool:

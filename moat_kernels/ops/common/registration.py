@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any
 
 import torch
@@ -75,4 +77,22 @@ def is_watched() -> bool:
 
     Other calls go straight to the implementation: dispatching to Python takes 0.05 to 0.1 ms.
     """
-    return torch.compiler.is_compiling() or is_in_torch_dispatch_mode()
+    if torch.compiler.is_compiling():
+        return True
+    return is_in_torch_dispatch_mode() and not _looks_inside.get()
+
+
+_looks_inside: ContextVar[bool] = ContextVar("moat_kernels_looks_inside", default=False)
+
+
+@contextlib.contextmanager
+def looking_inside() -> Iterator[None]:
+    """Inside the `with` block, in this thread, calls go the way they do without dispatch modes.
+
+    For a mode that wants to see what the operators are made of.
+    """
+    token = _looks_inside.set(True)
+    try:
+        yield
+    finally:
+        _looks_inside.reset(token)

@@ -101,7 +101,7 @@ def _check_sizes(
 ) -> None:
     kernel_height, kernel_width = parameters.depthwise_weight.shape[2:]
     kernel_size = (kernel_height, kernel_width)
-    batch, _, height, width = x.shape
+    height, width = x.shape[2:]
     top, bottom, left, right = resolve_padding(
         description.padding, height, width, kernel_size, description.stride
     )
@@ -117,8 +117,7 @@ def _check_sizes(
     for name in NORMS:
         norm = getattr(description, name)
         measures = norm is not None and training and not norm.frozen and not norm.process_group
-        rows_in, rows_out = batch * height * width, batch * size[0] * size[1]
-        count = values_per_channel(name, description, rows_in, rows_out)
+        count = values_per_channel(name, x, parameters, description)
         if measures and norm.unbiased and count == 1:
             raise ValueError(
                 f"x of shape {tuple(x.shape)} leaves one value per channel: the unbiased variance "

@@ -10,8 +10,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
+from moat_kernels.ops.common.batch_norm import RunningUpdate
 from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
 
 # By the name of each norm that measured its batch: mean and biased variance [C], and of a
@@ -37,7 +39,8 @@ class Backend(Protocol):
 
     All take checked arguments, outside autocast: x [B, C_in, H, W] in any memory format, and a
     description in which exactly the norms that use running statistics are `frozen`. None records
-    anything for autograd. drop_path_scale: [B] or None, multiplies each sample's residual.
+    anything for autograd. drop_path_scale: [B] or None, multiplies each sample's residual. dtype:
+    what autocast wants the convolutions in; None: the dtype of their weights.
     """
 
     def unsupported(
@@ -52,6 +55,7 @@ class Backend(Protocol):
         parameters: MBConvParameters,
         description: MBConvDescription,
         drop_path_scale: Tensor | None,
+        dtype: torch.dtype | None,
     ) -> Tensor:
         """The output, where every norm is frozen and no backward pass will follow."""
         ...
@@ -63,8 +67,14 @@ class Backend(Protocol):
         description: MBConvDescription,
         recompute: str,
         drop_path_scale: Tensor | None,
+        dtype: torch.dtype | None,
+        updates: Mapping[str, RunningUpdate],
     ) -> Forward:
-        """The output and what follows it; recompute is "none", "expand" or "block"."""
+        """The output and what follows it; recompute is "none", "expand" or "block".
+
+        updates: of norms by name. A backend may make them itself; it then leaves the moments of
+        that norm out.
+        """
         ...
 
     def backward(
@@ -75,6 +85,7 @@ class Backend(Protocol):
         description: MBConvDescription,
         recompute: str,
         drop_path_scale: Tensor | None,
+        dtype: torch.dtype | None,
         saved: list[Tensor],
         needed: frozenset[str],
     ) -> dict[str, Tensor]:

@@ -198,13 +198,15 @@ def unflatten(
     return MBConvParameters(**fields)
 
 
-def cast_weights(parameters: MBConvParameters, dtype: torch.dtype | None) -> MBConvParameters:
-    """The same with all but the norms' tensors in `dtype`; as they are if it is None."""
+def cast_weights(
+    parameters: MBConvParameters, dtype: torch.dtype | None, names: Sequence[str] = WEIGHTS
+) -> MBConvParameters:
+    """The same with these, or all but the norms' tensors, in `dtype`; as they are if it is None."""
     if dtype is None:
         return parameters
     weights: dict[str, Any] = {
         name: tensor.to(dtype)
-        for name in WEIGHTS
+        for name in names
         if (tensor := getattr(parameters, name)) is not None
     }
     return parameters._replace(**weights)

@@ -23,6 +23,7 @@ from moat_kernels.ops.mbconv.description import (
     NormParameters,
     needs_gradient,
 )
+from moat_kernels.ops.mbconv.running_statistics import values_per_channel
 from moat_kernels.ops.mbconv.torch import backend as torch_backend
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
 
@@ -44,14 +45,18 @@ class Plan:
 
     description: with `frozen` resolved. backend: a key of BACKENDS, or "reference".
     recompute: "none", "expand" or "block". differentiable: whether autograd records the call.
-    moment_counts: by the name of each norm that measures its batch, how many moments it gives.
+    dtype: what autocast wants the convolutions in; None: it is off. moment_counts: by the name of
+    each norm that measures its batch, how many moments it gives. value_counts: and how many values
+    of each channel this process measures.
     """
 
     description: MBConvDescription
     backend: str
     recompute: str
     differentiable: bool
+    dtype: torch.dtype | None
     moment_counts: Mapping[str, int]
+    value_counts: Mapping[str, int]
 
 
 # Plans of checked calls by `_signature`. Threads may race to add the same plan, which is harmless.
@@ -129,12 +134,15 @@ def _make_plan(
         lambda candidate: candidate.unsupported(x, parameters, description),
     )
     counts = {name: _moment_count(description, name) for name in NORMS}
+    counts = {name: count for name, count in counts.items() if count}
     return Plan(
         description,
         backend,
         FASTEST_RECOMPUTE if recompute == "auto" else recompute,
         needs_gradient(x, parameters),
-        {name: count for name, count in counts.items() if count},
+        autocast_dtype(x),
+        counts,
+        {name: values_per_channel(name, x, parameters, description) for name in counts},
     )
 
 

@@ -108,6 +108,7 @@ def described_backward(
     drop_path_scale: Any,
     saved: Any,
     description: str,
+    dtype: Any,
     recompute: str,
     backend: str,
     needs: Sequence[bool],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from moat_kernels.ops.common.autocast import without_autocast
@@ -41,6 +42,7 @@ def evaluate(
     running: Sequence[Tensor | None],
     drop_path_scale: Tensor | None,
     description: str,
+    dtype: torch.dtype | None,
     backend: str,
 ) -> Tensor:
     output = BACKENDS[backend].evaluate(
@@ -48,6 +50,7 @@ def evaluate(
         unflatten(parameters, running),
         MBConvDescription.decode(description),
         drop_path_scale,
+        dtype,
     )
     return in_format_of(output, x)
 
@@ -59,6 +62,7 @@ def forward(
     running: Sequence[Tensor | None],
     drop_path_scale: Tensor | None,
     description: str,
+    dtype: torch.dtype | None,
     recompute: str,
     backend: str,
 ) -> list[Tensor]:
@@ -68,6 +72,8 @@ def forward(
         MBConvDescription.decode(description),
         recompute,
         drop_path_scale,
+        dtype,
+        {},
     )
     # An operator's results must not share memory.
     moments = [tensor.clone() for tensor in list_moments(result.moments)]
@@ -83,6 +89,7 @@ def backward(
     drop_path_scale: Tensor | None,
     saved: list[Tensor],
     description: MBConvDescription,
+    dtype: torch.dtype | None,
     recompute: str,
     backend: str,
     needs: Sequence[bool],
@@ -97,6 +104,7 @@ def backward(
         description,
         recompute,
         drop_path_scale,
+        dtype,
         saved,
         needed,
     )
@@ -116,33 +124,36 @@ def _backward_operator(
     drop_path_scale: Tensor | None,
     saved: list[Tensor],
     description: str,
+    dtype: torch.dtype | None,
     recompute: str,
     backend: str,
     needs: Sequence[bool],
 ) -> list[Tensor]:
     tensors = (grad, x, parameters, running, drop_path_scale, saved)
-    return backward(*tensors, MBConvDescription.decode(description), recompute, backend, needs)
+    decoded = MBConvDescription.decode(description)
+    return backward(*tensors, decoded, dtype, recompute, backend, needs)
 
 
 _TENSORS = "Tensor x, Tensor?[] parameters, Tensor?[] running, Tensor? drop_path_scale"
 
 define_op(
-    f"mbconv_evaluate({_TENSORS}, str description, str backend) -> Tensor",
+    f"mbconv_evaluate({_TENSORS}, str description, ScalarType? dtype, str backend) -> Tensor",
     evaluate,
     evaluate,
     described_forward,
 )
 # -> [output, the moments of each norm that measures, what backward needs ...]
 define_op(
-    f"mbconv_forward({_TENSORS}, str description, str recompute, str backend) -> Tensor[]",
+    f"mbconv_forward({_TENSORS}, str description, ScalarType? dtype, str recompute, str backend) "
+    "-> Tensor[]",
     forward,
     forward,
     described_forward,
 )
 # -> the gradients that `needs` asks for
 define_op(
-    f"mbconv_backward(Tensor grad, {_TENSORS}, Tensor[] saved, str description, str recompute, "
-    "str backend, bool[] needs) -> Tensor[]",
+    f"mbconv_backward(Tensor grad, {_TENSORS}, Tensor[] saved, str description, "
+    "ScalarType? dtype, str recompute, str backend, bool[] needs) -> Tensor[]",
     _backward_operator,
     _backward_operator,
     described_backward,

@@ -2,34 +2,78 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
+import torch
 from torch import Tensor
 
-from moat_kernels.ops.common.batch_norm import update_norm
+from moat_kernels.ops.common.batch_norm import (
+    RunningUpdate,
+    apply_update,
+    plan_update,
+    update_norm,
+)
+from moat_kernels.ops.common.spatial import output_size, resolve_padding
 from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
 
 
 def values_per_channel(
-    name: str, description: MBConvDescription, rows_in: int, rows_out: int
+    name: str, x: Tensor, parameters: MBConvParameters, description: MBConvDescription
 ) -> int:
     """How many values per channel the norm called `name` sees: B*H*W before or after the stride."""
+    batch, _, height, width = x.shape
     before_stride = {"pre_norm"}
     if description.order == "expand_first":
         before_stride.add("expand_norm")
-    return rows_in if name in before_stride else rows_out
+    if name in before_stride:
+        return batch * height * width
+    kernel_height, kernel_width = parameters.depthwise_weight.shape[2:]
+    stride = description.stride
+    top, bottom, left, right = resolve_padding(
+        description.padding, height, width, (kernel_height, kernel_width), stride
+    )
+    out_height = output_size(height, top, bottom, kernel_height, stride)
+    return batch * out_height * output_size(width, left, right, kernel_width, stride)
 
 
-def update_running_statistics(
-    x: Tensor,
-    output: Tensor,
+def plan_updates(
+    names: Iterable[str],
     parameters: MBConvParameters,
     description: MBConvDescription,
+    counts: Mapping[str, int],
+) -> dict[str, RunningUpdate]:
+    """What is due after a forward pass, by the names of norms that share with no other rank.
+
+    counts: values per channel, by name.
+    """
+    updates = {}
+    for name in names:
+        norm = getattr(description, name)
+        if norm.process_group is None:
+            update = plan_update(norm, getattr(parameters, name), counts[name])
+            if update is not None:
+                updates[name] = update
+    return updates
+
+
+def finish_updates(
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    updates: Mapping[str, RunningUpdate],
     moments: Mapping[str, tuple[Tensor, ...]],
 ) -> None:
-    """Update every norm in `moments` (name -> batch mean, biased variance, count over ranks)."""
-    rows_in = x.shape[0] * x.shape[2] * x.shape[3]
-    rows_out = output.shape[0] * output.shape[2] * output.shape[3]
+    """Update every norm in `moments` (name -> batch mean, biased variance, count over ranks).
+
+    The others in `updates` were updated by a backend.
+    """
     for name, (mean, variance, *joined) in moments.items():
-        count = joined[0] if joined else values_per_channel(name, description, rows_in, rows_out)
-        update_norm(getattr(description, name), getattr(parameters, name), mean, variance, count)
+        if joined:
+            norm, tensors = getattr(description, name), getattr(parameters, name)
+            update_norm(norm, tensors, mean, variance, joined[0])
+        elif name in updates:
+            apply_update(updates[name], mean, variance)
+    made = [update.tensors for name, update in updates.items() if name not in moments]
+    if made:
+        # As every operator of PyTorch does that changes a tensor.
+        changed = [tensor for each in made for tensor in each if tensor is not None]
+        torch.autograd.graph.increment_version(changed)

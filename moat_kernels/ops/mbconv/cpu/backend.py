@@ -8,10 +8,13 @@ Training is a sequence of passes over wide tensors, which are kept in the convol
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
 from moat_kernels.ops.common.autocast import autocast_dtype
+from moat_kernels.ops.common.batch_norm import RunningUpdate
 from moat_kernels.ops.mbconv.algebra.coverage import all_frozen, unsupported_by_kernels
 from moat_kernels.ops.mbconv.contract import Forward
 from moat_kernels.ops.mbconv.cpu import project_norm
@@ -22,6 +25,7 @@ from moat_kernels.ops.mbconv.cpu.training import as_float
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
+    cast_weights,
     flatten,
     needs_gradient,
 )
@@ -78,12 +82,15 @@ def forward(
     description: MBConvDescription,
     recompute: str,
     drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
+    updates: Mapping[str, RunningUpdate],
 ) -> Forward:
     """Compute the block, and save what `recompute` says beside the statistics."""
+    parameters = cast_weights(parameters, dtype)
     training = plain_training if description.project_norm is None else project_norm
     if recompute == "block" and all_frozen(description):
         # Faster than training's passes, and gives none of what those save.
-        output = evaluate(x, parameters, description, drop_path_scale)
+        output = evaluate(x, parameters, description, drop_path_scale, None)
         return Forward(output, {}, training.unmeasured(x, description))
     result = training.forward(x, parameters, description, recompute, as_float(drop_path_scale))
     output = result.output.to(_output_dtype(x, parameters, description))
@@ -97,10 +104,12 @@ def backward(
     description: MBConvDescription,
     recompute: str,
     drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
     saved: list[Tensor],
     needed: frozenset[str],
 ) -> dict[str, Tensor]:
     """Gradients by name, of "x" and of the parameters in `needed` (and of some others)."""
+    parameters = cast_weights(parameters, dtype)
     training = plain_training if description.project_norm is None else project_norm
     return training.backward(
         grad, x, parameters, description, as_float(drop_path_scale), saved, needed
@@ -112,8 +121,10 @@ def evaluate(
     parameters: MBConvParameters,
     description: MBConvDescription,
     drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """The block with fixed statistics: one native operator."""
+    parameters = cast_weights(parameters, dtype)
     cached = isinstance(x.shape[2], int) and isinstance(x.shape[3], int)  # symbols have no hash
     settings = (eval_settings if cached else eval_settings.__wrapped__)(description, *x.shape[2:])
     return torch.ops.moat_kernels.cpu_mbconv_eval.default(

@@ -12,12 +12,19 @@ by segment. In units of C channels times the map (stride 1, E = 4 C), beside sma
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 from torch import Tensor
 
+from moat_kernels.ops.common.batch_norm import RunningUpdate
 from moat_kernels.ops.mbconv.algebra.shortcut import scale_samples, shortcut, shortcut_backward
 from moat_kernels.ops.mbconv.contract import Forward
-from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
+from moat_kernels.ops.mbconv.description import (
+    MBConvDescription,
+    MBConvParameters,
+    cast_weights,
+)
 from moat_kernels.ops.mbconv.torch.bottleneck import (
     build_bottleneck,
     build_joined_bottleneck,
@@ -37,11 +44,13 @@ def evaluate(
     parameters: MBConvParameters,
     description: MBConvDescription,
     drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """The block with fixed statistics; the linear part behind the depthwise stage as one product.
 
     That is where nothing but a linear map follows it, and where the product costs less.
     """
+    parameters = cast_weights(parameters, dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     rows = expand_rows(x, parameters, description)
     if is_linear_after_depthwise(description) and joining_pays(rows, parameters):
@@ -57,8 +66,11 @@ def forward(
     description: MBConvDescription,
     recompute: str,
     drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
+    updates: Mapping[str, RunningUpdate],
 ) -> Forward:
     """The block, keeping the wide tensors that `recompute` says beside all stages' statistics."""
+    parameters = cast_weights(parameters, dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     rows = expand_rows(x, parameters, description)
     bottleneck = build_bottleneck(parameters, description, rows, recompute)
@@ -89,10 +101,12 @@ def backward(
     description: MBConvDescription,
     recompute: str,
     drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
     saved: list[Tensor],
     needed: frozenset[str],
 ) -> dict[str, Tensor]:
     """Gradients by name, of "x" and of the parameters in `needed`."""
+    parameters = cast_weights(parameters, dtype)
     x = x.contiguous(memory_format=torch.channels_last)
     grad = grad.contiguous(memory_format=torch.channels_last)
     rows = expand_rows(x, parameters, description)

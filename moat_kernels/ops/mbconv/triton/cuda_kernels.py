@@ -112,11 +112,6 @@ def _output_map(rows: Tensor, stencil: Stencil) -> Tensor:
     return rows.view(stencil.batch, stencil.out_height, stencil.out_width, -1)
 
 
-def _with_count(moments: Tensor, stencil: Stencil) -> tuple[Tensor, Tensor]:
-    count = stencil.batch * stencil.out_height * stencil.out_width
-    return moments, torch.full((1,), count, device=moments.device)
-
-
 def depthwise(
     z: Tensor,
     affine: Tensor | None,
@@ -127,11 +122,11 @@ def depthwise(
     stencil: Stencil,
     measure: bool,
     target_blocks: int = TARGET_BLOCKS,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, Tensor | None]:
     """output_activation(convolution of activation(z scale + shift) by taps, + bias).
 
     z: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E]; bias: float32 [E].
-    Returns ([B*H_out*W_out, E], None or its (mean and squared deviations [1, 2, E], count [1])).
+    Returns [B*H_out*W_out, E] and, to measure, its mean and squared deviations [1, 2, E].
     """
     output, moments = torch.ops.moat_kernels.cuda_depthwise_forward(
         _input_map(z, stencil),
@@ -144,7 +139,7 @@ def depthwise(
         measure,
         target_blocks,
     )
-    return output.view(-1, z.shape[1]), _with_count(moments, stencil) if measure else None
+    return output.view(-1, z.shape[1]), moments if measure else None
 
 
 def depthwise_backward(
@@ -158,7 +153,7 @@ def depthwise_backward(
     stencil: Stencil,
     target_blocks: int = TARGET_BLOCKS,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of y1 [B*H*W, E]; and sums, float64 [11, E]: of the taps, and of it, and it * z1.
+    """Gradient of y1 [B*H*W, E]; and sums [P, 11, E]: of the taps, and of it, and it * z1.
 
     grad, z2: [B*H_out*W_out, E]; factors: float32 (a, b, c) [3, E] of dz2 = a grad + b z2 + c (both
     None: dz2 = grad); z1: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E].
@@ -186,13 +181,12 @@ def expand_depthwise(
     depthwise_bias: Tensor | None,
     output_activation: str,
     stencil: Stencil,
-    measure: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+) -> Tensor:
     """`depthwise` of rows weight^T + bias, which is computed on the way and not stored.
 
     rows: [B*H*W, C], weight: [E, C], both bfloat16 or float16; bias, depthwise_bias: float32 [E].
     """
-    output, moments = torch.ops.moat_kernels.cuda_expand_depthwise(
+    output = torch.ops.moat_kernels.cuda_expand_depthwise(
         _input_map(rows, stencil),
         weight,
         bias,
@@ -201,40 +195,8 @@ def expand_depthwise(
         depthwise_bias,
         output_activation,
         *_geometry(stencil),
-        measure,
     )
-    return output.view(-1, weight.shape[0]), _with_count(moments, stencil) if measure else None
-
-
-def expand_depthwise_backward(
-    grad: Tensor,
-    z2: Tensor | None,
-    factors: Tensor | None,
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    taps: Tensor,
-    stencil: Stencil,
-    target_blocks: int = TARGET_BLOCKS,
-) -> tuple[Tensor, Tensor]:
-    """`depthwise_backward` with y1 = rows weight^T + bias computed again, and y1 for z1.
-
-    rows: [B*H*W, C], weight: [E, C], both bfloat16 or float16; bias: float32 [E].
-    """
-    output, sums = torch.ops.moat_kernels.cuda_expand_depthwise_backward(
-        _output_map(grad, stencil),
-        None if z2 is None else _output_map(z2, stencil),
-        factors,
-        _input_map(rows, stencil),
-        weight,
-        bias,
-        activation,
-        taps,
-        *_geometry(stencil),
-        target_blocks,
-    )
-    return output.view(-1, weight.shape[0]), sums
+    return output.view(-1, weight.shape[0])
 
 
 def _fake_moments(like: Tensor, channels: int, measures: bool) -> Tensor:
@@ -275,7 +237,22 @@ def _fake_depthwise_backward(
     padding_left: int,
     target_blocks: int,
 ) -> tuple[Tensor, Tensor]:
-    return torch.empty_like(z1), z1.new_empty(11, z1.shape[3], dtype=torch.float64)
+    images, height, width, channels = z1.shape
+    rows = (padding_top + height - 1) // stride - padding_top // stride + 1
+    columns = (padding_left + width - 1) // stride - padding_left // stride + 1
+    parts = _backward_parts(images, rows, columns, channels, z1.element_size(), target_blocks)
+    return torch.empty_like(z1), z1.new_empty(parts, 11, channels, dtype=torch.float32)
+
+
+def _backward_parts(
+    images: int, rows: int, columns: int, channels: int, element_size: int, target_blocks: int
+) -> int:
+    """How many groups of tiles the kernel sums by; see `backward_grid` in csrc/cuda."""
+    slots, run = 16, 8
+    groups = 2 if columns <= slots // 2 else 1
+    tiles = images * -(-rows // (run * groups)) * -(-columns // (slots // groups))
+    chunks = -(-channels * element_size // 128)
+    return min(-(-target_blocks // chunks), tiles)
 
 
 def _fake_expand_depthwise(
@@ -291,30 +268,8 @@ def _fake_expand_depthwise(
     stride: int,
     padding_top: int,
     padding_left: int,
-    measures: bool,
-) -> tuple[Tensor, Tensor]:
-    output = x.new_empty(x.shape[0], out_height, out_width, weight.shape[0])
-    return output, _fake_moments(x, weight.shape[0], measures)
-
-
-def _fake_expand_depthwise_backward(
-    dy2: Tensor,
-    z2: Tensor | None,
-    factors: Tensor | None,
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    depthwise_weights: Tensor,
-    out_height: int,
-    out_width: int,
-    stride: int,
-    padding_top: int,
-    padding_left: int,
-    target_blocks: int,
-) -> tuple[Tensor, Tensor]:
-    channels = weight.shape[0]
-    return x.new_empty(*x.shape[:3], channels), x.new_empty(11, channels, dtype=torch.float64)
+) -> Tensor:
+    return x.new_empty(x.shape[0], out_height, out_width, weight.shape[0])
 
 
 # Maps are [B, H, W, C]. csrc/cuda/binding.cpp registers the implementations.
@@ -330,18 +285,12 @@ LIBRARY.define(
 )
 LIBRARY.define(
     "cuda_expand_depthwise(Tensor x, Tensor weight, Tensor? bias, str activation, "
-    f"Tensor depthwise_weights, Tensor? depthwise_bias, str output_activation, {_GEOMETRY}, "
-    "bool measures) -> (Tensor, Tensor)"
-)
-LIBRARY.define(
-    "cuda_expand_depthwise_backward(Tensor dy2, Tensor? z2, Tensor? factors, Tensor x, "
-    f"Tensor weight, Tensor? bias, str activation, Tensor depthwise_weights, {_GEOMETRY}, "
-    "int target_blocks) -> (Tensor, Tensor)"
+    f"Tensor depthwise_weights, Tensor? depthwise_bias, str output_activation, {_GEOMETRY}) "
+    "-> Tensor"
 )
 for _name, _fake in (
     ("cuda_depthwise_forward", _fake_depthwise),
     ("cuda_depthwise_backward", _fake_depthwise_backward),
     ("cuda_expand_depthwise", _fake_expand_depthwise),
-    ("cuda_expand_depthwise_backward", _fake_expand_depthwise_backward),
 ):
     register_fake(_name, _fake, LIBRARY)

@@ -62,8 +62,6 @@ LAUNCHES = register_launch_table(
     LaunchTable(
         "mbconv",
         {
-            ("covariance", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 3),
-            ("covariance", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
             ("expand", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 3),
             ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
             ("project", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 2),
@@ -94,7 +92,6 @@ LAUNCHES = register_launch_table(
                     "depthwise_pass",
                     "depthwise_backward_pass",
                     "expand_depthwise_pass",
-                    "expand_depthwise_backward_pass",
                 )
                 for size in (2, 4)
             },
@@ -196,6 +193,11 @@ def reduction_splits(count: int, tiles: int, step: int) -> tuple[int, int]:
     return -(-count // chunk), chunk
 
 
+def sum_splits(partial: Tensor) -> Tensor:
+    """The sum over the first axis, in PyTorch's fixed order."""
+    return partial[0] if partial.shape[0] == 1 else partial.sum(0)
+
+
 def dot_precision(like: Tensor) -> str:
     """How float32 tiles are multiplied: as PyTorch would, or by three TF32 products for each.
 
@@ -206,3 +208,10 @@ def dot_precision(like: Tensor) -> str:
     if torch.backends.cuda.matmul.allow_tf32:
         return "tf32"
     return "tf32x3" if architecture(like.device) else "ieee"
+
+
+def statistics_precision(like: Tensor) -> str:
+    """How float32 factors are multiplied in what stands beside products in the dtype of `like`."""
+    if like.dtype == torch.float32:
+        return dot_precision(like)
+    return "tf32" if architecture(like.device) else "ieee"

@@ -23,7 +23,7 @@ from moat_kernels.ops.mbconv.triton import cuda_kernels
 from moat_kernels.ops.mbconv.triton.kernels import depthwise as triton_forward
 from moat_kernels.ops.mbconv.triton.kernels import depthwise_backward as triton_backward
 from moat_kernels.ops.mbconv.triton.kernels.expand import expand
-from moat_kernels.ops.mbconv.triton.kernels.moments import merge_moments
+from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, Tiles
 from moat_kernels.ops.mbconv.triton.launch_table import LAUNCHES, Implementation
 from moat_kernels.ops.triton_support import traffic
 from moat_kernels.ops.triton_support.choice import choose
@@ -34,8 +34,8 @@ SETTINGS = ("table", "always", "never")
 
 Result = TypeVar("Result")
 
-# A pass's output, and mean and biased variance [E] of it in float64 if they were asked for.
-Measured = tuple[Tensor, tuple[Tensor, Tensor] | None]
+# A pass's output, and its moments if they were asked for.
+Measured = tuple[Tensor, Moments | None]
 
 
 def setting() -> str:
@@ -116,18 +116,23 @@ def _depthwise_by_cuda(
     stencil: Stencil,
     measure: bool,
 ) -> Measured:
-    output, moments = cuda_kernels.depthwise(
+    affine = None if affine is None else affine[:2]
+    output, values = cuda_kernels.depthwise(
         z, affine, activation, taps, bias, output_activation, stencil, measure
     )
-    reads, writes = (z, affine, taps, bias), (output, *(moments or ()))
+    reads, writes = (z, affine, taps, bias), (output, values)
     traffic.record("cuda_depthwise_forward", (), reads, writes, _stencil_flops(output), "float32")
-    return output, _merged(moments)
+    if values is None:
+        return output, None
+    whole = Tiles(len(output), 1, len(output), 1)
+    return output, Moments(values, whole, len(output))
 
 
 # (z, affine, activation, taps, bias, output_activation, stencil, measure) -> Measured
 #
 # output_activation(convolution of activation(z scale + shift) by taps, + bias) and moments.
-# z: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E]; bias: float32 [E].
+# z: [B*H*W, E]; affine: float32 (scale, shift, ...) [., E]; taps: float32 [9, E]; bias: float32
+# [E].
 depthwise = StencilPass(
     "depthwise_pass",
     triton_forward.depthwise,
@@ -150,8 +155,9 @@ def _depthwise_backward_by_cuda(
     taps: Tensor,
     stencil: Stencil,
 ) -> tuple[Tensor, Tensor]:
+    affine = None if affine is None else affine[:2]
     output, sums = cuda_kernels.depthwise_backward(
-        grad, z2, factors, z1, affine, activation, taps, stencil
+        grad, z2, factors[:3], z1, affine, activation, taps, stencil
     )
     reads, flops = (grad, z2, factors, z1, affine, taps), 2 * _stencil_flops(grad)
     traffic.record("cuda_depthwise_backward", (), reads, (output, sums), flops, "float32")
@@ -160,9 +166,9 @@ def _depthwise_backward_by_cuda(
 
 # (grad, z2, factors, z1, affine, activation, taps, stencil) -> (Tensor, Tensor)
 #
-# Gradient of y1 [B*H*W, E]; and sums, float64 [11, E]: of the taps, and of it, and it * z1.
-# grad, z2: [B*H_out*W_out, E]; factors: float32 (a, b, c) [3, E] of dz2 = a grad + b z2 + c;
-# z1: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E].
+# Gradient of y1 [B*H*W, E]; and sums [P, 11, E]: of the taps, and of it, and it * z1.
+# grad, z2: [B*H_out*W_out, E]; factors: float32 (a, b, c, ...) [., E] of dz2 = a grad + b z2 + c;
+# z1: [B*H*W, E]; affine: float32 (scale, shift, ...) [., E]; taps: float32 [9, E].
 depthwise_backward = StencilPass(
     "depthwise_backward_pass",
     triton_backward.depthwise_backward,
@@ -179,14 +185,14 @@ def _expand_depthwise_by_triton(
     bias: Tensor,
     activation: str,
     taps: Tensor,
-    depthwise_bias: Tensor | None,
+    depthwise_bias: Tensor,
     output_activation: str,
     stencil: Stencil,
-    measure: bool,
-) -> Measured:
+) -> Tensor:
     # Activated once on the way out rather than three times in the stencil.
     h, _ = expand(rows, weight, bias, activation, measure=False)
-    return depthwise(h, None, "identity", taps, depthwise_bias, output_activation, stencil, measure)
+    convolution = (taps, depthwise_bias, output_activation, stencil, False)
+    return depthwise(h, None, "identity", *convolution)[0]
 
 
 def _expand_depthwise_by_cuda(
@@ -195,89 +201,34 @@ def _expand_depthwise_by_cuda(
     bias: Tensor,
     activation: str,
     taps: Tensor,
-    depthwise_bias: Tensor | None,
+    depthwise_bias: Tensor,
     output_activation: str,
     stencil: Stencil,
-    measure: bool,
-) -> Measured:
-    convolution = (taps, depthwise_bias, output_activation, stencil, measure)
-    output, moments = cuda_kernels.expand_depthwise(rows, weight, bias, activation, *convolution)
-    reads, writes = (rows, weight, bias, taps, depthwise_bias), (output, *(moments or ()))
+) -> Tensor:
+    convolution = (taps, depthwise_bias, output_activation, stencil)
+    output = cuda_kernels.expand_depthwise(rows, weight, bias, activation, *convolution)
+    reads = (rows, weight, bias, taps, depthwise_bias)
     flops = _product_flops(rows, weight) + _stencil_flops(output)
-    traffic.record("cuda_expand_depthwise", (), reads, writes, flops, _unit(rows))
-    return output, _merged(moments)
+    traffic.record("cuda_expand_depthwise", (), reads, (output,), flops, _unit(rows))
+    return output
 
 
-# (rows, weight, bias, activation, taps, depthwise_bias, output_activation, stencil, measure)
-# -> Measured
+# (rows, weight, bias, activation, taps, depthwise_bias, output_activation, stencil) -> Tensor
 #
-# `depthwise` of z = rows weight^T + bias, which nobody else needs.
+# `depthwise` of z = rows weight^T + bias, which nobody else needs: in evaluation.
 # rows: [B*H*W, C]; weight: [E, C]; bias, depthwise_bias: float32 [E].
 expand_depthwise = StencilPass(
     "expand_depthwise_pass",
     _expand_depthwise_by_triton,
     _expand_depthwise_by_cuda,
-    lambda rows, weight, bias, activation, taps, depthwise_bias, output_activation, *rest: Problem(
-        rows,
-        (*weight.shape, *rest[0].sizes),
-        cuda_kernels.unsupported_expand(rows, weight, (activation, output_activation)),
+    lambda rows, weight, bias, activation, taps, depthwise_bias, output_activation, stencil: (
+        Problem(
+            rows,
+            (*weight.shape, *stencil.sizes),
+            cuda_kernels.unsupported_expand(rows, weight, (activation, output_activation)),
+        )
     ),
 )
-
-
-def _expand_depthwise_backward_by_triton(
-    grad: Tensor,
-    z2: Tensor,
-    factors: Tensor,
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    activation: str,
-    taps: Tensor,
-    stencil: Stencil,
-) -> tuple[Tensor, Tensor]:
-    z1, _ = expand(rows, weight, bias, "identity", measure=False)
-    return depthwise_backward(grad, z2, factors, z1, None, activation, taps, stencil)
-
-
-def _expand_depthwise_backward_by_cuda(
-    grad: Tensor,
-    z2: Tensor,
-    factors: Tensor,
-    rows: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    activation: str,
-    taps: Tensor,
-    stencil: Stencil,
-) -> tuple[Tensor, Tensor]:
-    output, sums = cuda_kernels.expand_depthwise_backward(
-        grad, z2, factors, rows, weight, bias, activation, taps, stencil
-    )
-    reads = (grad, z2, factors, rows, weight, bias, taps)
-    flops = _product_flops(rows, weight) + 2 * _stencil_flops(grad)
-    traffic.record("cuda_expand_depthwise_backward", (), reads, (output, sums), flops, _unit(rows))
-    return output, sums
-
-
-# (grad, z2, factors, rows, weight, bias, activation, taps, stencil) -> (Tensor, Tensor)
-#
-# `depthwise_backward` with z1 = y1 = rows weight^T + bias computed again: by CUDA C++ without
-# storing it. rows: [B*H*W, C]; weight: [E, C]; bias: float32 [E].
-expand_depthwise_backward = StencilPass(
-    "expand_depthwise_backward_pass",
-    _expand_depthwise_backward_by_triton,
-    _expand_depthwise_backward_by_cuda,
-    lambda grad, z2, factors, rows, weight, bias, activation, taps, stencil: Problem(
-        rows,
-        (*weight.shape, *stencil.sizes),
-        cuda_kernels.unsupported_expand(rows, weight, (activation,)),
-    ),
-)
-
-
-def _merged(moments: tuple[Tensor, Tensor] | None) -> tuple[Tensor, Tensor] | None:
-    return None if moments is None else merge_moments(*moments)
 
 
 def _stencil_flops(output: Tensor) -> int:

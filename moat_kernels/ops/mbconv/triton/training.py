@@ -2,35 +2,63 @@
 
 Training, of rows in units of the map and E-wide tensors in capitals:
 
-    Z1 = rows Wf^T + bf                     expand, norms folded in (expand.py)
-    Z2 = depthwise(act(y1)),                y1 = Z1, or Z1 scale1 + shift1
+    Z1 = rows Wf^T + bf                     pre_norm folded in (kernels/fold.py)
+    Z2 = depthwise(act(y1)),                y1 = Z1 scale1 + shift1, expand_norm
     output = (gate * act(y2)) W2^T + ...    y2 = Z2 scale2 + shift2, depthwise_norm
 
     gW2, ggate from grad and Z2             dY2 from grad, W2 and Z2
-    dY1, dtaps from dY2, Z2 and Z1          gWf from dY1 and rows; dx from dY1, Wf and rows
+    dY1, dtaps from dY2, Z2 and Z1          gW and dx from dY1 and rows (kernels/expand_backward.py)
 
-Whatever is not E-wide (shortcut, gates, norms' algebra, sums of partial sums) is stock PyTorch.
+Each pass measures what it writes; one small kernel makes a norm of that, updates its running
+statistics, and another one its gradients. What is C-wide beside them (the shortcut) is stock
+PyTorch.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.mbconv.algebra.affine import Affine, make_affine
+from moat_kernels.ops.common.batch_norm import Norm, NormParameters, RunningUpdate
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
 from moat_kernels.ops.mbconv.algebra.shortcut import shortcut, shortcut_backward
-from moat_kernels.ops.mbconv.algebra.squeeze_excite import Excitation
 from moat_kernels.ops.mbconv.contract import Forward
-from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
+from moat_kernels.ops.mbconv.description import (
+    MBConvDescription,
+    MBConvParameters,
+    cast_weights,
+)
 from moat_kernels.ops.mbconv.triton import passes
-from moat_kernels.ops.mbconv.triton.expand import Expand, make_expand
-from moat_kernels.ops.mbconv.triton.kernels.covariance import covariance
-from moat_kernels.ops.mbconv.triton.kernels.expand import expand as expand_rows
+from moat_kernels.ops.mbconv.triton.kernels.expand import expand
+from moat_kernels.ops.mbconv.triton.kernels.expand_backward import (
+    expand_gradient,
+    expand_input,
+    expand_products,
+)
+from moat_kernels.ops.mbconv.triton.kernels.fold import (
+    Folded,
+    FoldedNorm,
+    Weights,
+    fold,
+    fold_evaluation,
+)
+from moat_kernels.ops.mbconv.triton.kernels.moments import row_moments
+from moat_kernels.ops.mbconv.triton.kernels.norm import fold_norm, norm_gradient
 from moat_kernels.ops.mbconv.triton.kernels.project import pool, project
 from moat_kernels.ops.mbconv.triton.kernels.project_backward import project_input, project_weight
+from moat_kernels.ops.mbconv.triton.kernels.squeeze_excite import (
+    Excitation,
+    excite,
+    excite_backward,
+)
+
+# Rows of a folded norm that are its batch's mean and biased variance.
+_MEAN, _VARIANCE = 2, 4
+# Rows of a folded pre_norm: what kernels/expand_backward.py multiplies rows about.
+_PILOT = 5
 
 
 class Call:
@@ -42,66 +70,68 @@ class Call:
         parameters: MBConvParameters,
         description: MBConvDescription,
         drop_path_scale: Tensor | None,
+        dtype: torch.dtype | None,
     ) -> None:
         self.x = x.permute(0, 2, 3, 1).contiguous()
         self.parameters = parameters
         self.description = description
-        self.drop_path_scale = _as_float(drop_path_scale)
+        self.drop_path_scale = drop_path_scale
+        self.autocast = dtype
+        self.dtype = dtype or parameters.expand_weight.dtype
         batch, height, width, channels = self.x.shape
         self.stencil = Stencil.of(batch, height, width, description)
         self.out_pixels = self.stencil.out_pixels
         self.rows_out = batch * self.out_pixels
-        self.rows = self.x.view(-1, channels)
-        self.project_weight = parameters.project_weight.flatten(1).contiguous()
-        self.taps = parameters.depthwise_weight.flatten(1).t().float().contiguous()
-
-    def expand(self) -> Expand:
-        return make_expand(self.rows, self.parameters, self.description)
-
-    def convolution(self, measure: bool) -> tuple[Any, ...]:
-        """What the depthwise pass takes after its input: z2 of act(y1), unless it is folded."""
-        return (
-            self.description.expand_activation,
-            *(self.taps, None, "identity", self.stencil, measure),
+        self.x_rows = self.x.view(-1, channels)
+        self.weights = Weights(
+            parameters.expand_weight.flatten(1).contiguous(),
+            parameters.expand_bias,
+            parameters.depthwise_weight.flatten(1).contiguous(),
+            parameters.project_weight.flatten(1).contiguous(),
         )
-
-    def fuses_backward(self, expand: Expand) -> bool:
-        """Whether the backward pass of the depthwise convolution computes z1 without storing it."""
-        convolution = (self.description.expand_activation, self.taps, self.stencil)
-        return passes.expand_depthwise_backward.is_cuda(
-            None, None, None, *expand.operands, *convolution
+        self.measures = tuple(
+            norm is not None and not norm.frozen
+            for norm in (description.pre_norm, description.expand_norm, description.depthwise_norm)
         )
+        self.centred = self.measures[0] or self.measures[1]
+        # Whether rows lose their mean before they are rounded, of which not much would be left.
+        has_centre = self.centred or description.pre_norm is not None
+        self.shifted = has_centre and self.x.dtype != self.dtype
 
-    def measures_depthwise(self) -> bool:
-        norm = self.description.depthwise_norm
-        return norm is not None and not norm.frozen
+    def rows(self, centre: Tensor | None) -> Tensor:
+        """[N, C] as the products take them; less `centre` [C] if they are shifted."""
+        if not self.shifted:
+            return self.x_rows.to(self.dtype)
+        assert centre is not None
+        return torch.sub(self.x_rows, centre, out=torch.empty_like(self.x_rows, dtype=self.dtype))
 
-    def fold_depthwise(self, moments: tuple[Tensor, Tensor]) -> Affine:
-        constant = self.parameters.depthwise_bias
-        if constant is None:
-            constant = self.taps.new_zeros(self.taps.shape[1])
-        return make_affine(
-            self.description.depthwise_norm, self.parameters.depthwise_norm, moments, constant
+    def fold(self, update: RunningUpdate | None, pre: Tensor | None) -> Folded:
+        """pre: what an earlier call gave; else x is measured, where a norm is."""
+        moments = row_moments(self.x_rows) if self.centred and pre is None else None
+        norm, parameters = self.description.pre_norm, self.parameters.pre_norm
+        return fold(
+            *(self.weights, self.dtype, norm, parameters, moments, self.shifted, update, pre)
         )
 
     def shortcut(self) -> Tensor | None:
         """What is added to the bottleneck, [M, C_out]."""
         if not self.description.residual:
             return None
-        added = shortcut(self.x.permute(0, 3, 1, 2), self.parameters, self.description)
+        added = shortcut(self.x.permute(0, 3, 1, 2), self.shortcut_parameters(), self.description)
         return added.permute(0, 2, 3, 1).reshape(self.rows_out, -1).contiguous()
 
-    def projection(self) -> tuple[Any, ...]:
+    def shortcut_parameters(self) -> MBConvParameters:
+        """Those of the shortcut as autocast wants them."""
+        return cast_weights(self.parameters, self.autocast, ("shortcut_weight", "shortcut_bias"))
+
+    def projection(self, weight: Tensor) -> tuple[Any, ...]:
         """What `project` takes after the gate."""
         added = self.shortcut()
-        dtype = self.project_weight.dtype
+        dtype = self.dtype
         if added is not None:
             dtype = torch.promote_types(dtype, added.dtype)
-        bias = _as_float(self.parameters.project_bias)
-        return (
-            *(self.project_weight, bias, self.drop_path_scale, added),
-            *(self.out_pixels, dtype),
-        )
+        bias = self.parameters.project_bias
+        return weight, bias, self.drop_path_scale, added, self.out_pixels, dtype
 
     def output_map(self, rows: Tensor) -> Tensor:
         """[M, C_out] as a channels_last [B, C_out, H_out, W_out]."""
@@ -109,25 +139,10 @@ class Call:
         maps = rows.view(stencil.batch, stencil.out_height, stencil.out_width, -1)
         return maps.permute(0, 3, 1, 2)
 
-    def excite(self, squeezed: Tensor) -> Excitation:
+    def excite(self, sums: Tensor, pixels: int) -> Excitation:
         gate = self.description.squeeze_excite
         assert gate is not None
-        return Excitation.compute(squeezed, self.gate_parameters(), gate.activation)
-
-    def gate_parameters(self) -> MBConvParameters:
-        """Those of squeeze-excite in float32: its two products are small."""
-        names = ("se_reduce_weight", "se_reduce_bias", "se_expand_weight", "se_expand_bias")
-        single: dict[str, Any] = {name: _as_float(getattr(self.parameters, name)) for name in names}
-        return self.parameters._replace(**single)
-
-
-def _as_float(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.float().contiguous()
-
-
-def _stencil_affine(affine: Affine) -> Tensor:
-    """(scale, shift, centre) as the kernels read them, float32 [3, E]."""
-    return torch.stack((affine.scale, affine.shift, affine.centre)).float()
+        return excite(sums, pixels, self.parameters, gate.activation)
 
 
 def evaluate(
@@ -135,26 +150,27 @@ def evaluate(
     parameters: MBConvParameters,
     description: MBConvDescription,
     drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
 ) -> Tensor:
     """The block with fixed statistics: every norm folded, every activation computed once."""
-    call = Call(x, parameters, description, drop_path_scale)
-    expand = call.expand()
-    expand.begin()
-    zeros = call.taps.new_zeros(call.taps.shape[1])
-    norm = call.fold_depthwise((zeros, zeros))
-    h2, _ = passes.expand_depthwise(
-        *expand.operands,
-        description.expand_activation,
-        (call.taps * norm.scale).float(),
-        norm.shift.float(),
-        description.depthwise_activation,
-        call.stencil,
-        False,
+    call = Call(x, parameters, description, drop_path_scale, dtype)
+    norms = (
+        FoldedNorm(description.pre_norm, parameters.pre_norm),
+        FoldedNorm(description.expand_norm, parameters.expand_norm),
+        FoldedNorm(description.depthwise_norm, parameters.depthwise_norm),
+    )
+    folded = fold_evaluation(
+        call.weights, parameters.depthwise_bias, call.dtype, norms, call.shifted
+    )
+    h2 = passes.expand_depthwise(
+        *(call.rows(parameters.pre_norm.running_mean), folded.expand, folded.bias),
+        *(description.expand_activation, folded.taps, folded.depthwise_bias),
+        *(description.depthwise_activation, call.stencil),
     )
     gate = None
     if description.squeeze_excite is not None:
-        gate = call.excite(pool(h2, None, "identity", call.out_pixels)).gate
-    return call.output_map(project(h2, None, "identity", gate, *call.projection()))
+        gate = call.excite(pool(h2, None, "identity", call.out_pixels), call.out_pixels).gate
+    return call.output_map(project(h2, None, "identity", gate, *call.projection(folded.project)))
 
 
 def forward(
@@ -163,42 +179,77 @@ def forward(
     description: MBConvDescription,
     recompute: str,
     drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
+    updates: Mapping[str, RunningUpdate],
 ) -> Forward:
     """Compute the block and save what `recompute` says, beside the statistics."""
-    call = Call(x, parameters, description, drop_path_scale)
-    expand = call.expand()
-    pilot = expand.begin()
-    if pilot is not None:
-        expand.take_covariance(*covariance(expand.rows, pilot))
-    convolution = call.convolution(measure=call.measures_depthwise())
-    keep = []
-    if recompute != "none" and expand.complete:
-        z2, measured = passes.expand_depthwise(*expand.operands, *convolution)
-    else:
-        z1, z1_moments = expand_rows(*expand.operands, "identity", expand.measures)
-        expand.take_moments(z1_moments)
-        # Called from here, not by passes.depthwise: a launch is found a few calls below `forward`.
-        depthwise = passes.depthwise.choose(z1, expand.affine, *convolution)
-        z2, measured = depthwise(z1, expand.affine, *convolution)
-        keep = [z1]
-    zeros = call.taps.new_zeros(call.taps.shape[1])
-    depthwise_moments = (zeros, zeros.clone())
-    if measured is not None:
-        depthwise_moments = (measured[0].float(), measured[1].float())
-    norm = call.fold_depthwise(depthwise_moments)
-    affine, activation = _stencil_affine(norm), description.depthwise_activation
-    squeezed, gate = zeros.new_empty(0), None
+    call = Call(x, parameters, description, drop_path_scale, dtype)
+    folded = call.fold(_in_kernel(updates, "pre_norm"), None)
+    z1, moments = expand(
+        call.rows(folded.pre[_MEAN]), folded.expand, folded.bias, "identity", call.measures[1]
+    )
+    expand_norm = _fold_norm(call, "expand_norm", moments, folded.constant, folded.taps, updates)
+    convolution = _convolution(call, folded, call.measures[2])
+    # Called from here, not by passes.depthwise: a launch is found a few calls below `forward`.
+    depthwise = passes.depthwise.choose(z1, expand_norm, *convolution)
+    z2, moments = depthwise(z1, expand_norm, *convolution)
+    bias = parameters.depthwise_bias
+    depthwise_norm = _fold_norm(call, "depthwise_norm", moments, bias, folded.taps, updates)
+    activation = description.depthwise_activation
+    squeezed, gate = folded.taps.new_empty(0), None
     if description.squeeze_excite is not None:
-        squeezed = pool(z2, affine, activation, call.out_pixels)
-        gate = call.excite(squeezed).gate
-    output = project(z2, affine, activation, gate, *call.projection())
-    moments = expand.moments()
-    if measured is not None:
-        constant = 0.0 if parameters.depthwise_bias is None else parameters.depthwise_bias
-        moments["depthwise_norm"] = (depthwise_moments[0] + constant, depthwise_moments[1])
-    wide = {"none": [*keep, z2], "expand": [z2], "block": []}[recompute]
-    saved = [*expand.statistics, *depthwise_moments, squeezed, *wide]
-    return Forward(call.output_map(output), moments, saved)
+        excitation = call.excite(
+            pool(z2, depthwise_norm, activation, call.out_pixels), call.out_pixels
+        )
+        squeezed, gate = excitation.mean, excitation.gate
+    output = project(z2, depthwise_norm, activation, gate, *call.projection(folded.project))
+    norms = {
+        "pre_norm": (folded.pre, None),
+        "expand_norm": (expand_norm, folded.constant),
+        "depthwise_norm": (depthwise_norm, bias),
+    }
+    measured = {
+        name: _moments(*norms[name])
+        for name, measures in zip(norms, call.measures, strict=True)
+        if measures and _in_kernel(updates, name) is None
+    }
+    wide = {"none": [z1, z2], "expand": [z2], "block": []}[recompute]
+    saved = [folded.pre, expand_norm, depthwise_norm, squeezed, *wide]
+    return Forward(call.output_map(output), measured, saved)
+
+
+def _in_kernel(updates: Mapping[str, RunningUpdate], name: str) -> RunningUpdate | None:
+    """The update of a norm's running statistics, if kernels make it."""
+    update = updates.get(name)
+    return None if update is None or update.momentum is None else update
+
+
+def _convolution(call: Call, folded: Folded, measure: bool) -> tuple[Any, ...]:
+    """What the depthwise pass takes after its input and norm."""
+    activation = call.description.expand_activation
+    return activation, folded.taps, None, "identity", call.stencil, measure
+
+
+def _fold_norm(
+    call: Call,
+    name: str,
+    moments: Any,
+    constant: Tensor | None,
+    like: Tensor,
+    updates: Mapping[str, RunningUpdate],
+) -> Tensor:
+    norm, parameters = _norm(call, name)
+    return fold_norm(norm, parameters, moments, constant, like, _in_kernel(updates, name))
+
+
+def _norm(call: Call, name: str) -> tuple[Norm | None, NormParameters]:
+    return getattr(call.description, name), getattr(call.parameters, name)
+
+
+def _moments(norm: Tensor, constant: Tensor | None) -> tuple[Tensor, Tensor]:
+    """(mean, biased variance) of what a norm sees, its input and `constant`."""
+    mean, variance = norm[_MEAN], norm[_VARIANCE]
+    return mean if constant is None else mean + constant, variance
 
 
 def backward(
@@ -208,76 +259,101 @@ def backward(
     description: MBConvDescription,
     recompute: str,
     drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
     saved: list[Tensor],
     needed: frozenset[str],
 ) -> dict[str, Tensor]:
     """Gradients by name, of "x" and of the parameters in `needed` (and of some others)."""
-    call = Call(x, parameters, description, drop_path_scale)
-    expand = call.expand()
-    count = expand.statistics_count
-    expand.restore(tuple(saved[:count]))
-    (mean, variance, squeezed), wide = saved[count : count + 3], saved[count + 3 :]
-    z1 = wide[0] if len(wide) == 2 else None
-    z2 = wide[-1] if wide else None
-    convolution = call.convolution(measure=False)
-    # Where nothing else needs z1, the last pass that does computes it.
-    if z1 is None and not (expand.complete and (z2 is not None or call.fuses_backward(expand))):
-        z1, _ = expand_rows(*expand.operands, "identity", False)
-    if z2 is None:
-        z2, _ = (
-            passes.expand_depthwise(*expand.operands, *convolution)
-            if z1 is None
-            else passes.depthwise(z1, expand.affine, *convolution)
-        )
-    norm = call.fold_depthwise((mean, variance))
-    affine = _stencil_affine(norm)
-    activation = description.depthwise_activation
-
-    grad_rows = grad.permute(0, 2, 3, 1).reshape(call.rows_out, -1)
+    call = Call(x, parameters, description, drop_path_scale, dtype)
+    pre, expand_norm, depthwise_norm, squeezed, *wide = saved
+    folded = call.fold(None, pre)
+    rows = call.rows(pre[_MEAN])
+    z1 = (
+        wide[0]
+        if len(wide) == 2
+        else expand(rows, folded.expand, folded.bias, "identity", False)[0]
+    )
+    z2 = (
+        wide[-1]
+        if wide
+        else passes.depthwise(z1, expand_norm, *_convolution(call, folded, False))[0]
+    )
     shortcut_grad, gradients = _shortcut_backward(call, grad, needed)
-    if call.drop_path_scale is not None:
-        scale = call.drop_path_scale.repeat_interleave(call.out_pixels)
-        grad_rows = grad_rows * scale[:, None]
-    grad_rows = grad_rows.to(call.project_weight.dtype).contiguous()
-    gradients["project_bias"] = grad_rows.sum(0, dtype=torch.float32)
+    dy2 = _project_backward(
+        call, grad, z2, depthwise_norm, folded.project, squeezed, needed, gradients
+    )
+    grad_rows, sums = dy2
+    factors, norm_gradients, _ = norm_gradient(
+        *(sums, depthwise_norm, parameters.depthwise_norm, parameters.depthwise_bias, None),
+        *(call.rows_out, call.measures[2], True),
+    )
+    _name(gradients, "depthwise_norm", norm_gradients, "depthwise_bias")
+    dy1, sums = passes.depthwise_backward(
+        *(grad_rows, z2, factors, z1, expand_norm, description.expand_activation),
+        *(folded.taps, call.stencil),
+    )
+    factors, norm_gradients, grad_taps = norm_gradient(
+        *(sums, expand_norm, parameters.expand_norm, parameters.expand_bias),
+        *(call.weights.depthwise, len(rows), call.measures[1], False),
+    )
+    _name(gradients, "expand_norm", norm_gradients, "expand_bias")
+    assert grad_taps is not None
+    gradients["depthwise_weight"] = grad_taps
+    products = expand_products(dy1, rows, pre[_PILOT], call.centred)
+    gradient = expand_gradient(
+        *(products, factors, folded, call.weights, parameters.pre_norm),
+        *(len(rows), call.measures[:2]),
+    )
+    gradients["expand_weight"] = gradient.weight
+    gradients["pre_norm_weight"] = gradient.pre_weight
+    gradients["pre_norm_bias"] = gradient.pre_bias
+    if "x" in needed:
+        grad_x = expand_input(dy1, gradient, rows, pre[_PILOT], shortcut_grad, x.dtype)
+        gradients["x"] = grad_x.view(call.x.shape).permute(0, 3, 1, 2)
+    return gradients
 
-    excite, gate, grad_mean = None, None, None
-    if description.squeeze_excite is not None:
-        excite = call.excite(squeezed)
-        gate = excite.gate
-    grad_gate = None
-    if excite is not None or "project_weight" in needed:
-        gradients["project_weight"], grad_gate = project_weight(
-            grad_rows, z2, affine, activation, gate, call.project_weight, call.out_pixels
+
+def _name(gradients: dict[str, Tensor], norm: str, listed: list[Tensor], constant: str) -> None:
+    """Enter those of a norm's weight and bias, and of the constant before it."""
+    names = (f"{norm}_weight", f"{norm}_bias", constant)
+    gradients.update(zip(names, listed, strict=True))
+
+
+def _project_backward(
+    call: Call,
+    grad: Tensor,
+    z2: Tensor,
+    norm: Tensor,
+    weight: Tensor,
+    squeezed: Tensor,
+    needed: frozenset[str],
+    gradients: dict[str, Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Gradient of depthwise_norm's output, and its sums; enters those of what follows the norm."""
+    activation, pixels = call.description.depthwise_activation, call.out_pixels
+    rows = grad.permute(0, 2, 3, 1).reshape(call.rows_out, -1).to(call.dtype).contiguous()
+    excitation, gate, grad_mean = None, None, None
+    if call.description.squeeze_excite is not None:
+        excitation = call.excite(squeezed[:, None], 1)
+        gate = excitation.gate
+    needs_weight = not needed.isdisjoint(("project_weight", "project_bias"))
+    if excitation is not None or needs_weight:
+        gradients["project_weight"], grad_bias, grad_gate = project_weight(
+            *(rows, z2, norm, activation, call.drop_path_scale, gate, weight, pixels),
+            "project_bias" in needed,
         )
-    if excite is not None:
-        assert grad_gate is not None and description.squeeze_excite is not None
-        grad_mean, excite_gradients = excite.backward(
-            grad_gate, call.gate_parameters(), description.squeeze_excite.activation
+        if grad_bias is not None:
+            gradients["project_bias"] = grad_bias
+    if excitation is not None:
+        assert grad_gate is not None and call.description.squeeze_excite is not None
+        grad_mean, excite_gradients = excite_backward(
+            *(grad_gate, excitation, pixels, call.parameters),
+            call.description.squeeze_excite.activation,
         )
         gradients.update(excite_gradients)
-        grad_mean = grad_mean / call.out_pixels
-    dy2, sums = project_input(
-        grad_rows, call.project_weight, z2, affine, activation, gate, grad_mean, call.out_pixels
+    return project_input(
+        *(rows, weight, z2, norm, activation, call.drop_path_scale, gate, grad_mean, pixels)
     )
-    total, product = sums
-    grad_scale, factors, grad_bias = norm.gradients(
-        total, product + norm.centre * total, call.rows_out
-    )
-    gradients["depthwise_norm_weight"] = grad_scale
-    gradients["depthwise_norm_bias"] = total
-    gradients["depthwise_bias"] = grad_bias
-    grad_norm = (dy2, z2, torch.stack(factors).float())
-    stencil = (description.expand_activation, call.taps, call.stencil)
-    if z1 is None:
-        dy1, sums = passes.expand_depthwise_backward(*grad_norm, *expand.operands, *stencil)
-    else:
-        dy1, sums = passes.depthwise_backward(*grad_norm, z1, expand.affine, *stencil)
-    gradients["depthwise_weight"] = sums[:9].t()
-    gradients |= expand.backward(dy1, z1, sums[9], sums[10], shortcut_grad, needed)
-    if "x" in needed:
-        gradients["x"] = gradients["x"].view(call.x.shape).permute(0, 3, 1, 2)
-    return gradients
 
 
 def _shortcut_backward(
@@ -289,10 +365,10 @@ def _shortcut_backward(
     grad_x, gradients = shortcut_backward(
         grad.contiguous(memory_format=torch.channels_last),
         call.x.permute(0, 3, 1, 2),
-        call.parameters,
+        call.shortcut_parameters(),
         call.description,
         needed,
     )
     if grad_x is None:
         return None, gradients
-    return grad_x.permute(0, 2, 3, 1).reshape(call.rows.shape).contiguous(), gradients
+    return grad_x.permute(0, 2, 3, 1).reshape(call.x_rows.shape).contiguous(), gradients

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
 from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
-from moat_kernels.ops.mbconv.triton.kernels.moments import merge_moments, store_moments
+from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, Tiles, store_moments
 from moat_kernels.ops.mbconv.triton.launch_table import depthwise_blocks
 from moat_kernels.ops.triton_support.activations import activate
 from moat_kernels.ops.triton_support.launching import launch, tunable
@@ -212,25 +212,22 @@ def depthwise(
     output_activation: str,
     stencil: Stencil,
     measure: bool,
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
+) -> tuple[Tensor, Moments | None]:
     """output_activation(convolution of activation(z scale + shift) by taps, + bias).
 
     z: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E]; bias: float32 [E].
-    Returns ([B*H_out*W_out, E], None or its mean and biased variance, float64 [E] each).
+    Returns [B*H_out*W_out, E] and, to measure, its moments.
     """
     channels = z.shape[1]
     blocks = depthwise_blocks("depthwise", z, channels, stencil)
     out_height, out_width = stencil.out_height, stencil.out_width
-    bands, column_blocks = (
-        triton.cdiv(out_height, blocks.band),
-        triton.cdiv(out_width, blocks.width),
-    )
-    tiles = stencil.batch * bands * column_blocks
+    cut = Tiles(out_height, out_width, blocks.band, blocks.width)
+    tiles = cut.of_images(stencil.batch)
     output = z.new_empty((stencil.batch * out_height * out_width, channels))
     moments = z.new_empty((tiles, 2, channels), dtype=torch.float32) if measure else None
     launch(
         depthwise_kernel,
-        (tiles * triton.cdiv(channels, blocks.channels),),
+        (tiles * -(-channels // blocks.channels),),
         *(
             *(z, affine, taps, bias, output, moments),
             *(stencil.height, stencil.width, out_height, out_width),
@@ -247,15 +244,4 @@ def depthwise(
         writes=(output, moments),
         flops=2 * 9 * output.numel(),
     )
-    if moments is None:
-        return output, None
-    heights = _block_sizes(out_height, blocks.band, z.device)
-    widths = _block_sizes(out_width, blocks.width, z.device)
-    counts = torch.outer(heights, widths).flatten().repeat(stencil.batch)
-    return output, merge_moments(moments, counts)
-
-
-def _block_sizes(size: int, block: int, device: torch.device) -> Tensor:
-    """How much of `size` each block of it holds."""
-    starts = torch.arange(0, size, block, device=device)
-    return (size - starts).clamp(max=block)
+    return output, None if moments is None else Moments(moments, cut, len(output))

@@ -140,7 +140,7 @@ def depthwise_backward(
     taps: Tensor,
     stencil: Stencil,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of y1 [B*H*W, E]; and sums, float64 [11, E]: of the taps, and of it, and it * z1.
+    """Gradient of y1 [B*H*W, E]; and sums [P, 11, E]: of the taps, and of it, and it * z1.
 
     grad, z2: [B*H_out*W_out, E]; factors: float32 (a, b, c) [3, E] of dz2 = a grad + b z2 + c;
     z1: [B*H*W, E]; affine: float32 (scale, shift) [2, E]; taps: float32 [9, E].
@@ -148,14 +148,13 @@ def depthwise_backward(
     channels = z1.shape[1]
     blocks = depthwise_blocks("depthwise_backward", z1, channels, stencil)
     stride = stencil.stride
-    bands = triton.cdiv(triton.cdiv(stencil.height, stride), blocks.band)
-    column_blocks = triton.cdiv(triton.cdiv(stencil.width, stride), blocks.width)
-    tiles = stencil.batch * bands * column_blocks
+    groups = (-(-stencil.height // stride), -(-stencil.width // stride))
+    tiles = stencil.batch * -(-groups[0] // blocks.band) * -(-groups[1] // blocks.width)
     output = torch.empty_like(z1)
     sums = z1.new_empty((tiles, 11, channels), dtype=torch.float32)
     launch(
         depthwise_backward_kernel,
-        (tiles * triton.cdiv(channels, blocks.channels),),
+        (tiles * -(-channels // blocks.channels),),
         *(
             *(grad, z2, factors, z1, affine, taps, output, sums),
             *(stencil.height, stencil.width, stencil.out_height, stencil.out_width),
@@ -173,4 +172,4 @@ def depthwise_backward(
         writes=(output, sums),
         flops=2 * 2 * 9 * grad.numel(),
     )
-    return output, sums.sum(0, dtype=torch.float64)
+    return output, sums

@@ -7,7 +7,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moat_kernels.ops.mbconv.triton.kernels.moments import merge_moments, store_tile_moments
+from moat_kernels.ops.mbconv.triton.kernels.moments import (
+    Moments,
+    Tiles,
+    store_tile_moments,
+)
 from moat_kernels.ops.mbconv.triton.launch_table import dot_precision, gemm_blocks
 from moat_kernels.ops.triton_support.activations import activate
 from moat_kernels.ops.triton_support.launching import launch, tunable
@@ -69,19 +73,17 @@ def expand_kernel(
 @tunable
 def expand(
     rows: Tensor, weight: Tensor, bias: Tensor, activation: str, measure: bool
-) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
-    """act(rows [N, C] weight [E, C]^T + bias [E]) and, to measure, its moments.
-
-    Returns ([N, E] in the dtype of rows, None or mean and biased variance, float64 [E] each).
-    """
+) -> tuple[Tensor, Moments | None]:
+    """act(rows [N, C] weight [E, C]^T + bias [E]) in the dtype of rows; to measure, its moments."""
     (count, channels), wide = rows.shape, weight.shape[0]
     blocks = gemm_blocks("expand", rows, count, wide, channels)
-    row_blocks = triton.cdiv(count, blocks.rows)
+    tiles = Tiles(count, 1, blocks.rows, 1)
+    row_blocks = tiles.of_images(1)
     output = rows.new_empty((count, wide))
     moments = rows.new_empty((row_blocks, 2, wide), dtype=torch.float32) if measure else None
     launch(
         expand_kernel,
-        (row_blocks * triton.cdiv(wide, blocks.columns),),
+        (row_blocks * -(-wide // blocks.columns),),
         *(rows, weight, bias, output, moments, count, channels, wide),
         BLOCK_ROWS=blocks.rows,
         BLOCK_WIDE=blocks.columns,
@@ -94,7 +96,4 @@ def expand(
         writes=(output, moments),
         flops=2 * count * wide * channels,
     )
-    if moments is None:
-        return output, None
-    starts = torch.arange(row_blocks, device=rows.device) * blocks.rows
-    return output, merge_moments(moments, (count - starts).clamp(max=blocks.rows))
+    return output, None if moments is None else Moments(moments, tiles, count)

@@ -1,127 +1,389 @@
-"""Backward of the expand convolution on folded weights, and of what the folds hide.
+"""Backward of the expand convolution and of both norms beside it, without reading z1.
 
-dz1 = dy1 where the norm's statistics come from the covariance of the rows; else, with statistics
-measured on z1, dz1 = a dy1 + b z1 + c.
+In training z1 = d Wf^T of d = x - its mean, Wf = W diag(s) (kernels/fold.py), and the norm behind
+it gives dz1 = a dy1 + b z1 + c with sum(dz1) = 0. So with two sums over rows
+
+    P = dy1^T d  [E, C]       S = d^T d  [C, C]
+
+    dz1^T d = F = diag(a) P + diag(b) Wf S                         expand_products, fold_gradient
+    dW = F diag(s)                 ds = column sums of F * W
+    dx = dy1 diag(a) Wf + d M + constant                           correction, expand_input
+         M = Wf^T diag(b) Wf + diag(what pre_norm's variance adds)
+
+where the constant makes dx sum to 0. Only dy1 is read of what is E-wide. Rows are multiplied about
+their pilot, by `rest` off their mean: kernels/fold.py says why. Where no norm measures its batch
+b = 0, and neither S nor M is needed.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from moat_kernels.ops.mbconv.triton.launch_table import dot_precision, gemm_blocks, reduction_splits
+from moat_kernels.ops.common.batch_norm import NormParameters
+from moat_kernels.ops.mbconv.triton.kernels.fold import Folded, Weights
+from moat_kernels.ops.mbconv.triton.launch_table import (
+    dot_precision,
+    gemm_blocks,
+    reduction_splits,
+    statistics_precision,
+    sum_splits,
+)
 from moat_kernels.ops.triton_support.launching import launch, tunable
 
 
 @triton.jit
-def _load_grad(grad_ptr, z_ptr, factors_ptr, row, column, wide, mask, valid_column):
-    """dz1 of a tile, in the dtype of dy1, zeros outside."""
-    offset = row.to(tl.int64)[:, None] * wide + column[None, :]
-    grad = tl.load(grad_ptr + offset, mask=mask, other=0.0)
-    if z_ptr is not None:
-        a = tl.load(factors_ptr + column, mask=valid_column, other=0.0)
-        b = tl.load(factors_ptr + wide + column, mask=valid_column, other=0.0)
-        c = tl.load(factors_ptr + 2 * wide + column, mask=valid_column, other=0.0)
-        z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        grad_z = a[None, :] * grad.to(tl.float32) + b[None, :] * z + c[None, :]
-        return tl.where(mask, grad_z, 0.0).to(grad.dtype)
-    return grad
+def _sum_products(
+    left_ptr, left_width, left, left_pilot, rows_ptr, channels, channel, pilot, begin, end,
+    CENTRE_LEFT: tl.constexpr, BLOCK_LEFT: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """left^T (rows - pilot) of a range of rows, and of some columns of each."""
+    products = tl.zeros([BLOCK_LEFT, BLOCK_C], tl.float32)
+    for start in tl.range(begin, end, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        valid_row = (row < end)[:, None]
+        offset = row.to(tl.int64)[:, None]
+        a = tl.load(
+            left_ptr + offset * left_width + left[None, :],
+            mask=valid_row & (left < left_width)[None, :],
+            other=0.0,
+        )
+        if CENTRE_LEFT:
+            centred = tl.where(valid_row, a.to(tl.float32) - left_pilot[None, :], 0.0)
+            a = centred.to(a.dtype)
+        b = tl.load(
+            rows_ptr + offset * channels + channel[None, :],
+            mask=valid_row & (channel < channels)[None, :],
+            other=0.0,
+        )
+        b = tl.where(valid_row, b.to(tl.float32) - pilot[None, :], 0.0).to(b.dtype)
+        products = tl.dot(tl.trans(a), b, products, input_precision=PRECISION)
+    return products
 
 
 @triton.jit
-def expand_weight_kernel(
+def expand_products_kernel(
     grad_ptr,  # [N, E]: dy1
-    z_ptr,  # [N, E]: z1, or None
-    factors_ptr,  # [3, E] float32: a, b, c, given with z1
     rows_ptr,  # [N, C]
-    centre_ptr,  # [C] float32
-    partial_ptr,  # [splits, E, C] float32
+    pilot_ptr,  # [C] float32
+    partial_ptr,  # [splits, lines, C] float32
     count,
     wide,
     channels,
     chunk,
+    lines,
     BLOCK_WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """partial = dz1^T (rows - centre) over a chunk of rows.
+    """partial = dy1^T d, and below it, if `lines` is E + C, d^T d, over a chunk of rows d.
 
-    Reads dy1 (and z1 if given), E-wide, and rows, C-wide; tiles of the same rows run side by side,
-    so that all but the first find them in L2.
+    Reads dy1 (E-wide) and rows (C-wide); tiles of the same rows run side by side, so that all but
+    the first find them in L2.
     """
     channel_blocks = tl.cdiv(channels, BLOCK_C)
-    column = (tl.program_id(0) // channel_blocks) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
+    block, split = tl.program_id(0) // channel_blocks, tl.program_id(1)
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split = tl.program_id(1)
-    valid_column, valid_channel = column < wide, channel < channels
-    centre = tl.load(centre_ptr + channel, mask=valid_channel, other=0.0)
-    products = tl.zeros([BLOCK_WIDE, BLOCK_C], tl.float32)
-    end = tl.minimum(count, (split + 1) * chunk)
-    for start in tl.range(split * chunk, end, BLOCK_ROWS):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        valid_row = (row < end)[:, None]
-        mask = valid_row & valid_column[None, :]
-        grad = _load_grad(grad_ptr, z_ptr, factors_ptr, row, column, wide, mask, valid_column)
-        rows = tl.load(
-            rows_ptr + row.to(tl.int64)[:, None] * channels + channel[None, :],
-            mask=valid_row & valid_channel[None, :],
-            other=0.0,
-        )
-        centred = tl.where(valid_row, rows.to(tl.float32) - centre[None, :], 0.0).to(rows.dtype)
-        products = tl.dot(tl.trans(grad), centred, products, input_precision=PRECISION)
+    pilot = tl.load(pilot_ptr + channel, mask=channel < channels, other=0.0)
+    begin, end = split * chunk, tl.minimum(count, (split + 1) * chunk)
+    wide_blocks = tl.cdiv(wide, BLOCK_WIDE)
+    if block < wide_blocks:
+        left = block * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
+        line, valid_line = left, left < wide
+        products = _sum_products(
+            grad_ptr, wide, left, pilot, rows_ptr, channels, channel, pilot, begin, end,
+            False, BLOCK_WIDE, BLOCK_C, BLOCK_ROWS, PRECISION,
+        )  # fmt: skip
+    else:
+        left = (block - wide_blocks) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
+        line, valid_line = wide + left, left < channels
+        left_pilot = tl.load(pilot_ptr + left, mask=valid_line, other=0.0)
+        products = _sum_products(
+            rows_ptr, channels, left, left_pilot, rows_ptr, channels, channel, pilot, begin, end,
+            True, BLOCK_WIDE, BLOCK_C, BLOCK_ROWS, PRECISION,
+        )  # fmt: skip
+    offset = (split.to(tl.int64) * lines + line)[:, None] * channels + channel[None, :]
     tl.store(
-        partial_ptr
-        + split.to(tl.int64) * wide * channels
-        + column[:, None] * channels
-        + channel[None, :],
-        products,
-        mask=valid_column[:, None] & valid_channel[None, :],
+        partial_ptr + offset, products, mask=valid_line[:, None] & (channel < channels)[None, :]
     )
 
 
 @tunable
-def expand_weight(
-    grad: Tensor, z: Tensor | None, factors: Tensor | None, rows: Tensor, centre: Tensor
-) -> Tensor:
-    """dz1^T (rows - centre), float32 [E, C].
+def expand_products(grad: Tensor, rows: Tensor, pilot: Tensor, gram: bool) -> Tensor:
+    """dy1^T d, float32 [E, C], and with `gram` d^T d [C, C] below it; d = rows - pilot.
 
-    grad: [N, E]; z: z1 [N, E] and factors: float32 [3, E], both or neither; rows: [N, C]; centre:
-    float32 [C].
+    grad: dy1 [N, E]; rows: [N, C]; pilot: float32 [C].
     """
     (count, wide), channels = grad.shape, rows.shape[1]
     blocks = gemm_blocks("expand_weight", grad, wide, channels, count)
-    tiles = triton.cdiv(wide, blocks.rows) * triton.cdiv(channels, blocks.columns)
+    left_blocks = -(-wide // blocks.rows) + (-(-channels // blocks.rows) if gram else 0)
+    tiles = left_blocks * -(-channels // blocks.columns)
     splits, chunk = reduction_splits(count, tiles, blocks.depth)
-    partial = grad.new_empty((splits, wide, channels), dtype=torch.float32)
+    lines = wide + (channels if gram else 0)
+    partial = grad.new_empty((splits, lines, channels), dtype=torch.float32)
     launch(
-        expand_weight_kernel,
+        expand_products_kernel,
         (tiles, splits),
-        *(grad, z, factors, rows, centre, partial, count, wide, channels, chunk),
+        *(grad, rows, pilot, partial, count, wide, channels, chunk, lines),
         BLOCK_WIDE=blocks.rows,
         BLOCK_C=blocks.columns,
         BLOCK_ROWS=blocks.depth,
         PRECISION=dot_precision(grad),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        reads=(grad, z, factors, rows, centre),
+        reads=(grad, rows, pilot),
         writes=(partial,),
-        flops=2 * count * wide * channels,
+        flops=2 * count * lines * channels,
     )
-    return partial.sum(0)
+    return sum_splits(partial)
+
+
+@triton.jit
+def fold_gradient_kernel(
+    products_ptr,  # [E, C] float32: P, and below it S [C, C] where MEASURED
+    factors_ptr,  # [4, E] float32: a, b, c and the sum of dy1
+    pre_ptr,  # [7, C] float32
+    weight_ptr,  # [E, C]
+    folded_ptr,  # [E, C]
+    grad_weight_ptr,  # [E, C]
+    scaled_ptr,  # [E, C]: diag(a) Wf
+    sums_ptr,  # [blocks of E, 2, C] float32
+    count,
+    wide,
+    channels,
+    MEASURED: tl.constexpr,
+    GRAM: tl.constexpr,
+    BLOCK_WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """F as the module's text has it; dW; sums over a block of E of F * W, and of the pre_norm's
+    output gradient. MEASURED: expand_norm measures its batch.
+    """
+    column = tl.program_id(0) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    valid_column, valid = column < wide, channel < channels
+    mask = valid_column[:, None] & valid[None, :]
+    offset = column.to(tl.int64)[:, None] * channels + channel[None, :]
+    a = tl.load(factors_ptr + column, mask=valid_column, other=0.0)
+    total = tl.load(factors_ptr + 3 * wide + column, mask=valid_column, other=0.0)
+    scale = tl.load(pre_ptr + channel, mask=valid, other=0.0)
+    rest = tl.load(pre_ptr + 6 * channels + channel, mask=valid, other=0.0)
+    folded = tl.load(folded_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    tl.store(scaled_ptr + offset, (folded * a[:, None]).to(scaled_ptr.dtype.element_ty), mask=mask)
+    products = tl.load(products_ptr + offset, mask=mask, other=0.0)
+    gradient = a[:, None] * (products - total[:, None] * rest[None, :])
+    if MEASURED and GRAM:
+        b = tl.load(factors_ptr + wide + column, mask=valid_column, other=0.0)
+        through = tl.zeros([BLOCK_WIDE, BLOCK_C], tl.float32)
+        for start in tl.range(0, channels, BLOCK_INNER):
+            inner = start + tl.arange(0, BLOCK_INNER)
+            valid_inner = inner < channels
+            left = tl.load(
+                folded_ptr + column.to(tl.int64)[:, None] * channels + inner[None, :],
+                mask=valid_column[:, None] & valid_inner[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            inner_rest = tl.load(pre_ptr + 6 * channels + inner, mask=valid_inner, other=0.0)
+            gram = tl.load(
+                products_ptr + (wide + inner)[:, None] * channels + channel[None, :],
+                mask=valid_inner[:, None] & valid[None, :],
+                other=0.0,
+            )
+            gram -= count * inner_rest[:, None] * rest[None, :]
+            through = tl.dot(left, gram, through, input_precision=PRECISION)
+        gradient += b[:, None] * through
+    weight = tl.load(weight_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+    grad_weight = gradient * scale[None, :]
+    shifted = tl.zeros([BLOCK_C], tl.float32)
+    if not MEASURED:
+        # Nothing takes the mean away again: what shifts z1 has a gradient.
+        shift = tl.load(pre_ptr + channels + channel, mask=valid, other=0.0)
+        grad_weight += (a * total)[:, None] * shift[None, :]
+        shifted = tl.sum((a * total)[:, None] * weight, 0)
+    tl.store(grad_weight_ptr + offset, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=mask)
+    target = sums_ptr + tl.program_id(0) * 2 * channels + channel
+    tl.store(target, tl.sum(tl.where(mask, gradient * weight, 0.0), 0), mask=valid)
+    tl.store(target + channels, shifted, mask=valid)
+
+
+@triton.jit
+def correction_kernel(
+    folded_ptr,  # [E, C]
+    scaled_ptr,  # [E, C]
+    factors_ptr,  # [4, E] float32
+    rest_product_ptr,  # [E] float32: Wf rest
+    pre_ptr,  # [7, C] float32
+    sums_ptr,  # [blocks of E, 2, C] float32
+    correction_ptr,  # [C, C] float32, or None
+    constant_ptr,  # [C] float32, given with it
+    grad_weight_ptr,  # [C]: of pre_norm
+    grad_bias_ptr,  # [C]
+    parts,
+    count,
+    wide,
+    channels,
+    PRE_MEASURED: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """M and the constant as the module's text has them, and the gradients of pre_norm."""
+    first, second = tl.program_id(0), tl.program_id(1)
+    left = first * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = second * BLOCK_C + tl.arange(0, BLOCK_C)
+    valid_left, valid = left < channels, channel < channels
+    grad_scale = tl.zeros([BLOCK_C], tl.float32)
+    grad_shift = tl.zeros([BLOCK_C], tl.float32)
+    for part in tl.range(0, parts):
+        source = sums_ptr + part * 2 * channels + channel
+        grad_scale += tl.load(source, mask=valid, other=0.0)
+        grad_shift += tl.load(source + channels, mask=valid, other=0.0)
+    scale = tl.load(pre_ptr + channel, mask=valid, other=0.0)
+    inverse_std = tl.load(pre_ptr + 3 * channels + channel, mask=valid, other=0.0)
+    grad_weight = grad_scale * inverse_std
+    if first == 0:
+        tl.store(
+            grad_weight_ptr + channel, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=valid
+        )
+        tl.store(grad_bias_ptr + channel, grad_shift.to(grad_bias_ptr.dtype.element_ty), mask=valid)
+    if correction_ptr is not None:
+        slope = tl.zeros([BLOCK_C], tl.float32)
+        if PRE_MEASURED:
+            slope = -scale * inverse_std * grad_weight / count
+        matrix = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
+        for start in tl.range(0, wide, BLOCK_INNER):
+            column = start + tl.arange(0, BLOCK_INNER)
+            valid_column = column < wide
+            b = tl.load(factors_ptr + wide + column, mask=valid_column, other=0.0)
+            offset = column.to(tl.int64)[:, None] * channels
+            left_weight = tl.load(
+                folded_ptr + offset + left[None, :],
+                mask=valid_column[:, None] & valid_left[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            weight = tl.load(
+                folded_ptr + offset + channel[None, :],
+                mask=valid_column[:, None] & valid[None, :],
+                other=0.0,
+            ).to(tl.float32)
+            weighted = weight * b[:, None]
+            matrix = tl.dot(tl.trans(left_weight), weighted, matrix, input_precision=PRECISION)
+        matrix += tl.where(left[:, None] == channel[None, :], slope[None, :], 0.0)
+        tl.store(
+            correction_ptr + left.to(tl.int64)[:, None] * channels + channel[None, :],
+            matrix,
+            mask=valid_left[:, None] & valid[None, :],
+        )
+        if first == 0:
+            rest = tl.load(pre_ptr + 6 * channels + channel, mask=valid, other=0.0)
+            constant = tl.zeros([BLOCK_INNER, BLOCK_C], tl.float32)
+            for start in tl.range(0, wide, BLOCK_INNER):
+                column = start + tl.arange(0, BLOCK_INNER)
+                valid_column = column < wide
+                mask = valid_column[:, None] & valid[None, :]
+                offset = column.to(tl.int64)[:, None] * channels + channel[None, :]
+                weight = tl.load(folded_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+                scaled = tl.load(scaled_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+                b = tl.load(factors_ptr + wide + column, mask=valid_column, other=0.0)
+                total = tl.load(factors_ptr + 3 * wide + column, mask=valid_column, other=0.0)
+                moved = tl.load(rest_product_ptr + column, mask=valid_column, other=0.0)
+                constant -= (total / count)[:, None] * scaled + (b * moved)[:, None] * weight
+            tl.store(constant_ptr + channel, tl.sum(constant, 0) - rest * slope, mask=valid)
+
+
+class ExpandGradient(NamedTuple):
+    """Gradients of weights, and what `expand_input` takes."""
+
+    weight: Tensor  # [E, C]
+    pre_weight: Tensor  # [C]
+    pre_bias: Tensor  # [C]
+    scaled: Tensor  # [E, C], in the dtype of the products
+    correction: Tensor | None  # [C, C] float32
+    constant: Tensor | None  # [C] float32, given with it
+
+
+_BLOCK, _BLOCK_INNER = 64, 32
+
+
+def expand_gradient(
+    products: Tensor,
+    factors: Tensor,
+    folded: Folded,
+    weights: Weights,
+    pre_norm: NormParameters,
+    count: int,
+    measures: tuple[bool, ...],
+) -> ExpandGradient:
+    """From the sums over rows to gradients, in the dtypes of the weights.
+
+    products: of `expand_products`, with gram if any of `measures` (pre_norm, expand_norm: whether
+    they measure their batch). factors: float32 (a, b, c, sum of dy1) [4, E]. count: rows.
+    """
+    wide, channels = folded.expand.shape
+    grad_weight, scaled = torch.empty_like(weights.expand), torch.empty_like(folded.expand)
+    parts = -(-wide // _BLOCK)
+    sums = factors.new_empty((parts, 2, channels))
+    precision = statistics_precision(folded.expand)
+    corrected = any(measures)
+    launch(
+        fold_gradient_kernel,
+        (parts, -(-channels // _BLOCK)),
+        *(products, factors, folded.pre, weights.expand, folded.expand),
+        *(grad_weight, scaled, sums, count, wide, channels),
+        MEASURED=measures[1],
+        GRAM=corrected,
+        BLOCK_WIDE=_BLOCK,
+        BLOCK_C=_BLOCK,
+        BLOCK_INNER=_BLOCK_INNER,
+        PRECISION=precision,
+        num_warps=4,
+        num_stages=2,
+        reads=(products, factors, folded.pre, weights.expand, folded.expand),
+        writes=(grad_weight, scaled, sums),
+        flops=2 * wide * channels * channels if measures[1] else 0,
+    )
+    correction = factors.new_empty((channels, channels)) if corrected else None
+    constant = factors.new_empty(channels) if corrected else None
+    pre_weight, pre_bias = (
+        factors.new_empty(channels, dtype=torch.float32 if owner is None else owner.dtype)
+        for owner in (pre_norm.weight, pre_norm.bias)
+    )
+    blocks = -(-channels // _BLOCK)
+    reads = (folded.expand, scaled, factors, folded.vectors[2], folded.pre, sums)
+    writes = (correction, constant, pre_weight, pre_bias)
+    launch(
+        correction_kernel,
+        (blocks if corrected else 1, blocks),
+        *(*reads, *writes, parts, count, wide, channels),
+        PRE_MEASURED=measures[0],
+        BLOCK_C=_BLOCK,
+        BLOCK_INNER=_BLOCK_INNER,
+        PRECISION=precision,
+        num_warps=4,
+        num_stages=2,
+        reads=reads,
+        writes=writes,
+        flops=2 * wide * channels * channels if corrected else 0,
+    )
+    return ExpandGradient(grad_weight, pre_weight, pre_bias, scaled, correction, constant)
 
 
 @triton.jit
 def expand_input_kernel(
     grad_ptr,  # [N, E]: dy1
-    z_ptr,  # [N, E]: z1, or None
-    factors_ptr,  # [3, E] float32: a, b, c, given with z1
     weight_ptr,  # [E, C]
-    rows_ptr,  # [N, C], given with affine
-    correction_ptr,  # [C, C] in the dtype of rows, or None
-    affine_ptr,  # [2, C] float32: slope and constant; or None
+    rows_ptr,  # [N, C], given with the correction
+    pilot_ptr,  # [C] float32, given with the correction
+    correction_ptr,  # [C, C] float32, or None
+    constant_ptr,  # [C] float32, given with the correction
     addend_ptr,  # [N, C], or None
     output_ptr,  # [N, C]
     count,
@@ -130,49 +392,52 @@ def expand_input_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
+    BLOCK_INNER: tl.constexpr,
     PRECISION: tl.constexpr,
+    CORRECTION_PRECISION: tl.constexpr,
 ):
-    """output = dz1 weight + slope * R + constant + addend.
+    """output = dy1 weight + (rows - pilot) correction + constant + addend.
 
-    R = rows correction where there is one (what reaches x through its covariance; slope undoes the
-    correction's scaling), else rows. Reads dy1 (and z1 if given), E-wide, and rows and addend,
-    C-wide, and writes C-wide; blocks of the same rows run side by side.
+    Reads dy1 (E-wide), rows and addend (C-wide), and writes C-wide; blocks of the same rows run
+    side by side.
     """
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     row = (tl.program_id(0) // channel_blocks) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid_row, valid_channel = row < count, channel < channels
     mask = valid_row[:, None] & valid_channel[None, :]
-    row_offset = row.to(tl.int64)[:, None] * channels
-    offset = row_offset + channel[None, :]
+    row_offset = row.to(tl.int64)[:, None]
+    offset = row_offset * channels + channel[None, :]
     products = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     if correction_ptr is not None:
-        for start in tl.range(0, channels, BLOCK_WIDE):
-            inner = start + tl.arange(0, BLOCK_WIDE)
+        constant = tl.load(constant_ptr + channel, mask=valid_channel, other=0.0)
+        products += constant[None, :]
+        for start in tl.range(0, channels, BLOCK_INNER):
+            inner = start + tl.arange(0, BLOCK_INNER)
+            valid_inner = inner < channels
             rows = tl.load(
-                rows_ptr + row_offset + inner[None, :],
-                mask=valid_row[:, None] & (inner < channels)[None, :],
+                rows_ptr + row_offset * channels + inner[None, :],
+                mask=valid_row[:, None] & valid_inner[None, :],
                 other=0.0,
             )
+            pilot = tl.load(pilot_ptr + inner, mask=valid_inner, other=0.0)
             correction = tl.load(
-                correction_ptr + inner[:, None] * channels + channel[None, :],
-                mask=(inner < channels)[:, None] & valid_channel[None, :],
+                correction_ptr + inner.to(tl.int64)[:, None] * channels + channel[None, :],
+                mask=valid_inner[:, None] & valid_channel[None, :],
                 other=0.0,
             )
-            products = tl.dot(rows, correction, products, input_precision=PRECISION)
-    elif affine_ptr is not None:
-        products += tl.load(rows_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    if affine_ptr is not None:
-        slope = tl.load(affine_ptr + channel, mask=valid_channel, other=0.0)
-        constant = tl.load(affine_ptr + channels + channel, mask=valid_channel, other=0.0)
-        products = products * slope[None, :] + constant[None, :]
+            distance = rows.to(tl.float32) - pilot[None, :]
+            products = tl.dot(distance, correction, products, input_precision=CORRECTION_PRECISION)
     for start in tl.range(0, wide, BLOCK_WIDE):
         column = start + tl.arange(0, BLOCK_WIDE)
         valid_column = column < wide
-        grad_mask = valid_row[:, None] & valid_column[None, :]
-        grad = _load_grad(grad_ptr, z_ptr, factors_ptr, row, column, wide, grad_mask, valid_column)
+        grad = tl.load(
+            grad_ptr + row_offset * wide + column[None, :],
+            mask=valid_row[:, None] & valid_column[None, :],
+            other=0.0,
+        )
         weight = tl.load(
-            weight_ptr + column[:, None] * channels + channel[None, :],
+            weight_ptr + column.to(tl.int64)[:, None] * channels + channel[None, :],
             mask=valid_column[:, None] & valid_channel[None, :],
             other=0.0,
         )
@@ -185,38 +450,35 @@ def expand_input_kernel(
 @tunable
 def expand_input(
     grad: Tensor,
-    z: Tensor | None,
-    factors: Tensor | None,
-    weight: Tensor,
+    gradient: ExpandGradient,
     rows: Tensor,
-    correction: Tensor | None,
-    affine: Tensor | None,
+    pilot: Tensor,
     addend: Tensor | None,
     dtype: torch.dtype,
 ) -> Tensor:
-    """dz1 weight + slope * (rows correction, or rows) + constant + addend, [N, C] in `dtype`.
+    """The gradient of x [N, C] in `dtype`, plus addend [N, C].
 
-    grad, z, factors, rows: as in `expand_weight`; weight: [E, C]; correction: [C, C] in the dtype
-    of rows; affine: float32 (slope, constant) [2, C], None where both are 0; addend: [N, C].
+    grad: dy1 [N, E]; rows: [N, C]; pilot: float32 [C].
     """
     (count, wide), channels = grad.shape, rows.shape[1]
     blocks = gemm_blocks("expand_input", grad, count, channels, wide)
     output = rows.new_empty((count, channels), dtype=dtype)
-    corrected = None if affine is None else rows
+    correction, constant = gradient.correction, gradient.constant
+    corrected = (None, None) if correction is None else (rows, pilot)
+    reads = (grad, gradient.scaled, *corrected, correction, constant, addend)
     launch(
         expand_input_kernel,
-        (triton.cdiv(count, blocks.rows) * triton.cdiv(channels, blocks.columns),),
-        *(
-            *(grad, z, factors, weight, corrected, correction, affine, addend, output),
-            *(count, wide, channels),
-        ),
+        (-(-count // blocks.rows) * -(-channels // blocks.columns),),
+        *(*reads, output, count, wide, channels),
         BLOCK_ROWS=blocks.rows,
         BLOCK_C=blocks.columns,
         BLOCK_WIDE=blocks.depth,
+        BLOCK_INNER=min(blocks.depth, _BLOCK_INNER),
         PRECISION=dot_precision(grad),
+        CORRECTION_PRECISION=statistics_precision(grad),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        reads=(grad, z, factors, weight, corrected, correction, affine, addend),
+        reads=reads,
         writes=(output,),
         flops=2 * count * channels * (wide + (0 if correction is None else channels)),
     )

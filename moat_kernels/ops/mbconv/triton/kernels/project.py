@@ -30,8 +30,8 @@ def rows_of_block(block, count, pixels, BLOCK_ROWS: tl.constexpr, BY_IMAGE: tl.c
 def row_blocks(count: int, pixels: int, block: int, by_image: bool) -> int:
     """How many blocks `rows_of_block` divides `count` rows of maps of `pixels` into."""
     if by_image:
-        return count // pixels * triton.cdiv(pixels, block)
-    return triton.cdiv(count, block)
+        return count // pixels * -(-pixels // block)
+    return -(-count // block)
 
 
 @triton.jit
@@ -42,13 +42,16 @@ def pool_kernel(
     pixels,
     channels,
     chunk,
+    splits,
     BLOCK_PIXELS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ACTIVATION: tl.constexpr,
 ):
     """sums = sum of act(z scale + shift) over a chunk of an image's pixels. Reads z, E-wide."""
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
-    split, image = tl.program_id(1), tl.program_id(2)
+    channel_blocks = tl.cdiv(channels, BLOCK_C)
+    channel = (tl.program_id(0) % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
+    split = tl.program_id(0) // channel_blocks % splits
+    image = tl.program_id(0) // channel_blocks // splits
     valid = channel < channels
     scale, shift = load_affine(affine_ptr, channel, channels, valid)
     source = z_ptr + image.to(tl.int64) * pixels * channels + channel
@@ -60,21 +63,24 @@ def pool_kernel(
         offset = pixel.to(tl.int64)[:, None] * channels
         z = tl.load(source[None, :] + offset, mask=mask, other=0.0).to(tl.float32)
         sums += tl.where(mask, activate(z * scale[None, :] + shift[None, :], ACTIVATION), 0.0)
-    target = sums_ptr + (image.to(tl.int64) * tl.num_programs(1) + split) * channels
+    target = sums_ptr + (image.to(tl.int64) * splits + split) * channels
     tl.store(target + channel, tl.sum(sums, 0), mask=valid)
 
 
 @tunable
 def pool(z: Tensor, affine: Tensor | None, activation: str, pixels: int) -> Tensor:
-    """Mean over each image's pixels of activation(z [M, E] scale + shift), float32 [B, E]."""
+    """Sums over parts of each image of activation(z [M, E] scale + shift), float32 [B, parts, E].
+
+    pixels: of an image.
+    """
     batch, channels = z.shape[0] // pixels, z.shape[1]
     blocks = pool_blocks(z, channels, batch, pixels)
-    splits = triton.cdiv(pixels, blocks.band)
+    splits = -(-pixels // blocks.band)
     sums = z.new_empty((batch, splits, channels), dtype=torch.float32)
     launch(
         pool_kernel,
-        (triton.cdiv(channels, blocks.channels), splits, batch),
-        *(z, affine, sums, pixels, channels, blocks.band),
+        (-(-channels // blocks.channels) * splits * batch,),
+        *(z, affine, sums, pixels, channels, blocks.band, splits),
         BLOCK_PIXELS=blocks.width,
         BLOCK_C=blocks.channels,
         ACTIVATION=activation,
@@ -83,7 +89,7 @@ def pool(z: Tensor, affine: Tensor | None, activation: str, pixels: int) -> Tens
         reads=(z, affine),
         writes=(sums,),
     )
-    return sums.sum(1) / pixels
+    return sums
 
 
 @triton.jit
@@ -92,8 +98,8 @@ def project_kernel(
     affine_ptr,  # [2, E] float32: scale and shift; or None
     gate_ptr,  # [B, E] float32, or None
     weight_ptr,  # [C_out, E]
-    bias_ptr,  # [C_out] float32, or None
-    drop_path_ptr,  # [B] float32, or None
+    bias_ptr,  # [C_out], or None
+    drop_path_ptr,  # [B], or None
     shortcut_ptr,  # [M, C_out], or None
     output_ptr,  # [M, C_out]
     count,
@@ -139,10 +145,11 @@ def project_kernel(
         )
         products = tl.dot(activated.to(weight.dtype), weight, products, input_precision=PRECISION)
     if bias_ptr is not None:
-        products += tl.load(bias_ptr + channel, mask=valid_channel, other=0.0)[None, :]
+        bias = tl.load(bias_ptr + channel, mask=valid_channel, other=0.0)
+        products += bias.to(tl.float32)[None, :]
     if drop_path_ptr is not None:
         factor = tl.load(drop_path_ptr + row // pixels, mask=valid_row, other=0.0)
-        products *= factor[:, None]
+        products *= factor.to(tl.float32)[:, None]
     offset = row[:, None] * channels + channel[None, :]
     mask = valid_row[:, None] & valid_channel[None, :]
     if shortcut_ptr is not None:
@@ -166,7 +173,7 @@ def project(
     """shortcut + drop_path_scale * ((gate * activation(z scale + shift)) weight^T + bias).
 
     z: [M, E], `pixels` rows an image; affine: float32 (scale, shift) [2, E]; gate: float32 [B, E];
-    weight: [C_out, E]; bias: float32 [C_out]; drop_path_scale: float32 [B]; shortcut: [M, C_out].
+    weight: [C_out, E]; bias: [C_out]; drop_path_scale: [B]; shortcut: [M, C_out].
     Returns [M, C_out] in `dtype`.
     """
     (count, wide), channels = z.shape, weight.shape[0]
@@ -176,7 +183,7 @@ def project(
         project_kernel,
         (
             row_blocks(count, pixels, blocks.rows, gate is not None)
-            * triton.cdiv(channels, blocks.columns),
+            * -(-channels // blocks.columns),
         ),
         *(
             *(z, affine, gate, weight, bias, drop_path_scale, shortcut, output),

@@ -12,7 +12,12 @@ from torch import Tensor
 
 from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
 from moat_kernels.ops.mbconv.triton.kernels.project import row_blocks, rows_of_block
-from moat_kernels.ops.mbconv.triton.launch_table import dot_precision, gemm_blocks, reduction_splits
+from moat_kernels.ops.mbconv.triton.launch_table import (
+    dot_precision,
+    gemm_blocks,
+    reduction_splits,
+    sum_splits,
+)
 from moat_kernels.ops.triton_support.activations import activate, activation_derivative
 from moat_kernels.ops.triton_support.launching import launch, tunable
 
@@ -23,6 +28,7 @@ def project_input_kernel(
     weight_ptr,  # [C_out, E]
     z_ptr,  # [M, E]
     affine_ptr,  # [3, E] float32: scale, shift and centre
+    drop_path_ptr,  # [B], or None
     gate_ptr,  # [B, E] float32, or None
     grad_mean_ptr,  # [B, E] float32, given with the gate
     output_ptr,  # [M, E]
@@ -37,7 +43,7 @@ def project_input_kernel(
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """dy = (gate * (grad weight) + grad_mean) act'(y); sums of dy and dy (z - centre).
+    """dy = (gate * drop_path * (grad weight) + grad_mean) act'(y); sums of dy and dy (z - centre).
 
     Reads grad (C_out-wide) and z, writes dy (both E-wide). Blocks of the same rows run side by
     side. grad_mean is what reaches each pixel through squeeze-excite's mean.
@@ -63,6 +69,9 @@ def project_input_kernel(
             other=0.0,
         )
         products = tl.dot(grad, weight, products, input_precision=PRECISION)
+    if drop_path_ptr is not None:
+        factor = tl.load(drop_path_ptr + row // pixels, mask=valid_row, other=0.0)
+        products *= factor.to(tl.float32)[:, None]
     if gate_ptr is not None:
         gate = tl.load(gate_ptr + image * wide + column, mask=valid_column, other=0.0)
         grad_mean = tl.load(grad_mean_ptr + image * wide + column, mask=valid_column, other=0.0)
@@ -88,14 +97,15 @@ def project_input(
     z: Tensor,
     affine: Tensor,
     activation: str,
+    drop_path_scale: Tensor | None,
     gate: Tensor | None,
     grad_mean: Tensor | None,
     pixels: int,
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of y [M, E], and float64 [2, E]: its sum, and the sum of it times z - centre.
+    """Gradient of y [M, E], and sums [P, 2, E] over parts of it, and of it times z - centre.
 
-    grad: [M, C_out]; weight: [C_out, E]; z: [M, E]; affine: float32 (scale, shift, centre) [3, E];
-    gate, grad_mean: float32 [B, E], both or neither.
+    grad: [M, C_out]; weight: [C_out, E]; z: [M, E]; affine: float32 (scale, shift, centre, ...)
+    [., E]; drop_path_scale: [B]; gate, grad_mean: float32 [B, E], both or neither.
     """
     (count, wide), channels = z.shape, grad.shape[1]
     blocks = gemm_blocks("project_input", z, count, wide, channels)
@@ -104,9 +114,9 @@ def project_input(
     sums = z.new_empty((blocks_of_rows, 2, wide), dtype=torch.float32)
     launch(
         project_input_kernel,
-        (blocks_of_rows * triton.cdiv(wide, blocks.columns),),
+        (blocks_of_rows * -(-wide // blocks.columns),),
         *(
-            *(grad, weight, z, affine, gate, grad_mean, output, sums),
+            *(grad, weight, z, affine, drop_path_scale, gate, grad_mean, output, sums),
             *(count, pixels, wide, channels),
         ),
         BLOCK_ROWS=blocks.rows,
@@ -116,11 +126,11 @@ def project_input(
         PRECISION=dot_precision(z),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        reads=(grad, weight, z, affine, gate, grad_mean),
+        reads=(grad, weight, z, affine, drop_path_scale, gate, grad_mean),
         writes=(output, sums),
         flops=2 * count * wide * channels,
     )
-    return output, sums.sum(0, dtype=torch.float64)
+    return output, sums
 
 
 @triton.jit
@@ -128,11 +138,14 @@ def project_weight_kernel(
     grad_ptr,  # [M, C_out]
     z_ptr,  # [M, E]
     affine_ptr,  # [3, E] float32: scale, shift and centre
+    drop_path_ptr,  # [B], or None
     gate_ptr,  # [B, E] float32, or None
     weight_ptr,  # [C_out, E], given with the gate
     partial_ptr,  # [splits, C_out, E] float32
+    bias_ptr,  # [splits, C_out] float32, or None
     grad_gate_ptr,  # [B, channel blocks, E] float32, given with the gate
     count,
+    pixels,
     wide,
     channels,
     part,
@@ -143,11 +156,12 @@ def project_weight_kernel(
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """partial = sum over parts of gate * P, P = grad^T act(y) over the rows of one part.
+    """partial = sum over parts of gate * P, P = (drop_path * grad)^T act(y) over one part's rows.
 
     With a gate a part is an image, and grad_gate = sum over C_out of weight * P: what the gate's
-    gradient needs of the map, without reading z once more. Reads grad (C_out-wide) and z (E-wide);
-    tiles of the same rows run side by side, so that all but the first find them in L2.
+    gradient needs of the map, without reading z once more. bias: the sum of drop_path * grad.
+    Reads grad (C_out-wide) and z (E-wide); tiles of the same rows run side by side, so that all but
+    the first find them in L2.
     """
     wide_blocks = tl.cdiv(wide, BLOCK_WIDE)
     channel_block = tl.program_id(0) // wide_blocks
@@ -159,6 +173,7 @@ def project_weight_kernel(
     mask = valid_channel[:, None] & valid_column[None, :]
     weight_offset = channel[:, None] * wide + column[None, :]
     total = tl.zeros([BLOCK_C, BLOCK_WIDE], tl.float32)
+    bias = tl.zeros([BLOCK_C], tl.float32)
     first = split * parts_per_split
     for index in tl.range(first, tl.minimum(first + parts_per_split, tl.cdiv(count, part))):
         products = tl.zeros([BLOCK_C, BLOCK_WIDE], tl.float32)
@@ -171,6 +186,12 @@ def project_weight_kernel(
                 mask=valid_row[:, None] & valid_channel[None, :],
                 other=0.0,
             )
+            if drop_path_ptr is not None:
+                factor = tl.load(drop_path_ptr + row // pixels, mask=valid_row, other=0.0)
+                scaled = grad.to(tl.float32) * factor.to(tl.float32)[:, None]
+                grad = scaled.to(grad.dtype)
+            if bias_ptr is not None:
+                bias += tl.sum(grad.to(tl.float32), 0)
             z = tl.load(
                 z_ptr + offset[:, None] * wide + column[None, :],
                 mask=valid_row[:, None] & valid_column[None, :],
@@ -190,6 +211,8 @@ def project_weight_kernel(
         total += products
     target = partial_ptr + split.to(tl.int64) * channels * wide
     tl.store(target + weight_offset, total, mask=mask)
+    if bias_ptr is not None and tl.program_id(0) % wide_blocks == 0:
+        tl.store(bias_ptr + split * channels + channel, bias, mask=valid_channel)
 
 
 @tunable
@@ -198,18 +221,21 @@ def project_weight(
     z: Tensor,
     affine: Tensor,
     activation: str,
+    drop_path_scale: Tensor | None,
     gate: Tensor | None,
     weight: Tensor,
     pixels: int,
-) -> tuple[Tensor, Tensor | None]:
-    """Gradients, float32, of the weight [C_out, E] and of the gate [B, E] (None: there is none).
+    has_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients, float32, of the weight [C_out, E], the bias [C_out] and the gate [B, parts, E].
 
-    Shapes are those of `project_input`.
+    That of the gate is to be summed over the parts; None stands for what is not there. Shapes are
+    those of `project_input`.
     """
     (count, wide), channels = z.shape, grad.shape[1]
     blocks = gemm_blocks("project_weight", z, channels, wide, count)
-    channel_blocks = triton.cdiv(channels, blocks.rows)
-    tiles = channel_blocks * triton.cdiv(wide, blocks.columns)
+    channel_blocks = -(-channels // blocks.rows)
+    tiles = channel_blocks * -(-wide // blocks.columns)
     if gate is None:
         splits, part = reduction_splits(count, tiles, blocks.depth)
         parts_per_split, grad_gate = 1, None
@@ -218,13 +244,14 @@ def project_weight(
         splits, parts_per_split = reduction_splits(batch, tiles, 1)
         grad_gate = z.new_empty((batch, channel_blocks, wide), dtype=torch.float32)
     partial = z.new_empty((splits, channels, wide), dtype=torch.float32)
+    bias = z.new_empty((splits, channels), dtype=torch.float32) if has_bias else None
     gated_weight = None if gate is None else weight
     launch(
         project_weight_kernel,
         (tiles, splits),
         *(
-            *(grad, z, affine, gate, gated_weight, partial, grad_gate),
-            *(count, wide, channels, part, parts_per_split),
+            *(grad, z, affine, drop_path_scale, gate, gated_weight, partial, bias, grad_gate),
+            *(count, pixels, wide, channels, part, parts_per_split),
         ),
         BLOCK_C=blocks.rows,
         BLOCK_WIDE=blocks.columns,
@@ -233,8 +260,8 @@ def project_weight(
         PRECISION=dot_precision(z),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        reads=(grad, z, affine, gate, gated_weight),
-        writes=(partial, grad_gate),
+        reads=(grad, z, affine, drop_path_scale, gate, gated_weight),
+        writes=(partial, bias, grad_gate),
         flops=2 * count * wide * channels,
     )
-    return partial.sum(0), None if grad_gate is None else grad_gate.sum(1)
+    return sum_splits(partial), None if bias is None else sum_splits(bias), grad_gate

@@ -1,0 +1,434 @@
+"""pre_norm folded into the weight of the expand convolution, and the other weights made ready.
+
+With s = weight / std of pre_norm, `centre` the mean row of x (the running one where no batch is
+measured) and `shift` what pre_norm makes of it:
+
+    folded = W diag(s)      z1 = (x - centre) folded^T      constant = W shift + bias
+
+so that z1 + constant is what the expand convolution gives. Rows are multiplied as they are, the
+centre by the rounded weight, in float32, so that a large mean cancels; only where they must be
+rounded (`shifted`) have they lost it before.
+
+The sums of products over rows that the backward pass takes (kernels/expand_backward.py) are about
+`pilot`: the centre, rounded, of channels where it lies beyond four standard deviations, where
+subtracting it is exact; else 0, where nothing cancels. `rest` is what is left of the centre.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moat_kernels.ops.common.batch_norm import Norm, NormParameters, RunningUpdate
+from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, merge_moments
+from moat_kernels.ops.triton_support.launching import launch
+
+# Rows of a folded pre_norm, float32 [7, C]: scale, shift, centre, 1/std, variance, pilot, rest.
+PRE_ROWS = 7
+# Rows of `Folded.vectors`, float32 [3, E]: bias, constant, folded rest.
+_BLOCK_WIDE, _BLOCK_C = 32, 64
+_FAR = tl.constexpr(16.0)  # squared standard deviations between the centre and 0
+
+
+@triton.jit
+def optional(pointer, channel, valid, DEFAULT: tl.constexpr):
+    """A vector's elements in float32, or its default where it is None."""
+    if pointer is None:
+        return tl.full(channel.shape, DEFAULT, tl.float32)
+    else:
+        return tl.load(pointer + channel, mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def update_running(mean_ptr, variance_ptr, channel, valid, mean, variance, momentum):
+    """running += momentum * (batch - running), of some channels."""
+    running_mean = tl.load(mean_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    running_variance = tl.load(variance_ptr + channel, mask=valid, other=0.0).to(tl.float32)
+    running_mean += momentum * (mean - running_mean)
+    running_variance += momentum * (variance - running_variance)
+    tl.store(mean_ptr + channel, running_mean.to(mean_ptr.dtype.element_ty), mask=valid)
+    tl.store(variance_ptr + channel, running_variance.to(variance_ptr.dtype.element_ty), mask=valid)
+
+
+@triton.jit
+def count_batch(tracked_ptr):
+    """num_batches_tracked += 1; by one program."""
+    if tracked_ptr is not None:
+        tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
+
+
+@triton.jit
+def _ready_weights(
+    taps_ptr, taps_out_ptr, tap_scale, project_ptr, project_out_ptr, column, wide, out_channels,
+    BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """The depthwise weight [E, 9], scaled, as float32 [9, E]; the project weight in its dtype."""
+    valid = column < wide
+    for tap in tl.static_range(9):
+        weight = tl.load(taps_ptr + column * 9 + tap, mask=valid, other=0.0).to(tl.float32)
+        tl.store(taps_out_ptr + tap * wide + column, weight * tap_scale, mask=valid)
+    if project_ptr is not None:
+        for start in tl.range(0, out_channels, BLOCK_C):
+            channel = start + tl.arange(0, BLOCK_C)
+            mask = (channel < out_channels)[:, None] & valid[None, :]
+            offset = channel.to(tl.int64)[:, None] * wide + column[None, :]
+            weight = tl.load(project_ptr + offset, mask=mask, other=0.0)
+            tl.store(
+                project_out_ptr + offset,
+                weight.to(tl.float32).to(project_out_ptr.dtype.element_ty),
+                mask=mask,
+            )
+
+
+@triton.jit
+def fold_kernel(
+    weight_ptr,  # [E, C]
+    moments_ptr,  # [chunks, 2, C] float32, of x; or None
+    norm_weight_ptr,  # [C], or None
+    norm_bias_ptr,  # [C], or None
+    running_mean_ptr,  # [C], read where FROZEN, updated where a batch is measured; or None
+    running_var_ptr,  # [C]
+    tracked_ptr,  # [] int64, or None
+    pre_ptr,  # [7, C] float32, read where GIVEN, else written
+    bias_ptr,  # [E], or None
+    taps_ptr,  # [E, 9]
+    project_ptr,  # [C_out, E], or None
+    folded_ptr,  # [E, C]
+    vectors_ptr,  # [3, E] float32
+    taps_out_ptr,  # [9, E] float32
+    project_out_ptr,  # [C_out, E]
+    count,
+    chunk,
+    chunks,
+    wide,
+    channels,
+    out_channels,
+    eps,
+    momentum,
+    correction,
+    NORMED: tl.constexpr,
+    FROZEN: tl.constexpr,
+    GIVEN: tl.constexpr,
+    SHIFTED: tl.constexpr,
+    BLOCK_WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """folded, pre and vectors as the module's text has them. Reads and writes the weights once.
+
+    One program: a block of rows of the weight; each merges the moments of x again, from L2.
+    """
+    column = tl.program_id(0) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
+    valid_column = column < wide
+    bias = tl.zeros([BLOCK_WIDE], tl.float32)
+    rest_product = tl.zeros([BLOCK_WIDE], tl.float32)
+    constant = optional(bias_ptr, column, valid_column, 0.0)
+    for start in tl.range(0, channels, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C)
+        valid = channel < channels
+        if GIVEN:
+            scale = tl.load(pre_ptr + channel, mask=valid, other=0.0)
+            shift = tl.load(pre_ptr + channels + channel, mask=valid, other=0.0)
+            pilot = tl.load(pre_ptr + 5 * channels + channel, mask=valid, other=0.0)
+            rest = tl.load(pre_ptr + 6 * channels + channel, mask=valid, other=0.0)
+        else:
+            centre = tl.zeros([BLOCK_C], tl.float32)
+            variance = tl.zeros([BLOCK_C], tl.float32)
+            if moments_ptr is not None:
+                centre, variance = merge_moments(
+                    moments_ptr, channel, channels, chunks, count, count, 1, chunk, 1, 16
+                )
+            norm_mean, norm_variance = centre, variance
+            if FROZEN:
+                norm_mean = optional(running_mean_ptr, channel, valid, 0.0)
+                norm_variance = optional(running_var_ptr, channel, valid, 0.0)
+                if moments_ptr is None:
+                    centre, variance = norm_mean, norm_variance
+            if NORMED:
+                inverse_std = 1.0 / tl.sqrt(norm_variance + eps)
+                scale = inverse_std * optional(norm_weight_ptr, channel, valid, 1.0)
+                shift = optional(norm_bias_ptr, channel, valid, 0.0)
+                shift += (centre - norm_mean) * scale
+            else:
+                inverse_std = tl.full([BLOCK_C], 1.0, tl.float32)
+                scale, shift = inverse_std, centre
+            pilot = tl.zeros([BLOCK_C], tl.float32)
+            rest = tl.zeros([BLOCK_C], tl.float32)
+            if not SHIFTED:
+                rounded = centre.to(folded_ptr.dtype.element_ty).to(tl.float32)
+                pilot = tl.where(centre * centre > _FAR * variance, rounded, 0.0)
+                rest = centre - pilot
+            if tl.program_id(0) == 0:
+                target = pre_ptr + channel
+                tl.store(target, scale, mask=valid)
+                tl.store(target + channels, shift, mask=valid)
+                tl.store(target + 2 * channels, centre, mask=valid)
+                tl.store(target + 3 * channels, inverse_std, mask=valid)
+                tl.store(target + 4 * channels, norm_variance, mask=valid)
+                tl.store(target + 5 * channels, pilot, mask=valid)
+                tl.store(target + 6 * channels, rest, mask=valid)
+                if not FROZEN and running_mean_ptr is not None:
+                    update_running(
+                        running_mean_ptr, running_var_ptr, channel, valid, centre,
+                        variance * correction, momentum,
+                    )  # fmt: skip
+        mask = valid_column[:, None] & valid[None, :]
+        offset = column.to(tl.int64)[:, None] * channels + channel[None, :]
+        weight = tl.load(weight_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        folded = (weight * scale[None, :]).to(folded_ptr.dtype.element_ty)
+        tl.store(folded_ptr + offset, folded, mask=mask)
+        rounded_weight = folded.to(tl.float32)
+        bias -= tl.sum(rounded_weight * (pilot + rest)[None, :], 1)
+        rest_product += tl.sum(rounded_weight * rest[None, :], 1)
+        constant += tl.sum(weight * shift[None, :], 1)
+    tl.store(vectors_ptr + column, bias, mask=valid_column)
+    tl.store(vectors_ptr + wide + column, constant, mask=valid_column)
+    tl.store(vectors_ptr + 2 * wide + column, rest_product, mask=valid_column)
+    _ready_weights(
+        taps_ptr, taps_out_ptr, 1.0, project_ptr, project_out_ptr, column, wide, out_channels,
+        BLOCK_C,
+    )  # fmt: skip
+    if tl.program_id(0) == 0:
+        count_batch(tracked_ptr)
+
+
+class Weights(NamedTuple):
+    """Those of an inverted bottleneck, contiguous, in dtypes of the user's."""
+
+    expand: Tensor  # [E, C]
+    expand_bias: Tensor | None  # [E]
+    depthwise: Tensor  # [E, 9]
+    project: Tensor  # [C_out, E]
+
+
+class Folded(NamedTuple):
+    """Weights as the kernels take them, in the dtype of the products but where it is said."""
+
+    pre: Tensor  # [7, C] float32
+    expand: Tensor  # [E, C]
+    vectors: Tensor  # [3, E] float32
+    taps: Tensor  # [9, E] float32
+    project: Tensor  # [C_out, E]
+
+    @property
+    def bias(self) -> Tensor:
+        """What is added to rows times `expand`: [E]."""
+        return self.vectors[0]
+
+    @property
+    def constant(self) -> Tensor:
+        """What z1 lacks of the expand convolution: [E]."""
+        return self.vectors[1]
+
+
+def _destinations(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(expand, taps, project) to be written; the last is None where the weight is as it must be."""
+    expand, taps, project = weights.expand, weights.depthwise, weights.project
+    return (
+        torch.empty_like(expand, dtype=dtype),
+        taps.new_empty((9, taps.shape[0]), dtype=torch.float32),
+        None if project.dtype == dtype else torch.empty_like(project, dtype=dtype),
+    )
+
+
+def running_tensors(
+    parameters: NormParameters, frozen: bool, update: RunningUpdate | None
+) -> tuple[Tensor | None, ...]:
+    """Running mean, variance and count of batches that a kernel reads or updates, if any."""
+    if frozen:
+        return parameters.running_mean, parameters.running_var, None
+    return (None, None, None) if update is None else update.tensors
+
+
+def _sizes(moments: Moments) -> tuple[int, int, int]:
+    """Rows, rows of a chunk, and chunks."""
+    return moments.total, moments.tiles.band, moments.values.shape[0]
+
+
+def fold(
+    weights: Weights,
+    dtype: torch.dtype,
+    norm: Norm | None,
+    parameters: NormParameters,
+    moments: Moments | None,
+    shifted: bool,
+    update: RunningUpdate | None,
+    pre: Tensor | None,
+) -> Folded:
+    """Weights for products in `dtype`, and pre_norm folded.
+
+    norm, parameters: pre_norm. moments: of x, None where no batch is measured. shifted: rows have
+    lost their centre. update: of running statistics, made here. pre: what an earlier call gave.
+    """
+    wide, channels = weights.expand.shape
+    expand, taps, project = _destinations(weights, dtype)
+    vectors = taps.new_empty((3, wide))
+    given = pre is not None
+    if pre is None:
+        pre = taps.new_empty((PRE_ROWS, channels))
+    frozen = not given and norm is not None and norm.frozen
+    running = running_tensors(parameters, frozen, update)
+    affine = (None, None) if given else (parameters.weight, parameters.bias)
+    values = None if moments is None or given else moments.values
+    source = weights.project if project is not None else None
+    reads = (weights.expand, weights.expand_bias, weights.depthwise, source, values, *affine)
+    launch(
+        fold_kernel,
+        (-(-wide // _BLOCK_WIDE),),
+        *(weights.expand, values, *affine, *running, pre, weights.expand_bias),
+        *(weights.depthwise, source, expand, vectors, taps, project),
+        *((1, 1, 1) if moments is None else _sizes(moments)),
+        *(wide, channels, weights.project.shape[0], 1.0 if norm is None else norm.eps),
+        *((0.0, 1.0) if update is None else (update.momentum, update.correction)),
+        NORMED=norm is not None,
+        FROZEN=frozen,
+        GIVEN=given,
+        SHIFTED=shifted,
+        BLOCK_WIDE=_BLOCK_WIDE,
+        BLOCK_C=_BLOCK_C,
+        num_warps=4,
+        num_stages=1,
+        reads=(*reads, *running, pre if given else None),
+        writes=(expand, vectors, taps, project, *(() if frozen else running), pre),
+    )
+    return Folded(pre, expand, vectors, taps, weights.project if project is None else project)
+
+
+class FoldedNorm(NamedTuple):
+    """A norm that uses running statistics, or none."""
+
+    norm: Norm | None
+    parameters: NormParameters
+
+    @property
+    def arguments(self) -> tuple[Tensor | None, ...]:
+        """Weight, bias, running mean and variance as the kernel takes them."""
+        return self.parameters[:4] if self.norm is not None else (None,) * 4
+
+    @property
+    def eps(self) -> float:
+        return 1.0 if self.norm is None else self.norm.eps
+
+
+@triton.jit
+def _frozen_affine(
+    weight_ptr, bias_ptr, mean_ptr, variance_ptr, channel, valid, eps, NORMED: tl.constexpr
+):  # fmt: skip
+    """(factor, value at the mean, mean) of a norm with running statistics; (1, 0, 0) of none."""
+    scale = tl.full(channel.shape, 1.0, tl.float32)
+    if NORMED:
+        scale = optional(weight_ptr, channel, valid, 1.0)
+        scale /= tl.sqrt(optional(variance_ptr, channel, valid, 1.0) + eps)
+    shift = optional(bias_ptr, channel, valid, 0.0)
+    return scale, shift, optional(mean_ptr, channel, valid, 0.0)
+
+
+@triton.jit
+def fold_evaluation_kernel(
+    weight_ptr,  # [E, C]
+    pre_weight_ptr, pre_bias_ptr, pre_mean_ptr, pre_variance_ptr,  # [C] each, or None
+    bias_ptr,  # [E], or None
+    expand_weight_ptr, expand_bias_ptr, expand_mean_ptr, expand_variance_ptr,  # [E] each, or None
+    taps_ptr,  # [E, 9]
+    taps_bias_ptr,  # [E], or None
+    norm_weight_ptr, norm_bias_ptr, norm_mean_ptr, norm_variance_ptr,  # [E] each, or None
+    project_ptr,  # [C_out, E], or None
+    folded_ptr,  # [E, C]
+    vectors_ptr,  # [2, E] float32: biases of the expand and the depthwise convolution
+    taps_out_ptr,  # [9, E] float32
+    project_out_ptr,  # [C_out, E]
+    wide, channels, out_channels, pre_eps, expand_eps, norm_eps,
+    PRE: tl.constexpr, EXPAND: tl.constexpr, DEPTHWISE: tl.constexpr, SHIFTED: tl.constexpr,
+    BLOCK_WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """All three norms folded into the convolutions before or behind them.
+
+    Rows go through folded and the first bias; SHIFTED: they have lost pre_norm's mean.
+    """
+    column = tl.program_id(0) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
+    valid_column = column < wide
+    scale, bias, mean = _frozen_affine(
+        expand_weight_ptr, expand_bias_ptr, expand_mean_ptr, expand_variance_ptr, column,
+        valid_column, expand_eps, EXPAND,
+    )  # fmt: skip
+    constant = optional(bias_ptr, column, valid_column, 0.0) - mean
+    for start in tl.range(0, channels, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C)
+        valid = channel < channels
+        pre_scale, pre_shift, centre = _frozen_affine(
+            pre_weight_ptr, pre_bias_ptr, pre_mean_ptr, pre_variance_ptr, channel, valid, pre_eps,
+            PRE,
+        )  # fmt: skip
+        mask = valid_column[:, None] & valid[None, :]
+        offset = column.to(tl.int64)[:, None] * channels + channel[None, :]
+        weight = tl.load(weight_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        constant += tl.sum(weight * pre_shift[None, :], 1)
+        folded = weight * pre_scale[None, :] * scale[:, None]
+        folded = folded.to(folded_ptr.dtype.element_ty)
+        tl.store(folded_ptr + offset, folded, mask=mask)
+        if not SHIFTED:
+            bias -= tl.sum(folded.to(tl.float32) * centre[None, :], 1)
+    tl.store(vectors_ptr + column, bias + constant * scale, mask=valid_column)
+    scale, bias, mean = _frozen_affine(
+        norm_weight_ptr, norm_bias_ptr, norm_mean_ptr, norm_variance_ptr, column, valid_column,
+        norm_eps, DEPTHWISE,
+    )  # fmt: skip
+    bias += (optional(taps_bias_ptr, column, valid_column, 0.0) - mean) * scale
+    tl.store(vectors_ptr + wide + column, bias, mask=valid_column)
+    _ready_weights(
+        taps_ptr, taps_out_ptr, scale, project_ptr, project_out_ptr, column, wide, out_channels,
+        BLOCK_C,
+    )  # fmt: skip
+
+
+class Evaluation(NamedTuple):
+    """Weights with every norm folded, as the kernels take them."""
+
+    expand: Tensor  # [E, C]
+    bias: Tensor  # [E] float32
+    taps: Tensor  # [9, E] float32
+    depthwise_bias: Tensor  # [E] float32
+    project: Tensor  # [C_out, E]
+
+
+def fold_evaluation(
+    weights: Weights,
+    depthwise_bias: Tensor | None,
+    dtype: torch.dtype,
+    norms: tuple[FoldedNorm, FoldedNorm, FoldedNorm],
+    shifted: bool,
+) -> Evaluation:
+    """Weights for products in `dtype` with pre_norm, expand_norm and depthwise_norm folded.
+
+    shifted: rows have lost pre_norm's running mean.
+    """
+    wide, channels = weights.expand.shape
+    expand, taps, project = _destinations(weights, dtype)
+    vectors = taps.new_empty((2, wide))
+    pre, expanded, depthwise = (one.arguments for one in norms)
+    source = weights.project if project is not None else None
+    reads = (
+        *(weights.expand, *pre, weights.expand_bias, *expanded),
+        *(weights.depthwise, depthwise_bias, *depthwise, source),
+    )
+    launch(
+        fold_evaluation_kernel,
+        (-(-wide // _BLOCK_WIDE),),
+        *(*reads, expand, vectors, taps, project, wide, channels, weights.project.shape[0]),
+        *(one.eps for one in norms),
+        PRE=norms[0].norm is not None,
+        EXPAND=norms[1].norm is not None,
+        DEPTHWISE=norms[2].norm is not None,
+        SHIFTED=shifted,
+        BLOCK_WIDE=_BLOCK_WIDE,
+        BLOCK_C=_BLOCK_C,
+        num_warps=4,
+        num_stages=1,
+        reads=reads,
+        writes=(expand, vectors, taps, project),
+    )
+    ready = weights.project if project is None else project
+    return Evaluation(expand, vectors[0], taps, vectors[1], ready)

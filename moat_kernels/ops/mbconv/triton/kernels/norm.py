@@ -1,0 +1,232 @@
+"""A norm behind a convolution: its affine map from tiles' moments, and its backward pass.
+
+forward:   y = z scale + shift              of z + constant, which the convolution gives
+backward:  dz = a dy + b z + c              from the sums of dy and dy z over the batch
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from moat_kernels.ops.common.batch_norm import Norm, NormParameters, RunningUpdate
+from moat_kernels.ops.mbconv.triton.kernels.fold import (
+    count_batch,
+    optional,
+    running_tensors,
+    update_running,
+)
+from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, merge_moments
+from moat_kernels.ops.triton_support.launching import launch
+
+# Rows of a norm, float32 [5, C]: scale, shift, centre, 1/std, variance.
+NORM_ROWS = 5
+# Rows of its backward pass, float32 [4, C]: a, b, c, and the sum of dy.
+FACTOR_ROWS = 4
+_BLOCK_PARTS, _BLOCK_C = 128, 16
+
+
+@triton.jit
+def norm_kernel(
+    norm_ptr,  # [5, C] float32
+    moments_ptr,  # [P, 2, C] float32, of z; or None
+    weight_ptr,  # [C], or None
+    bias_ptr,  # [C], or None
+    constant_ptr,  # [C], or None
+    running_mean_ptr,  # [C], read where FROZEN, updated where a batch is measured; or None
+    running_var_ptr,  # [C]
+    tracked_ptr,  # [] int64, or None
+    channels, tiles, count, height, width, band, block_width, eps, momentum, correction,
+    NORMED: tl.constexpr, FROZEN: tl.constexpr, BLOCK_TILES: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """norm = (scale, shift, centre, 1/std, variance) of z. Reads each tile's moments once."""
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    valid = channel < channels
+    constant = optional(constant_ptr, channel, valid, 0.0)
+    if moments_ptr is not None:
+        centre, variance = merge_moments(
+            moments_ptr, channel, channels, tiles, count, height, width, band, block_width,
+            BLOCK_TILES,
+        )  # fmt: skip
+    else:
+        centre = -constant
+        variance = tl.zeros([BLOCK_C], tl.float32)
+        if FROZEN:
+            centre += optional(running_mean_ptr, channel, valid, 0.0)
+            variance = optional(running_var_ptr, channel, valid, 0.0)
+    inverse_std = tl.full([BLOCK_C], 1.0, tl.float32)
+    if NORMED:
+        inverse_std = 1.0 / tl.sqrt(variance + eps)
+    scale = inverse_std * optional(weight_ptr, channel, valid, 1.0)
+    shift = optional(bias_ptr, channel, valid, 0.0) - centre * scale
+    target = norm_ptr + channel
+    tl.store(target, scale, mask=valid)
+    tl.store(target + channels, shift, mask=valid)
+    tl.store(target + 2 * channels, centre, mask=valid)
+    tl.store(target + 3 * channels, inverse_std, mask=valid)
+    tl.store(target + 4 * channels, variance, mask=valid)
+    if not FROZEN and running_mean_ptr is not None:
+        update_running(
+            running_mean_ptr, running_var_ptr, channel, valid, centre + constant,
+            variance * correction, momentum,
+        )  # fmt: skip
+        if tl.program_id(0) == 0:
+            count_batch(tracked_ptr)
+
+
+def fold_norm(
+    norm: Norm | None,
+    parameters: NormParameters,
+    moments: Moments | None,
+    constant: Tensor | None,
+    like: Tensor,
+    update: RunningUpdate | None,
+) -> Tensor:
+    """The norm of z + constant as float32 (scale, shift, centre, 1/std, variance) [5, C].
+
+    moments: of z where the norm measures its batch, else None. like: float32 [., C]. update: of
+    running statistics, made here.
+    """
+    channels = like.shape[-1]
+    result = like.new_empty((NORM_ROWS, channels))
+    frozen = norm is not None and norm.frozen
+    running = running_tensors(parameters, frozen, update)
+    values = None if moments is None else moments.values
+    affine = (parameters.weight, parameters.bias)
+    sizes = (1,) * 6
+    if moments is not None:
+        sizes = (moments.values.shape[0], moments.total, *moments.tiles)
+    launch(
+        norm_kernel,
+        (-(-channels // _BLOCK_C),),
+        *(result, values, *affine, constant, *running, channels),
+        *sizes,
+        1.0 if norm is None else norm.eps,
+        *((0.0, 1.0) if update is None else (update.momentum, update.correction)),
+        NORMED=norm is not None,
+        FROZEN=frozen,
+        BLOCK_TILES=_BLOCK_PARTS,
+        BLOCK_C=_BLOCK_C,
+        num_warps=4,
+        num_stages=1,
+        reads=(values, *affine, constant, *running),
+        writes=(result, *(() if frozen else running)),
+    )
+    return result
+
+
+@triton.jit
+def _sum_parts(source, stride, parts, valid, BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr):
+    """The sum of a row of every part, in a fixed order; source: pointers to the first part's."""
+    sums = tl.zeros([BLOCK_PARTS, BLOCK_C], tl.float32)
+    for start in tl.range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        mask = (part < parts)[:, None] & valid[None, :]
+        pointers = source[None, :] + part.to(tl.int64)[:, None] * stride
+        sums += tl.load(pointers, mask=mask, other=0.0).to(tl.float32)
+    return tl.sum(sums, 0)
+
+
+@triton.jit
+def norm_gradient_kernel(
+    sums_ptr,  # [P, ROWS, C]: nine rows for the taps (ROWS = 11), then sums of dy and of dy z
+    norm_ptr,  # [5, C] float32
+    factors_ptr,  # [4, C] float32: a, b, c and the sum of dy
+    grad_weight_ptr,  # [C]
+    grad_bias_ptr,  # [C]
+    grad_constant_ptr,  # [C]
+    grad_taps_ptr,  # [C, 9]
+    parts, channels, count,
+    ROWS: tl.constexpr, MEASURED: tl.constexpr, CENTRED: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+):  # fmt: skip
+    """dz = a dy + b z + c, and the gradients of weight, bias, constant (the sum of dz) and taps.
+
+    CENTRED: the last row has z less the norm's centre. One program: one tap of a block of
+    channels, or their norm. Reads the sums once.
+    """
+    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    valid = channel < channels
+    line = tl.program_id(1)
+    source = sums_ptr + channel
+    stride = ROWS * channels
+    if line < ROWS - 2:
+        sums = _sum_parts(source + line * channels, stride, parts, valid, BLOCK_PARTS, BLOCK_C)
+        target = grad_taps_ptr + channel * 9 + line
+        tl.store(target, sums.to(grad_taps_ptr.dtype.element_ty), mask=valid)
+    else:
+        source += (ROWS - 2) * channels
+        total = _sum_parts(source, stride, parts, valid, BLOCK_PARTS, BLOCK_C)
+        product = _sum_parts(source + channels, stride, parts, valid, BLOCK_PARTS, BLOCK_C)
+        scale = tl.load(norm_ptr + channel, mask=valid, other=0.0)
+        centre = tl.load(norm_ptr + 2 * channels + channel, mask=valid, other=0.0)
+        inverse_std = tl.load(norm_ptr + 3 * channels + channel, mask=valid, other=0.0)
+        if not CENTRED:
+            product -= centre * total
+        grad_weight = product * inverse_std
+        slope = tl.zeros([BLOCK_C], tl.float32)
+        constant = slope
+        grad_constant = scale * total
+        if MEASURED:
+            slope = -scale * inverse_std * grad_weight / count
+            constant = -scale * total / count - slope * centre
+            grad_constant = tl.zeros([BLOCK_C], tl.float32)
+        target = factors_ptr + channel
+        tl.store(target, scale, mask=valid)
+        tl.store(target + channels, slope, mask=valid)
+        tl.store(target + 2 * channels, constant, mask=valid)
+        tl.store(target + 3 * channels, total, mask=valid)
+        tl.store(
+            grad_weight_ptr + channel,
+            grad_weight.to(grad_weight_ptr.dtype.element_ty),
+            mask=valid,
+        )
+        tl.store(grad_bias_ptr + channel, total.to(grad_bias_ptr.dtype.element_ty), mask=valid)
+        tl.store(
+            grad_constant_ptr + channel,
+            grad_constant.to(grad_constant_ptr.dtype.element_ty),
+            mask=valid,
+        )
+
+
+def norm_gradient(
+    sums: Tensor,
+    norm: Tensor,
+    parameters: NormParameters,
+    constant: Tensor | None,
+    taps: Tensor | None,
+    count: int,
+    measured: bool,
+    centred: bool,
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """(factors (a, b, c, sum of dy) float32 [4, C], gradients, that of taps [C, 9]).
+
+    sums: [P, 2, C] of dy and dy z, or [P, 11, C] with the taps' before them; centred: of z less
+    `norm`'s centre. count: values of each channel. The gradients of weight, bias and constant have
+    the dtypes of these, float32 where they are None.
+    """
+    parts, rows, channels = sums.shape
+    factors = norm.new_empty((FACTOR_ROWS, channels))
+    owners = (parameters.weight, parameters.bias, constant)
+    gradients = [
+        norm.new_empty(channels, dtype=torch.float32 if owner is None else owner.dtype)
+        for owner in owners
+    ]
+    grad_taps = None if taps is None else torch.empty_like(taps)
+    launch(
+        norm_gradient_kernel,
+        (-(-channels // _BLOCK_C), rows - 1),
+        *(sums, norm, factors, *gradients, grad_taps, parts, channels, count),
+        ROWS=rows,
+        MEASURED=measured,
+        CENTRED=centred,
+        BLOCK_PARTS=_BLOCK_PARTS,
+        BLOCK_C=_BLOCK_C,
+        num_warps=4,
+        num_stages=1,
+        reads=(sums, norm),
+        writes=(factors, *gradients, grad_taps),
+    )
+    return factors, gradients, grad_taps
