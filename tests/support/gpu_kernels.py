@@ -109,7 +109,21 @@ OPS = {
     ),
     "mbconv": Op(
         launch_mbconv,
-        frozenset({"depthwise_kernel", "depthwise_backward_kernel", "pool_kernel"}),
+        frozenset(
+            {
+                "row_moments_kernel",
+                "fold_kernel",
+                "fold_evaluation_kernel",
+                "norm_kernel",
+                "norm_gradient_kernel",
+                "depthwise_kernel",
+                "depthwise_backward_kernel",
+                "pool_kernel",
+                "excite_kernel",
+                "excite_backward_kernel",
+                "excite_weight_kernel",
+            }
+        ),
         exact_float32=False,
     ),
 }

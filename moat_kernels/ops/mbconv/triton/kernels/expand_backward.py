@@ -216,9 +216,9 @@ def fold_gradient_kernel(
 
 @triton.jit
 def correction_kernel(
+    factors_ptr,  # [4, E] float32
     folded_ptr,  # [E, C]
     scaled_ptr,  # [E, C]
-    factors_ptr,  # [4, E] float32
     rest_product_ptr,  # [E] float32: Wf rest
     pre_ptr,  # [7, C] float32
     sums_ptr,  # [blocks of E, 2, C] float32
@@ -357,7 +357,7 @@ def expand_gradient(
         for owner in (pre_norm.weight, pre_norm.bias)
     )
     blocks = -(-channels // _BLOCK)
-    reads = (folded.expand, scaled, factors, folded.vectors[2], folded.pre, sums)
+    reads = (factors, folded.expand, scaled, folded.vectors[2], folded.pre, sums)
     writes = (correction, constant, pre_weight, pre_bias)
     launch(
         correction_kernel,

@@ -152,11 +152,12 @@ def norm_gradient_kernel(
     line = tl.program_id(1)
     source = sums_ptr + channel
     stride = ROWS * channels
-    if line < ROWS - 2:
-        sums = _sum_parts(source + line * channels, stride, parts, valid, BLOCK_PARTS, BLOCK_C)
-        target = grad_taps_ptr + channel * 9 + line
-        tl.store(target, sums.to(grad_taps_ptr.dtype.element_ty), mask=valid)
-    else:
+    if grad_taps_ptr is not None:
+        if line < ROWS - 2:
+            taps = _sum_parts(source + line * channels, stride, parts, valid, BLOCK_PARTS, BLOCK_C)
+            target = grad_taps_ptr + channel * 9 + line
+            tl.store(target, taps.to(grad_taps_ptr.dtype.element_ty), mask=valid)
+    if line == ROWS - 2:
         source += (ROWS - 2) * channels
         total = _sum_parts(source, stride, parts, valid, BLOCK_PARTS, BLOCK_C)
         product = _sum_parts(source + channels, stride, parts, valid, BLOCK_PARTS, BLOCK_C)
