@@ -382,8 +382,10 @@ class PoolStage(Stage):
         kernel_size, stride = self.pool.kernel_size, self.pool.stride
         if self.pool.kind == "max":
             return F.max_pool2d(pad_map(x, padding, value=float("-inf")), kernel_size, stride)
-        sums = F.avg_pool2d(pad_map(x, padding), kernel_size, stride, divisor_override=1)
-        return sums / self._divisor(x, padding)
+        padded, divisor = pad_map(x, padding), self._divisor(x, padding)
+        if isinstance(divisor, int):
+            return F.avg_pool2d(padded, kernel_size, stride, divisor_override=divisor)
+        return F.avg_pool2d(padded, kernel_size, stride, divisor_override=1) / divisor
 
     def backward(self, grad: Tensor, x: Tensor, needs_input: bool) -> Tensor | None:
         if not needs_input:
@@ -398,14 +400,17 @@ class PoolStage(Stage):
                 grad, padded, kernel_size, stride, [0, 0], [1, 1], False, indices
             )
         else:
+            divisor = self._divisor(x, padding)
+            if not isinstance(divisor, int):
+                grad, divisor = grad / divisor, 1
             grad_padded = torch.ops.aten.avg_pool2d_backward(
-                grad / self._divisor(x, padding),
+                grad,
                 pad_map(x, padding),
                 kernel_size,
                 stride,
                 [0, 0],
                 False,
                 True,
-                1,
+                divisor,
             )
         return crop_map(grad_padded, padding)

@@ -29,7 +29,6 @@ from moat_kernels.ops.mbconv.contract import Forward
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
-    cast_weights,
 )
 from moat_kernels.ops.mbconv.triton import passes
 from moat_kernels.ops.mbconv.triton.kernels.expand import expand
@@ -41,6 +40,7 @@ from moat_kernels.ops.mbconv.triton.kernels.expand_backward import (
 from moat_kernels.ops.mbconv.triton.kernels.fold import (
     Folded,
     FoldedNorm,
+    Ready,
     Weights,
     fold,
     fold_evaluation,
@@ -76,18 +76,20 @@ class Call:
         self.parameters = parameters
         self.description = description
         self.drop_path_scale = drop_path_scale
-        self.autocast = dtype
         self.dtype = dtype or parameters.expand_weight.dtype
         batch, height, width, channels = self.x.shape
         self.stencil = Stencil.of(batch, height, width, description)
         self.out_pixels = self.stencil.out_pixels
         self.rows_out = batch * self.out_pixels
         self.x_rows = self.x.view(-1, channels)
+        shortcut_weight = parameters.shortcut_weight
         self.weights = Weights(
             parameters.expand_weight.flatten(1).contiguous(),
             parameters.expand_bias,
             parameters.depthwise_weight.flatten(1).contiguous(),
             parameters.project_weight.flatten(1).contiguous(),
+            None if shortcut_weight is None else shortcut_weight.flatten(1).contiguous(),
+            parameters.shortcut_bias,
         )
         self.measures = tuple(
             norm is not None and not norm.frozen
@@ -113,25 +115,22 @@ class Call:
             *(self.weights, self.dtype, norm, parameters, moments, self.shifted, update, pre)
         )
 
-    def shortcut(self) -> Tensor | None:
-        """What is added to the bottleneck, [M, C_out]."""
-        if not self.description.residual:
-            return None
-        added = shortcut(self.x.permute(0, 3, 1, 2), self.shortcut_parameters(), self.description)
-        return added.permute(0, 2, 3, 1).reshape(self.rows_out, -1).contiguous()
-
-    def shortcut_parameters(self) -> MBConvParameters:
-        """Those of the shortcut as autocast wants them."""
-        return cast_weights(self.parameters, self.autocast, ("shortcut_weight", "shortcut_bias"))
-
-    def projection(self, weight: Tensor) -> tuple[Any, ...]:
+    def projection(self, ready: Ready) -> tuple[Any, ...]:
         """What `project` takes after the gate."""
-        added = self.shortcut()
-        dtype = self.dtype
-        if added is not None:
+        added, dtype = None, self.dtype
+        if self.description.residual:
+            maps = self.x.permute(0, 3, 1, 2)
+            added = shortcut(maps, self.shortcut_parameters(ready), self.description)
+            added = added.permute(0, 2, 3, 1).reshape(self.rows_out, -1).contiguous()
             dtype = torch.promote_types(dtype, added.dtype)
         bias = self.parameters.project_bias
-        return weight, bias, self.drop_path_scale, added, self.out_pixels, dtype
+        return ready.project, bias, self.drop_path_scale, added, self.out_pixels, dtype
+
+    def shortcut_parameters(self, ready: Ready) -> MBConvParameters:
+        """The parameters with those of the shortcut in the dtype of the products."""
+        return self.parameters._replace(
+            shortcut_weight=ready.shortcut, shortcut_bias=ready.shortcut_bias
+        )
 
     def output_map(self, rows: Tensor) -> Tensor:
         """[M, C_out] as a channels_last [B, C_out, H_out, W_out]."""
@@ -170,7 +169,7 @@ def evaluate(
     gate = None
     if description.squeeze_excite is not None:
         gate = call.excite(pool(h2, None, "identity", call.out_pixels), call.out_pixels).gate
-    return call.output_map(project(h2, None, "identity", gate, *call.projection(folded.project)))
+    return call.output_map(project(h2, None, "identity", gate, *call.projection(folded.ready)))
 
 
 def forward(
@@ -202,7 +201,7 @@ def forward(
             pool(z2, depthwise_norm, activation, call.out_pixels), call.out_pixels
         )
         squeezed, gate = excitation.mean, excitation.gate
-    output = project(z2, depthwise_norm, activation, gate, *call.projection(folded.project))
+    output = project(z2, depthwise_norm, activation, gate, *call.projection(folded.ready))
     norms = {
         "pre_norm": (folded.pre, None),
         "expand_norm": (expand_norm, folded.constant),
@@ -278,9 +277,9 @@ def backward(
         if wide
         else passes.depthwise(z1, expand_norm, *_convolution(call, folded, False))[0]
     )
-    shortcut_grad, gradients = _shortcut_backward(call, grad, needed)
+    shortcut_grad, gradients = _shortcut_backward(call, grad, folded.ready, needed)
     dy2 = _project_backward(
-        call, grad, z2, depthwise_norm, folded.project, squeezed, needed, gradients
+        call, grad, z2, depthwise_norm, folded.ready.project, squeezed, needed, gradients
     )
     grad_rows, sums = dy2
     factors, norm_gradients, _ = norm_gradient(
@@ -357,7 +356,7 @@ def _project_backward(
 
 
 def _shortcut_backward(
-    call: Call, grad: Tensor, needed: frozenset[str]
+    call: Call, grad: Tensor, ready: Ready, needed: frozenset[str]
 ) -> tuple[Tensor | None, dict[str, Tensor]]:
     """(gradient of x [N, C] through the shortcut if it is needed, those of its parameters)."""
     if not call.description.residual:
@@ -365,7 +364,7 @@ def _shortcut_backward(
     grad_x, gradients = shortcut_backward(
         grad.contiguous(memory_format=torch.channels_last),
         call.x.permute(0, 3, 1, 2),
-        call.shortcut_parameters(),
+        call.shortcut_parameters(ready),
         call.description,
         needed,
     )

@@ -62,26 +62,35 @@ def count_batch(tracked_ptr):
 
 
 @triton.jit
+def _cast_rows(source_ptr, target_ptr, rows, columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
+    """A matrix in the dtype of its target, rows shared out among the programs."""
+    for first in tl.range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
+        row = first + tl.arange(0, BLOCK)
+        for start in tl.range(0, columns, WIDTH):
+            column = start + tl.arange(0, WIDTH)
+            mask = (row < rows)[:, None] & (column < columns)[None, :]
+            offset = row.to(tl.int64)[:, None] * columns + column[None, :]
+            value = tl.load(source_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            tl.store(target_ptr + offset, value.to(target_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
 def _ready_weights(
-    taps_ptr, taps_out_ptr, tap_scale, project_ptr, project_out_ptr, column, wide, out_channels,
-    BLOCK_C: tl.constexpr,
+    taps_ptr, taps_out_ptr, tap_scale, column, wide,
+    project_ptr, project_out_ptr, shortcut_ptr, shortcut_out_ptr, shortcut_bias_ptr,
+    shortcut_bias_out_ptr, channels, out_channels, BLOCK_WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """The depthwise weight [E, 9], scaled, as float32 [9, E]; the project weight in its dtype."""
+    """The depthwise weight [E, 9], scaled, as float32 [9, E]; the others in their new dtype."""
     valid = column < wide
     for tap in tl.static_range(9):
         weight = tl.load(taps_ptr + column * 9 + tap, mask=valid, other=0.0).to(tl.float32)
         tl.store(taps_out_ptr + tap * wide + column, weight * tap_scale, mask=valid)
     if project_ptr is not None:
-        for start in tl.range(0, out_channels, BLOCK_C):
-            channel = start + tl.arange(0, BLOCK_C)
-            mask = (channel < out_channels)[:, None] & valid[None, :]
-            offset = channel.to(tl.int64)[:, None] * wide + column[None, :]
-            weight = tl.load(project_ptr + offset, mask=mask, other=0.0)
-            tl.store(
-                project_out_ptr + offset,
-                weight.to(tl.float32).to(project_out_ptr.dtype.element_ty),
-                mask=mask,
-            )
+        _cast_rows(project_ptr, project_out_ptr, out_channels, wide, BLOCK_WIDE, BLOCK_C)
+    if shortcut_ptr is not None:
+        _cast_rows(shortcut_ptr, shortcut_out_ptr, out_channels, channels, BLOCK_WIDE, BLOCK_C)
+    if shortcut_bias_ptr is not None:
+        _cast_rows(shortcut_bias_ptr, shortcut_bias_out_ptr, 1, out_channels, BLOCK_WIDE, BLOCK_C)
 
 
 @triton.jit
@@ -96,11 +105,15 @@ def fold_kernel(
     pre_ptr,  # [7, C] float32, read where GIVEN, else written
     bias_ptr,  # [E], or None
     taps_ptr,  # [E, 9]
-    project_ptr,  # [C_out, E], or None
+    project_ptr,
+    shortcut_ptr,
+    shortcut_bias_ptr,  # [C_out, E], [C_out, C], [C_out], or None
     folded_ptr,  # [E, C]
     vectors_ptr,  # [3, E] float32
     taps_out_ptr,  # [9, E] float32
-    project_out_ptr,  # [C_out, E]
+    project_out_ptr,
+    shortcut_out_ptr,
+    shortcut_bias_out_ptr,  # the same
     count,
     chunk,
     chunks,
@@ -188,8 +201,9 @@ def fold_kernel(
     tl.store(vectors_ptr + wide + column, constant, mask=valid_column)
     tl.store(vectors_ptr + 2 * wide + column, rest_product, mask=valid_column)
     _ready_weights(
-        taps_ptr, taps_out_ptr, 1.0, project_ptr, project_out_ptr, column, wide, out_channels,
-        BLOCK_C,
+        taps_ptr, taps_out_ptr, 1.0, column, wide,
+        project_ptr, project_out_ptr, shortcut_ptr, shortcut_out_ptr, shortcut_bias_ptr,
+        shortcut_bias_out_ptr, channels, out_channels, BLOCK_WIDE, BLOCK_C,
     )  # fmt: skip
     if tl.program_id(0) == 0:
         count_batch(tracked_ptr)
@@ -202,6 +216,16 @@ class Weights(NamedTuple):
     expand_bias: Tensor | None  # [E]
     depthwise: Tensor  # [E, 9]
     project: Tensor  # [C_out, E]
+    shortcut: Tensor | None  # [C_out, C]
+    shortcut_bias: Tensor | None  # [C_out]
+
+
+class Ready(NamedTuple):
+    """The weights that nothing is folded into, in the dtype of the products."""
+
+    project: Tensor  # [C_out, E]
+    shortcut: Tensor | None  # [C_out, C]
+    shortcut_bias: Tensor | None  # [C_out]
 
 
 class Folded(NamedTuple):
@@ -211,7 +235,7 @@ class Folded(NamedTuple):
     expand: Tensor  # [E, C]
     vectors: Tensor  # [3, E] float32
     taps: Tensor  # [9, E] float32
-    project: Tensor  # [C_out, E]
+    ready: Ready
 
     @property
     def bias(self) -> Tensor:
@@ -224,14 +248,26 @@ class Folded(NamedTuple):
         return self.vectors[1]
 
 
-def _destinations(weights: Weights, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(expand, taps, project) to be written; the last is None where the weight is as it must be."""
-    expand, taps, project = weights.expand, weights.depthwise, weights.project
-    return (
-        torch.empty_like(expand, dtype=dtype),
-        taps.new_empty((9, taps.shape[0]), dtype=torch.float32),
-        None if project.dtype == dtype else torch.empty_like(project, dtype=dtype),
-    )
+class _Casts(NamedTuple):
+    """Where the kernels write weights in another dtype, and what they read for that."""
+
+    ready: Ready
+    sources: tuple[Tensor | None, ...]
+    targets: tuple[Tensor | None, ...]
+
+    @staticmethod
+    def of(weights: Weights, dtype: torch.dtype) -> _Casts:
+        kept = (weights.project, weights.shortcut, weights.shortcut_bias)
+        casts = [one is not None and one.dtype != dtype for one in kept]
+        ready = [
+            torch.empty_like(one, dtype=dtype) if one is not None and cast else one
+            for one, cast in zip(kept, casts, strict=True)
+        ]
+        sources, targets = (
+            tuple(one if cast else None for one, cast in zip(side, casts, strict=True))
+            for side in (kept, ready)
+        )
+        return _Casts(Ready(*ready), sources, targets)  # type: ignore[arg-type]
 
 
 def running_tensors(
@@ -264,7 +300,9 @@ def fold(
     lost their centre. update: of running statistics, made here. pre: what an earlier call gave.
     """
     wide, channels = weights.expand.shape
-    expand, taps, project = _destinations(weights, dtype)
+    casts = _Casts.of(weights, dtype)
+    expand = torch.empty_like(weights.expand, dtype=dtype)
+    taps = expand.new_empty((9, wide), dtype=torch.float32)
     vectors = taps.new_empty((3, wide))
     given = pre is not None
     if pre is None:
@@ -273,13 +311,13 @@ def fold(
     running = running_tensors(parameters, frozen, update)
     affine = (None, None) if given else (parameters.weight, parameters.bias)
     values = None if moments is None or given else moments.values
-    source = weights.project if project is not None else None
-    reads = (weights.expand, weights.expand_bias, weights.depthwise, source, values, *affine)
+    sources = (weights.depthwise, *casts.sources)
+    reads = (weights.expand, weights.expand_bias, *sources, values, *affine)
     launch(
         fold_kernel,
         (-(-wide // _BLOCK_WIDE),),
         *(weights.expand, values, *affine, *running, pre, weights.expand_bias),
-        *(weights.depthwise, source, expand, vectors, taps, project),
+        *(*sources, expand, vectors, taps, *casts.targets),
         *((1, 1, 1) if moments is None else _sizes(moments)),
         *(wide, channels, weights.project.shape[0], 1.0 if norm is None else norm.eps),
         *((0.0, 1.0) if update is None else (update.momentum, update.correction)),
@@ -292,9 +330,9 @@ def fold(
         num_warps=4,
         num_stages=1,
         reads=(*reads, *running, pre if given else None),
-        writes=(expand, vectors, taps, project, *(() if frozen else running), pre),
+        writes=(expand, vectors, taps, *casts.targets, *(() if frozen else running), pre),
     )
-    return Folded(pre, expand, vectors, taps, weights.project if project is None else project)
+    return Folded(pre, expand, vectors, taps, casts.ready)
 
 
 class FoldedNorm(NamedTuple):
@@ -335,11 +373,11 @@ def fold_evaluation_kernel(
     taps_ptr,  # [E, 9]
     taps_bias_ptr,  # [E], or None
     norm_weight_ptr, norm_bias_ptr, norm_mean_ptr, norm_variance_ptr,  # [E] each, or None
-    project_ptr,  # [C_out, E], or None
+    project_ptr, shortcut_ptr, shortcut_bias_ptr,  # [C_out, E], [C_out, C], [C_out], or None
     folded_ptr,  # [E, C]
     vectors_ptr,  # [2, E] float32: biases of the expand and the depthwise convolution
     taps_out_ptr,  # [9, E] float32
-    project_out_ptr,  # [C_out, E]
+    project_out_ptr, shortcut_out_ptr, shortcut_bias_out_ptr,  # the same
     wide, channels, out_channels, pre_eps, expand_eps, norm_eps,
     PRE: tl.constexpr, EXPAND: tl.constexpr, DEPTHWISE: tl.constexpr, SHIFTED: tl.constexpr,
     BLOCK_WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -379,8 +417,9 @@ def fold_evaluation_kernel(
     bias += (optional(taps_bias_ptr, column, valid_column, 0.0) - mean) * scale
     tl.store(vectors_ptr + wide + column, bias, mask=valid_column)
     _ready_weights(
-        taps_ptr, taps_out_ptr, scale, project_ptr, project_out_ptr, column, wide, out_channels,
-        BLOCK_C,
+        taps_ptr, taps_out_ptr, scale, column, wide,
+        project_ptr, project_out_ptr, shortcut_ptr, shortcut_out_ptr, shortcut_bias_ptr,
+        shortcut_bias_out_ptr, channels, out_channels, BLOCK_WIDE, BLOCK_C,
     )  # fmt: skip
 
 
@@ -391,7 +430,7 @@ class Evaluation(NamedTuple):
     bias: Tensor  # [E] float32
     taps: Tensor  # [9, E] float32
     depthwise_bias: Tensor  # [E] float32
-    project: Tensor  # [C_out, E]
+    ready: Ready
 
 
 def fold_evaluation(
@@ -406,18 +445,20 @@ def fold_evaluation(
     shifted: rows have lost pre_norm's running mean.
     """
     wide, channels = weights.expand.shape
-    expand, taps, project = _destinations(weights, dtype)
+    casts = _Casts.of(weights, dtype)
+    expand = torch.empty_like(weights.expand, dtype=dtype)
+    taps = expand.new_empty((9, wide), dtype=torch.float32)
     vectors = taps.new_empty((2, wide))
     pre, expanded, depthwise = (one.arguments for one in norms)
-    source = weights.project if project is not None else None
     reads = (
         *(weights.expand, *pre, weights.expand_bias, *expanded),
-        *(weights.depthwise, depthwise_bias, *depthwise, source),
+        *(weights.depthwise, depthwise_bias, *depthwise, *casts.sources),
     )
     launch(
         fold_evaluation_kernel,
         (-(-wide // _BLOCK_WIDE),),
-        *(*reads, expand, vectors, taps, project, wide, channels, weights.project.shape[0]),
+        *(*reads, expand, vectors, taps, *casts.targets),
+        *(wide, channels, weights.project.shape[0]),
         *(one.eps for one in norms),
         PRE=norms[0].norm is not None,
         EXPAND=norms[1].norm is not None,
@@ -428,7 +469,6 @@ def fold_evaluation(
         num_warps=4,
         num_stages=1,
         reads=reads,
-        writes=(expand, vectors, taps, project),
+        writes=(expand, vectors, taps, *casts.targets),
     )
-    ready = weights.project if project is None else project
-    return Evaluation(expand, vectors[0], taps, vectors[1], ready)
+    return Evaluation(expand, vectors[0], taps, vectors[1], casts.ready)

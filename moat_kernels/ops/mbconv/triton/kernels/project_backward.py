@@ -141,8 +141,7 @@ def project_weight_kernel(
     drop_path_ptr,  # [B], or None
     gate_ptr,  # [B, E] float32, or None
     weight_ptr,  # [C_out, E], given with the gate
-    partial_ptr,  # [splits, C_out, E] float32
-    bias_ptr,  # [splits, C_out] float32, or None
+    partial_ptr,  # [splits, C_out * E, and C_out where HAS_BIAS] float32
     grad_gate_ptr,  # [B, channel blocks, E] float32, given with the gate
     count,
     pixels,
@@ -150,6 +149,7 @@ def project_weight_kernel(
     channels,
     part,
     parts_per_split,
+    HAS_BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -190,7 +190,7 @@ def project_weight_kernel(
                 factor = tl.load(drop_path_ptr + row // pixels, mask=valid_row, other=0.0)
                 scaled = grad.to(tl.float32) * factor.to(tl.float32)[:, None]
                 grad = scaled.to(grad.dtype)
-            if bias_ptr is not None:
+            if HAS_BIAS:
                 bias += tl.sum(grad.to(tl.float32), 0)
             z = tl.load(
                 z_ptr + offset[:, None] * wide + column[None, :],
@@ -209,10 +209,11 @@ def project_weight_kernel(
             gate = tl.load(gate_ptr + image * wide + column, mask=valid_column, other=0.0)
             products *= gate[None, :]
         total += products
-    target = partial_ptr + split.to(tl.int64) * channels * wide
+    target = partial_ptr + split.to(tl.int64) * channels * (wide + HAS_BIAS)
     tl.store(target + weight_offset, total, mask=mask)
-    if bias_ptr is not None and tl.program_id(0) % wide_blocks == 0:
-        tl.store(bias_ptr + split * channels + channel, bias, mask=valid_channel)
+    if HAS_BIAS:
+        if tl.program_id(0) % wide_blocks == 0:
+            tl.store(target + channels * wide + channel, bias, mask=valid_channel)
 
 
 @tunable
@@ -243,16 +244,17 @@ def project_weight(
         batch, part = count // pixels, pixels
         splits, parts_per_split = reduction_splits(batch, tiles, 1)
         grad_gate = z.new_empty((batch, channel_blocks, wide), dtype=torch.float32)
-    partial = z.new_empty((splits, channels, wide), dtype=torch.float32)
-    bias = z.new_empty((splits, channels), dtype=torch.float32) if has_bias else None
+    # One row holds both gradients, so that one sum over the splits makes them.
+    partial = z.new_empty((splits, channels * (wide + has_bias)), dtype=torch.float32)
     gated_weight = None if gate is None else weight
     launch(
         project_weight_kernel,
         (tiles, splits),
         *(
-            *(grad, z, affine, drop_path_scale, gate, gated_weight, partial, bias, grad_gate),
+            *(grad, z, affine, drop_path_scale, gate, gated_weight, partial, grad_gate),
             *(count, pixels, wide, channels, part, parts_per_split),
         ),
+        HAS_BIAS=has_bias,
         BLOCK_C=blocks.rows,
         BLOCK_WIDE=blocks.columns,
         BLOCK_ROWS=blocks.depth,
@@ -261,7 +263,14 @@ def project_weight(
         num_warps=blocks.warps,
         num_stages=blocks.stages,
         reads=(grad, z, affine, drop_path_scale, gate, gated_weight),
-        writes=(partial, bias, grad_gate),
+        writes=(partial, grad_gate),
         flops=2 * count * wide * channels,
     )
-    return sum_splits(partial), None if bias is None else sum_splits(bias), grad_gate
+    weight_gradient, bias_gradient = sum_splits(partial).split(
+        (channels * wide, channels * has_bias)
+    )
+    return (
+        weight_gradient.view(channels, wide),
+        bias_gradient if has_bias else None,
+        grad_gate,
+    )
