@@ -40,9 +40,10 @@ COUNTERS = {
     "gpu__time_duration.sum": "ns",
 }
 OWN_KERNELS = (
-    "regex:^(covariance|expand|depthwise|pool|project|project_weight|project_input|expand_weight|"
-    "expand_input|depthwise_backward|forward|query_gradient|key_value_gradient|bias_gradient|"
-    "fold_table|layer_norm|layer_norm_backward)_kernel"
+    "regex:^(row_moments|fold|fold_evaluation|norm|norm_gradient|expand|expand_products|"
+    "fold_gradient|correction|expand_input|depthwise|depthwise_backward|pool|pool_rows|excite|"
+    "excite_backward|excite_weight|project|project_weight|project_input|forward|query_gradient|"
+    "key_value_gradient|bias_gradient|fold_table|layer_norm|layer_norm_backward)_kernel"
 )
 
 

@@ -176,6 +176,21 @@ def test_low_precision_is_as_close_to_float64_as_stock_modules(
         assert_close(fused[key], value, allowed + torch.finfo(dtype).eps, key)
 
 
+def test_correlated_channels_are_as_close_to_float64_as_stock_modules(device: str) -> None:
+    """Nearly one signal in all channels, so that differences of them cancel in z1."""
+    case = Case(in_channels=16, wide_channels=32, out_channels=16, biases=False)
+    parameters = to(to(make_parameters(case), device, torch.bfloat16), device, torch.float64)
+    common = torch.randn(2, 1, 12, 12)
+    x = (common + 0.03 * torch.randn(2, 16, 12, 12)).to(device, torch.bfloat16).double()
+    exact = run_all("reference", x, case, parameters, torch.float64, training=True)
+    stock = run_all("reference", x, case, parameters, torch.bfloat16, training=True)
+    fused = run_all("triton", x, case, parameters, torch.bfloat16, training=True)
+    for key, value in exact.items():
+        if value.abs().max() > 1e-9:
+            allowed = LOW_PRECISION_FACTOR * relative_error(stock[key], value)
+            assert_close(fused[key], value, allowed + torch.finfo(torch.bfloat16).eps, key)
+
+
 def test_autocast(device: str) -> None:
     """Convolutions in bfloat16 of a float32 x far from zero: no further off than stock."""
     case = CASES["stride 1"]

@@ -121,13 +121,7 @@ class FoldedExpand(Stage):
             self.statistics = tuple(self.wide_weight.new_empty(0) for _ in range(4))
             return
         pilot = as_rows(x).mean(0, dtype=self.dtype)
-        self.take_moments(pilot, *covariance(as_rows(x).to(self.dtype) - pilot))
-
-    def take_moments(self, pilot: Tensor, offset: Tensor, exact: Tensor) -> None:
-        """Fill `statistics` from the mean, pilot + offset [C], and the covariance [C, C] of rows.
-
-        offset and exact are float64.
-        """
+        offset, exact = covariance(as_rows(x).to(self.dtype) - pilot)
         offset, matrix = offset.to(self.dtype), exact.to(self.dtype)
         self.statistics = (pilot, offset, matrix, pilot.new_empty(0))
         if self.measures_expand:
@@ -178,19 +172,14 @@ class FoldedExpand(Stage):
         mean = self.wide_weight @ pre_shift
         return mean if self.bias is None else mean + self.bias
 
-    def fold(self) -> tuple[Tensor, Tensor]:
-        """The weight [E, C] and bias [E] that rows of x, less what `_mean` gives, go through."""
+    def _fold(self) -> tuple[Tensor, Tensor]:
+        """The weight [E, C] and bias [E] that `_rows` go through, in the dtype of the GEMM."""
         _, pre_scale, _ = self._pre_affine()
         _, scale, centre = self._expand_affine()
         weight = scale[:, None] * self.wide_weight * pre_scale
         bias = (self._expand_mean() - centre) * scale
         if self.expand_parameters.bias is not None and self.expand_norm is not None:
             bias = bias + self.expand_parameters.bias
-        return weight, bias
-
-    def _fold(self) -> tuple[Tensor, Tensor]:
-        """What `_rows` go through, in the dtype of the GEMM."""
-        weight, bias = self.fold()
         if self.centred:
             bias = bias - weight @ self.statistics[1]
         return weight.to(self.weight.dtype), bias.to(self.weight.dtype)
@@ -209,7 +198,7 @@ class FoldedExpand(Stage):
         grad_bias = grad_rows.sum(0, dtype=self.dtype)  # [E]
         if self.centred:  # the bias holds -folded @ offset
             grad_folded = grad_folded - torch.outer(grad_bias, self.statistics[1])
-        correction = self.parameter_gradients(grad_folded, grad_bias)
+        correction = self._parameter_gradients(grad_folded, grad_bias)
         if grad_x is None:
             return None
         if correction is not None:
@@ -226,7 +215,7 @@ class FoldedExpand(Stage):
         # The rows' own mean, `offset`, drops out with the mean of the gradient.
         return grad_x - grad_x.mean(0)
 
-    def parameter_gradients(self, grad_folded: Tensor, grad_bias: Tensor) -> Tensor | None:
+    def _parameter_gradients(self, grad_folded: Tensor, grad_bias: Tensor) -> Tensor | None:
         """Collect the gradients of parameters; return dS [C, C] of the covariance (None: frozen).
 
         grad_folded is of diag(a1) W diag(a0), grad_bias of the bias beside it.

@@ -70,8 +70,8 @@ LAUNCHES = register_launch_table(
             ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
             ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 8, 2),
             ("project_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
-            ("expand_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 2),
-            ("expand_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+            ("expand_products", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 2),
+            ("expand_products", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
             ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 3),
             ("expand_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
             ("depthwise", 2, STRIDE_1): StencilBlocks(8, 64, 16, 8),
@@ -118,14 +118,15 @@ LAUNCHES = register_launch_table(
             9: {
                 ("depthwise", 2, STRIDE_2): StencilBlocks(4, 64, 16, 4),
                 # Measured on an H200, see docs/launch_tables.md.
-                ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 32, 8, 4),
+                ("depthwise", 2, STRIDE_1): StencilBlocks(4, 64, 16, 4, 2),
+                ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 32, 4, 4),
                 ("project_weight", 2, ANY_SIZE): GemmBlocks(128, 64, 64, 8, 2),
                 ("depthwise_backward_pass", 2, ANY_SIZE): Implementation("cuda"),
             },
             10: {
                 ("depthwise", 2, STRIDE_2): StencilBlocks(8, 64, 16, 16),
                 ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
-                ("expand_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
+                ("expand_products", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
                 ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
             },
             12: {

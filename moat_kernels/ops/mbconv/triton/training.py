@@ -24,7 +24,6 @@ from torch import Tensor
 
 from moat_kernels.ops.common.batch_norm import Norm, NormParameters, RunningUpdate
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
-from moat_kernels.ops.mbconv.algebra.shortcut import shortcut, shortcut_backward
 from moat_kernels.ops.mbconv.contract import Forward
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
@@ -54,6 +53,7 @@ from moat_kernels.ops.mbconv.triton.kernels.squeeze_excite import (
     excite,
     excite_backward,
 )
+from moat_kernels.ops.mbconv.triton.shortcut import Shortcut
 
 # Rows of a folded norm that are its batch's mean and biased variance.
 _MEAN, _VARIANCE = 2, 4
@@ -119,18 +119,10 @@ class Call:
         """What `project` takes after the gate."""
         added, dtype = None, self.dtype
         if self.description.residual:
-            maps = self.x.permute(0, 3, 1, 2)
-            added = shortcut(maps, self.shortcut_parameters(ready), self.description)
-            added = added.permute(0, 2, 3, 1).reshape(self.rows_out, -1).contiguous()
+            added = Shortcut(self.x, self.description, ready).forward()
             dtype = torch.promote_types(dtype, added.dtype)
         bias = self.parameters.project_bias
         return ready.project, bias, self.drop_path_scale, added, self.out_pixels, dtype
-
-    def shortcut_parameters(self, ready: Ready) -> MBConvParameters:
-        """The parameters with those of the shortcut in the dtype of the products."""
-        return self.parameters._replace(
-            shortcut_weight=ready.shortcut, shortcut_bias=ready.shortcut_bias
-        )
 
     def output_map(self, rows: Tensor) -> Tensor:
         """[M, C_out] as a channels_last [B, C_out, H_out, W_out]."""
@@ -267,28 +259,28 @@ def backward(
     pre, expand_norm, depthwise_norm, squeezed, *wide = saved
     folded = call.fold(None, pre)
     rows = call.rows(pre[_MEAN])
-    z1 = (
-        wide[0]
-        if len(wide) == 2
-        else expand(rows, folded.expand, folded.bias, "identity", False)[0]
+    z1, z2 = wide[0] if len(wide) == 2 else None, wide[-1] if wide else None
+    if z1 is None:
+        z1, _ = expand(rows, folded.expand, folded.bias, "identity", False)
+    if z2 is None:
+        z2, _ = passes.depthwise(z1, expand_norm, *_convolution(call, folded, False))
+    grad_rows = grad.permute(0, 2, 3, 1).reshape(call.rows_out, -1).contiguous()
+    low_grad = grad_rows.to(call.dtype)
+    gradients: dict[str, Tensor] = {}
+    addend = None
+    if description.residual:
+        branch = Shortcut(call.x, description, folded.ready)
+        addend, gradients = branch.backward(grad_rows, low_grad, needed)
+    dy2, sums = _project_backward(
+        call, low_grad, z2, depthwise_norm, folded.ready.project, squeezed, needed, gradients
     )
-    z2 = (
-        wide[-1]
-        if wide
-        else passes.depthwise(z1, expand_norm, *_convolution(call, folded, False))[0]
-    )
-    shortcut_grad, gradients = _shortcut_backward(call, grad, folded.ready, needed)
-    dy2 = _project_backward(
-        call, grad, z2, depthwise_norm, folded.ready.project, squeezed, needed, gradients
-    )
-    grad_rows, sums = dy2
     factors, norm_gradients, _ = norm_gradient(
         *(sums, depthwise_norm, parameters.depthwise_norm, parameters.depthwise_bias, None),
         *(call.rows_out, call.measures[2], True),
     )
     _name(gradients, "depthwise_norm", norm_gradients, "depthwise_bias")
     dy1, sums = passes.depthwise_backward(
-        *(grad_rows, z2, factors, z1, expand_norm, description.expand_activation),
+        *(dy2, z2, factors, z1, expand_norm, description.expand_activation),
         *(folded.taps, call.stencil),
     )
     factors, norm_gradients, grad_taps = norm_gradient(
@@ -307,7 +299,7 @@ def backward(
     gradients["pre_norm_weight"] = gradient.pre_weight
     gradients["pre_norm_bias"] = gradient.pre_bias
     if "x" in needed:
-        grad_x = expand_input(dy1, gradient, rows, pre[_PILOT], shortcut_grad, x.dtype)
+        grad_x = expand_input(dy1, gradient, rows, pre[_PILOT], addend, x.shape[3], x.dtype)
         gradients["x"] = grad_x.view(call.x.shape).permute(0, 3, 1, 2)
     return gradients
 
@@ -328,9 +320,11 @@ def _project_backward(
     needed: frozenset[str],
     gradients: dict[str, Tensor],
 ) -> tuple[Tensor, Tensor]:
-    """Gradient of depthwise_norm's output, and its sums; enters those of what follows the norm."""
+    """Gradient of depthwise_norm's output, and its sums; enters those of what follows the norm.
+
+    grad: of the output, [M, C_out] in the dtype of the products.
+    """
     activation, pixels = call.description.depthwise_activation, call.out_pixels
-    rows = grad.permute(0, 2, 3, 1).reshape(call.rows_out, -1).to(call.dtype).contiguous()
     excitation, gate, grad_mean = None, None, None
     if call.description.squeeze_excite is not None:
         excitation = call.excite(squeezed[:, None], 1)
@@ -338,7 +332,7 @@ def _project_backward(
     needs_weight = not needed.isdisjoint(("project_weight", "project_bias"))
     if excitation is not None or needs_weight:
         gradients["project_weight"], grad_bias, grad_gate = project_weight(
-            *(rows, z2, norm, activation, call.drop_path_scale, gate, weight, pixels),
+            *(grad, z2, norm, activation, call.drop_path_scale, gate, weight, pixels),
             "project_bias" in needed,
         )
         if grad_bias is not None:
@@ -351,23 +345,5 @@ def _project_backward(
         )
         gradients.update(excite_gradients)
     return project_input(
-        *(rows, weight, z2, norm, activation, call.drop_path_scale, gate, grad_mean, pixels)
+        *(grad, weight, z2, norm, activation, call.drop_path_scale, gate, grad_mean, pixels)
     )
-
-
-def _shortcut_backward(
-    call: Call, grad: Tensor, ready: Ready, needed: frozenset[str]
-) -> tuple[Tensor | None, dict[str, Tensor]]:
-    """(gradient of x [N, C] through the shortcut if it is needed, those of its parameters)."""
-    if not call.description.residual:
-        return None, {}
-    grad_x, gradients = shortcut_backward(
-        grad.contiguous(memory_format=torch.channels_last),
-        call.x.permute(0, 3, 1, 2),
-        call.shortcut_parameters(ready),
-        call.description,
-        needed,
-    )
-    if grad_x is None:
-        return None, gradients
-    return grad_x.permute(0, 2, 3, 1).reshape(call.x_rows.shape).contiguous(), gradients

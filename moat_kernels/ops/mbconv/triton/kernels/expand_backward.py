@@ -121,7 +121,7 @@ def expand_products(grad: Tensor, rows: Tensor, pilot: Tensor, gram: bool) -> Te
     grad: dy1 [N, E]; rows: [N, C]; pilot: float32 [C].
     """
     (count, wide), channels = grad.shape, rows.shape[1]
-    blocks = gemm_blocks("expand_weight", grad, wide, channels, count)
+    blocks = gemm_blocks("expand_products", grad, wide, channels, count)
     left_blocks = -(-wide // blocks.rows) + (-(-channels // blocks.rows) if gram else 0)
     tiles = left_blocks * -(-channels // blocks.columns)
     splits, chunk = reduction_splits(count, tiles, blocks.depth)
@@ -384,11 +384,13 @@ def expand_input_kernel(
     pilot_ptr,  # [C] float32, given with the correction
     correction_ptr,  # [C, C] float32, or None
     constant_ptr,  # [C] float32, given with the correction
-    addend_ptr,  # [N, C], or None
+    addend_ptr,  # [N, C], [N / 4, C] where POOLED, or None
     output_ptr,  # [N, C]
     count,
     wide,
     channels,
+    width,
+    POOLED: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
@@ -398,6 +400,8 @@ def expand_input_kernel(
 ):
     """output = dy1 weight + (rows - pilot) correction + constant + addend.
 
+    POOLED: a quarter of the addend at the pixel that a 2x2 pool takes the row's to, of maps of even
+    sizes and `width`.
     Reads dy1 (E-wide), rows and addend (C-wide), and writes C-wide; blocks of the same rows run
     side by side.
     """
@@ -443,7 +447,15 @@ def expand_input_kernel(
         )
         products = tl.dot(grad, weight, products, input_precision=PRECISION)
     if addend_ptr is not None:
-        products += tl.load(addend_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+        share = 1.0
+        addend_offset = offset
+        if POOLED:
+            share = 0.25
+            line, column = row // width, row % width
+            pooled = (line // 2) * (width // 2) + column // 2
+            addend_offset = pooled.to(tl.int64)[:, None] * channels + channel[None, :]
+        addend = tl.load(addend_ptr + addend_offset, mask=mask, other=0.0)
+        products += share * addend.to(tl.float32)
     tl.store(output_ptr + offset, products.to(output_ptr.dtype.element_ty), mask=mask)
 
 
@@ -454,11 +466,13 @@ def expand_input(
     rows: Tensor,
     pilot: Tensor,
     addend: Tensor | None,
+    width: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """The gradient of x [N, C] in `dtype`, plus addend [N, C].
+    """The gradient of x [N, C] in `dtype`, plus addend [N, C] or what a 2x2 pool of it gets.
 
-    grad: dy1 [N, E]; rows: [N, C]; pilot: float32 [C].
+    grad: dy1 [N, E]; rows: [N, C], of maps of `width`; pilot: float32 [C]; addend: [N / 4, C] if
+    it is to be spread over 2x2 pixels.
     """
     (count, wide), channels = grad.shape, rows.shape[1]
     blocks = gemm_blocks("expand_input", grad, count, channels, wide)
@@ -469,7 +483,8 @@ def expand_input(
     launch(
         expand_input_kernel,
         (-(-count // blocks.rows) * -(-channels // blocks.columns),),
-        *(*reads, output, count, wide, channels),
+        *(*reads, output, count, wide, channels, width),
+        POOLED=addend is not None and len(addend) != count,
         BLOCK_ROWS=blocks.rows,
         BLOCK_C=blocks.columns,
         BLOCK_WIDE=blocks.depth,

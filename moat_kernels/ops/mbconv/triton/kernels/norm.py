@@ -152,7 +152,7 @@ def norm_gradient_kernel(
     line = tl.program_id(1)
     source = sums_ptr + channel
     stride = ROWS * channels
-    if grad_taps_ptr is not None:
+    if grad_taps_ptr is not None:  # noqa: SIM102  decided at compile time
         if line < ROWS - 2:
             taps = _sum_parts(source + line * channels, stride, parts, valid, BLOCK_PARTS, BLOCK_C)
             target = grad_taps_ptr + channel * 9 + line

@@ -211,7 +211,7 @@ def project_weight_kernel(
         total += products
     target = partial_ptr + split.to(tl.int64) * channels * (wide + HAS_BIAS)
     tl.store(target + weight_offset, total, mask=mask)
-    if HAS_BIAS:
+    if HAS_BIAS:  # noqa: SIM102  decided at compile time
         if tl.program_id(0) % wide_blocks == 0:
             tl.store(target + channels * wide + channel, bias, mask=valid_channel)
 
