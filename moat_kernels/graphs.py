@@ -48,8 +48,9 @@ def graphed_step(
     Warming up and capturing leave parameters, buffers, the optimiser's state, the scaler and the
     random numbers as they were. Drop path and dropout draw anew in every step.
 
-    Adam, AdamW and others that have it need `capturable=True`. A number is read once: a learning
-    rate that a scheduler changes must be a tensor on the GPU, which takes `fused=True` (SGD too):
+    Adam, AdamW and others that have it need `capturable=True`, which on a CPU takes `fused=True`. A
+    number is read once: a learning rate that a scheduler changes must be a tensor on the GPU, which
+    takes `fused=True` for SGD too:
 
     >>> model = torch.nn.Linear(3, 2)
     >>> lr = torch.tensor(0.1, device=model.weight.device)
@@ -64,8 +65,8 @@ def graphed_step(
     All else that Python decides is as it was at the capture too: `requires_grad`, the modes of
     submodules (the model's own is looked at), hooks, which do not run again, environment variables.
     What should happen between backward and the update, clipping for one, goes into a hook of the
-    optimiser (`register_step_pre_hook`). A training loop must keep no earlier loss or output of the
-    model with its autograd graph.
+    optimiser (`register_step_pre_hook`), which sees scaled gradients beside a scaler. A training
+    loop must keep no earlier loss or output of the model with its autograd graph.
 
     Raises ValueError for what cannot be captured: an optimiser without `capturable=True`, one that
     keeps numbers on the host, one other than Adam, AdamW and SGD that has not taken a step yet, a
@@ -252,9 +253,11 @@ class _Recorder:
         """Call it, uncaptured."""
         current = torch.cuda.current_stream(self.device)
         self.stream.wait_stream(current)
-        with torch.cuda.stream(self.stream):
-            function()
-        current.wait_stream(self.stream)
+        try:
+            with torch.cuda.stream(self.stream):
+                function()
+        finally:
+            current.wait_stream(self.stream)
 
     def rehearse(self, function: Callable[[], Tensor]) -> None:
         """The same, with a RuntimeError if the host waits for the GPU.
@@ -324,8 +327,9 @@ class _GraphedStep:
             tensor.detach().to(self.step.device, copy=True) for tensor in (images, labels)
         )
         with _restoring(self.step), warnings.catch_warnings():
-            # Optimisers warn of being capturable and not captured.
+            # Optimisers warn of being capturable and not captured, PyTorch of what `rehearse` uses.
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
             for _ in range(WARM_UP - 1):
                 self.recorder.run(lambda: self.step(images, labels))
             before = _settings(self.step) | _states(self.step)
