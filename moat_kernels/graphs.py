@@ -6,6 +6,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -70,7 +71,8 @@ def graphed_step(
 
     Raises ValueError for what cannot be captured: an optimiser without `capturable=True`, one that
     keeps numbers on the host, one other than Adam, AdamW and SGD that has not taken a step yet, a
-    scaler without `fused=True`, parameters on several devices, DistributedDataParallel. Raises
+    scaler without `fused=True`, parameters on several devices, modules that replace their buffers
+    in forward (those are not restored), DistributedDataParallel. Raises
     RuntimeError where the capture fails, and from a step after something was changed that it does
     not see: a setting of the optimiser, its state by `load_state_dict`, memory of a parameter or
     buffer.
@@ -100,12 +102,12 @@ class _Step:
         self.optimizer = optimizer
         self.autocast_dtype = autocast_dtype
         self.scaler = scaler
-        modules = [module for module in (model, loss) if isinstance(module, nn.Module)]
+        self.modules = [module for module in (model, loss) if isinstance(module, nn.Module)]
         trained = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        own = [parameter for module in modules for parameter in module.parameters()]
+        own = [parameter for module in self.modules for parameter in module.parameters()]
         # Each once.
         self.parameters = list(dict.fromkeys((*own, *trained)))
-        self.buffers = [buffer for module in modules for buffer in module.buffers()]
+        self.buffers = self.current_buffers()
         self.device = self.parameters[0].device
 
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
@@ -129,6 +131,9 @@ class _Step:
             self.scaler.update()
         self.drop_gradients()
         return loss.detach()
+
+    def current_buffers(self) -> list[Tensor]:
+        return [buffer for module in self.modules for buffer in module.buffers()]
 
     def drop_gradients(self) -> None:
         """Of parameters that the optimiser does not know as well: a graph would add to those."""
@@ -181,7 +186,7 @@ def _changed(before: object, now: object) -> bool:
 
 def _settings(step: _Step) -> dict[str, object]:
     """The optimiser's settings as a graph keeps them, by what they are called in messages."""
-    return {
+    return {"number of parameter groups": len(step.optimizer.param_groups)} | {
         f"{name} of parameter group {number}": _seen(value, step.device)
         for number, group in enumerate(step.optimizer.param_groups)
         for name, value in group.items()
@@ -326,17 +331,18 @@ class _GraphedStep:
         images, labels = (
             tensor.detach().to(self.step.device, copy=True) for tensor in (images, labels)
         )
+        step = partial(self.step, images, labels)
         with _restoring(self.step), warnings.catch_warnings():
             # Optimisers warn of being capturable and not captured, PyTorch of what `rehearse` uses.
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
             warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
             for _ in range(WARM_UP - 1):
-                self.recorder.run(lambda: self.step(images, labels))
+                self.recorder.run(step)
             before = _settings(self.step) | _states(self.step)
             try:
-                self.recorder.rehearse(lambda: self.step(images, labels))
-                self._check_counts_on_the_device(before)
-                replay, loss = self.recorder.capture(lambda: self.step(images, labels))
+                self.recorder.rehearse(step)
+                self._check_is_in_place(before)
+                replay, loss = self.recorder.capture(step)
             except RuntimeError as error:
                 raise RuntimeError(
                     "the step cannot be captured in a CUDA graph: something in the model, the "
@@ -346,8 +352,17 @@ class _GraphedStep:
         self._check_unchanged()
         return _Captured(images, labels, replay, loss)
 
-    def _check_counts_on_the_device(self, before: dict[str, object]) -> None:
-        """Raise ValueError if a step changed what a graph would not, from what it was `before`."""
+    def _check_is_in_place(self, before: dict[str, object]) -> None:
+        """Raise ValueError if a step changed what a graph would not.
+
+        before: settings and states as they were before that step.
+        """
+        pairs = zip(self.step.buffers, self.step.current_buffers(), strict=True)
+        if any(known is not current for known, current in pairs):
+            raise ValueError(
+                "model cannot be captured: a module puts a new tensor in the place of a buffer in "
+                "every step; it must change the buffer itself (copy_, add_, lerp_)"
+            )
         for name, value in (_settings(self.step) | _states(self.step)).items():
             if name not in before or _changed(before[name], value):
                 raise ValueError(

@@ -265,6 +265,28 @@ class TestRefused:
         with pytest.raises(RuntimeError, match=r"lr of parameter group 0 was 0\.01 when.*0\.005"):
             step(*make_batch(2, 0))
 
+    def test_a_group_of_parameters_that_is_added(self, captured: None) -> None:
+        model = make_model(torch.float32)
+        optimizer = make_adamw(model.logits_head)
+        step = graphed_step(model, F.cross_entropy, optimizer, make_batch(2, 0))
+        optimizer.add_param_group({"params": list(model.stem.parameters())})
+        with pytest.raises(RuntimeError, match="number of parameter groups was 1 when"):
+            step(*make_batch(2, 0))
+
+    def test_a_module_that_replaces_its_buffer(self, captured: None) -> None:
+        class Counting(nn.Module):
+            def __init__(self) -> None:
+                super().__init__()
+                self.register_buffer("steps", torch.zeros(()))
+
+            def forward(self, outputs: Tensor, labels: Tensor) -> Tensor:
+                self.steps = self.steps + 1
+                return F.cross_entropy(outputs, labels)
+
+        model = make_model(torch.float32)
+        with pytest.raises(ValueError, match="a module puts a new tensor in the place of a buffer"):
+            graphed_step(model, Counting(), make_adamw(model), make_batch(2, 0))
+
     def test_a_state_that_is_loaded_afterwards(self, captured: None) -> None:
         model = make_model(torch.float32)
         optimizer = make_adamw(model)
