@@ -10,6 +10,7 @@ from moat_kernels.adapters.cases import supported_cases
 from moat_kernels.adapters.registry import register_adapter
 from moat_kernels.freeze import FrozenMOAT, freeze
 from moat_kernels.fuse import FusionReport, fuse, unfuse
+from moat_kernels.graphs import graphed_step
 from moat_kernels.models import MOAT, create_model, get_preprocessing, list_models
 from moat_kernels.modules import FusedMBConv, FusedMOATBlock
 from moat_kernels.normalization import convert_sync_batchnorm
@@ -28,6 +29,7 @@ __all__ = [
     "functional",
     "fuse",
     "get_preprocessing",
+    "graphed_step",
     "list_models",
     "reference",
     "register_adapter",

@@ -15,8 +15,8 @@ import pytest
 PUBLIC = {
     "moat_kernels": """
         MOAT FallbackWarning FrozenMOAT FusedMBConv FusedMOATBlock FusionReport __version__
-        convert_sync_batchnorm create_model freeze functional fuse get_preprocessing list_models
-        reference register_adapter supported_cases unfuse use_backend
+        convert_sync_batchnorm create_model freeze functional fuse get_preprocessing graphed_step
+        list_models reference register_adapter supported_cases unfuse use_backend
     """,
     "moat_kernels.functional": """
         MBConvDescription MBConvParameters Norm NormParameters Pool SqueezeExcite
@@ -38,6 +38,7 @@ PUBLIC = {
     """,
     "moat_kernels.drop_path": "DropPath",
     "moat_kernels.freeze": "FrozenBlock FrozenMOAT FrozenModule freeze",
+    "moat_kernels.graphs": "graphed_step",
     "moat_kernels.fuse": "FusedEntry FusionReport SkippedEntry fuse unfuse",
     "moat_kernels.adapters": """
         Adapter AttentionAdapter AttentionReading Bottleneck MBConvAdapter NotCovered
@@ -52,7 +53,8 @@ PUBLIC = {
     """,
     "moat_kernels.checkpoints.__main__": "main",
     "moat_kernels.plan": """
-        BLOCKS GPUS OPTIMIZERS PRECISIONS Gpu Step TrainingStep floor_seconds kernels largest_batch
+        BLOCKS GPUS OPTIMIZERS PRECISIONS Gpu Step TrainingStep eager_seconds floor_seconds
+        graphed_seconds kernels largest_batch
     """,
     "moat_kernels.plan.__main__": "main",
     "moat_kernels.tune": "describe main tune",

@@ -7,6 +7,7 @@ below that take several passes: PyTorch's and cuDNN's kernels for CUDA devices i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -23,6 +24,11 @@ _ALLOCATES = frozenset(
 _OVERWRITES = frozenset({"copy_", "fill_", "zero_", "uniform_", "normal_"})
 # Matrix products: which arguments are multiplied.
 _FACTORS = {"mm": (0, 1), "bmm": (0, 1), "mv": (0, 1), "addmm": (1, 2), "baddbmm": (1, 2)}
+
+
+@dataclass(frozen=True)
+class OperatorPass(Pass):
+    """One launch of a kernel that is not this package's: PyTorch's, cuDNN's, cuBLAS'."""
 
 
 def operator_passes(
@@ -77,7 +83,7 @@ def _pass(
         for side in (reads, writes)
     )
     read, written = crossings
-    return Pass(name, read, written, flops, arithmetic)
+    return OperatorPass(name, read, written, flops, arithmetic)
 
 
 def _arithmetic(dtype: torch.dtype, tf32: bool) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+from moat_kernels.plan.forecast import eager_seconds, graphed_seconds
 from moat_kernels.plan.gpus import Gpu
 from moat_kernels.plan.roofline import floor_seconds, kernels
 from moat_kernels.plan.step import Step
@@ -15,11 +16,17 @@ GIB = 2**30
 RESERVED = 2 * GIB
 
 NOTES = f"""\
-predicted from shapes and data sheets; nothing here was measured
+predicted from shapes and data sheets, forecasts with four numbers that were measured on an H200
 memory    tensors at the worst moment, with gradients and the optimiser's state, exactly counted;
           {RESERVED // GIB} GiB are left to the CUDA context, workspaces and fragmentation
+launches  forward / all; PyTorch launches somewhat more than its operators show
 step      at least: each kernel's bytes at full DRAM bandwidth or its products at the full rate,
-          whichever takes longer; launches and all that is less than ideal come on top"""
+          whichever takes longer; launches and all that is less than ideal come on top
+          graph: a forecast for a CUDA graph, kernels as near their floors as on the H200
+          eager: that, or what a host takes for the launches (33 us each; 21 to 42 were seen)
+          docs/roofline.md has both beside what was measured"""
+
+WIDTH = 12
 
 
 @dataclass(frozen=True)
@@ -48,11 +55,12 @@ def label(blocks: str) -> str:
 
 def format_predictions(predictions: Iterable[Prediction]) -> str:
     """One row each."""
-    columns = ("batch", "memory GiB", "DRAM GB", "TFLOP", "kernels", "step ms", "images/s")
-    lines = [f"{'blocks':<26}" + "".join(f"{column:>12}" for column in columns)]
-    lines.append(
-        f"{'':<26}" + "".join(f"{unit:>12}" for unit in [""] * 5 + ["at least", "at most"])
-    )
+    columns = ("batch", "memory GiB", "DRAM GB", "TFLOP", "launches", *["step ms"] * 3, "images/s")
+    kinds = (*[""] * 4, "forward/all", "at least", "graph", "eager", "at most")
+    lines = [
+        f"{first:<26}" + "".join(f"{cell:>{WIDTH}}" for cell in row)
+        for first, row in (("blocks", columns), ("", kinds))
+    ]
     lines.append("-" * len(lines[0]))
     for prediction in predictions:
         lines.append(f"{label(prediction.blocks):<26}" + _cells(prediction))
@@ -62,20 +70,24 @@ def format_predictions(predictions: Iterable[Prediction]) -> str:
 def _cells(prediction: Prediction) -> str:
     step, batch = prediction.step, prediction.batch
     if step is None:
-        return f"{'none fits':>12}"
+        return f"{'none fits':>{WIDTH}}"
     cells = [
         f"{batch}",
         f"{step.peak / GIB:.2f}",
         f"{sum(one.bytes for one in step.passes) / 1e9:.1f}",
         f"{sum(one.flops for one in step.passes) / 1e12:.2f}",
-        f"{len(step.passes)}",
+        f"{step.forward}/{len(step.passes)}",
     ]
     if prediction.fits:
-        seconds = floor_seconds(step.passes, prediction.gpu)
-        cells += [f"{seconds * 1e3:.1f}", f"{batch / seconds:.0f}"]
+        least, graphed, eager = (
+            seconds(step.passes, prediction.gpu)
+            for seconds in (floor_seconds, graphed_seconds, eager_seconds)
+        )
+        cells += [f"{seconds * 1e3:.1f}" for seconds in (least, graphed, eager)]
+        cells.append(f"{batch / least:.0f}")
     else:
         cells.append("does not fit")
-    return "".join(f"{cell:>12}" for cell in cells)
+    return "".join(f"{cell:>{WIDTH}}" for cell in cells)
 
 
 def format_kernels(prediction: Prediction) -> str:

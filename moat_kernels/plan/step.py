@@ -18,6 +18,7 @@ from moat_kernels.ops.triton_support.launching import triton_missing
 from moat_kernels.ops.triton_support.traffic import Pass, crossing_of, record_passes
 from moat_kernels.plan.autocast import CudaAutocast
 from moat_kernels.plan.meter import Meter
+from moat_kernels.plan.operators import OperatorPass
 
 # Plain PyTorch, and fused blocks by what they recompute.
 BLOCKS = ("stock", "none", "expand", "block")
@@ -37,13 +38,14 @@ MODEL_STRIDE = 32
 class Step:
     """A training step, predicted.
 
-    passes: its kernels in order.
+    passes: its kernels in order, those of backward and of the optimiser behind the first `forward`.
     peak: bytes of tensors at most, with those of `state`.
     state: bytes of the parameters, the buffers and what the optimiser keeps.
     saved: bytes alive between forward and backward beyond `state`.
     """
 
     passes: tuple[Pass, ...]
+    forward: int
     peak: int
     state: int
     saved: int
@@ -118,11 +120,11 @@ class TrainingStep:
             # again, and in this package's ops, which switch autocast off.
             stack.enter_context(self._autocast())
             loss = self._loss(images)
-            saved = meter.live - state
+            forward, saved = len(passes), meter.live - state
             _backward(loss)
             peak = meter.peak
         passes.append(self._update())
-        return Step(tuple(passes), peak, state, saved)
+        return Step(tuple(passes), forward, peak, state, saved)
 
     def _autocast(self) -> contextlib.AbstractContextManager[object]:
         return contextlib.nullcontext() if self.precision is None else CudaAutocast(self.precision)
@@ -141,7 +143,7 @@ class TrainingStep:
         reads = [tensor for tensor in (*updated, *gradients) if tensor is not None]
         crossings = (tuple(crossing_of(tensor) for tensor in side) for side in (reads, updated))
         read, written = crossings
-        return Pass("optimizer", read, written, 0, "float32")
+        return OperatorPass("optimizer", read, written, 0, "float32")
 
 
 def _backward(loss: Tensor) -> None:

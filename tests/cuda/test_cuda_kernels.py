@@ -406,6 +406,41 @@ def test_unsupported_names_the_reason(device: str) -> None:
     assert "meta" in cuda_kernels.unsupported(rows.to("meta"), ("gelu",))
 
 
+def from_outside(device: str, offset: int) -> Tensor:
+    """Rows [4, 8] of zeros in memory of another library, `offset` bytes behind an aligned place.
+
+    PyTorch takes the place as the beginning of the memory, whatever it is.
+    """
+    memory = torch.zeros(1024, dtype=torch.uint8, device=device)
+    begin = -memory.data_ptr() % 16 + offset
+    foreign = memory[begin : begin + 4 * 8 * 4].view(torch.float32).view(4, 8)
+    rows = torch.from_dlpack(foreign)
+    assert rows.storage_offset() == 0
+    return rows
+
+
+def test_memory_from_outside_that_is_not_aligned_is_left_to_others(device: str) -> None:
+    assert cuda_kernels.unsupported(from_outside(device, 0), ("gelu",)) == ""
+    misaligned = from_outside(device, 4)
+    assert "multiple of 16 bytes" in cuda_kernels.unsupported(misaligned, ("gelu",))
+    with pytest.raises(RuntimeError, match="z1 must be aligned to 16 bytes"):
+        depthwise(
+            *(misaligned, None, "gelu", torch.zeros(9, 8, device=device), None, "identity"),
+            *(make_map(1, 2, 2, 1), False),
+        )
+
+
+def test_tensors_without_data_are_judged_by_where_they_begin_in_their_storage(device: str) -> None:
+    def reasons() -> list[str]:
+        memory = torch.zeros(33, device=device)
+        views = memory[:32].view(4, 8), memory[1:].view(4, 8)
+        return [cuda_kernels.unsupported(rows, ("gelu",)) for rows in views]
+
+    with torch._subclasses.fake_tensor.FakeTensorMode():
+        aligned, misaligned = reasons()
+    assert aligned == "" and "multiple of 16 bytes" in misaligned
+
+
 def test_fake_tensors_have_the_shapes_of_results(device: str) -> None:
     stencil = make_map(2, 5, 6, 2)
     tensors = make_tensors(stencil, 8, torch.float32, device)

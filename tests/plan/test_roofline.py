@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
-from support.roofline import DOCUMENT, kernel_rows, step_rows, trace
+from support import roofline
+from support.roofline import DOCUMENT, forecast_rows, kernel_rows, step_rows, trace
 
 from moat_kernels.ops.triton_support.launching import triton_missing
 from moat_kernels.ops.triton_support.traffic import Crossing, Pass
@@ -39,5 +43,39 @@ def test_the_document_is_current() -> None:
     """One variant of nine; `python benchmarks/roofline.py` writes it anew."""
     document = DOCUMENT.read_text().splitlines()
     steps = trace("tiny_moat_0")
-    for row in (*step_rows("tiny_moat_0", steps), *kernel_rows("none", steps)):
+    for row in (
+        *step_rows("tiny_moat_0", steps),
+        *forecast_rows("tiny_moat_0", steps),
+        *kernel_rows("none", steps),
+    ):
         assert row in document
+
+
+@pytest.fixture
+def small_document(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Of one variant at batch 2, of which two runs measured something."""
+    monkeypatch.setattr(roofline, "RUNS", tmp_path)
+    monkeypatch.setattr(roofline, "BATCH", 2)
+    monkeypatch.setattr(roofline, "MEASURED", (("tiny_moat_0", 2),))
+    monkeypatch.setattr(roofline, "list_models", lambda: ["tiny_moat_0"])
+    for run, contender, ms in (("2", "fused", 70.0), ("2", "stock", 70.0), ("10", "stock", 50.0)):
+        row = {
+            "workload": "tiny_moat_0 256 px, batch 2, training",
+            "contender": contender,
+            "ms": ms,
+        }
+        begun = {"section": "headline", "step": contender, "status": "begun"}
+        done = {**begun, "status": "done", "rows": [row]}
+        (tmp_path / run).mkdir(exist_ok=True)
+        with (tmp_path / run / "results.jsonl").open("a") as file:
+            file.write(f"{json.dumps(begun)}\n{json.dumps(done)}\n")
+    return roofline.format_document()
+
+
+@pytest.mark.skipif(bool(triton_missing()), reason=triton_missing())
+def test_forecasts_stand_beside_the_latest_measurement(small_document: str) -> None:
+    """Eager with so few images the host decides: 1611 launches of 33 microseconds, stock."""
+    rows = [row for row in small_document.splitlines() if row.startswith("| tiny_moat_0, batch 2")]
+    assert rows[0] == "| tiny_moat_0, batch 2 | stock | 50.0 | 10 | 53.2 | 1.06 |"
+    assert [row.split(" | ")[1:4] for row in rows[1:]] == [["fused", "70.0", "2"]]
+    assert "tiny_moat_0, 256 px | stock | 876 | 1611 |" in small_document

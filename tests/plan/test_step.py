@@ -23,6 +23,16 @@ def test_less_is_kept_by_fused_blocks_and_by_each_level() -> None:
         assert step.peak > step.state + step.saved
 
 
+@needs_triton
+@pytest.mark.parametrize("blocks", ["stock", "none"])
+def test_forward_s_launches_come_first(blocks: str) -> None:
+    step = TrainingStep(MODEL, RESOLUTION, blocks).trace(1)
+    names = [one.kernel for one in step.passes]
+    assert "nll_loss" in names[step.forward - 1]
+    assert not any("gradient" in name or "backward" in name for name in names[: step.forward])
+    assert "nll_loss_backward" in names[step.forward : step.forward + 3]
+
+
 def test_state_is_parameters_buffers_and_what_the_optimizer_keeps() -> None:
     model = mk.create_model(MODEL)
     parameters = [p.numel() for p in model.parameters()]

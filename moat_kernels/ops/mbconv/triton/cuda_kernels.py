@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 
 from moat_kernels.ops.common.registration import LIBRARY, register_fake
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
@@ -78,7 +79,10 @@ def _unsupported_rows(rows: Tensor, name: str) -> str:
         return f"{name} = {rows.shape[1]}, not a multiple of {multiple}, in {rows.dtype}"
     if not rows.numel():
         return "an empty tensor"
-    if rows.storage_offset() * rows.element_size() % ALIGNMENT:
+    # A fake tensor has no address; it stands for memory that PyTorch allocates, which is aligned.
+    fake = isinstance(rows, FakeTensor)
+    begin = rows.storage_offset() * rows.element_size() if fake else rows.data_ptr()
+    if begin % ALIGNMENT:
         return f"rows that do not begin at a multiple of {ALIGNMENT} bytes"
     return ""
 
