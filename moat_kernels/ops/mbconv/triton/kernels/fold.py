@@ -30,7 +30,7 @@ from moat_kernels.ops.triton_support.launching import launch
 # Rows of a folded pre_norm, float32 [7, C]: scale, shift, centre, 1/std, variance, pilot, rest.
 PRE_ROWS = 7
 # Rows of `Folded.vectors`, float32 [3, E]: bias, constant, folded rest.
-_BLOCK_WIDE, _BLOCK_C = 32, 64
+_BLOCK_WIDE, _BLOCK_C = 32, 32
 _FAR = tl.constexpr(16.0)  # squared standard deviations between the centre and 0
 
 

@@ -21,7 +21,7 @@ from moat_kernels.ops.triton_support.activations import activate, activation_der
 from moat_kernels.ops.triton_support.launching import launch
 
 # Elements of a weight that a program holds at a time.
-_TILE = 4096
+_TILE = 2048
 _BLOCK_BATCH = 32
 _SMALLEST = 16
 
