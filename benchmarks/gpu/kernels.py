@@ -139,7 +139,7 @@ def device_times(
 
 def _declared_name(kernel: str) -> str:
     """The name in `traffic` of a kernel as CUPTI spells it."""
-    for ours in ("expand_depthwise_backward", "expand_depthwise", "depthwise_backward"):
+    for ours in ("expand_depthwise", "depthwise_backward"):
         if "moat_kernels" in kernel and f"{ours}_kernel" in kernel:
             return f"cuda_{ours}"
     if "moat_kernels" in kernel and "depthwise_forward_kernel" in kernel:

@@ -238,7 +238,7 @@ def test_opcheck() -> None:
     tensors, running = flatten(make_parameters(case))
     x = torch.randn(9, case.in_channels, 7, 8, dtype=torch.float64)
     for layout in (x, x.to(memory_format=torch.channels_last)):
-        arguments = (layout, tensors, running, None, case.description.encode())
+        arguments = (layout, tensors, running, None, case.description.encode(), None)
         for operator, choices in (
             (torch.ops.moat_kernels.mbconv_forward.default, ("expand", "torch")),
             (torch.ops.moat_kernels.mbconv_evaluate.default, ("torch",)),

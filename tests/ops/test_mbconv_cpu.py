@@ -415,15 +415,15 @@ def test_fake_results_have_the_shapes_of_real_ones(description: MBConvDescriptio
     for frozen in (False, True):
         resolved = resolve_frozen(description, parameters, training=not frozen)
         level = "block" if frozen else "none"
-        real = cpu_backend.forward(x, parameters, resolved, level, None)
+        real = cpu_backend.forward(x, parameters, resolved, level, None, None, {})
         needed = frozenset(("x", *PARAMETER_NAMES))
-        arguments = (parameters, resolved, level, None)
+        arguments = (parameters, resolved, level, None, None)
         grad = torch.randn_like(real.output)
         gradients = cpu_backend.backward(grad, x, *arguments, real.saved, needed)
         with FakeTensorMode() as mode:
             convert = mode.from_tensor
-            fake_arguments = (map_tensors(parameters, convert), resolved, level, None)
-            fake = cpu_backend.forward(convert(x), *fake_arguments)
+            fake_arguments = (map_tensors(parameters, convert), resolved, level, None, None)
+            fake = cpu_backend.forward(convert(x), *fake_arguments, {})
             fake_gradients = cpu_backend.backward(
                 convert(grad), convert(x), *fake_arguments, fake.saved, needed
             )

@@ -130,7 +130,7 @@ def test_what_follows_the_depthwise_stage_linearly_is_one_product(expand_norm, b
         expected = mbconv(x, parameters, description)
     resolved = resolve_frozen(description, parameters, training=False)
     with torch.no_grad(), Recorder():
-        actual = torch_backend.evaluate(x, parameters, resolved, None)
+        actual = torch_backend.evaluate(x, parameters, resolved, None, None)
     assert relative_error(actual, expected) < 1e-12
     assert max(widths) == 1
 

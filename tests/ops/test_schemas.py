@@ -150,7 +150,7 @@ def test_tensors_are_in_the_order_of_their_names() -> None:
     "op",
     [
         *("cuda_depthwise_forward", "cuda_depthwise_backward"),
-        *("cuda_expand_depthwise", "cuda_expand_depthwise_backward"),
+        "cuda_expand_depthwise",
     ],
 )
 def test_the_cuda_ops_take_the_fields_of_the_geometry(op: str) -> None:

@@ -58,13 +58,7 @@ def depthwise_backward(
 
 
 def expand(x: Tensor, weight: Tensor, bias: Any, activation: str, *rest: Any) -> list[Any]:
-    return depthwise(F.linear(x, weight, bias), None, activation, *rest)
-
-
-def expand_backward(
-    dy2: Tensor, z2: Any, factors: Any, x: Tensor, weight: Tensor, bias: Any, *rest: Any
-) -> list[Tensor | None]:
-    return depthwise_backward(dy2, z2, factors, F.linear(x, weight, bias), None, *rest)
+    return depthwise(F.linear(x, weight, bias), None, activation, *rest)[:1]
 
 
 def calls() -> list[Call]:
@@ -76,7 +70,6 @@ def calls() -> list[Call]:
     x, weight = (
         randn(*sizes, dtype=torch.bfloat16) for sizes in ((2, 6, 7, channels), (wide, channels))
     )
-    half = [dy2.bfloat16(), z2.bfloat16(), factors]
     return [
         Call(
             "cuda_depthwise_forward",
@@ -93,13 +86,7 @@ def calls() -> list[Call]:
         Call(
             "cuda_expand_depthwise",
             with_fields(ops.cuda_expand_depthwise),
-            [x, weight, bias, "gelu", taps, bias, "identity", geometry, True],
+            [x, weight, bias, "gelu", taps, bias, "identity", geometry],
             expand,
-        ),
-        Call(
-            "cuda_expand_depthwise_backward",
-            with_fields(ops.cuda_expand_depthwise_backward),
-            [*half, x, weight, bias, "gelu", taps, geometry, 4],
-            expand_backward,
         ),
     ]

@@ -30,7 +30,7 @@ from moat_kernels.ops.triton_support.launching import launch
 # Rows of a folded pre_norm, float32 [7, C]: scale, shift, centre, 1/std, variance, pilot, rest.
 PRE_ROWS = 7
 # Rows of `Folded.vectors`, float32 [3, E]: bias, constant, folded rest.
-_BLOCK_WIDE, _BLOCK_C = 32, 32
+_BLOCK_WIDE, _BLOCK_C = 16, 64
 _FAR = tl.constexpr(16.0)  # squared standard deviations between the centre and 0
 
 
@@ -161,7 +161,7 @@ def fold_kernel(
                 if moments_ptr is None:
                     centre, variance = norm_mean, norm_variance
             if NORMED:
-                inverse_std = 1.0 / tl.sqrt(norm_variance + eps)
+                inverse_std = tl.rsqrt(norm_variance + eps)
                 scale = inverse_std * optional(norm_weight_ptr, channel, valid, 1.0)
                 shift = optional(norm_bias_ptr, channel, valid, 0.0)
                 shift += (centre - norm_mean) * scale
@@ -327,7 +327,7 @@ def fold(
         SHIFTED=shifted,
         BLOCK_WIDE=_BLOCK_WIDE,
         BLOCK_C=_BLOCK_C,
-        num_warps=4,
+        num_warps=8,
         num_stages=1,
         reads=(*reads, *running, pre if given else None),
         writes=(expand, vectors, taps, *casts.targets, *(() if frozen else running), pre),
@@ -359,7 +359,7 @@ def _frozen_affine(
     scale = tl.full(channel.shape, 1.0, tl.float32)
     if NORMED:
         scale = optional(weight_ptr, channel, valid, 1.0)
-        scale /= tl.sqrt(optional(variance_ptr, channel, valid, 1.0) + eps)
+        scale *= tl.rsqrt(optional(variance_ptr, channel, valid, 1.0) + eps)
     shift = optional(bias_ptr, channel, valid, 0.0)
     return scale, shift, optional(mean_ptr, channel, valid, 0.0)
 
@@ -466,7 +466,7 @@ def fold_evaluation(
         SHIFTED=shifted,
         BLOCK_WIDE=_BLOCK_WIDE,
         BLOCK_C=_BLOCK_C,
-        num_warps=4,
+        num_warps=8,
         num_stages=1,
         reads=reads,
         writes=(expand, vectors, taps, *casts.targets),

@@ -58,7 +58,7 @@ def norm_kernel(
             variance = optional(running_var_ptr, channel, valid, 0.0)
     inverse_std = tl.full([BLOCK_C], 1.0, tl.float32)
     if NORMED:
-        inverse_std = 1.0 / tl.sqrt(variance + eps)
+        inverse_std = tl.rsqrt(variance + eps)
     scale = inverse_std * optional(weight_ptr, channel, valid, 1.0)
     shift = optional(bias_ptr, channel, valid, 0.0) - centre * scale
     target = norm_ptr + channel
