@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import bench_host_time
 import bench_mbconv
 import bench_models
 import bench_reading
@@ -168,13 +169,21 @@ READING_TARGET = Target(
     *(bench_reading.READING[0].name, TIME, "reading", ("model",)),
     at_most=0.05,
 )
-TARGETS = [*block_targets(), *attention_targets(), *model_targets(), READING_TARGET]
+HOST_TARGET = Target(
+    "host time of a block on a GPU, over stock's",
+    *(bench_host_time.HOST_TIME[0].name, TIME, "fused", ("stock",)),
+    at_most=1.0,
+)
+TARGETS = [
+    *(*block_targets(), *attention_targets(), *model_targets()),
+    *(READING_TARGET, HOST_TARGET),
+]
 COMPARISONS = {
     comparison.name: comparison
     for comparison in (
         *(*bench_mbconv.EVAL, *bench_mbconv.TRAINING),
         *(*bench_window_attention.TRAINING, *bench_models.EVAL, *bench_models.TRAINING),
-        *bench_reading.READING,
+        *(*bench_reading.READING, *bench_host_time.HOST_TIME),
     )
 }
 

@@ -98,9 +98,11 @@ def launch(
         return
     options.setdefault("enable_fp_fusion", True)
     device = arguments[0].device
-    guard = torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext()
-    with guard:
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
         compiled = _run(kernel, grid, arguments, options)
+    else:
+        with torch.cuda.device(device):
+            compiled = _run(kernel, grid, arguments, options)
     seen = _compiled.get()
     if seen is not None:
         seen.append(compiled)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
-from moat_kernels.ops.common.spatial import output_size, resolve_padding
+from moat_kernels.ops.common.spatial import Padding, output_size, resolve_padding
 from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE
 from moat_kernels.ops.mbconv.description import MBConvDescription
 
@@ -25,20 +26,10 @@ class Stencil:
     @staticmethod
     def of(batch: int, height: int, width: int, description: MBConvDescription) -> Stencil:
         """Of the block's convolution on maps of `height` x `width`."""
-        stride = description.stride
-        top, bottom, left, right = resolve_padding(
-            description.padding, height, width, KERNEL_SIZE, stride
-        )
-        return Stencil(
-            batch,
-            height,
-            width,
-            output_size(height, top, bottom, KERNEL_SIZE[0], stride),
-            output_size(width, left, right, KERNEL_SIZE[1], stride),
-            stride,
-            top,
-            left,
-        )
+        sizes = (batch, height, width)
+        known = all(type(size) is int for size in sizes)  # symbols have no hash
+        make = _make_stencil if known else _make_stencil.__wrapped__
+        return make(*sizes, description.stride, description.padding)
 
     @property
     def out_pixels(self) -> int:
@@ -49,3 +40,18 @@ class Stencil:
     def sizes(self) -> tuple[int, ...]:
         """What a launch is chosen by, beside the channels."""
         return self.batch, self.height, self.width, self.stride
+
+
+@functools.lru_cache(maxsize=1024)
+def _make_stencil(batch: int, height: int, width: int, stride: int, padding: Padding) -> Stencil:
+    top, bottom, left, right = resolve_padding(padding, height, width, KERNEL_SIZE, stride)
+    return Stencil(
+        batch,
+        height,
+        width,
+        output_size(height, top, bottom, KERNEL_SIZE[0], stride),
+        output_size(width, left, right, KERNEL_SIZE[1], stride),
+        stride,
+        top,
+        left,
+    )

@@ -24,7 +24,7 @@ from moat_kernels.ops.mbconv.triton.kernels import depthwise as triton_forward
 from moat_kernels.ops.mbconv.triton.kernels import depthwise_backward as triton_backward
 from moat_kernels.ops.mbconv.triton.kernels.expand import expand
 from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, Tiles
-from moat_kernels.ops.mbconv.triton.launch_table import LAUNCHES, Implementation
+from moat_kernels.ops.mbconv.triton.launch_table import LAUNCHES
 from moat_kernels.ops.triton_support import traffic
 from moat_kernels.ops.triton_support.choice import choose
 from moat_kernels.ops.triton_support.launching import is_observed, tunable
@@ -52,12 +52,12 @@ class Problem:
     """What decides who computes a call.
 
     like: a tensor of its dtype and device. sizes: what the launch table is asked with.
-    unsupported: why CUDA C++ does not cover the call, or empty.
+    unsupported: tells why CUDA C++ does not cover the call; empty if it does.
     """
 
     like: Tensor
     sizes: Sequence[int]
-    unsupported: str
+    unsupported: Callable[[], str]
 
 
 class StencilPass(Generic[Result]):
@@ -92,15 +92,14 @@ class StencilPass(Generic[Result]):
         if chosen == "never":
             return False
         if chosen == "always":
-            if problem.unsupported:
+            unsupported = problem.unsupported()
+            if unsupported:
                 warn_once(
-                    f"mbconv: the CUDA kernels do not cover {problem.unsupported}; "
-                    "falling back to Triton's"
+                    f"mbconv: the CUDA kernels do not cover {unsupported}; falling back to Triton's"
                 )
-            return not problem.unsupported
-        return not problem.unsupported and choose(
-            LAUNCHES, self.name, problem.like, problem.sizes
-        ) == Implementation("cuda")
+            return not unsupported
+        choice = choose(LAUNCHES, self.name, problem.like, problem.sizes)
+        return choice.kernels == "cuda" and not problem.unsupported()
 
     def _chosen(self, *arguments: Any) -> Callable[..., Result]:
         return self.cuda if self.is_cuda(*arguments) else self.triton
@@ -140,7 +139,7 @@ depthwise = StencilPass(
     lambda z, affine, activation, taps, bias, output_activation, stencil, measure: Problem(
         z,
         (z.shape[1], *stencil.sizes),
-        cuda_kernels.unsupported(z, (activation, output_activation)),
+        lambda: cuda_kernels.unsupported(z, (activation, output_activation)),
     ),
 )
 
@@ -174,7 +173,7 @@ depthwise_backward = StencilPass(
     triton_backward.depthwise_backward,
     _depthwise_backward_by_cuda,
     lambda grad, z2, factors, z1, affine, activation, taps, stencil: Problem(
-        z1, (z1.shape[1], *stencil.sizes), cuda_kernels.unsupported(z1, (activation,))
+        z1, (z1.shape[1], *stencil.sizes), lambda: cuda_kernels.unsupported(z1, (activation,))
     ),
 )
 
@@ -225,7 +224,7 @@ expand_depthwise = StencilPass(
         Problem(
             rows,
             (*weight.shape, *stencil.sizes),
-            cuda_kernels.unsupported_expand(rows, weight, (activation, output_activation)),
+            lambda: cuda_kernels.unsupported_expand(rows, weight, (activation, output_activation)),
         )
     ),
 )
