@@ -73,7 +73,7 @@ LAUNCHES = register_launch_table(
             ("expand_products", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 2),
             ("expand_products", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
             ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 3),
-            ("expand_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+            ("expand_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
             ("depthwise", 2, STRIDE_1): StencilBlocks(8, 64, 16, 8),
             ("depthwise", 2, STRIDE_2): StencilBlocks(8, 64, 16, 8),
             ("depthwise", 4, STRIDE_1): StencilBlocks(8, 64, 16, 8),
@@ -117,6 +117,7 @@ LAUNCHES = register_launch_table(
             },
             9: {
                 ("depthwise", 2, STRIDE_2): StencilBlocks(4, 64, 16, 4),
+                ("pool", 4, ANY_SIZE): StencilBlocks(32, 64, 512, 8),
                 # Measured on an H200, see docs/launch_tables.md.
                 ("depthwise", 2, STRIDE_1): StencilBlocks(4, 64, 16, 4, 2),
                 ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 32, 4, 4),
@@ -127,7 +128,9 @@ LAUNCHES = register_launch_table(
                 ("depthwise", 2, STRIDE_2): StencilBlocks(8, 64, 16, 16),
                 ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
                 ("expand_products", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
+                ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 16, 8, 3),
                 ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
+                ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 2),
             },
             12: {
                 ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),

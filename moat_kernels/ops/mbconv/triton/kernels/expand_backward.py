@@ -284,7 +284,7 @@ def correction_kernel(
         )
         if first == 0:
             rest = tl.load(pre_ptr + 6 * channels + channel, mask=valid, other=0.0)
-            constant = tl.zeros([BLOCK_INNER, BLOCK_C], tl.float32)
+            constant = -rest * slope
             for start in tl.range(0, wide, BLOCK_INNER):
                 column = start + tl.arange(0, BLOCK_INNER)
                 valid_column = column < wide
@@ -295,8 +295,9 @@ def correction_kernel(
                 b = tl.load(factors_ptr + wide + column, mask=valid_column, other=0.0)
                 total = tl.load(factors_ptr + 3 * wide + column, mask=valid_column, other=0.0)
                 moved = tl.load(rest_product_ptr + column, mask=valid_column, other=0.0)
-                constant -= (total / count)[:, None] * scaled + (b * moved)[:, None] * weight
-            tl.store(constant_ptr + channel, tl.sum(constant, 0) - rest * slope, mask=valid)
+                removed = (total / count)[:, None] * scaled + (b * moved)[:, None] * weight
+                constant -= tl.sum(removed, 0)
+            tl.store(constant_ptr + channel, constant, mask=valid)
 
 
 class ExpandGradient(NamedTuple):
@@ -310,7 +311,8 @@ class ExpandGradient(NamedTuple):
     constant: Tensor | None  # [C] float32, given with it
 
 
-_BLOCK, _BLOCK_INNER = 64, 32
+# Tiles of the two small products, and the depth of a step.
+_GRADIENT_BLOCKS, _CORRECTION_BLOCK, _BLOCK_INNER = (32, 64), 32, 32
 
 
 def expand_gradient(
@@ -329,22 +331,23 @@ def expand_gradient(
     """
     wide, channels = folded.expand.shape
     grad_weight, scaled = torch.empty_like(weights.expand), torch.empty_like(folded.expand)
-    parts = -(-wide // _BLOCK)
+    block_wide, block_channels = _GRADIENT_BLOCKS
+    parts = -(-wide // block_wide)
     sums = factors.new_empty((parts, 2, channels))
     precision = statistics_precision(folded.expand)
     corrected = any(measures)
     launch(
         fold_gradient_kernel,
-        (parts, -(-channels // _BLOCK)),
+        (parts, -(-channels // block_channels)),
         *(products, factors, folded.pre, weights.expand, folded.expand),
         *(grad_weight, scaled, sums, count, wide, channels),
         MEASURED=measures[1],
         GRAM=corrected,
-        BLOCK_WIDE=_BLOCK,
-        BLOCK_C=_BLOCK,
+        BLOCK_WIDE=block_wide,
+        BLOCK_C=block_channels,
         BLOCK_INNER=_BLOCK_INNER,
         PRECISION=precision,
-        num_warps=8,
+        num_warps=4,
         num_stages=2,
         reads=(products, factors, folded.pre, weights.expand, folded.expand),
         writes=(grad_weight, scaled, sums),
@@ -356,7 +359,7 @@ def expand_gradient(
         factors.new_empty(channels, dtype=torch.float32 if owner is None else owner.dtype)
         for owner in (pre_norm.weight, pre_norm.bias)
     )
-    blocks = -(-channels // _BLOCK)
+    blocks = -(-channels // _CORRECTION_BLOCK)
     reads = (factors, folded.expand, scaled, folded.vectors[2], folded.pre, sums)
     writes = (correction, constant, pre_weight, pre_bias)
     launch(
@@ -364,10 +367,10 @@ def expand_gradient(
         (blocks if corrected else 1, blocks),
         *(*reads, *writes, parts, count, wide, channels),
         PRE_MEASURED=measures[0],
-        BLOCK_C=_BLOCK,
+        BLOCK_C=_CORRECTION_BLOCK,
         BLOCK_INNER=_BLOCK_INNER,
         PRECISION=precision,
-        num_warps=8,
+        num_warps=4,
         num_stages=2,
         reads=reads,
         writes=writes,
@@ -413,6 +416,15 @@ def expand_input_kernel(
     row_offset = row.to(tl.int64)[:, None]
     offset = row_offset * channels + channel[None, :]
     products = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    if addend_ptr is not None:
+        share = 1.0
+        addend_offset = offset
+        if POOLED:
+            share = 0.25
+            pooled = (row // width // 2) * (width // 2) + row % width // 2
+            addend_offset = pooled.to(tl.int64)[:, None] * channels + channel[None, :]
+        addend = tl.load(addend_ptr + addend_offset, mask=mask, other=0.0)
+        products += share * addend.to(tl.float32)
     if correction_ptr is not None:
         constant = tl.load(constant_ptr + channel, mask=valid_channel, other=0.0)
         products += constant[None, :]
@@ -446,16 +458,6 @@ def expand_input_kernel(
             other=0.0,
         )
         products = tl.dot(grad, weight, products, input_precision=PRECISION)
-    if addend_ptr is not None:
-        share = 1.0
-        addend_offset = offset
-        if POOLED:
-            share = 0.25
-            line, column = row // width, row % width
-            pooled = (line // 2) * (width // 2) + column // 2
-            addend_offset = pooled.to(tl.int64)[:, None] * channels + channel[None, :]
-        addend = tl.load(addend_ptr + addend_offset, mask=mask, other=0.0)
-        products += share * addend.to(tl.float32)
     tl.store(output_ptr + offset, products.to(output_ptr.dtype.element_ty), mask=mask)
 
 
