@@ -23,8 +23,10 @@ class DropPath(nn.Module):
         if not self.training or self.probability == 0.0:
             return None
         survival = 1.0 - self.probability
-        uniform = torch.rand(x.shape[0], dtype=torch.float32, device=x.device)
-        return (torch.floor(survival + uniform) / survival).to(x.dtype)
+        # On CUDA devices a draw in float64 is another one than in float32 and 16 bits.
+        drawn = torch.float32 if x.dtype == torch.float64 else x.dtype
+        kept = torch.empty(x.shape[0], dtype=drawn, device=x.device).bernoulli_(survival)
+        return kept.div_(survival).to(x.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.scale(x)

@@ -1,7 +1,7 @@
 """Window attention by Triton kernels, on NVIDIA (and, not tried, AMD) GPUs.
 
 Reads windows from the packed map in place, by strides; saves the log-sum-exp of every query.
-Accumulates in float32; float32 products are exact unless torch.backends.cuda.matmul.allow_tf32.
+Accumulates in float32; float32 products are exact unless PyTorch's own are TF32.
 """
 
 from __future__ import annotations
@@ -11,7 +11,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.triton_support.launching import launch, tunable, unsupported_tensor
+from moat_kernels.ops.triton_support.launching import (
+    launch,
+    multiplies_as_tf32,
+    tunable,
+    unsupported_tensor,
+)
 from moat_kernels.ops.triton_support.traffic import Part
 from moat_kernels.ops.window_attention.algebra.partition import window_counts
 from moat_kernels.ops.window_attention.algebra.position_bias import table_size
@@ -67,7 +72,7 @@ class _Call:
         self.constants = {
             "GRID": description.partition == "grid",
             "HEAD_DIM": head_dim,
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "PRECISION": "tf32" if multiplies_as_tf32() else "ieee",
         }
         self.has_table = bias_table is not None
 
