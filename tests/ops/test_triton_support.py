@@ -102,8 +102,9 @@ def test_the_precision_of_float32_products_is_read_however_it_was_set(
 ) -> None:
     products = torch.backends.cuda.matmul
     before = products.fp32_precision
+    value = precision if setting == "fp32_precision" else precision == "tf32"
     try:
-        setattr(products, setting, precision if setting == "fp32_precision" else precision == "tf32")
+        setattr(products, setting, value)
         assert launching.multiplies_as_tf32() == (precision == "tf32")
     finally:
         products.fp32_precision = before
