@@ -118,7 +118,8 @@ def _products(x: Tensor, weight: Tensor, output: Tensor) -> tuple[int, str]:
     flops = 2 * output.numel() * weight[0].numel()
     if _is_depthwise(x, weight):
         return flops, "float32"
-    return flops, _arithmetic(x.dtype, torch.backends.cudnn.conv.fp32_precision == "tf32")
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return flops, _arithmetic(x.dtype, tf32)
 
 
 def _batch_norm(arguments: Sequence[Any], result: Sequence[Tensor]) -> Iterator[Pass]:
