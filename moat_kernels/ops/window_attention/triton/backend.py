@@ -33,6 +33,9 @@ from moat_kernels.ops.window_attention.triton.launch_table import (
 
 HEAD_DIMS = (16, 32, 64)
 
+# Of a window's columns and of the table's, in the kernel that folds slabs into the table's gradient.
+FOLD_BLOCKS = {"BLOCK_COLUMNS": 16, "BLOCK_OFFSETS": 32}
+
 
 def unsupported(
     qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
@@ -351,7 +354,7 @@ def _fold_table(call: _Call, slabs: Tensor, dtype: torch.dtype) -> Tensor:
     grad_table = slabs.new_empty(call.heads, rows, columns, dtype=dtype)
     launch(
         fold_table_kernel,
-        (rows, -(-columns // 32), call.heads),
+        (rows, -(-columns // FOLD_BLOCKS["BLOCK_OFFSETS"]), call.heads),
         slabs,
         grad_table,
         len(slabs),
@@ -359,8 +362,7 @@ def _fold_table(call: _Call, slabs: Tensor, dtype: torch.dtype) -> Tensor:
         *call.window,
         reads=(slabs,),
         writes=(grad_table,),
-        BLOCK_COLUMNS=16,
-        BLOCK_OFFSETS=32,
+        **FOLD_BLOCKS,
         num_warps=4,
     )
     return grad_table

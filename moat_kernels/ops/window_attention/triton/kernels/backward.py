@@ -280,21 +280,15 @@ def bias_gradient_kernel(
     tl.store(slabs + pointers, sums, mask=inside)
 
 
-@triton.jit(do_not_specialize=["splits", *SIZES])
-def fold_table_kernel(
-    slabs, grad_table, splits, heads, window_height, window_width,
+@triton.jit
+def fold_offsets(
+    slabs, grad_table, splits, heads, window_height, window_width, table_row, block, head,
     BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """grad_table[head, offset] = sum of slabs[:, head, query, key] with key - query = offset.
-
-    Reads every slab once; writes the table's gradient once. Fixed order of summation.
-
-    Grid: (offsets by row, blocks of offsets by column, heads).
-    """
-    head = tl.program_id(2)
+    """What `fold_table_kernel` computes of a block of offsets in one row of the table."""
     tokens = window_height * window_width
-    row_offset = tl.program_id(0) - (window_height - 1)
-    table_column = tl.program_id(1) * BLOCK_OFFSETS + tl.arange(0, BLOCK_OFFSETS)
+    row_offset = table_row - (window_height - 1)
+    table_column = block * BLOCK_OFFSETS + tl.arange(0, BLOCK_OFFSETS)
     column_offset = table_column - (window_width - 1)
     sums = tl.zeros([BLOCK_COLUMNS, BLOCK_OFFSETS], tl.float32)
     for split in range(0, splits):
@@ -309,9 +303,26 @@ def fold_table_kernel(
                 inside &= key_column < window_width
                 sums += tl.load(slab + query * tokens + key, mask=inside, other=0.0)
     table_width = 2 * window_width - 1
-    line = head * (2 * window_height - 1) + tl.program_id(0)
+    line = head * (2 * window_height - 1) + table_row
     tl.store(
         grad_table + line * table_width + table_column,
         tl.sum(sums, 0).to(grad_table.dtype.element_ty),
         mask=table_column < table_width,
     )
+
+
+@triton.jit(do_not_specialize=["splits", *SIZES])
+def fold_table_kernel(
+    slabs, grad_table, splits, heads, window_height, window_width,
+    BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
+):  # fmt: skip
+    """grad_table[head, offset] = sum of slabs[:, head, query, key] with key - query = offset.
+
+    Reads every slab once; writes the table's gradient once. Fixed order of summation.
+
+    Grid: (offsets by row, blocks of offsets by column, heads).
+    """
+    fold_offsets(
+        slabs, grad_table, splits, heads, window_height, window_width,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2), BLOCK_COLUMNS, BLOCK_OFFSETS,
+    )  # fmt: skip
