@@ -33,7 +33,7 @@ from moat_kernels.ops.window_attention.triton.launch_table import (
 
 HEAD_DIMS = (16, 32, 64)
 
-# Of a window's columns and of the table's, in the kernel that folds slabs into the table's gradient.
+# Of a window's columns and the table's, in the kernel that folds slabs into the table's gradient.
 FOLD_BLOCKS = {"BLOCK_COLUMNS": 16, "BLOCK_OFFSETS": 32}
 
 
