@@ -109,7 +109,7 @@ def test_the_tables_gradient_for_any_number_of_partial_sums(
 def test_a_window_of_several_blocks_adds_to_one_sum(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two windows of 66 tokens, held in three blocks of 32, by one program."""
+    """Two windows of 66 tokens, held in two blocks of 64, by one program."""
     monkeypatch.setattr(triton_backend, "GRADIENT_PROGRAMS", 1)
     description = WindowAttentionDescription(1, 16)
     qkv, table = make_inputs(description, (2, 6, 11), device=device)

@@ -58,8 +58,8 @@ LAUNCHES = register_launch_table(
             ("key_value", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
             ("bias", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
             ("bias", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
-            ("gradient", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
-            ("gradient", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
+            ("gradient", 4, SMALL): AttentionBlocks(64, 16, 8, 1),
+            ("gradient", 4, LARGE): AttentionBlocks(64, 16, 8, 1),
         },
         choices={
             "queries": (16, 32, 64, 128),
@@ -71,8 +71,6 @@ LAUNCHES = register_launch_table(
             8: {  # with fewer warps registers spill under Triton 3.6
                 ("key_value", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
                 ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
-                ("gradient", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
-                ("gradient", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
             },
             9: {  # measured on an H200, see docs/launch_tables.md
                 ("forward", 2, LARGE): AttentionBlocks(128, 16, 4, 1),
