@@ -213,8 +213,10 @@ def test_without_gradients_it_runs_as_layers(device: str) -> None:
     assert_close(output, exactly(block, y)["output"], BACKEND_OUTPUT[torch.float32])
 
 
-def test_compiled_without_graph_breaks(device: str) -> None:
+@pytest.mark.parametrize("recompute", ["none", "block"])
+def test_compiled_without_graph_breaks(recompute: str, device: str) -> None:
     block, y = make_block(device, drop_path=0.5, **CASES["windows"]), make_map(device)
+    block.recompute = recompute
     torch._dynamo.reset()
     compiled = torch.compile(FusedMOATBlock.attention_half, fullgraph=True, backend="aot_eager")
     with triton_only():

@@ -61,7 +61,11 @@ def unsupported(
     shapes = [(3 * inner, channels), (3 * inner,), (channels, inner), (channels,)]
     if [tuple(tensor.shape) for tensor in layers[2:]] != shapes:
         return "such an attention"
-    if any(tensor.device != y.device for tensor in given):
+    if table is not None and (table.dim() != 3 or len(table) != description.heads):
+        return f"a {tuple(table.shape)} as table"
+    if table is not None and table.dtype not in DTYPES:
+        return f"a table in {table.dtype}"
+    if any(tensor.device != y.device for tensor in (*given, *([] if table is None else [table]))):
         return "tensors on several devices"
     dtypes = {tensor.dtype for tensor in layers[2:]}
     if len(dtypes) > 1 or (autocast_dtype(y) is None and dtypes != {y.dtype}):
@@ -188,13 +192,18 @@ def backward(
 
 
 def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """grad^T x in the weight's dtype, not rounded to a narrower one before; grad: [rows, out]."""
+    """grad^T x in the weight's dtype, on NVIDIA's GPUs not rounded to a narrower one before.
+
+    grad: [rows, out]; x: [B, H, W, in].
+    """
     left, right = grad.t(), x.flatten(0, 2)
-    if weight.dtype == grad.dtype:
-        return left @ right
-    if device_type(grad) == "cuda" and weight.dtype == torch.float32 and torch.version.hip is None:
-        return torch.mm(left, right, out_dtype=torch.float32)
-    return (left.float() @ right.float()).to(weight.dtype)
+    if weight.dtype == grad.dtype or torch.version.hip is not None:
+        product = left @ right
+    elif device_type(grad) == "cuda":
+        product = torch.mm(left, right, out_dtype=torch.float32)
+    else:  # interpreted: on CPUs PyTorch has no such product
+        product = left.float() @ right.float()
+    return product.to(weight.dtype)
 
 
 def _branch_gradient(grad: Tensor, kept: Tensor | None, half: Half) -> tuple[Tensor, Tensor]:
