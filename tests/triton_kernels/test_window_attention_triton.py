@@ -26,6 +26,7 @@ pytest.importorskip("triton")
 
 from moat_kernels.ops.triton_support.traffic import record_passes
 from moat_kernels.ops.window_attention.triton import backend as triton_backend
+from moat_kernels.ops.window_attention.triton import launch_table
 
 WHOLE = WindowAttentionDescription(heads=2, head_dim=16)
 SMALL = (1, 4, 5)
@@ -98,8 +99,10 @@ def test_the_tables_gradient_for_any_number_of_partial_sums(
     programs: int, kernels: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five windows, summed by one program, and by three: two, two and one."""
-    name = "GRADIENT_PROGRAMS" if kernels == "one" else "BIAS_GRADIENT_PROGRAMS"
-    monkeypatch.setattr(triton_backend, name, programs)
+    if kernels == "one":
+        monkeypatch.setitem(triton_backend.GRADIENT_PROGRAMS, launch_table.SMALL, programs)
+    else:
+        monkeypatch.setattr(triton_backend, "BIAS_GRADIENT_PROGRAMS", programs)
     description = WindowAttentionDescription(1, 16, (3, 3))
     qkv, table = make_inputs(description, (5, 3, 3), device=device)
     expected = run("reference", qkv, table, description, torch.float64)
@@ -110,7 +113,7 @@ def test_a_window_of_several_blocks_adds_to_one_sum(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two windows of 66 tokens, held in two blocks of 64, by one program."""
-    monkeypatch.setattr(triton_backend, "GRADIENT_PROGRAMS", 1)
+    monkeypatch.setitem(triton_backend.GRADIENT_PROGRAMS, launch_table.LARGE, 1)
     description = WindowAttentionDescription(1, 16)
     qkv, table = make_inputs(description, (2, 6, 11), device=device)
     expected = run("reference", qkv, table, description, torch.float64)

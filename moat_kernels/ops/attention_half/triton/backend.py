@@ -34,7 +34,7 @@ from moat_kernels.ops.window_attention.triton import backend as window_attention
 # Elements of a parameter that one program casts.
 BLOCK_CAST = 2048
 # Of sums over programs, rows and columns that a program adds up at a time.
-BLOCK_SUMS, BLOCK_SUM_COLUMNS = 16, 32
+BLOCK_SUMS, BLOCK_SUM_COLUMNS = 64, 32
 
 
 def unsupported(

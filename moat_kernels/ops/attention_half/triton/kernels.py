@@ -103,7 +103,7 @@ def fold_kernel(
     qkv_rows, branch_rows, norm_rows, splits, inner, channels,
     heads, window_height, window_width,
     BLOCK_SUMS: tl.constexpr, BLOCK_SUM_COLUMNS: tl.constexpr,
-    BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """Gradients that are sums of few rows: of the table (or None), the biases and the norm.
 
@@ -140,5 +140,5 @@ def fold_kernel(
         fold_offsets(
             slabs, grad_table, splits, heads, window_height, window_width,
             line % table_height, block % blocks, line // table_height,
-            BLOCK_COLUMNS, BLOCK_OFFSETS,
+            BLOCK_SPLITS, BLOCK_COLUMNS, BLOCK_OFFSETS,
         )  # fmt: skip

@@ -28,13 +28,15 @@ from moat_kernels.ops.window_attention.triton.launch_table import (
     LARGEST_IN_ONE,
     AttentionBlocks,
     attention_blocks,
+    size_of,
     window_splits,
 )
 
 HEAD_DIMS = (16, 32, 64)
 
-# Of a window's columns and the table's, in the kernel that folds slabs into the table's gradient.
-FOLD_BLOCKS = {"BLOCK_COLUMNS": 16, "BLOCK_OFFSETS": 32}
+# Of slabs, of a window's columns and of the table's: so many are read at a time by the kernel that
+# folds slabs into the table's gradient.
+FOLD_BLOCKS = {"BLOCK_SPLITS": 8, "BLOCK_COLUMNS": 16, "BLOCK_OFFSETS": 32}
 
 
 def unsupported(
@@ -231,7 +233,8 @@ def _gradient(
     held, walked = options.pop("BLOCK_QUERIES"), options.pop("BLOCK_KEYS")
     splits = call.windows
     if needs_table or needs_sums:
-        splits = window_splits(call.windows, call.heads, GRADIENT_PROGRAMS)
+        programs = GRADIENT_PROGRAMS[size_of(call.tokens)]
+        splits = window_splits(call.windows, call.heads, programs)
     grad_qkv = call.qkv.new_empty(call.qkv.shape)
     slabs = sums = None
     if needs_table:

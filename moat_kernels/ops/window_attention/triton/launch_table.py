@@ -93,11 +93,18 @@ LAUNCHES = register_launch_table(
 # times tokens in the second-level cache, as many as there are programs at a time.
 LARGEST_IN_ONE = 256
 
-# Programs that sum the table's gradient, in a kernel of their own and in the one backward kernel:
-# enough for several, and two, on each multiprocessor of any GPU. Constants, so that the order of
-# summation is the same on all of them.
+# Programs that sum the table's gradient, in a kernel of their own: enough for several on each
+# multiprocessor of any GPU. A constant, so that the order of summation is the same on all of them.
 BIAS_GRADIENT_PROGRAMS = 1024
-GRADIENT_PROGRAMS = 512
+
+# Likewise of the one backward kernel: several rounds of what fits a GPU, for few to be idle in the
+# last, but each has a slab.
+GRADIENT_PROGRAMS = {SMALL: 1024, LARGE: 512}
+
+
+def size_of(tokens: int) -> str:
+    """The launch table's word for windows of so many tokens."""
+    return SMALL if tokens <= SMALL_WINDOW else LARGE
 
 
 def window_splits(windows: int, heads: int, programs: int) -> int:
@@ -110,8 +117,6 @@ def attention_blocks(
     kernel: str, like: Tensor, windows: int, tokens: int, heads: int, head_dim: int
 ) -> AttentionBlocks:
     """The tile of `kernel`, one of those in `LAUNCHES`, in `like`'s dtype."""
-    size = SMALL if tokens <= SMALL_WINDOW else LARGE
-    blocks: AttentionBlocks = choose(
-        LAUNCHES, kernel, like, (windows * heads, tokens, head_dim), size
-    )
+    sizes = (windows * heads, tokens, head_dim)
+    blocks: AttentionBlocks = choose(LAUNCHES, kernel, like, sizes, size_of(tokens))
     return blocks

@@ -283,30 +283,33 @@ def bias_gradient_kernel(
 @triton.jit
 def fold_offsets(
     slabs, grad_table, splits, heads, window_height, window_width, table_row, block, head,
-    BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """What `fold_table_kernel` computes of a block of offsets in one row of the table."""
     tokens = window_height * window_width
     row_offset = table_row - (window_height - 1)
     table_column = block * BLOCK_OFFSETS + tl.arange(0, BLOCK_OFFSETS)
     column_offset = table_column - (window_width - 1)
-    sums = tl.zeros([BLOCK_COLUMNS, BLOCK_OFFSETS], tl.float32)
-    for split in range(0, splits):
-        slab = slabs + (split * heads + head).to(tl.int64) * tokens * tokens
+    sums = tl.zeros([BLOCK_SPLITS, BLOCK_COLUMNS, BLOCK_OFFSETS], tl.float32)
+    for first_split in range(0, splits, BLOCK_SPLITS):
+        split = first_split + tl.arange(0, BLOCK_SPLITS)
+        slab = slabs + ((split * heads + head).to(tl.int64) * tokens * tokens)[:, None, None]
         for row in range(tl.maximum(0, -row_offset), tl.minimum(0, -row_offset) + window_height):
             for first in range(0, window_width, BLOCK_COLUMNS):
                 column = first + tl.arange(0, BLOCK_COLUMNS)
                 key_column = column[:, None] + column_offset[None, :]
-                query = (row * window_width + column).to(tl.int64)[:, None]
+                query = (row * window_width + column)[:, None]
                 key = (row + row_offset) * window_width + key_column
                 inside = (column < window_width)[:, None] & (key_column >= 0)
                 inside &= key_column < window_width
-                sums += tl.load(slab + query * tokens + key, mask=inside, other=0.0)
+                pointers = slab + (query * tokens + key)[None, :, :]
+                mask = (split < splits)[:, None, None] & inside[None, :, :]
+                sums += tl.load(pointers, mask=mask, other=0.0)
     table_width = 2 * window_width - 1
     line = head * (2 * window_height - 1) + table_row
     tl.store(
         grad_table + line * table_width + table_column,
-        tl.sum(sums, 0).to(grad_table.dtype.element_ty),
+        tl.sum(tl.sum(sums, 0), 0).to(grad_table.dtype.element_ty),
         mask=table_column < table_width,
     )
 
@@ -314,7 +317,7 @@ def fold_offsets(
 @triton.jit(do_not_specialize=["splits", *SIZES])
 def fold_table_kernel(
     slabs, grad_table, splits, heads, window_height, window_width,
-    BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """grad_table[head, offset] = sum of slabs[:, head, query, key] with key - query = offset.
 
@@ -324,5 +327,6 @@ def fold_table_kernel(
     """
     fold_offsets(
         slabs, grad_table, splits, heads, window_height, window_width,
-        tl.program_id(0), tl.program_id(1), tl.program_id(2), BLOCK_COLUMNS, BLOCK_OFFSETS,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2),
+        BLOCK_SPLITS, BLOCK_COLUMNS, BLOCK_OFFSETS,
     )  # fmt: skip

@@ -23,6 +23,7 @@ def add_sum(target, values, valid, adds, HEAD_DIM: tl.constexpr):
     """target [HEAD_DIM] becomes the sum of valid rows of values [rows, HEAD_DIM], or adds it."""
     pointers = target + tl.arange(0, HEAD_DIM)
     total = tl.sum(tl.where(valid[:, None], values, 0.0), 0)
+    tl.debug_barrier()  # other threads of this program may have written what is read
     if adds:
         total += tl.load(pointers)
     tl.store(pointers, total)
@@ -111,5 +112,5 @@ def gradient_kernel(
             if qkv_sums is not None:
                 adds = (index != split) | (first > 0)
                 add_sum(qkv_sums, query_gradient, valid, adds, HEAD_DIM)
-            # What other threads of this program wrote to its sums is read in what follows.
-            tl.debug_barrier()
+        if slabs is not None:
+            tl.debug_barrier()  # as in add_sum
