@@ -26,16 +26,13 @@ class DropPath(nn.Module):
         if not self.training or self.probability == 0.0:
             return None
         dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
-        return torch.empty(x.shape[0], dtype=dtype, device=x.device).bernoulli_(self.survival())
-
-    def survival(self) -> float:
-        """The probability that a sample keeps its residual."""
-        return 1.0 - self.probability
+        kept = torch.empty(x.shape[0], dtype=dtype, device=x.device)
+        return kept.bernoulli_(1.0 - self.probability)
 
     def scale(self, x: Tensor) -> Tensor | None:
         """A new draw, [B] in x's dtype: 0 or 1/p for each sample; None where nothing drops."""
         kept = self.draw(x)
-        return None if kept is None else kept.div_(self.survival()).to(x.dtype)
+        return None if kept is None else kept.to(x.dtype).div_(1.0 - self.probability)
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.scale(x)

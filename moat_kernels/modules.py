@@ -217,7 +217,7 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
     ) -> Tensor:
         attention, eps = self.attention, self.attention_norm.eps
         layers = Layers(*tensors)  # type: ignore[arg-type]  # none is missing: they are covered
-        kept, factor = drop_path.draw(y), 1.0 / drop_path.survival()
+        kept, factor = drop_path.draw(y), 1.0 / (1.0 - drop_path.probability)
 
         def compute(y: Tensor) -> Tensor:
             table = attention.bias_table(*y.shape[2:])
