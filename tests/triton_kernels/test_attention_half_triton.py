@@ -17,6 +17,7 @@ from support.tolerances import (
     relative_error,
 )
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from moat_kernels import FallbackWarning, FusedMOATBlock, use_backend
 from moat_kernels.reference import MOATBlock
@@ -222,6 +223,16 @@ def test_compiled_without_graph_breaks(recompute: str, device: str) -> None:
     with triton_only():
         actual = train(compiled, block, y)
     check(actual, exactly(block, y))
+
+
+def test_flops_are_counted_as_of_stock(device: str) -> None:
+    block, y = make_block(device, window_size=(5, 7), position_size=5), make_map(device)
+    counted = []
+    for function in (stock, fused):
+        with FlopCounterMode(display=False) as counter:
+            train(function, block, y)
+        counted.append(counter.get_total_flops())
+    assert counted[0] == counted[1] > 0
 
 
 def test_opcheck(device: str) -> None:
