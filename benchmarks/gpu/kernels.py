@@ -42,7 +42,7 @@ COUNTERS = {
 OWN_KERNELS = (
     "regex:^(covariance|expand|depthwise|pool|project|project_weight|project_input|expand_weight|"
     "expand_input|depthwise_backward|forward|query_gradient|key_value_gradient|bias_gradient|"
-    "fold_table|layer_norm|layer_norm_backward)_kernel"
+    "gradient|fold_table|fold|layer_norm|layer_norm_backward|norm_and_cast|branch_gradient)_kernel"
 )
 
 
