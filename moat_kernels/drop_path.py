@@ -18,13 +18,21 @@ class DropPath(nn.Module):
             raise ValueError(f"drop_path must be within [0, 1), got {probability!r}")
         self.probability = probability
 
-    def scale(self, x: Tensor) -> Tensor | None:
-        """A new draw, [B] in x's dtype: 0 or 1/p for each sample; None where nothing drops."""
+    def draw(self, x: Tensor) -> Tensor | None:
+        """Which samples keep their residual this time, [B]: 1 or 0; None where nothing drops.
+
+        In x's dtype, or float32 for float64, whose draws on CUDA devices are others.
+        """
         if not self.training or self.probability == 0.0:
             return None
-        survival = 1.0 - self.probability
-        uniform = torch.rand(x.shape[0], dtype=torch.float32, device=x.device)
-        return (torch.floor(survival + uniform) / survival).to(x.dtype)
+        dtype = torch.float32 if x.dtype == torch.float64 else x.dtype
+        kept = torch.empty(x.shape[0], dtype=dtype, device=x.device)
+        return kept.bernoulli_(1.0 - self.probability)
+
+    def scale(self, x: Tensor) -> Tensor | None:
+        """A new draw, [B] in x's dtype: 0 or 1/p for each sample; None where nothing drops."""
+        kept = self.draw(x)
+        return None if kept is None else kept.to(x.dtype).div_(1.0 - self.probability)
 
     def forward(self, x: Tensor) -> Tensor:
         scale = self.scale(x)

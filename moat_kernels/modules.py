@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NoReturn, TypeVar
 
 import torch
@@ -22,6 +22,8 @@ from moat_kernels.inspection import (
 )
 from moat_kernels.linear import apply_linear
 from moat_kernels.ops.attention_half import api as attention_half
+from moat_kernels.ops.attention_half import training as attention_half_training
+from moat_kernels.ops.attention_half.description import Layers
 from moat_kernels.ops.common.backends import NO_TORCHSCRIPT, keep_backend, warn_once
 from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.frozen import (
@@ -196,15 +198,34 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
             return super().attention_half(y)
         tensors = self.read_attention_half()
         if tensors is not None and child(self, "attention_norm").normalized_shape == y.shape[1:2]:
-            description = self.attention.description
-            if attention_half.covers(y, tensors, description):
-                eps = self.attention_norm.eps
+            description, eps = self.attention.description, self.attention_norm.eps
+            if not self._drops() and attention_half.covers(y, tensors, description):
                 output = attention_half.attention_half(y, tensors, eps, description)
                 return in_format_of(output, y)
+            drop_path = child(self, "drop_path")
+            if is_plain(drop_path, DropPath) and attention_half_training.covers(
+                *(y, tensors[:-1], tensors[-1], description)
+            ):
+                return self._train_attention_half(y, tensors[:-1], drop_path)
         if self._fuses_branch(y):
             rows, branch = self._keeping_input(self._branch, y.permute(0, 2, 3, 1))
             return add_branch(rows, branch, self.drop_path.scale(branch)).permute(0, 3, 1, 2)
         return super().attention_half(y)
+
+    def _train_attention_half(
+        self, y: Tensor, tensors: Sequence[Tensor | None], drop_path: DropPath
+    ) -> Tensor:
+        attention, eps = self.attention, self.attention_norm.eps
+        layers = Layers(*tensors)  # type: ignore[arg-type]  # none is missing: they are covered
+        kept, factor = drop_path.draw(y), 1.0 / (1.0 - drop_path.probability)
+
+        def compute(y: Tensor) -> Tensor:
+            table = attention.bias_table(*y.shape[2:])
+            return attention_half_training.attention_half(
+                *(y, layers, table, eps, attention.description, kept, factor)
+            )
+
+        return self._keeping_input(compute, y)
 
     def self_attention(self, y: Tensor) -> Tensor:
         return self._keeping_input(super().self_attention, y)
@@ -224,11 +245,11 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
         return all(map(is_plain, modules, kinds)) and not overridden(modules[1], _ATTENTION_METHODS)
 
     def read_attention_half(self) -> list[Tensor | None] | None:
-        """Its tensors as `attention_half` takes them; None where they do not say all.
+        """Its tensors as `attention_half` takes them; None where they do not say all but drop path.
 
         What parametrizations compute in training is not read: that must be done once in a call.
         """
-        if self._drops() or not self._is_one_pass():
+        if not self._is_one_pass():
             return None
         for module in self._attention_modules():
             if is_parametrized(module) and (module.training or torch.is_grad_enabled()):

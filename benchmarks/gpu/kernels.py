@@ -40,10 +40,11 @@ COUNTERS = {
     "gpu__time_duration.sum": "ns",
 }
 OWN_KERNELS = (
-    "regex:^(row_moments|fold|fold_evaluation|norm|norm_gradient|expand|expand_products|"
+    "regex:^(row_moments|fold_weights|fold_evaluation|norm|norm_gradient|expand|expand_products|"
     "fold_gradient|correction|expand_input|depthwise|depthwise_backward|pool|pool_rows|excite|"
     "excite_backward|excite_weight|project|project_weight|project_input|forward|query_gradient|"
-    "key_value_gradient|bias_gradient|fold_table|layer_norm|layer_norm_backward)_kernel"
+    "key_value_gradient|bias_gradient|gradient|fold_table|fold_sums|layer_norm|"
+    "layer_norm_backward|norm_and_cast|branch_gradient)_kernel"
 )
 
 

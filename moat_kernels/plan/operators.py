@@ -15,6 +15,7 @@ from torch import Tensor
 from torch._ops import OpOverload
 from torch.utils._pytree import tree_iter
 
+from moat_kernels.ops.triton_support.launching import multiplies_as_tf32
 from moat_kernels.ops.triton_support.traffic import Pass, crossing_of
 
 _ALLOCATES = frozenset(
@@ -50,8 +51,7 @@ def operator_passes(
     if name in _FACTORS:
         left, right = (arguments[index] for index in _FACTORS[name])
         flops = 2 * left.numel() * (right.shape[-1] if right.dim() > 1 else 1)
-        tf32 = torch.backends.cuda.matmul.allow_tf32
-        return [_pass(name, inputs, writes, flops, _arithmetic(left.dtype, tf32))]
+        return [_pass(name, inputs, writes, flops, _arithmetic(left.dtype, multiplies_as_tf32()))]
     return [_pass(name, inputs, writes)]
 
 
@@ -124,7 +124,8 @@ def _products(x: Tensor, weight: Tensor, output: Tensor) -> tuple[int, str]:
     flops = 2 * output.numel() * weight[0].numel()
     if _is_depthwise(x, weight):
         return flops, "float32"
-    return flops, _arithmetic(x.dtype, torch.backends.cudnn.allow_tf32)
+    tf32 = torch.backends.cudnn.conv.fp32_precision == "tf32"  # type: ignore[attr-defined]
+    return flops, _arithmetic(x.dtype, tf32)
 
 
 def _batch_norm(arguments: Sequence[Any], result: Sequence[Tensor]) -> Iterator[Pass]:

@@ -95,6 +95,21 @@ def test_other_devices_and_dtypes_are_refused_with_a_reason(monkeypatch) -> None
     assert launching.unsupported_tensor(torch.zeros(1).double()) == "dtype torch.float64"
 
 
+@pytest.mark.parametrize("precision", ["tf32", "ieee"])
+@pytest.mark.parametrize("setting", ["fp32_precision", "allow_tf32"])
+def test_the_precision_of_float32_products_is_read_however_it_was_set(
+    setting: str, precision: str
+) -> None:
+    products = torch.backends.cuda.matmul
+    before = products.fp32_precision
+    value = precision if setting == "fp32_precision" else precision == "tf32"
+    try:
+        setattr(products, setting, value)
+        assert launching.multiplies_as_tf32() == (precision == "tf32")
+    finally:
+        products.fp32_precision = before
+
+
 def test_an_absent_or_old_triton_is_named(monkeypatch) -> None:
     def version(name: str) -> str:
         raise launching.importlib.metadata.PackageNotFoundError

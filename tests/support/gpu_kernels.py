@@ -19,6 +19,8 @@ from torch import Tensor
 
 from moat_kernels import get_preprocessing, list_models
 from moat_kernels.functional import WindowAttentionDescription
+from moat_kernels.ops.attention_half.description import Half, Layers
+from moat_kernels.ops.attention_half.triton import backend as attention_half
 from moat_kernels.ops.layer_norm.triton import backend as layer_norm
 from moat_kernels.ops.window_attention.triton import backend as window_attention
 from moat_kernels.variants import get_variant
@@ -80,6 +82,22 @@ def launch_layer_norm(dtype: torch.dtype, autocast: bool) -> None:
         layer_norm.backward(normalized, x, x, weight, saved, True)
 
 
+def launch_attention_half(dtype: torch.dtype, autocast: bool) -> None:
+    """Training of every attention half of the nine variants, with drop path."""
+    outside = torch.float32 if autocast else dtype
+    for batch, size, width in _attention_maps():
+        heads = width // HEAD_DIM
+        inner = heads * HEAD_DIM
+        shapes = ((width,), (width,), (3 * inner, width), (3 * inner,), (width, inner), (width,))
+        layers = Layers(*(_empty(*shape, dtype=outside) for shape in shapes))
+        table = _empty(heads, 2 * size - 1, 2 * size - 1, dtype=outside)
+        y = _empty(batch, width, size, size, dtype=outside).to(memory_format=torch.channels_last)
+        half = Half(WindowAttentionDescription(heads, HEAD_DIM), EPS, 2.0, dtype)
+        arguments = (y, layers, table, _empty(batch, dtype=outside), half)
+        output, saved = attention_half.forward(*arguments)
+        attention_half.backward(output, *arguments, saved, [True] * 8)
+
+
 @dataclass(frozen=True)
 class Op:
     """What is compiled of an op.
@@ -107,12 +125,22 @@ OPS = {
         frozenset({"layer_norm_kernel", "layer_norm_backward_kernel"}),
         exact_float32=True,
     ),
+    "attention_half": Op(
+        launch_attention_half,
+        frozenset(
+            {
+                *("layer_norm_kernel", "norm_and_cast_kernel", "branch_gradient_kernel"),
+                *("layer_norm_backward_kernel", "fold_sums_kernel"),
+            }
+        ),
+        exact_float32=True,
+    ),
     "mbconv": Op(
         launch_mbconv,
         frozenset(
             {
                 "row_moments_kernel",
-                "fold_kernel",
+                "fold_weights_kernel",
                 "fold_evaluation_kernel",
                 "norm_kernel",
                 "norm_gradient_kernel",

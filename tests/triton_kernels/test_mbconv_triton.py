@@ -335,7 +335,7 @@ def test_products_of_each_pass() -> None:
     product = 2 * rows * 16 * 64
     assert {one.kernel: (one.flops, one.arithmetic) for one in forward + backward} == {
         "row_moments_kernel": (0, "float32"),
-        "fold_kernel": (0, "float32"),
+        "fold_weights_kernel": (0, "float32"),
         "norm_kernel": (0, "float32"),
         "norm_gradient_kernel": (0, "float32"),
         "expand_kernel": (product, "bfloat16"),

@@ -22,6 +22,8 @@ from moat_kernels.functional import (
     SqueezeExcite,
     WindowAttentionDescription,
 )
+from moat_kernels.ops.attention_half.description import Half, Layers
+from moat_kernels.ops.attention_half.triton import backend as attention_half
 from moat_kernels.ops.layer_norm.triton import backend as layer_norm
 from moat_kernels.ops.mbconv.description import (
     NORMS,
@@ -113,6 +115,18 @@ def test_layer_norm() -> None:
     with OnOneDevice():
         normalized, saved = layer_norm.forward(x, weight, weight, 1e-5, torch.bfloat16)
         layer_norm.backward(normalized, x, x, weight, saved, True)
+
+
+def test_the_attention_half() -> None:
+    """Of float32 parameters under autocast."""
+    float32 = torch.float32
+    shapes = ((64,), (64,), (192, 64), (192,), (64, 64), (64,))
+    layers = Layers(*(on_gpu(*shape, dtype=float32) for shape in shapes))
+    half = Half(WindowAttentionDescription(2, 32, (4, 5)), 1e-5, 2.0, torch.bfloat16)
+    y, table, kept = on_gpu(2, 64, 7, 9, dtype=float32), on_gpu(2, 7, 9), on_gpu(2)
+    with OnOneDevice():
+        output, saved = attention_half.forward(y, layers, table, kept, half)
+        attention_half.backward(output, y, layers, table, kept, half, saved, [True] * 8)
 
 
 def test_waiting_would_show() -> None:

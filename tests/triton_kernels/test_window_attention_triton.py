@@ -26,6 +26,7 @@ pytest.importorskip("triton")
 
 from moat_kernels.ops.triton_support.traffic import record_passes
 from moat_kernels.ops.window_attention.triton import backend as triton_backend
+from moat_kernels.ops.window_attention.triton import launch_table
 
 WHOLE = WindowAttentionDescription(heads=2, head_dim=16)
 SMALL = (1, 4, 5)
@@ -50,6 +51,14 @@ CASES = {
 }
 
 
+@pytest.fixture(params=["one", "several"])
+def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """How many kernels the backward pass has: several is for windows that are too large here."""
+    if request.param == "several":
+        monkeypatch.setattr(triton_backend, "LARGEST_IN_ONE", 0)
+    return request.param
+
+
 def check(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
     """The kernels in float32 are close to the reference in float64."""
     assert actual.keys() == expected.keys()
@@ -59,6 +68,7 @@ def check(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert_close(actual[name], value, tolerance[torch.float32], name, floor=0.1)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("case", CASES)
 def test_every_choice(case: str, bias: bool, device: str) -> None:
@@ -68,6 +78,7 @@ def test_every_choice(case: str, bias: bool, device: str) -> None:
     check(run("triton", qkv, table, description), expected)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", ["7x7", "two blocks of queries", "ragged", "beyond the map"])
 def test_low_precision_is_as_close_to_float64_as_stock(
@@ -85,14 +96,47 @@ def test_low_precision_is_as_close_to_float64_as_stock(
 
 @pytest.mark.parametrize("programs", [1, 3], ids="{} programs".format)
 def test_the_tables_gradient_for_any_number_of_partial_sums(
-    programs: int, device: str, monkeypatch: pytest.MonkeyPatch
+    programs: int, kernels: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five windows, summed by one program, and by three: two, two and one."""
-    monkeypatch.setattr(triton_backend, "BIAS_GRADIENT_PROGRAMS", programs)
+    if kernels == "one":
+        monkeypatch.setitem(triton_backend.GRADIENT_PROGRAMS, launch_table.SMALL, programs)
+    else:
+        monkeypatch.setattr(triton_backend, "BIAS_GRADIENT_PROGRAMS", programs)
     description = WindowAttentionDescription(1, 16, (3, 3))
     qkv, table = make_inputs(description, (5, 3, 3), device=device)
     expected = run("reference", qkv, table, description, torch.float64)
     check(run("triton", qkv, table, description), expected)
+
+
+def test_a_window_of_several_blocks_adds_to_one_sum(
+    device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two windows of 66 tokens, held in two blocks of 64, by one program."""
+    monkeypatch.setitem(triton_backend.GRADIENT_PROGRAMS, launch_table.LARGE, 1)
+    description = WindowAttentionDescription(1, 16)
+    qkv, table = make_inputs(description, (2, 6, 11), device=device)
+    expected = run("reference", qkv, table, description, torch.float64)
+    check(run("triton", qkv, table, description), expected)
+
+
+@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize("layout", ["qkv_heads", "heads_qkv"])
+def test_sums_of_the_gradient_of_qkv(
+    layout: str, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For who adds a bias to qkv; of eight windows, by three programs for each head."""
+    monkeypatch.setitem(triton_backend.GRADIENT_PROGRAMS, launch_table.SMALL, 6)
+    description = WindowAttentionDescription(2, 16, (3, 4), None, layout)
+    qkv, table = make_inputs(description, (2, 5, 7), device=device, dtype=torch.bfloat16)
+    output, saved = triton_backend.forward(qkv, table, description)
+    grad = torch.randn_like(output)
+    partial = triton_backend.partial_gradients(
+        *(grad, qkv, table.float(), description, output, saved, False)
+    )
+    assert partial.slabs is None
+    expected = partial.qkv.double().sum((0, 1, 2))
+    assert_close(partial.sums.double().sum(0), expected, 1e-2)
 
 
 def test_a_table_wider_than_a_block_of_its_gradient(device: str) -> None:
@@ -102,6 +146,7 @@ def test_a_table_wider_than_a_block_of_its_gradient(device: str) -> None:
     check(run("triton", qkv, table, description), expected)
 
 
+@pytest.mark.usefixtures("kernels")
 def test_the_same_bits_every_time(device: str) -> None:
     shape, description = CASES["ragged grid"]
     inputs = make_inputs(description, shape, device=device)
@@ -121,6 +166,7 @@ def test_a_bias_common_to_all_keys_changes_nothing(offset: float, device: str) -
         assert_close(actual[name], value, 3e-4, name)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("later", [True, False], ids=["later keys", "earlier keys"])
 def test_keys_masked_by_the_table_count_exactly_nothing(later: bool, device: str) -> None:
     """-inf for all keys on one side: for some queries that is all of the first or last block."""
@@ -133,6 +179,7 @@ def test_keys_masked_by_the_table_count_exactly_nothing(later: bool, device: str
     check(actual, expected)
 
 
+@pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", ["query", "key", "value", "table"])
 def test_what_is_not_finite_spreads_as_in_the_reference(
@@ -154,6 +201,7 @@ def test_what_is_not_finite_spreads_as_in_the_reference(
         assert torch.equal(actual[name].isnan(), expected[name].isnan()), name
 
 
+@pytest.mark.usefixtures("kernels")
 def test_empty_batch(device: str) -> None:
     """In any layout."""
     _, table = make_inputs(WHOLE, (0, 4, 4), device=device)
@@ -204,7 +252,7 @@ def test_a_head_dim_without_kernels_falls_back_visibly(device: str) -> None:
         window_attention(qkv, table, description)
 
 
-def test_bytes_and_products_of_each_pass() -> None:
+def test_bytes_and_products_of_each_pass(kernels: str) -> None:
     """Beside packed qkv (3 C): C-wide maps, two float32 per query and head, slabs and the table."""
     description = WindowAttentionDescription(2, 16, (4, 4))
     with FakeTensorMode():
@@ -216,23 +264,34 @@ def test_bytes_and_products_of_each_pass() -> None:
     rows, table_bytes = 3 * 8 * 8, 4 * 2 * 7 * 7
     wide, statistic = 4 * rows * 32, 4 * rows * 2
     slabs = 4 * 12 * 2 * 16 * 16  # one for each of the 12 windows
-    assert {one.kernel: one.bytes for one in passes} == {
+    ends = {
         "forward_kernel": 3 * wide + table_bytes + wide + statistic,
-        "query_gradient_kernel": 5 * wide + table_bytes + statistic + wide + statistic,
-        "key_value_gradient_kernel": 4 * wide + table_bytes + 2 * statistic + 2 * wide,
-        "bias_gradient_kernel": 4 * wide + table_bytes + 2 * statistic + slabs,
         "fold_table_kernel": slabs + table_bytes,
     }
+    middle = {
+        "one": {"gradient_kernel": 5 * wide + table_bytes + statistic + 3 * wide + slabs},
+        "several": {
+            "query_gradient_kernel": 5 * wide + table_bytes + statistic + wide + statistic,
+            "key_value_gradient_kernel": 4 * wide + table_bytes + 2 * statistic + 2 * wide,
+            "bias_gradient_kernel": 4 * wide + table_bytes + 2 * statistic + slabs,
+        },
+    }
+    assert {one.kernel: one.bytes for one in passes} == {**ends, **middle[kernels]}
     product = 2 * 12 * 2 * 16 * 16 * 16
-    assert [one.flops // product for one in passes] == [2, 3, 4, 2, 0]
+    products = {"one": [2, 7, 0], "several": [2, 3, 4, 2, 0]}
+    assert [one.flops // product for one in passes] == products[kernels]
     assert {one.arithmetic for one in passes} == {"float32"}
 
 
 def test_fake_tensors_give_the_same_shapes_and_layouts(device: str) -> None:
     description = WindowAttentionDescription(1, 16, (4, 4))
     qkv, table = make_inputs(description, (1, 5, 4), device=device)
+    checks, choices = ("test_schema", "test_faketensor"), (description.encode(), "triton")
+    forward = torch.ops.moat_kernels.window_attention_forward.default
+    torch.library.opcheck(forward, (qkv, table, *choices), test_utils=checks)
+    output, *saved = forward(qkv, table, *choices)
     torch.library.opcheck(
-        torch.ops.moat_kernels.window_attention_forward.default,
-        (qkv, table, description.encode(), "triton"),
-        test_utils=("test_schema", "test_faketensor"),
+        torch.ops.moat_kernels.window_attention_backward.default,
+        (torch.randn_like(output), qkv, table, output, saved, *choices, True),
+        test_utils=checks,
     )

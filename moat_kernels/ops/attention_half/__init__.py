@@ -1,1 +1,1 @@
-"""The attention half of a MOAT block without gradients, as one operator."""
+"""The attention half of a MOAT block as one operator: in inference (CPU), in training (GPU)."""

@@ -64,6 +64,14 @@ def _architecture(device: torch.device) -> int:
     return 10 * major + minor
 
 
+def multiplies_as_tf32() -> bool:
+    """Whether PyTorch multiplies float32 matrices on CUDA devices as TF32.
+
+    However that was set: `allow_tf32` raises an error once `fp32_precision` says so.
+    """
+    return torch.backends.cuda.matmul.fp32_precision == "tf32"
+
+
 @functools.cache
 def device_name(device: torch.device) -> str:
     """The GPU's name as its driver tells it; empty where there is no GPU that torch can use."""

@@ -36,7 +36,7 @@ def window_attention(
     dtype = autocast_dtype(qkv)
     if dtype is not None:
         qkv = qkv.to(dtype)
-    description, bias_table = _clamp_window(qkv, bias_table, description)
+    description, bias_table = clamp_window(qkv, bias_table, description)
     backend = choose_backend(
         "window_attention",
         qkv.device,
@@ -62,7 +62,7 @@ def _needs_gradient(qkv: Tensor, bias_table: Tensor | None) -> bool:
     return torch.is_grad_enabled() and (qkv.requires_grad or table_requires_grad)
 
 
-def _clamp_window(
+def clamp_window(
     qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
 ) -> tuple[WindowAttentionDescription, Tensor | None]:
     """A window beyond the map cut to the map: the same result without computing on padding.

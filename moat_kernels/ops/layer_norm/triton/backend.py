@@ -86,7 +86,6 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dt
     return Forward(normalized, [mean, rstd])
 
 
-@tunable
 def backward(
     grad: Tensor,
     grad_residual: Tensor | None,
@@ -96,6 +95,20 @@ def backward(
     needs_parameters: bool,
 ) -> list[Tensor]:
     """[gradient of x, and if needed float32 ones of weight and bias, summed in a fixed order]."""
+    grad_x, sums = partial_gradients(grad, grad_residual, x, weight, saved, needs_parameters)
+    return [grad_x] if sums is None else [grad_x, *sums.sum(0)]
+
+
+@tunable
+def partial_gradients(
+    grad: Tensor,
+    grad_residual: Tensor | None,
+    x: Tensor,
+    weight: Tensor,
+    saved: list[Tensor],
+    needs_parameters: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """(gradient of x, and if needed [programs, 2, C], float32: theirs of weight and bias)."""
     from moat_kernels.ops.layer_norm.triton.kernels import layer_norm_backward_kernel
 
     mean, rstd = saved
@@ -130,4 +143,4 @@ def backward(
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
-    return [grad_x] if sums is None else [grad_x, *sums.sum(0)]
+    return grad_x, sums

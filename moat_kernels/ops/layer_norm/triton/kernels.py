@@ -25,16 +25,13 @@ def load_channels(pointer, channels, BLOCK_CHANNELS: tl.constexpr):
     return values.to(tl.float32)[None, :]
 
 
-@triton.jit(do_not_specialize=["rows"])
-def layer_norm_kernel(
-    x, weight, bias, normalized, mean, rstd, rows, channels, eps,
+@triton.jit
+def normalize_rows(
+    x, weight, bias, normalized, mean, rstd, rows, channels, eps, block,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
 ):  # fmt: skip
-    """normalized = (x - mean) rstd weight + bias, rstd = 1 / sqrt(variance + eps), by rows.
-
-    Reads x once, writes normalized once and 8 bytes a row. Grid: blocks of rows.
-    """
-    row = tl.program_id(0) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    """What `layer_norm_kernel` computes of its block-th block of rows."""
+    row = block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     offset, inside = locate(row, rows, channels, BLOCK_CHANNELS)
     value = tl.load(x + offset, mask=inside, other=0.0).to(tl.float32)
     row_mean = tl.sum(value, 1) / channels
@@ -45,6 +42,21 @@ def layer_norm_kernel(
     tl.store(normalized + offset, result.to(normalized.dtype.element_ty), mask=inside)
     tl.store(mean + row, row_mean, mask=row < rows)
     tl.store(rstd + row, row_rstd, mask=row < rows)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def layer_norm_kernel(
+    x, weight, bias, normalized, mean, rstd, rows, channels, eps,
+    BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+):  # fmt: skip
+    """normalized = (x - mean) rstd weight + bias, rstd = 1 / sqrt(variance + eps), by rows.
+
+    Reads x once, writes normalized once and 8 bytes a row. Grid: blocks of rows.
+    """
+    normalize_rows(
+        x, weight, bias, normalized, mean, rstd, rows, channels, eps, tl.program_id(0),
+        BLOCK_ROWS, BLOCK_CHANNELS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["rows", "share"])

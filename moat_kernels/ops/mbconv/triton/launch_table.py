@@ -22,7 +22,7 @@ from moat_kernels.ops.triton_support.launch_table import (
     LaunchTable,
     register_launch_table,
 )
-from moat_kernels.ops.triton_support.launching import architecture
+from moat_kernels.ops.triton_support.launching import architecture, multiplies_as_tf32
 
 
 @dataclass(frozen=True)
@@ -209,7 +209,7 @@ def dot_precision(like: Tensor) -> str:
     """
     if like.dtype != torch.float32:
         return "ieee"
-    if torch.backends.cuda.matmul.allow_tf32:
+    if multiplies_as_tf32():
         return "tf32"
     return "tf32x3" if architecture(like.device) else "ieee"
 

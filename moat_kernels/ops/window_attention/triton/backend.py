@@ -1,17 +1,22 @@
 """Window attention by Triton kernels, on NVIDIA (and, not tried, AMD) GPUs.
 
 Reads windows from the packed map in place, by strides; saves the log-sum-exp of every query.
-Accumulates in float32; float32 products are exact unless torch.backends.cuda.matmul.allow_tf32.
+Accumulates in float32; float32 products are exact unless PyTorch's own are TF32.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.triton_support.launching import launch, tunable, unsupported_tensor
+from moat_kernels.ops.triton_support.launching import (
+    launch,
+    multiplies_as_tf32,
+    tunable,
+    unsupported_tensor,
+)
 from moat_kernels.ops.triton_support.traffic import Part
 from moat_kernels.ops.window_attention.algebra.partition import window_counts
 from moat_kernels.ops.window_attention.algebra.position_bias import table_size
@@ -19,11 +24,19 @@ from moat_kernels.ops.window_attention.contract import Forward
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 from moat_kernels.ops.window_attention.triton.launch_table import (
     BIAS_GRADIENT_PROGRAMS,
+    GRADIENT_PROGRAMS,
+    LARGEST_IN_ONE,
     AttentionBlocks,
     attention_blocks,
+    size_of,
+    window_splits,
 )
 
 HEAD_DIMS = (16, 32, 64)
+
+# Of slabs, of a window's columns and of the table's: so many are read at a time by the kernel that
+# folds slabs into the table's gradient.
+FOLD_BLOCKS = {"BLOCK_SPLITS": 8, "BLOCK_COLUMNS": 16, "BLOCK_OFFSETS": 32}
 
 
 def unsupported(
@@ -67,7 +80,7 @@ class _Call:
         self.constants = {
             "GRID": description.partition == "grid",
             "HEAD_DIM": head_dim,
-            "PRECISION": "tf32" if torch.backends.cuda.matmul.allow_tf32 else "ieee",
+            "PRECISION": "tf32" if multiplies_as_tf32() else "ieee",
         }
         self.has_table = bias_table is not None
 
@@ -149,16 +162,107 @@ def backward(
     saved: list[Tensor],
     needs_table: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Gradients of qkv and of the bias table."""
+    """Gradients of qkv and, in its dtype, of the bias table."""
     call = _Call(qkv, bias_table, description)
+    partial = _partial_gradients(call, grad, output, saved, needs_table, needs_sums=False)
+    if bias_table is None or partial.slabs is None:
+        return partial.qkv, None
+    return partial.qkv, _fold_table(call, partial.slabs, bias_table.dtype)
+
+
+class PartialGradients(NamedTuple):
+    """The gradient of qkv, and what the other gradients are sums of, along the first axis.
+
+    slabs: [splits, heads, tokens, tokens], float32, of the scores, query by key; None: not needed.
+    sums: [splits, 3 * heads * head_dim], float32, of qkv's gradient over all tokens; None likewise.
+    """
+
+    qkv: Tensor
+    slabs: Tensor | None
+    sums: Tensor | None
+
+
+def partial_gradients(
+    grad: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    description: WindowAttentionDescription,
+    output: Tensor,
+    saved: list[Tensor],
+    needs_table: bool,
+) -> PartialGradients:
+    """`backward`, for who adds the slabs up in a kernel of its own, and qkv's sums with them."""
+    call = _Call(qkv, bias_table, description)
+    return _partial_gradients(call, grad, output, saved, needs_table, needs_sums=True)
+
+
+def _partial_gradients(
+    call: _Call,
+    grad: Tensor,
+    output: Tensor,
+    saved: list[Tensor],
+    needs_table: bool,
+    needs_sums: bool,
+) -> PartialGradients:
     grad = grad.contiguous()
     (log_sum_exp,) = saved
-    grad_qkv = qkv.new_empty(qkv.shape)
+    needs_table = needs_table and call.has_table
+    if call.tokens <= LARGEST_IN_ONE:
+        return _gradient(call, grad, output, log_sum_exp, needs_table, needs_sums)
+    grad_qkv = call.qkv.new_empty(call.qkv.shape)
     _, delta = _query_gradient(call, grad, output, log_sum_exp, grad_qkv)
     _key_value_gradient(call, grad, log_sum_exp, delta, grad_qkv)
-    if bias_table is None or not needs_table:
-        return grad_qkv, None
-    return grad_qkv, _table_gradient(call, grad, log_sum_exp, delta)
+    slabs = _score_sums(call, grad, log_sum_exp, delta) if needs_table else None
+    sums = grad_qkv.sum((0, 1, 2), dtype=torch.float32)[None] if needs_sums else None
+    return PartialGradients(grad_qkv, slabs, sums)
+
+
+@tunable
+def _gradient(
+    call: _Call,
+    grad: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    needs_table: bool,
+    needs_sums: bool,
+) -> PartialGradients:
+    """All of it in one kernel."""
+    from moat_kernels.ops.window_attention.triton.kernels.gradient import gradient_kernel
+
+    _, options = call.configure("gradient")
+    held, walked = options.pop("BLOCK_QUERIES"), options.pop("BLOCK_KEYS")
+    splits = call.windows
+    if needs_table or needs_sums:
+        programs = GRADIENT_PROGRAMS[size_of(call.tokens)]
+        splits = window_splits(call.windows, call.heads, programs)
+    grad_qkv = call.qkv.new_empty(call.qkv.shape)
+    slabs = sums = None
+    if needs_table:
+        slabs = log_sum_exp.new_empty(splits, call.heads, call.tokens, call.tokens)
+    if needs_sums:
+        sums = log_sum_exp.new_empty(splits, call.qkv.shape[3])
+    launch(
+        gradient_kernel,
+        (splits, call.heads),
+        grad,
+        output,
+        log_sum_exp,
+        call.qkv,
+        call.table,
+        grad_qkv,
+        slabs,
+        sums,
+        *call.geometry,
+        call.batch,
+        reads=(grad, output, log_sum_exp, call.qkv, call.table),
+        writes=(grad_qkv, slabs, sums),
+        flops=call.product_flops(7),
+        HAS_TABLE=call.has_table,
+        BLOCK_HELD=held,
+        BLOCK_WALKED=walked,
+        **options,
+    )
+    return PartialGradients(grad_qkv, slabs, sums)
 
 
 @tunable
@@ -218,8 +322,8 @@ def _key_value_gradient(
 
 
 @tunable
-def _table_gradient(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -> Tensor:
-    """[heads, 2*wh-1, 2*ww-1], float32, summed in a fixed order."""
+def _score_sums(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -> Tensor:
+    """`PartialGradients.slabs`, each summed in a fixed order."""
     from moat_kernels.ops.window_attention.triton.kernels import backward as kernels
 
     chosen, options = call.configure("bias")
@@ -242,20 +346,26 @@ def _table_gradient(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tenso
         flops=call.product_flops(2),
         **options,
     )
+    return slabs
+
+
+def _fold_table(call: _Call, slabs: Tensor, dtype: torch.dtype) -> Tensor:
+    """[heads, 2*wh-1, 2*ww-1] in `dtype`, summed in a fixed order."""
+    from moat_kernels.ops.window_attention.triton.kernels.backward import fold_table_kernel
+
     rows, columns = table_size(call.window)
-    grad_table = delta.new_empty(call.heads, rows, columns)
+    grad_table = slabs.new_empty(call.heads, rows, columns, dtype=dtype)
     launch(
-        kernels.fold_table_kernel,
-        (rows, -(-columns // 32), call.heads),
+        fold_table_kernel,
+        (rows, -(-columns // FOLD_BLOCKS["BLOCK_OFFSETS"]), call.heads),
         slabs,
         grad_table,
-        splits,
+        len(slabs),
         call.heads,
         *call.window,
         reads=(slabs,),
         writes=(grad_table,),
-        BLOCK_COLUMNS=16,
-        BLOCK_OFFSETS=32,
+        **FOLD_BLOCKS,
         num_warps=4,
     )
     return grad_table

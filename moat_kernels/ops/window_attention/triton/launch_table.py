@@ -1,8 +1,8 @@
 """How the Triton kernels of window attention are launched: its launch table.
 
 Chosen by counting registers and shared memory (docs/gpu_kernels.md has what each compiles to).
-Those of Hopper (9) were measured on an H200, the others on no GPU: `python -m moat_kernels.tune`
-does that.
+Those of Hopper (9) but for "gradient" were measured on an H200, the others on no GPU:
+`python -m moat_kernels.tune` does that.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ class AttentionBlocks:
 SMALL_WINDOW = 64
 SMALL, LARGE = "small window", "large window"
 
-# A program keeps its block of queries and walks over keys, of "key_value" the other way round.
+# A program keeps its block of queries and walks over keys, of "key_value" the other way round. That
+# of "gradient" does both: it keeps as many keys as queries, and walks over as many.
 LAUNCHES = register_launch_table(
     LaunchTable(
         "window_attention",
@@ -47,6 +48,8 @@ LAUNCHES = register_launch_table(
             ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 2),
             ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
             ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 2),
+            ("gradient", 2, SMALL): AttentionBlocks(64, 16, 4, 1),
+            ("gradient", 2, LARGE): AttentionBlocks(128, 16, 8, 1),
             ("forward", 4, SMALL): AttentionBlocks(64, 32, 8, 1),
             ("forward", 4, LARGE): AttentionBlocks(64, 32, 8, 1),
             ("query", 4, SMALL): AttentionBlocks(32, 32, 4, 2),
@@ -55,6 +58,8 @@ LAUNCHES = register_launch_table(
             ("key_value", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
             ("bias", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
             ("bias", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
+            ("gradient", 4, SMALL): AttentionBlocks(64, 16, 8, 1),
+            ("gradient", 4, LARGE): AttentionBlocks(64, 16, 8, 1),
         },
         choices={
             "queries": (16, 32, 64, 128),
@@ -84,17 +89,34 @@ LAUNCHES = register_launch_table(
     )
 )
 
-# Programs that sum the table's gradient: enough for several on each multiprocessor of any GPU. A
-# constant, so that the order of summation is the same on all of them.
+# Windows of up to so many tokens have one backward kernel: each of its programs has a sum of tokens
+# times tokens in the second-level cache, as many as there are programs at a time.
+LARGEST_IN_ONE = 256
+
+# Programs that sum the table's gradient, in a kernel of their own: enough for several on each
+# multiprocessor of any GPU. A constant, so that the order of summation is the same on all of them.
 BIAS_GRADIENT_PROGRAMS = 1024
+
+# Likewise of the one backward kernel: several rounds of what fits a GPU, for few to be idle in the
+# last, but each has a slab.
+GRADIENT_PROGRAMS = {SMALL: 1024, LARGE: 512}
+
+
+def size_of(tokens: int) -> str:
+    """The launch table's word for windows of so many tokens."""
+    return SMALL if tokens <= SMALL_WINDOW else LARGE
+
+
+def window_splits(windows: int, heads: int, programs: int) -> int:
+    """Over how many programs the windows of each head go, as evenly as `programs` in all allow."""
+    rounds = -(-windows // max(1, programs // heads))
+    return -(-windows // max(1, rounds))
 
 
 def attention_blocks(
     kernel: str, like: Tensor, windows: int, tokens: int, heads: int, head_dim: int
 ) -> AttentionBlocks:
-    """The tile of `kernel` ("forward", "query", "key_value" or "bias"), in `like`'s dtype."""
-    size = SMALL if tokens <= SMALL_WINDOW else LARGE
-    blocks: AttentionBlocks = choose(
-        LAUNCHES, kernel, like, (windows * heads, tokens, head_dim), size
-    )
+    """The tile of `kernel`, one of those in `LAUNCHES`, in `like`'s dtype."""
+    sizes = (windows * heads, tokens, head_dim)
+    blocks: AttentionBlocks = choose(LAUNCHES, kernel, like, sizes, size_of(tokens))
     return blocks

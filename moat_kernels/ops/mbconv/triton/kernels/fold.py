@@ -94,7 +94,7 @@ def _ready_weights(
 
 
 @triton.jit
-def fold_kernel(
+def fold_weights_kernel(
     weight_ptr,  # [E, C]
     moments_ptr,  # [chunks, 2, C] float32, of x; or None
     norm_weight_ptr,  # [C], or None
@@ -314,7 +314,7 @@ def fold(
     sources = (weights.depthwise, *casts.sources)
     reads = (weights.expand, weights.expand_bias, *sources, values, *affine)
     launch(
-        fold_kernel,
+        fold_weights_kernel,
         (-(-wide // _BLOCK_WIDE),),
         *(weights.expand, values, *affine, *running, pre, weights.expand_bias),
         *(*sources, expand, vectors, taps, *casts.targets),

@@ -30,6 +30,96 @@ def score_gradient(score, log_sum_exp, delta, weight_gradient, valid):
     return weight, tl.where(valid, weight * (weight_gradient - delta), 0.0)
 
 
+@triton.jit
+def walk_keys(
+    query, gradient, normalizer, difference, query_token, query_valid, slab, adds,
+    base, stride_row, stride_column, stride_part, table, scale,
+    window, height, width, window_height, window_width,
+    GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ = scale dS K of a block of queries, [BLOCK_QUERIES, HEAD_DIM], over all keys of a window.
+
+    normalizer, difference: log2-sum-exp and delta of the queries. base: q of a map and a head.
+    slab [tokens, tokens], if there is one, gets dS, added to what is there if `adds`.
+    """
+    sums = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
+    for start in range(0, window_height * window_width, BLOCK_KEYS):
+        key_token = start + tl.arange(0, BLOCK_KEYS)
+        key_row, key_column, key_valid = locate(
+            key_token, window, height, width, window_height, window_width, GRID
+        )
+        key_offset = key_row * stride_row + key_column * stride_column
+        key = load_rows(base + stride_part, key_offset, key_valid, HEAD_DIM)
+        value = load_rows(base + 2 * stride_part, key_offset, key_valid, HEAD_DIM)
+        score = scores(
+            query, key, query_token, key_token, key_valid, table, scale,
+            window_height, window_width, True, HAS_TABLE, PRECISION,
+        )  # fmt: skip
+        weight_gradient = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
+        _, grad_score = score_gradient(
+            score, normalizer[:, None], difference[:, None], weight_gradient, key_valid[None, :]
+        )
+        if slab is not None:
+            tokens = window_height * window_width
+            pointers = slab + query_token[:, None] * tokens + key_token[None, :]
+            inside = (query_token < tokens)[:, None] & (key_token < tokens)[None, :]
+            total = tl.where(query_valid[:, None], grad_score, 0.0)
+            if adds:
+                total += tl.load(pointers, mask=inside, other=0.0)
+            tl.store(pointers, total, mask=inside)
+        sums = tl.dot(grad_score.to(key.dtype), key, sums, input_precision=PRECISION)
+    return sums * scale
+
+
+@triton.jit
+def walk_queries(
+    key, value, key_token, grad_output, output, log_sum_exp, delta,
+    base, stride_row, stride_column, table, scale,
+    batch, head, heads, window, height, width, window_height, window_width,
+    GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(dK = scale dS^T Q, dV = P^T G) of a block of keys, [BLOCK_KEYS, HEAD_DIM] each.
+
+    Over all queries of a window. The tile is computed transposed, [keys, queries], as both products
+    need it. delta is read, or if None computed from output. slab [tokens, tokens] (query, key), if
+    there is one, becomes dS, or dS is added to it.
+    """
+    tokens = window_height * window_width
+    key_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
+    value_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
+    for start in range(0, tokens, BLOCK_QUERIES):
+        query_token = start + tl.arange(0, BLOCK_QUERIES)
+        query_row, query_column, query_valid = locate(
+            query_token, window, height, width, window_height, window_width, GRID
+        )
+        query_offset = query_row * stride_row + query_column * stride_column
+        query = load_rows(base, query_offset, query_valid, HEAD_DIM)
+        position = query_row * width + query_column
+        output_offset = ((batch * height * width + position) * heads + head) * HEAD_DIM
+        gradient = load_rows(grad_output, output_offset, query_valid, HEAD_DIM)
+        statistic = (batch * heads + head) * height * width + position
+        normalizer = tl.load(log_sum_exp + statistic, mask=query_valid, other=0.0)
+        if delta is not None:
+            difference = tl.load(delta + statistic, mask=query_valid, other=0.0)
+        else:
+            result = load_rows(output, output_offset, query_valid, HEAD_DIM)
+            difference = tl.sum(gradient.to(tl.float32) * result.to(tl.float32), 1)
+        score = scores(
+            key, query, key_token, query_token, query_valid, table, scale,
+            window_height, window_width, False, HAS_TABLE, PRECISION,
+        )  # fmt: skip
+        weight_gradient = tl.dot(value, tl.trans(gradient), input_precision=PRECISION)
+        weight, grad_score = score_gradient(
+            score, normalizer[None, :], difference[None, :], weight_gradient, query_valid[None, :]
+        )
+        low = weight.to(gradient.dtype)
+        value_sums = tl.dot(low, gradient, value_sums, input_precision=PRECISION)
+        key_sums = tl.dot(grad_score.to(query.dtype), query, key_sums, input_precision=PRECISION)
+    return key_sums * scale, value_sums
+
+
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
     grad_output, output, log_sum_exp, qkv, table, grad_qkv, delta,
@@ -71,27 +161,14 @@ def query_gradient_kernel(
     tl.store(delta + statistic, difference, mask=query_valid)
     normalizer = tl.load(log_sum_exp + statistic, mask=query_valid, other=0.0)
 
-    sums = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
-    for start in range(0, tokens, BLOCK_KEYS):
-        key_token = start + tl.arange(0, BLOCK_KEYS)
-        key_row, key_column, key_valid = locate(
-            key_token, window, height, width, window_height, window_width, GRID
-        )
-        key_offset = key_row * stride_row + key_column * stride_column
-        key = load_rows(base + stride_part, key_offset, key_valid, HEAD_DIM)
-        value = load_rows(base + 2 * stride_part, key_offset, key_valid, HEAD_DIM)
-        score = scores(
-            query, key, query_token, key_token, key_valid, table, scale,
-            window_height, window_width, True, HAS_TABLE, PRECISION,
-        )  # fmt: skip
-        weight_gradient = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
-        _, grad_score = score_gradient(
-            score, normalizer[:, None], difference[:, None], weight_gradient, key_valid[None, :]
-        )
-        sums = tl.dot(grad_score.to(key.dtype), key, sums, input_precision=PRECISION)
-
+    sums = walk_keys(
+        query, gradient, normalizer, difference, query_token, query_valid, None, False,
+        base, stride_row, stride_column, stride_part, table, scale,
+        window, height, width, window_height, window_width,
+        GRID, HAS_TABLE, HEAD_DIM, BLOCK_QUERIES, BLOCK_KEYS, PRECISION,
+    )  # fmt: skip
     grad_offset = position * 3 * heads * HEAD_DIM + head * stride_head
-    store_rows(grad_qkv, grad_offset, query_valid, sums * scale, HEAD_DIM)
+    store_rows(grad_qkv, grad_offset, query_valid, sums, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=SIZES)
@@ -129,36 +206,15 @@ def key_value_gradient_kernel(
     key = load_rows(base + stride_part, offset, key_valid, HEAD_DIM)
     value = load_rows(base + 2 * stride_part, offset, key_valid, HEAD_DIM)
 
-    key_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
-    value_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
-    for start in range(0, tokens, BLOCK_QUERIES):
-        query_token = start + tl.arange(0, BLOCK_QUERIES)
-        query_row, query_column, query_valid = locate(
-            query_token, window, height, width, window_height, window_width, GRID
-        )
-        query_offset = query_row * stride_row + query_column * stride_column
-        query = load_rows(base, query_offset, query_valid, HEAD_DIM)
-        position = query_row * width + query_column
-        output_offset = ((batch * height * width + position) * heads + head) * HEAD_DIM
-        gradient = load_rows(grad_output, output_offset, query_valid, HEAD_DIM)
-        statistic = (batch * heads + head) * height * width + position
-        normalizer = tl.load(log_sum_exp + statistic, mask=query_valid, other=0.0)
-        difference = tl.load(delta + statistic, mask=query_valid, other=0.0)
-        score = scores(
-            key, query, key_token, query_token, query_valid, table, scale,
-            window_height, window_width, False, HAS_TABLE, PRECISION,
-        )  # fmt: skip
-        weight_gradient = tl.dot(value, tl.trans(gradient), input_precision=PRECISION)
-        weight, grad_score = score_gradient(
-            score, normalizer[None, :], difference[None, :], weight_gradient, query_valid[None, :]
-        )
-        low = weight.to(gradient.dtype)
-        value_sums = tl.dot(low, gradient, value_sums, input_precision=PRECISION)
-        key_sums = tl.dot(grad_score.to(query.dtype), query, key_sums, input_precision=PRECISION)
-
+    key_sums, value_sums = walk_queries(
+        key, value, key_token, grad_output, None, log_sum_exp, delta,
+        base, stride_row, stride_column, table, scale,
+        batch, head, heads, window, height, width, window_height, window_width,
+        GRID, HAS_TABLE, HEAD_DIM, BLOCK_QUERIES, BLOCK_KEYS, PRECISION,
+    )  # fmt: skip
     position = batch * height * width + row * width + column
     grad_offset = position * 3 * heads * HEAD_DIM + head * stride_head
-    store_rows(grad_qkv + stride_part, grad_offset, key_valid, key_sums * scale, HEAD_DIM)
+    store_rows(grad_qkv + stride_part, grad_offset, key_valid, key_sums, HEAD_DIM)
     store_rows(grad_qkv + 2 * stride_part, grad_offset, key_valid, value_sums, HEAD_DIM)
 
 
@@ -224,38 +280,53 @@ def bias_gradient_kernel(
     tl.store(slabs + pointers, sums, mask=inside)
 
 
-@triton.jit(do_not_specialize=["splits", *SIZES])
-def fold_table_kernel(
-    slabs, grad_table, splits, heads, window_height, window_width,
-    BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
+@triton.jit
+def fold_offsets(
+    slabs, grad_table, splits, heads, window_height, window_width, table_row, block, head,
+    BLOCK_SPLITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
 ):  # fmt: skip
-    """grad_table[head, offset] = sum of slabs[:, head, query, key] with key - query = offset.
-
-    Reads every slab once; writes the table's gradient once, float32. Fixed order of summation.
-
-    Grid: (offsets by row, blocks of offsets by column, heads).
-    """
-    head = tl.program_id(2)
+    """What `fold_table_kernel` computes of a block of offsets in one row of the table."""
     tokens = window_height * window_width
-    row_offset = tl.program_id(0) - (window_height - 1)
-    table_column = tl.program_id(1) * BLOCK_OFFSETS + tl.arange(0, BLOCK_OFFSETS)
+    row_offset = table_row - (window_height - 1)
+    table_column = block * BLOCK_OFFSETS + tl.arange(0, BLOCK_OFFSETS)
     column_offset = table_column - (window_width - 1)
-    sums = tl.zeros([BLOCK_COLUMNS, BLOCK_OFFSETS], tl.float32)
-    for split in range(0, splits):
-        slab = slabs + (split * heads + head).to(tl.int64) * tokens * tokens
+    sums = tl.zeros([BLOCK_SPLITS, BLOCK_COLUMNS, BLOCK_OFFSETS], tl.float32)
+    for first_split in range(0, splits, BLOCK_SPLITS):
+        split = first_split + tl.arange(0, BLOCK_SPLITS)
+        slab = slabs + ((split * heads + head).to(tl.int64) * tokens * tokens)[:, None, None]
         for row in range(tl.maximum(0, -row_offset), tl.minimum(0, -row_offset) + window_height):
             for first in range(0, window_width, BLOCK_COLUMNS):
                 column = first + tl.arange(0, BLOCK_COLUMNS)
                 key_column = column[:, None] + column_offset[None, :]
-                query = (row * window_width + column).to(tl.int64)[:, None]
+                query = (row * window_width + column)[:, None]
                 key = (row + row_offset) * window_width + key_column
                 inside = (column < window_width)[:, None] & (key_column >= 0)
                 inside &= key_column < window_width
-                sums += tl.load(slab + query * tokens + key, mask=inside, other=0.0)
+                pointers = slab + (query * tokens + key)[None, :, :]
+                mask = (split < splits)[:, None, None] & inside[None, :, :]
+                sums += tl.load(pointers, mask=mask, other=0.0)
     table_width = 2 * window_width - 1
-    line = head * (2 * window_height - 1) + tl.program_id(0)
+    line = head * (2 * window_height - 1) + table_row
     tl.store(
         grad_table + line * table_width + table_column,
-        tl.sum(sums, 0),
+        tl.sum(tl.sum(sums, 0), 0).to(grad_table.dtype.element_ty),
         mask=table_column < table_width,
     )
+
+
+@triton.jit(do_not_specialize=["splits", *SIZES])
+def fold_table_kernel(
+    slabs, grad_table, splits, heads, window_height, window_width,
+    BLOCK_SPLITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
+):  # fmt: skip
+    """grad_table[head, offset] = sum of slabs[:, head, query, key] with key - query = offset.
+
+    Reads every slab once; writes the table's gradient once. Fixed order of summation.
+
+    Grid: (offsets by row, blocks of offsets by column, heads).
+    """
+    fold_offsets(
+        slabs, grad_table, splits, heads, window_height, window_width,
+        tl.program_id(0), tl.program_id(1), tl.program_id(2),
+        BLOCK_SPLITS, BLOCK_COLUMNS, BLOCK_OFFSETS,
+    )  # fmt: skip

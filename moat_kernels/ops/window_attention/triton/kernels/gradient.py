@@ -1,0 +1,116 @@
+"""Triton kernel of window attention's backward pass in one, for windows that are not large.
+
+What it computes is in backward.py. Importing this imports triton.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from moat_kernels.ops.window_attention.triton.kernels.backward import walk_keys, walk_queries
+from moat_kernels.ops.window_attention.triton.kernels.forward import (
+    SIZES,
+    load_rows,
+    locate,
+    store_rows,
+    window_count,
+)
+
+
+@triton.jit
+def add_sum(target, values, valid, adds, HEAD_DIM: tl.constexpr):
+    """target [HEAD_DIM] becomes the sum of valid rows of values [rows, HEAD_DIM], or adds it."""
+    pointers = target + tl.arange(0, HEAD_DIM)
+    total = tl.sum(tl.where(valid[:, None], values, 0.0), 0)
+    tl.debug_barrier()  # other threads of this program may have written what is read
+    if adds:
+        total += tl.load(pointers)
+    tl.store(pointers, total)
+
+
+@triton.jit(do_not_specialize=[*SIZES, "batch_size"])
+def gradient_kernel(
+    grad_output, output, log_sum_exp, qkv, table, grad_qkv, slabs, qkv_sums,
+    stride_batch, stride_row, stride_column, stride_part, stride_head,
+    scale, heads, height, width, window_height, window_width, batch_size,
+    GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_HELD: tl.constexpr, BLOCK_WALKED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ, dK, dV of every splits-th window of a head, and what they add to other gradients.
+
+    slabs [splits, heads, tokens, tokens] (or None) are sums of dS over a program's windows, and
+    qkv_sums [splits, 3 * heads * HEAD_DIM] (or None), packed as qkv, of dQ, dK, dV over tokens too.
+
+    Reads q, k, v, output and its gradient and a float32 per query once from DRAM; writes dQ, dK and
+    dV once. A window's keys are held block by block, while its queries pass; then its queries,
+    while its keys pass. (To compute the scores once, the accumulators of all of its dQ would have
+    to be held beside a tile, or cross memory for each block of keys: the registers do not suffice
+    for 196 tokens.) Each program adds to its own slab, which stays in the second-level cache: no
+    atomics, and always the same order.
+
+    Grid: (splits, heads). Maps but qkv are contiguous; grad_qkv has the layout of qkv.
+    """
+    tokens = window_height * window_width
+    windows = window_count(height, width, window_height, window_width)
+    split = tl.program_id(0)
+    head = tl.program_id(1)
+    if HAS_TABLE:
+        table += head * (2 * window_height - 1) * (2 * window_width - 1)
+    if slabs is not None:
+        slabs += (split * heads + head).to(tl.int64) * tokens * tokens
+    if qkv_sums is not None:
+        qkv_sums += split.to(tl.int64) * 3 * heads * HEAD_DIM + head * stride_head
+
+    for index in range(split, batch_size * windows, tl.num_programs(0)):
+        window = index % windows
+        batch = (index // windows).to(tl.int64)
+        base = qkv + batch * stride_batch + head * stride_head
+        grad_base = grad_qkv + batch * height * width * 3 * heads * HEAD_DIM + head * stride_head
+        for first in range(0, tokens, BLOCK_HELD):
+            token = first + tl.arange(0, BLOCK_HELD)
+            row, column, valid = locate(
+                token, window, height, width, window_height, window_width, GRID
+            )
+            offset = row * stride_row + column * stride_column
+            key = load_rows(base + stride_part, offset, valid, HEAD_DIM)
+            value = load_rows(base + 2 * stride_part, offset, valid, HEAD_DIM)
+            key_gradient, value_gradient = walk_queries(
+                key, value, token, grad_output, output, log_sum_exp, None,
+                base, stride_row, stride_column, table, scale,
+                batch, head, heads, window, height, width, window_height, window_width,
+                GRID, HAS_TABLE, HEAD_DIM, BLOCK_WALKED, BLOCK_HELD, PRECISION,
+            )  # fmt: skip
+            grad_offset = (row * width + column) * 3 * heads * HEAD_DIM
+            store_rows(grad_base + stride_part, grad_offset, valid, key_gradient, HEAD_DIM)
+            store_rows(grad_base + 2 * stride_part, grad_offset, valid, value_gradient, HEAD_DIM)
+            if qkv_sums is not None:
+                adds = (index != split) | (first > 0)
+                add_sum(qkv_sums + stride_part, key_gradient, valid, adds, HEAD_DIM)
+                add_sum(qkv_sums + 2 * stride_part, value_gradient, valid, adds, HEAD_DIM)
+        for first in range(0, tokens, BLOCK_HELD):
+            token = first + tl.arange(0, BLOCK_HELD)
+            row, column, valid = locate(
+                token, window, height, width, window_height, window_width, GRID
+            )
+            query = load_rows(base, row * stride_row + column * stride_column, valid, HEAD_DIM)
+            position = row * width + column
+            output_offset = ((batch * height * width + position) * heads + head) * HEAD_DIM
+            gradient = load_rows(grad_output, output_offset, valid, HEAD_DIM)
+            result = load_rows(output, output_offset, valid, HEAD_DIM)
+            difference = tl.sum(gradient.to(tl.float32) * result.to(tl.float32), 1)
+            statistic = (batch * heads + head) * height * width + position
+            normalizer = tl.load(log_sum_exp + statistic, mask=valid, other=0.0)
+            query_gradient = walk_keys(
+                query, gradient, normalizer, difference, token, valid, slabs, index != split,
+                base, stride_row, stride_column, stride_part, table, scale,
+                window, height, width, window_height, window_width,
+                GRID, HAS_TABLE, HEAD_DIM, BLOCK_HELD, BLOCK_WALKED, PRECISION,
+            )  # fmt: skip
+            grad_offset = position * 3 * heads * HEAD_DIM
+            store_rows(grad_base, grad_offset, valid, query_gradient, HEAD_DIM)
+            if qkv_sums is not None:
+                adds = (index != split) | (first > 0)
+                add_sum(qkv_sums, query_gradient, valid, adds, HEAD_DIM)
+        if slabs is not None:
+            tl.debug_barrier()  # as in add_sum
