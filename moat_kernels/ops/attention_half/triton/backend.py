@@ -23,10 +23,10 @@ from torch import Tensor
 
 from moat_kernels.ops.attention_half.description import Forward, Half, Layers
 from moat_kernels.ops.common.autocast import autocast_dtype, without_autocast
-from moat_kernels.ops.common.device import device_type
 from moat_kernels.ops.layer_norm.triton import backend as layer_norm
 from moat_kernels.ops.layer_norm.triton.launch_table import norm_blocks, rows_of_a_program
 from moat_kernels.ops.triton_support.launching import DTYPES, launch
+from moat_kernels.ops.triton_support.products import weight_gradient
 from moat_kernels.ops.window_attention.algebra.position_bias import table_size
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 from moat_kernels.ops.window_attention.triton import backend as window_attention
@@ -169,13 +169,16 @@ def backward(
 
     grad_branch, branch_sums = _branch_gradient(grad, kept, half)
     flat = grad_branch.flatten(0, 2)
-    grad_proj = _weight_gradient(flat, attended, layers.proj_weight) if needed[5] else None
+    grad_proj, grad_qkv = None, None
+    if needed[5]:
+        grad_proj = weight_gradient(flat, attended.flatten(0, 2), layers.proj_weight.dtype)
     partial = window_attention.partial_gradients(
         (flat @ used.proj_weight).view(attended.shape),
         *(qkv, table, half.description, attended, [log_sum_exp], needs_table),
     )
     flat = partial.qkv.flatten(0, 2)
-    grad_qkv = _weight_gradient(flat, normalized, layers.qkv_weight) if needed[3] else None
+    if needed[3]:
+        grad_qkv = weight_gradient(flat, normalized.flatten(0, 2), layers.qkv_weight.dtype)
     grad_x, norm_sums = layer_norm.partial_gradients(
         (flat @ used.qkv_weight).view(x.shape), grad, x, layers.norm_weight, [mean, rstd], True
     )
@@ -189,21 +192,6 @@ def backward(
     norm = (norm_weight, norm_bias)
     found = (grad_y, *norm, grad_qkv, qkv_bias, grad_proj, proj_bias, grad_table)
     return [g for g, is_needed in zip(found, needed, strict=True) if is_needed and g is not None]
-
-
-def _weight_gradient(grad: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """grad^T x in the weight's dtype, on NVIDIA's GPUs not rounded to a narrower one before.
-
-    grad: [rows, out]; x: [B, H, W, in].
-    """
-    left, right = grad.t(), x.flatten(0, 2)
-    if weight.dtype == grad.dtype or torch.version.hip is not None:
-        product = left @ right
-    elif device_type(grad) == "cuda":
-        product = torch.mm(left, right, out_dtype=torch.float32)
-    else:  # interpreted: on CPUs PyTorch has no such product
-        product = left.float() @ right.float()
-    return product.to(weight.dtype)
 
 
 def _branch_gradient(grad: Tensor, kept: Tensor | None, half: Half) -> tuple[Tensor, Tensor]:

@@ -73,7 +73,7 @@ LAUNCHES = register_launch_table(
             ("expand_products", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 2),
             ("expand_products", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
             ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 3),
-            ("expand_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
+            ("expand_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
             ("depthwise", 2, STRIDE_1): StencilBlocks(8, 64, 16, 8),
             ("depthwise", 2, STRIDE_2): StencilBlocks(8, 64, 16, 8),
             ("depthwise", 4, STRIDE_1): StencilBlocks(8, 64, 16, 8),

@@ -12,17 +12,24 @@ from torch import Tensor
 from moat_kernels.ops.common.spatial import may_pad, resolve_padding
 from moat_kernels.ops.mbconv.algebra.stages import PoolStage, as_map, as_rows
 from moat_kernels.ops.mbconv.description import MBConvDescription
-from moat_kernels.ops.mbconv.triton.kernels.fold import Ready
+from moat_kernels.ops.mbconv.triton.kernels.fold import Ready, Weights
 from moat_kernels.ops.mbconv.triton.kernels.shortcut import pool_rows
+from moat_kernels.ops.triton_support.products import weight_gradient
 
 
 class Shortcut:
-    """Of one call. x: [B, H, W, C], contiguous."""
+    """Of one call.
 
-    def __init__(self, x: Tensor, description: MBConvDescription, ready: Ready) -> None:
+    x: [B, H, W, C], contiguous. weights: as they are given; ready: as the products take them.
+    """
+
+    def __init__(
+        self, x: Tensor, description: MBConvDescription, ready: Ready, weights: Weights
+    ) -> None:
         self.x = x
         self.pool = description.pool
         self.weight, self.bias = ready.shortcut, ready.shortcut_bias
+        self.weights = weights
 
     def forward(self) -> Tensor:
         """What is added to the bottleneck: [M, C_out], in the dtype of the weight or of x."""
@@ -43,7 +50,9 @@ class Shortcut:
         if self.weight is not None:
             grad = low_grad
             if "shortcut_weight" in needed:
-                gradients["shortcut_weight"] = grad.t() @ self._pooled().to(self.weight.dtype)
+                rows, owner = self._pooled().to(self.weight.dtype), self.weights.shortcut
+                assert owner is not None
+                gradients["shortcut_weight"] = weight_gradient(grad, rows, owner.dtype)
             if "shortcut_bias" in needed:
                 gradients["shortcut_bias"] = grad.sum(0, dtype=torch.float32)
         if "x" not in needed:

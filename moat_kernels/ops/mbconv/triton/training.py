@@ -119,7 +119,7 @@ class Call:
         """What `project` takes after the gate."""
         added, dtype = None, self.dtype
         if self.description.residual:
-            added = Shortcut(self.x, self.description, ready).forward()
+            added = Shortcut(self.x, self.description, ready, self.weights).forward()
             dtype = torch.promote_types(dtype, added.dtype)
         bias = self.parameters.project_bias
         return ready.project, bias, self.drop_path_scale, added, self.out_pixels, dtype
@@ -269,7 +269,7 @@ def backward(
     gradients: dict[str, Tensor] = {}
     addend = None
     if description.residual:
-        branch = Shortcut(call.x, description, folded.ready)
+        branch = Shortcut(call.x, description, folded.ready, call.weights)
         addend, gradients = branch.backward(grad_rows, low_grad, needed)
     dy2, sums = _project_backward(
         call, low_grad, z2, depthwise_norm, folded.ready.project, squeezed, needed, gradients

@@ -311,8 +311,9 @@ class ExpandGradient(NamedTuple):
     constant: Tensor | None  # [C] float32, given with it
 
 
-# Tiles of the two small products, and the depth of a step.
-_GRADIENT_BLOCKS, _CORRECTION_BLOCK, _BLOCK_INNER = (32, 64), 32, 32
+# Tiles of the two small products, and the depth of a step by the bytes of an element: three TF32
+# products for each of float32 take more registers.
+_GRADIENT_BLOCKS, _CORRECTION_BLOCK, _DEPTHS = (32, 64), 32, {2: 32, 4: 16}
 
 
 def expand_gradient(
@@ -334,7 +335,7 @@ def expand_gradient(
     block_wide, block_channels = _GRADIENT_BLOCKS
     parts = -(-wide // block_wide)
     sums = factors.new_empty((parts, 2, channels))
-    precision = statistics_precision(folded.expand)
+    precision, depth = statistics_precision(folded.expand), _DEPTHS[folded.expand.element_size()]
     corrected = any(measures)
     launch(
         fold_gradient_kernel,
@@ -345,7 +346,7 @@ def expand_gradient(
         GRAM=corrected,
         BLOCK_WIDE=block_wide,
         BLOCK_C=block_channels,
-        BLOCK_INNER=_BLOCK_INNER,
+        BLOCK_INNER=depth,
         PRECISION=precision,
         num_warps=4,
         num_stages=2,
@@ -368,7 +369,7 @@ def expand_gradient(
         *(*reads, *writes, parts, count, wide, channels),
         PRE_MEASURED=measures[0],
         BLOCK_C=_CORRECTION_BLOCK,
-        BLOCK_INNER=_BLOCK_INNER,
+        BLOCK_INNER=depth,
         PRECISION=precision,
         num_warps=4,
         num_stages=2,
@@ -490,7 +491,7 @@ def expand_input(
         BLOCK_ROWS=blocks.rows,
         BLOCK_C=blocks.columns,
         BLOCK_WIDE=blocks.depth,
-        BLOCK_INNER=min(blocks.depth, _BLOCK_INNER),
+        BLOCK_INNER=min(blocks.depth, _DEPTHS[grad.element_size()]),
         PRECISION=dot_precision(grad),
         CORRECTION_PRECISION=statistics_precision(grad),
         num_warps=blocks.warps,
