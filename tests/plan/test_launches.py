@@ -2,33 +2,39 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
+
 import pytest
 import torch
+from torch import Tensor
 from torch.autograd.graph import _engine_run_backward
 
-from moat_kernels import FusedMOATBlock, use_backend
+from moat_kernels import FusedMBConv, FusedMOATBlock, list_models, use_backend
 from moat_kernels.ops.common.device import planning
+from moat_kernels.ops.common.registration import looking_inside
 from moat_kernels.ops.triton_support.launching import triton_missing
 from moat_kernels.ops.triton_support.traffic import record_passes
 from moat_kernels.plan.autocast import CudaAutocast
 from moat_kernels.plan.meter import Meter
+from moat_kernels.plan.step import BLOCKS, TrainingStep
 
 pytestmark = pytest.mark.skipif(bool(triton_missing()), reason=triton_missing())
 
 
-def attention_half_launches(side: int, recompute: str) -> tuple[list[str], list[str]]:
-    """The kernels of forward and backward, under autocast with a drop path, of float32 weights."""
-    with torch.device("meta"):
-        block = FusedMOATBlock(64, 64, position_size=side, drop_path=0.2, recompute=recompute)
-        y = torch.empty(2, 64, side, side).to(memory_format=torch.channels_last).requires_grad_()
+def launches(
+    call: Callable[[Tensor], Tensor], x: Tensor, architecture: int = 90
+) -> tuple[list[str], list[str]]:
+    """The kernels of forward and backward, under autocast."""
     with (
-        planning(90),
+        planning(architecture),
         use_backend("triton"),
+        looking_inside(),
         record_passes() as passes,
         Meter(passes),
         CudaAutocast(torch.bfloat16),
     ):
-        output = block.attention_half(y)
+        output = call(x)
         count = len(passes)
         gradient = torch.empty_like(output)
         # As plan/step.py, which says why.
@@ -39,6 +45,19 @@ def attention_half_launches(side: int, recompute: str) -> tuple[list[str], list[
         )
     names = [one.kernel for one in passes]
     return names[:count], names[count:]
+
+
+def meta_map(channels: int, side: int) -> Tensor:
+    """Of bfloat16, as blocks hand them on."""
+    x = torch.empty(2, channels, side, side, dtype=torch.bfloat16, device="meta")
+    return x.to(memory_format=torch.channels_last).requires_grad_()
+
+
+def attention_half_launches(side: int, recompute: str) -> tuple[list[str], list[str]]:
+    """With a drop path, of float32 weights."""
+    with torch.device("meta"):
+        block = FusedMOATBlock(64, 64, position_size=side, drop_path=0.2, recompute=recompute)
+    return launches(block.attention_half, meta_map(64, side))
 
 
 FORWARD = ["norm_and_cast_kernel", "addmm", "forward_kernel", "addmm", "addcmul"]
@@ -64,3 +83,61 @@ def test_recomputing_the_attention_half_draws_once() -> None:
     assert forward == ["bernoulli_", *FORWARD]
     assert backward[: len(FORWARD)] == FORWARD
     assert len(backward) == len(FORWARD) + 8
+
+
+DRAW = ["bernoulli_", "div_"]
+BOTTLENECK = (
+    [
+        *("row_moments_kernel", "fold_weights_kernel", "expand_kernel", "norm_kernel"),
+        *("depthwise_kernel", "norm_kernel", "project_kernel"),
+    ],
+    [
+        *("fold_weights_kernel", "project_weight_kernel", "sum", "project_input_kernel"),
+        *("norm_gradient_kernel", "depthwise_backward_kernel", "norm_gradient_kernel"),
+        *("expand_products_kernel", "sum", "fold_gradient_kernel", "correction_kernel"),
+        "expand_input_kernel",
+    ],
+)
+
+
+def bottleneck_launches(
+    block: FusedMBConv | FusedMOATBlock, side: int = 28
+) -> tuple[list[str], ...]:
+    return launches(block.inverted_bottleneck, meta_map(64, side))
+
+
+def test_the_bottleneck_of_a_moat_block() -> None:
+    with torch.device("meta"):
+        block = FusedMOATBlock(64, 64, drop_path=0.2)
+    forward, backward = bottleneck_launches(block)
+    assert forward == [*DRAW, *BOTTLENECK[0]]
+    assert backward == BOTTLENECK[1]
+
+
+def test_squeeze_excite_and_strides() -> None:
+    with torch.device("meta"):
+        block = FusedMBConv(64, 64)
+        first = FusedMBConv(64, 96, stride=2)
+    assert tuple(map(len, bottleneck_launches(block))) == (9, 15)
+    assert tuple(map(len, bottleneck_launches(first))) == (11, 19)
+
+
+@cache
+def step_launches(model: str, blocks: str) -> int:
+    resolution = 256 if model.startswith("tiny") else 224
+    return len(TrainingStep(model, resolution, blocks, architecture=90).trace(64).passes)
+
+
+@pytest.mark.parametrize("blocks", BLOCKS[1:])
+@pytest.mark.parametrize("model", ["moat_0", "tiny_moat_0"])
+def test_a_training_step_in_every_recompute_level(model: str, blocks: str) -> None:
+    assert step_launches(model, blocks) <= 0.38 * step_launches(model, "stock")
+
+
+@pytest.mark.parametrize("model", list_models())
+def test_a_training_step_of_every_variant(model: str) -> None:
+    assert step_launches(model, "none") <= 0.33 * step_launches(model, "stock")
+
+
+def test_a_training_step_of_moat_0() -> None:
+    assert step_launches("moat_0", "none") <= 520

@@ -6,6 +6,7 @@ Maps are small: the interpreter takes a tenth of a second per program.
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -295,6 +296,33 @@ def test_memory_format_and_strides_of_the_input_do_not_matter(device: str) -> No
     assert outputs["channels_last"].is_contiguous(memory_format=torch.channels_last)
     for name, output in outputs.items():
         assert torch.equal(output, outputs["plain"]), name
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
+def test_vectors_of_any_strides(training: bool, device: str) -> None:
+    """Norms, biases and running statistics with gaps in memory."""
+
+    def with_gaps(tensor: Tensor) -> Tensor:
+        if tensor.dim() != 1:
+            return tensor.clone()
+        return torch.stack((tensor, tensor * 0 - 7), 1)[:, 0]
+
+    case = CASES["squeeze-excite"]
+    dense = to(make_parameters(case), device, torch.float32)
+    x = torch.randn(2, case.in_channels, 7, 8).to(device)
+
+    def step(function: Callable[[Tensor], Tensor]) -> list[Tensor]:
+        parameters = map_tensors(dense, function)
+        leaves, running = flatten(parameters)
+        leaves = [leaf.requires_grad_() for leaf in leaves if leaf is not None]
+        with use_backend("triton"):
+            output = mbconv(x, parameters, case.description, training=training)
+        gradients = torch.autograd.grad(output.square().sum(), leaves)
+        return [output, *gradients, *(tensor for tensor in running if tensor is not None)]
+
+    assert not with_gaps(dense.pre_norm.running_mean).is_contiguous()
+    for spaced, expected in zip(step(with_gaps), step(torch.clone), strict=True):
+        assert_close(spaced, expected, 1e-6)
 
 
 @pytest.mark.parametrize(

@@ -75,5 +75,6 @@ def finish_updates(
     made = [update.tensors for name, update in updates.items() if name not in moments]
     if made:
         # As every operator of PyTorch does that changes a tensor.
-        changed = [tensor for each in made for tensor in each if tensor is not None]
+        tensors = (tensor for each in made for tensor in each if tensor is not None)
+        changed = [tensor for tensor in tensors if not tensor.is_inference()]
         torch.autograd.graph.increment_version(changed)

@@ -98,8 +98,10 @@ class StencilPass(Generic[Result]):
                     f"mbconv: the CUDA kernels do not cover {unsupported}; falling back to Triton's"
                 )
             return not unsupported
-        choice = choose(LAUNCHES, self.name, problem.like, problem.sizes)
-        return choice.kernels == "cuda" and not problem.unsupported()
+        # A choice that there is not must not be asked for: tuning would try it.
+        if problem.unsupported():
+            return False
+        return choose(LAUNCHES, self.name, problem.like, problem.sizes).kernels == "cuda"
 
     def _chosen(self, *arguments: Any) -> Callable[..., Result]:
         return self.cuda if self.is_cuda(*arguments) else self.triton

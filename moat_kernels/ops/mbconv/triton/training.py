@@ -72,10 +72,11 @@ class Call:
         drop_path_scale: Tensor | None,
         dtype: torch.dtype | None,
     ) -> None:
+        parameters = _dense(parameters)
         self.x = x.permute(0, 2, 3, 1).contiguous()
         self.parameters = parameters
         self.description = description
-        self.drop_path_scale = drop_path_scale
+        self.drop_path_scale = None if drop_path_scale is None else drop_path_scale.contiguous()
         self.dtype = dtype or parameters.expand_weight.dtype
         batch, height, width, channels = self.x.shape
         self.stencil = Stencil.of(batch, height, width, description)
@@ -136,6 +137,19 @@ class Call:
         return excite(sums, pixels, self.parameters, gate.activation)
 
 
+def _dense(parameters: MBConvParameters) -> MBConvParameters:
+    """The same with vectors that kernels can read: one element behind the other."""
+    changed: dict[str, Any] = {}
+    for name, value in zip(MBConvParameters._fields, parameters, strict=True):
+        if isinstance(value, NormParameters):
+            if any(tensor is not None and not tensor.is_contiguous() for tensor in value):
+                dense = (None if tensor is None else tensor.contiguous() for tensor in value)
+                changed[name] = NormParameters(*dense)
+        elif value is not None and value.dim() == 1 and not value.is_contiguous():
+            changed[name] = value.contiguous()
+    return parameters._replace(**changed) if changed else parameters
+
+
 def evaluate(
     x: Tensor,
     parameters: MBConvParameters,
@@ -145,6 +159,7 @@ def evaluate(
 ) -> Tensor:
     """The block with fixed statistics: every norm folded, every activation computed once."""
     call = Call(x, parameters, description, drop_path_scale, dtype)
+    parameters = call.parameters
     norms = (
         FoldedNorm(description.pre_norm, parameters.pre_norm),
         FoldedNorm(description.expand_norm, parameters.expand_norm),
@@ -175,6 +190,7 @@ def forward(
 ) -> Forward:
     """Compute the block and save what `recompute` says, beside the statistics."""
     call = Call(x, parameters, description, drop_path_scale, dtype)
+    parameters = call.parameters
     folded = call.fold(_in_kernel(updates, "pre_norm"), None)
     z1, moments = expand(
         call.rows(folded.pre[_MEAN]), folded.expand, folded.bias, "identity", call.measures[1]
@@ -212,7 +228,10 @@ def forward(
 def _in_kernel(updates: Mapping[str, RunningUpdate], name: str) -> RunningUpdate | None:
     """The update of a norm's running statistics, if kernels make it."""
     update = updates.get(name)
-    return None if update is None or update.momentum is None else update
+    if update is None or update.momentum is None:
+        return None
+    dense = update.running_mean.is_contiguous() and update.running_var.is_contiguous()
+    return update if dense else None
 
 
 def _convolution(call: Call, folded: Folded, measure: bool) -> tuple[Any, ...]:
@@ -256,6 +275,7 @@ def backward(
 ) -> dict[str, Tensor]:
     """Gradients by name, of "x" and of the parameters in `needed` (and of some others)."""
     call = Call(x, parameters, description, drop_path_scale, dtype)
+    parameters = call.parameters
     pre, expand_norm, depthwise_norm, squeezed, *wide = saved
     folded = call.fold(None, pre)
     rows = call.rows(pre[_MEAN])

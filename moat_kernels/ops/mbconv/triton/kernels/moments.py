@@ -127,16 +127,15 @@ def row_moments_kernel(
     )  # fmt: skip
 
 
-# Chunks that the rows are cut into: enough for a large GPU, few enough to be merged by every
-# program of kernels/fold.py.
-_CHUNKS = 128
+# Means of chunks of rows, over all channels: every program of kernels/fold.py merges them again.
+_MEANS = 32768
 _BLOCK_ROWS, _BLOCK_C = 32, 64
 
 
 def row_moments(rows: Tensor) -> Moments:
     """Of rows [N, C], of any dtype that kernels take."""
     count, channels = rows.shape
-    chunk = -(-max(count, 1) // (_CHUNKS * _BLOCK_ROWS)) * _BLOCK_ROWS
+    chunk = -(-count // (max(1, _MEANS // channels) * _BLOCK_ROWS)) * _BLOCK_ROWS
     tiles = Tiles(count, 1, chunk, 1)
     values = rows.new_empty((tiles.of_images(1), 2, channels), dtype=torch.float32)
     launch(
