@@ -340,6 +340,9 @@ def test_running_statistics_of_the_input(dtype: torch.dtype, mean: float, device
     assert (norm[2].double() - exact.mean(0)).abs().max() < 1e-6 * (1 + mean)
     # Means of chunks are kept in float32, whose last digit is 1e-3 at 1e4.
     assert_close(norm[4], exact.var(0, correction=0), 2e-6 * (1 + mean / 500))
+    whole_mean, whole_variance = tiles.whole()
+    assert (norm[2] - whole_mean).abs().max() < 1e-6 * (1 + mean)
+    assert_close(norm[4], whole_variance, 2e-6 * (1 + mean / 500))
 
 
 @pytest.mark.parametrize(

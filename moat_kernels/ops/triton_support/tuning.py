@@ -171,9 +171,14 @@ class Tuner:
 
 
 def tensors_of(result: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples and lists."""
+    """The tensors in nested tuples and lists; of what comes in parts, the whole.
+
+    How many parts there are depends on the launch: such results have a method `whole`.
+    """
     if isinstance(result, Tensor):
         yield result
+    elif hasattr(result, "whole"):
+        yield from tensors_of(result.whole())
     elif isinstance(result, (tuple, list)):
         for part in result:
             yield from tensors_of(part)

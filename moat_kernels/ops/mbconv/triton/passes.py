@@ -23,7 +23,7 @@ from moat_kernels.ops.mbconv.triton import cuda_kernels
 from moat_kernels.ops.mbconv.triton.kernels import depthwise as triton_forward
 from moat_kernels.ops.mbconv.triton.kernels import depthwise_backward as triton_backward
 from moat_kernels.ops.mbconv.triton.kernels.expand import expand
-from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, Tiles
+from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, Sums, Tiles
 from moat_kernels.ops.mbconv.triton.launch_table import LAUNCHES
 from moat_kernels.ops.triton_support import traffic
 from moat_kernels.ops.triton_support.choice import choose
@@ -155,17 +155,17 @@ def _depthwise_backward_by_cuda(
     activation: str,
     taps: Tensor,
     stencil: Stencil,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Sums]:
     affine = None if affine is None else affine[:2]
     output, sums = cuda_kernels.depthwise_backward(
         grad, z2, factors[:3], z1, affine, activation, taps, stencil
     )
     reads, flops = (grad, z2, factors, z1, affine, taps), 2 * _stencil_flops(grad)
     traffic.record("cuda_depthwise_backward", (), reads, (output, sums), flops, "float32")
-    return output, sums
+    return output, Sums(sums, 0)
 
 
-# (grad, z2, factors, z1, affine, activation, taps, stencil) -> (Tensor, Tensor)
+# (grad, z2, factors, z1, affine, activation, taps, stencil) -> (Tensor, Sums)
 #
 # Gradient of y1 [B*H*W, E]; and sums [P, 11, E]: of the taps, and of it, and it * z1.
 # grad, z2: [B*H_out*W_out, E]; factors: float32 (a, b, c, ...) [., E] of dz2 = a grad + b z2 + c;

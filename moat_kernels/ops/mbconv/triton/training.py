@@ -44,7 +44,7 @@ from moat_kernels.ops.mbconv.triton.kernels.fold import (
     fold,
     fold_evaluation,
 )
-from moat_kernels.ops.mbconv.triton.kernels.moments import row_moments
+from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, Sums, row_moments
 from moat_kernels.ops.mbconv.triton.kernels.norm import fold_norm, norm_gradient
 from moat_kernels.ops.mbconv.triton.kernels.project import pool, project
 from moat_kernels.ops.mbconv.triton.kernels.project_backward import project_input, project_weight
@@ -131,7 +131,7 @@ class Call:
         maps = rows.view(stencil.batch, stencil.out_height, stencil.out_width, -1)
         return maps.permute(0, 3, 1, 2)
 
-    def excite(self, sums: Tensor, pixels: int) -> Excitation:
+    def excite(self, sums: Sums, pixels: int) -> Excitation:
         gate = self.description.squeeze_excite
         assert gate is not None
         return excite(sums, pixels, self.parameters, gate.activation)
@@ -243,7 +243,7 @@ def _convolution(call: Call, folded: Folded, measure: bool) -> tuple[Any, ...]:
 def _fold_norm(
     call: Call,
     name: str,
-    moments: Any,
+    moments: Moments | None,
     constant: Tensor | None,
     like: Tensor,
     updates: Mapping[str, RunningUpdate],
@@ -339,7 +339,7 @@ def _project_backward(
     squeezed: Tensor,
     needed: frozenset[str],
     gradients: dict[str, Tensor],
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Sums]:
     """Gradient of depthwise_norm's output, and its sums; enters those of what follows the norm.
 
     grad: of the output, [M, C_out] in the dtype of the products.
@@ -347,7 +347,7 @@ def _project_backward(
     activation, pixels = call.description.depthwise_activation, call.out_pixels
     excitation, gate, grad_mean = None, None, None
     if call.description.squeeze_excite is not None:
-        excitation = call.excite(squeezed[:, None], 1)
+        excitation = call.excite(Sums(squeezed[:, None], 1), 1)
         gate = excitation.gate
     needs_weight = not needed.isdisjoint(("project_weight", "project_bias"))
     if excitation is not None or needs_weight:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
 from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
+from moat_kernels.ops.mbconv.triton.kernels.moments import Sums
 from moat_kernels.ops.mbconv.triton.launch_table import depthwise_blocks
 from moat_kernels.ops.triton_support.activations import activate, activation_derivative
 from moat_kernels.ops.triton_support.launching import launch, tunable
@@ -139,7 +140,7 @@ def depthwise_backward(
     activation: str,
     taps: Tensor,
     stencil: Stencil,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Sums]:
     """Gradient of y1 [B*H*W, E]; and sums [P, 11, E]: of the taps, and of it, and it * z1.
 
     grad, z2: [B*H_out*W_out, E]; factors: float32 (a, b, c) [3, E] of dz2 = a grad + b z2 + c;
@@ -172,4 +173,4 @@ def depthwise_backward(
         writes=(output, sums),
         flops=2 * 2 * 9 * grad.numel(),
     )
-    return output, sums
+    return output, Sums(sums, 0)

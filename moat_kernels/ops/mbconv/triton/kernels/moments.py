@@ -41,6 +41,30 @@ class Moments(NamedTuple):
     tiles: Tiles
     total: int
 
+    def whole(self) -> tuple[Tensor, Tensor]:
+        """Mean and biased variance [C], float64."""
+        height, width, band, block_width = self.tiles
+        index = torch.arange(len(self.values), device=self.values.device)
+        columns, bands = -(-width // block_width), -(-height // band)
+        sizes = (width - index % columns * block_width).clamp(max=block_width)
+        sizes = sizes * (height - index // columns % bands * band).clamp(max=band)
+        means, deviations = self.values.double().unbind(1)
+        weights = sizes.double()[:, None] / self.total
+        mean = (weights * means).sum(0)
+        within = deviations.sum(0) / self.total
+        return mean, within + (weights * (means - mean).square()).sum(0)
+
+
+class Sums(NamedTuple):
+    """Sums over parts, which lie along `axis` of the values and are yet to be added up."""
+
+    values: Tensor
+    axis: int
+
+    def whole(self) -> Tensor:
+        """Added up, float64."""
+        return self.values.sum(self.axis, dtype=torch.float64)
+
 
 @triton.jit
 def store_moments(moments_ptr, index, channel, channels, mean, deviation):

@@ -18,7 +18,7 @@ from moat_kernels.ops.mbconv.triton.kernels.fold import (
     running_tensors,
     update_running,
 )
-from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, merge_moments
+from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, Sums, merge_moments
 from moat_kernels.ops.triton_support.launching import launch
 
 # Rows of a norm, float32 [5, C]: scale, shift, centre, 1/std, variance.
@@ -193,7 +193,7 @@ def norm_gradient_kernel(
 
 
 def norm_gradient(
-    sums: Tensor,
+    sums: Sums,
     norm: Tensor,
     parameters: NormParameters,
     constant: Tensor | None,
@@ -208,7 +208,8 @@ def norm_gradient(
     `norm`'s centre. count: values of each channel. The gradients of weight, bias and constant have
     the dtypes of these, float32 where they are None.
     """
-    parts, rows, channels = sums.shape
+    values = sums.values
+    parts, rows, channels = values.shape
     factors = norm.new_empty((FACTOR_ROWS, channels))
     owners = (parameters.weight, parameters.bias, constant)
     gradients = [
@@ -219,7 +220,7 @@ def norm_gradient(
     launch(
         norm_gradient_kernel,
         (-(-channels // _BLOCK_C), rows - 1),
-        *(sums, norm, factors, *gradients, grad_taps, parts, channels, count),
+        *(values, norm, factors, *gradients, grad_taps, parts, channels, count),
         ROWS=rows,
         MEASURED=measured,
         CENTRED=centred,
@@ -227,7 +228,7 @@ def norm_gradient(
         BLOCK_C=_BLOCK_C,
         num_warps=4,
         num_stages=1,
-        reads=(sums, norm),
+        reads=(values, norm),
         writes=(factors, *gradients, grad_taps),
     )
     return factors, gradients, grad_taps

@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
+from moat_kernels.ops.mbconv.triton.kernels.moments import Sums
 from moat_kernels.ops.mbconv.triton.launch_table import dot_precision, gemm_blocks, pool_blocks
 from moat_kernels.ops.triton_support.activations import activate
 from moat_kernels.ops.triton_support.launching import launch, tunable
@@ -68,7 +69,7 @@ def pool_kernel(
 
 
 @tunable
-def pool(z: Tensor, affine: Tensor | None, activation: str, pixels: int) -> Tensor:
+def pool(z: Tensor, affine: Tensor | None, activation: str, pixels: int) -> Sums:
     """Sums over parts of each image of activation(z [M, E] scale + shift), float32 [B, parts, E].
 
     pixels: of an image.
@@ -89,7 +90,7 @@ def pool(z: Tensor, affine: Tensor | None, activation: str, pixels: int) -> Tens
         reads=(z, affine),
         writes=(sums,),
     )
-    return sums
+    return Sums(sums, 1)
 
 
 @triton.jit

@@ -11,6 +11,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
+from moat_kernels.ops.mbconv.triton.kernels.moments import Sums
 from moat_kernels.ops.mbconv.triton.kernels.project import row_blocks, rows_of_block
 from moat_kernels.ops.mbconv.triton.launch_table import (
     dot_precision,
@@ -101,7 +102,7 @@ def project_input(
     gate: Tensor | None,
     grad_mean: Tensor | None,
     pixels: int,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Sums]:
     """Gradient of y [M, E], and sums [P, 2, E] over parts of it, and of it times z - centre.
 
     grad: [M, C_out]; weight: [C_out, E]; z: [M, E]; affine: float32 (scale, shift, centre, ...)
@@ -130,7 +131,7 @@ def project_input(
         writes=(output, sums),
         flops=2 * count * wide * channels,
     )
-    return output, sums
+    return output, Sums(sums, 0)
 
 
 @triton.jit
@@ -227,10 +228,10 @@ def project_weight(
     weight: Tensor,
     pixels: int,
     has_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
+) -> tuple[Tensor, Tensor | None, Sums | None]:
     """Gradients, float32, of the weight [C_out, E], the bias [C_out] and the gate [B, parts, E].
 
-    That of the gate is to be summed over the parts; None stands for what is not there. Shapes are
+    None stands for what is not there. Shapes are
     those of `project_input`.
     """
     (count, wide), channels = z.shape, grad.shape[1]
@@ -272,5 +273,5 @@ def project_weight(
     return (
         weight_gradient.view(channels, wide),
         bias_gradient if has_bias else None,
-        grad_gate,
+        None if grad_gate is None else Sums(grad_gate, 1),
     )

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from moat_kernels.ops.mbconv.description import MBConvParameters
 from moat_kernels.ops.mbconv.triton.kernels.fold import optional
+from moat_kernels.ops.mbconv.triton.kernels.moments import Sums
 from moat_kernels.ops.triton_support.activations import activate, activation_derivative
 from moat_kernels.ops.triton_support.launching import launch
 
@@ -95,8 +96,9 @@ def _blocks(wide: int, small: int) -> dict[str, int]:
     return {"BLOCK_WIDE": outer, "BLOCK_SMALL": inner}
 
 
-def excite(sums: Tensor, pixels: int, parameters: MBConvParameters, activation: str) -> Excitation:
+def excite(pooled: Sums, pixels: int, parameters: MBConvParameters, activation: str) -> Excitation:
     """Of the sums [B, parts, E] over parts of maps of `pixels`."""
+    sums = pooled.values
     batch, parts, wide = sums.shape
     reduce_weight, expand_weight = _weights(parameters)
     small = reduce_weight.shape[0]
@@ -230,7 +232,7 @@ def excite_weight_kernel(
 
 
 def excite_backward(
-    grad_gate: Tensor,
+    grad_gate: Sums,
     excitation: Excitation,
     pixels: int,
     parameters: MBConvParameters,
@@ -238,15 +240,15 @@ def excite_backward(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """(gradient of every pixel through the mean of `pixels` [B, E], those of parameters by name).
 
-    grad_gate: float32 [B, parts, E], to be summed over the parts.
+    grad_gate: float32 [B, parts, E].
     """
-    batch, parts, wide = grad_gate.shape
+    batch, parts, wide = grad_gate.values.shape
     reduce_weight, expand_weight = _weights(parameters)
     small = reduce_weight.shape[0]
     mean, reduced, gate = excitation
     grad_logit, grad_mean = torch.empty_like(gate), torch.empty_like(gate)
     grad_reduced = torch.empty_like(reduced)
-    reads = (grad_gate, gate, reduced, reduce_weight, expand_weight)
+    reads = (grad_gate.values, gate, reduced, reduce_weight, expand_weight)
     writes = (grad_logit, grad_reduced, grad_mean)
     blocks = _blocks(wide, small)
     launch(
