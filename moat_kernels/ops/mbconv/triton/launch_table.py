@@ -121,7 +121,7 @@ LAUNCHES = register_launch_table(
                 # Measured on an H200, see docs/launch_tables.md.
                 ("depthwise", 2, STRIDE_1): StencilBlocks(4, 64, 16, 4, 2),
                 ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 32, 4, 4),
-                ("project_weight", 2, ANY_SIZE): GemmBlocks(128, 64, 64, 8, 2),
+                ("project_weight", 2, ANY_SIZE): GemmBlocks(128, 64, 64, 8, 3),
                 ("depthwise_backward_pass", 2, ANY_SIZE): Implementation("cuda"),
             },
             10: {
@@ -130,6 +130,7 @@ LAUNCHES = register_launch_table(
                 ("expand_products", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
                 ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 16, 8, 3),
                 ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
+                ("project_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
                 ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 2),
             },
             12: {

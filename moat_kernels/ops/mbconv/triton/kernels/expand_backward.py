@@ -313,7 +313,8 @@ class ExpandGradient(NamedTuple):
 
 # Tiles of the two small products, and the depth of a step by the bytes of an element: three TF32
 # products for each of float32 take more registers.
-_GRADIENT_BLOCKS, _CORRECTION_BLOCK, _DEPTHS = (32, 64), 32, {2: 32, 4: 16}
+_GRADIENT_BLOCKS, _DEPTHS = (32, 64), {2: 32, 4: 16}
+_CORRECTION_BLOCK, _CORRECTION_DEPTH = 32, 16
 
 
 def expand_gradient(
@@ -369,7 +370,7 @@ def expand_gradient(
         *(*reads, *writes, parts, count, wide, channels),
         PRE_MEASURED=measures[0],
         BLOCK_C=_CORRECTION_BLOCK,
-        BLOCK_INNER=depth,
+        BLOCK_INNER=_CORRECTION_DEPTH,
         PRECISION=precision,
         num_warps=4,
         num_stages=2,

@@ -174,7 +174,12 @@ def project_weight_kernel(
     mask = valid_channel[:, None] & valid_column[None, :]
     weight_offset = channel[:, None] * wide + column[None, :]
     total = tl.zeros([BLOCK_C, BLOCK_WIDE], tl.float32)
-    bias = tl.zeros([BLOCK_C], tl.float32)
+    # The sum of grad as one more product, by a column of ones.
+    ones = tl.where(tl.arange(0, 16) == 0, 1.0, 0.0)[None, :] + tl.zeros(
+        [BLOCK_ROWS, 16], tl.float32
+    )
+    ones = ones.to(grad_ptr.dtype.element_ty)
+    bias = tl.zeros([BLOCK_C, 16], tl.float32)
     first = split * parts_per_split
     for index in tl.range(first, tl.minimum(first + parts_per_split, tl.cdiv(count, part))):
         products = tl.zeros([BLOCK_C, BLOCK_WIDE], tl.float32)
@@ -192,7 +197,7 @@ def project_weight_kernel(
                 scaled = grad.to(tl.float32) * factor.to(tl.float32)[:, None]
                 grad = scaled.to(grad.dtype)
             if HAS_BIAS:
-                bias += tl.sum(grad.to(tl.float32), 0)
+                bias = tl.dot(tl.trans(grad), ones, bias, input_precision=PRECISION)
             z = tl.load(
                 z_ptr + offset[:, None] * wide + column[None, :],
                 mask=valid_row[:, None] & valid_column[None, :],
@@ -214,7 +219,7 @@ def project_weight_kernel(
     tl.store(target + weight_offset, total, mask=mask)
     if HAS_BIAS:  # noqa: SIM102  decided at compile time
         if tl.program_id(0) % wide_blocks == 0:
-            tl.store(target + channels * wide + channel, bias, mask=valid_channel)
+            tl.store(target + channels * wide + channel, tl.sum(bias, 1), mask=valid_channel)
 
 
 @tunable
