@@ -107,8 +107,7 @@ LAUNCHES = register_launch_table(
             "stages": STAGES,
             "kernels": ("triton", "cuda"),
         },
-        # Without a word to the contrary, what the table has above spills registers there, under
-        # Triton 3.6 or 3.9.
+        # Without a word to the contrary, what the table has above spills registers there.
         exceptions={
             8: {
                 ("depthwise", 4, STRIDE_1): StencilBlocks(8, 64, 16, 16),
