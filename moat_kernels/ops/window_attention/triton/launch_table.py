@@ -78,7 +78,9 @@ LAUNCHES = register_launch_table(
                 ("key_value", 2, LARGE): AttentionBlocks(32, 128, 4, 1),
                 ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 4),
             },
-            10: {  # with two stages registers spill
+            10: {  # with two stages registers spill, those of "gradient" under Triton 3.6
+                ("gradient", 2, SMALL): AttentionBlocks(64, 32, 8, 1),
+                ("gradient", 2, LARGE): AttentionBlocks(64, 32, 8, 1),
                 ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
                 ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 1),
                 ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 1),

@@ -135,6 +135,35 @@ def project_input(
 
 
 @triton.jit
+def _load_grad(grad_ptr, drop_path_ptr, row, valid_row, channel, channels, pixels):
+    """drop_path * grad of a tile, in the dtype of grad."""
+    grad = tl.load(
+        grad_ptr + row.to(tl.int64)[:, None] * channels + channel[None, :],
+        mask=valid_row[:, None] & (channel < channels)[None, :],
+        other=0.0,
+    )
+    if drop_path_ptr is not None:
+        factor = tl.load(drop_path_ptr + row // pixels, mask=valid_row, other=0.0)
+        grad = (grad.to(tl.float32) * factor.to(tl.float32)[:, None]).to(grad.dtype)
+    return grad
+
+
+@triton.jit
+def _sum_grad(
+    grad_ptr, drop_path_ptr, target_ptr, begin, end, pixels, block, channels,
+    BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr,
+):  # fmt: skip
+    """target = sum of drop_path * grad over a range of rows, of a block of channels."""
+    channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    sums = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    for start in tl.range(begin, end, BLOCK_ROWS):
+        row = start + tl.arange(0, BLOCK_ROWS)
+        grad = _load_grad(grad_ptr, drop_path_ptr, row, row < end, channel, channels, pixels)
+        sums += grad.to(tl.float32)
+    tl.store(target_ptr + channel, tl.sum(sums, 0), mask=channel < channels)
+
+
+@triton.jit
 def project_weight_kernel(
     grad_ptr,  # [M, C_out]
     z_ptr,  # [M, E]
@@ -160,12 +189,25 @@ def project_weight_kernel(
     """partial = sum over parts of gate * P, P = (drop_path * grad)^T act(y) over one part's rows.
 
     With a gate a part is an image, and grad_gate = sum over C_out of weight * P: what the gate's
-    gradient needs of the map, without reading z once more. bias: the sum of drop_path * grad.
+    gradient needs of the map, without reading z once more. HAS_BIAS: programs behind those of the
+    tiles sum drop_path * grad, for which the others have no registers left.
+
     Reads grad (C_out-wide) and z (E-wide); tiles of the same rows run side by side, so that all but
     the first find them in L2.
     """
     wide_blocks = tl.cdiv(wide, BLOCK_WIDE)
     channel_block = tl.program_id(0) // wide_blocks
+    if HAS_BIAS:
+        tiles = tl.cdiv(channels, BLOCK_C) * wide_blocks
+        if tl.program_id(0) >= tiles:
+            begin = tl.program_id(1) * parts_per_split * part
+            _sum_grad(
+                grad_ptr, drop_path_ptr,
+                partial_ptr + (tl.program_id(1).to(tl.int64) * (wide + 1) + wide) * channels,
+                begin, tl.minimum(count, begin + parts_per_split * part), pixels,
+                tl.program_id(0) - tiles, channels, BLOCK_C, BLOCK_ROWS,
+            )  # fmt: skip
+            return
     channel = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
     column = (tl.program_id(0) % wide_blocks) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
     valid_channel, valid_column = channel < channels, column < wide
@@ -174,12 +216,6 @@ def project_weight_kernel(
     mask = valid_channel[:, None] & valid_column[None, :]
     weight_offset = channel[:, None] * wide + column[None, :]
     total = tl.zeros([BLOCK_C, BLOCK_WIDE], tl.float32)
-    # The sum of grad as one more product, by a column of ones.
-    ones = tl.where(tl.arange(0, 16) == 0, 1.0, 0.0)[None, :] + tl.zeros(
-        [BLOCK_ROWS, 16], tl.float32
-    )
-    ones = ones.to(grad_ptr.dtype.element_ty)
-    bias = tl.zeros([BLOCK_C, 16], tl.float32)
     first = split * parts_per_split
     for index in tl.range(first, tl.minimum(first + parts_per_split, tl.cdiv(count, part))):
         products = tl.zeros([BLOCK_C, BLOCK_WIDE], tl.float32)
@@ -187,17 +223,7 @@ def project_weight_kernel(
         for start in tl.range(index * part, end, BLOCK_ROWS):
             row = start + tl.arange(0, BLOCK_ROWS)
             valid_row, offset = row < end, row.to(tl.int64)
-            grad = tl.load(
-                grad_ptr + offset[:, None] * channels + channel[None, :],
-                mask=valid_row[:, None] & valid_channel[None, :],
-                other=0.0,
-            )
-            if drop_path_ptr is not None:
-                factor = tl.load(drop_path_ptr + row // pixels, mask=valid_row, other=0.0)
-                scaled = grad.to(tl.float32) * factor.to(tl.float32)[:, None]
-                grad = scaled.to(grad.dtype)
-            if HAS_BIAS:
-                bias = tl.dot(tl.trans(grad), ones, bias, input_precision=PRECISION)
+            grad = _load_grad(grad_ptr, drop_path_ptr, row, valid_row, channel, channels, pixels)
             z = tl.load(
                 z_ptr + offset[:, None] * wide + column[None, :],
                 mask=valid_row[:, None] & valid_column[None, :],
@@ -217,9 +243,6 @@ def project_weight_kernel(
         total += products
     target = partial_ptr + split.to(tl.int64) * channels * (wide + HAS_BIAS)
     tl.store(target + weight_offset, total, mask=mask)
-    if HAS_BIAS:  # noqa: SIM102  decided at compile time
-        if tl.program_id(0) % wide_blocks == 0:
-            tl.store(target + channels * wide + channel, tl.sum(bias, 1), mask=valid_channel)
 
 
 @tunable
@@ -255,7 +278,7 @@ def project_weight(
     gated_weight = None if gate is None else weight
     launch(
         project_weight_kernel,
-        (tiles, splits),
+        (tiles + (channel_blocks if has_bias else 0), splits),
         *(
             *(grad, z, affine, drop_path_scale, gate, gated_weight, partial, grad_gate),
             *(count, pixels, wide, channels, part, parts_per_split),
