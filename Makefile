@@ -30,7 +30,7 @@ demo: $(EXTENSION)
 
 # Files are shared out among as many processes as there are cores; ARGS="-n 0" is one process.
 test: $(EXTENSION) $(PEERS)
-	$(VENV)/bin/python -m pytest -n logical --dist loadfile $(ARGS)
+	$(VENV)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(EXTENSION) $(PEERS)
 	@mkdir -p build
