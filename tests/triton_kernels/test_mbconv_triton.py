@@ -298,6 +298,21 @@ def test_memory_format_and_strides_of_the_input_do_not_matter(device: str) -> No
         assert torch.equal(output, outputs["plain"]), name
 
 
+def test_running_statistics_wider_than_the_kernels_keep_their_digits(device: str) -> None:
+    """In float64, beside float32 weights: updated by PyTorch, from moments in float32."""
+    case = CASES["stride 1"]
+    parameters = to(make_parameters(case), device, torch.float32)
+    norm = parameters.depthwise_norm
+    wide = norm._replace(running_mean=norm.running_mean.double() + 1e9)
+    x = torch.randn(2, case.in_channels, 7, 8).to(device)
+    with use_backend("triton"):
+        mbconv(x, parameters._replace(depthwise_norm=wide), case.description, training=True)
+        mbconv(x, parameters, case.description, training=True)
+    momentum = case.description.depthwise_norm.momentum
+    shift = (wide.running_mean - norm.running_mean.double()) / (1 - momentum)
+    assert_close(shift, torch.full_like(shift, 1e9), 1e-14)
+
+
 @pytest.mark.parametrize("training", [True, False], ids=["training", "eval"])
 def test_vectors_of_any_strides(training: bool, device: str) -> None:
     """Norms, biases and running statistics with gaps in memory."""

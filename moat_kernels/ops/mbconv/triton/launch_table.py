@@ -220,3 +220,8 @@ def statistics_precision(like: Tensor) -> str:
     if like.dtype == torch.float32:
         return dot_precision(like)
     return "tf32" if architecture(like.device) else "ieee"
+
+
+def statistics_depth(like: Tensor) -> int:
+    """The depth of a step of such products: three of TF32 for each take more registers."""
+    return 16 if like.dtype == torch.float32 else 32

@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moat_kernels.ops.common.spatial import may_pad, resolve_padding
-from moat_kernels.ops.mbconv.algebra.stages import PoolStage, as_map, as_rows
-from moat_kernels.ops.mbconv.description import MBConvDescription
+from moat_kernels.ops.mbconv.algebra.geometry import Stencil
+from moat_kernels.ops.mbconv.algebra.stages import PoolStage, as_rows
+from moat_kernels.ops.mbconv.description import Pool
 from moat_kernels.ops.mbconv.triton.kernels.fold import Ready, Weights
 from moat_kernels.ops.mbconv.triton.kernels.shortcut import pool_rows
 from moat_kernels.ops.triton_support.products import weight_gradient
@@ -20,14 +21,16 @@ from moat_kernels.ops.triton_support.products import weight_gradient
 class Shortcut:
     """Of one call.
 
-    x: [B, H, W, C], contiguous. weights: as they are given; ready: as the products take them.
+    x: [B, H, W, C], contiguous. stencil: of the block, which tells the size of the output. weights:
+    as they are given; ready: as the products take them.
     """
 
     def __init__(
-        self, x: Tensor, description: MBConvDescription, ready: Ready, weights: Weights
+        self, x: Tensor, stencil: Stencil, pool: Pool | None, ready: Ready, weights: Weights
     ) -> None:
         self.x = x
-        self.pool = description.pool
+        self.stencil = stencil
+        self.pool = pool
         self.weight, self.bias = ready.shortcut, ready.shortcut_bias
         self.weights = weights
 
@@ -61,9 +64,9 @@ class Shortcut:
             grad = grad @ self.weight
         if self.pool is None or self._is_quartered():
             return grad, gradients
-        stage, x = PoolStage(self.pool), self.x.permute(0, 3, 1, 2)
-        maps = as_map(grad, stage.forward(x).to(grad.dtype))
-        spread = stage.backward(maps, x.to(grad.dtype), True)
+        size = (self.stencil.batch, self.stencil.out_height, self.stencil.out_width, -1)
+        x = self.x.permute(0, 3, 1, 2).to(grad.dtype)
+        spread = PoolStage(self.pool).backward(grad.view(size).permute(0, 3, 1, 2), x, True)
         assert spread is not None
         return as_rows(spread).contiguous(), gradients
 

@@ -10,8 +10,7 @@ Training, of rows in units of the map and E-wide tensors in capitals:
     dY1, dtaps from dY2, Z2 and Z1          gW and dx from dY1 and rows (kernels/expand_backward.py)
 
 Each pass measures what it writes; one small kernel makes a norm of that, updates its running
-statistics, and another one its gradients. What is C-wide beside them (the shortcut) is stock
-PyTorch.
+statistics, and another one its gradients. The shortcut is in shortcut.py.
 """
 
 from __future__ import annotations
@@ -22,21 +21,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.common.batch_norm import Norm, NormParameters, RunningUpdate
+from moat_kernels.ops.common.batch_norm import NormParameters, RunningUpdate
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
 from moat_kernels.ops.mbconv.contract import Forward
-from moat_kernels.ops.mbconv.description import (
-    MBConvDescription,
-    MBConvParameters,
-)
+from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
 from moat_kernels.ops.mbconv.triton import passes
 from moat_kernels.ops.mbconv.triton.kernels.expand import expand
-from moat_kernels.ops.mbconv.triton.kernels.expand_backward import (
-    expand_gradient,
-    expand_input,
-    expand_products,
-)
+from moat_kernels.ops.mbconv.triton.kernels.expand_backward import expand_input, expand_products
+from moat_kernels.ops.mbconv.triton.kernels.expand_gradient import expand_gradient
 from moat_kernels.ops.mbconv.triton.kernels.fold import (
+    PILOT,
     Folded,
     FoldedNorm,
     Ready,
@@ -45,7 +39,12 @@ from moat_kernels.ops.mbconv.triton.kernels.fold import (
     fold_evaluation,
 )
 from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, Sums, row_moments
-from moat_kernels.ops.mbconv.triton.kernels.norm import fold_norm, norm_gradient
+from moat_kernels.ops.mbconv.triton.kernels.norm import (
+    CENTRE,
+    VARIANCE,
+    fold_norm,
+    norm_gradient,
+)
 from moat_kernels.ops.mbconv.triton.kernels.project import pool, project
 from moat_kernels.ops.mbconv.triton.kernels.project_backward import project_input, project_weight
 from moat_kernels.ops.mbconv.triton.kernels.squeeze_excite import (
@@ -54,11 +53,6 @@ from moat_kernels.ops.mbconv.triton.kernels.squeeze_excite import (
     excite_backward,
 )
 from moat_kernels.ops.mbconv.triton.shortcut import Shortcut
-
-# Rows of a folded norm that are its batch's mean and biased variance.
-_MEAN, _VARIANCE = 2, 4
-# Rows of a folded pre_norm: what kernels/expand_backward.py multiplies rows about.
-_PILOT = 5
 
 
 class Call:
@@ -120,10 +114,13 @@ class Call:
         """What `project` takes after the gate."""
         added, dtype = None, self.dtype
         if self.description.residual:
-            added = Shortcut(self.x, self.description, ready, self.weights).forward()
+            added = self.shortcut(ready).forward()
             dtype = torch.promote_types(dtype, added.dtype)
         bias = self.parameters.project_bias
         return ready.project, bias, self.drop_path_scale, added, self.out_pixels, dtype
+
+    def shortcut(self, ready: Ready) -> Shortcut:
+        return Shortcut(self.x, self.stencil, self.description.pool, ready, self.weights)
 
     def output_map(self, rows: Tensor) -> Tensor:
         """[M, C_out] as a channels_last [B, C_out, H_out, W_out]."""
@@ -193,7 +190,7 @@ def forward(
     parameters = call.parameters
     folded = call.fold(_in_kernel(updates, "pre_norm"), None)
     z1, moments = expand(
-        call.rows(folded.pre[_MEAN]), folded.expand, folded.bias, "identity", call.measures[1]
+        call.rows(folded.pre[CENTRE]), folded.expand, folded.bias, "identity", call.measures[1]
     )
     expand_norm = _fold_norm(call, "expand_norm", moments, folded.constant, folded.taps, updates)
     convolution = _convolution(call, folded, call.measures[2])
@@ -226,12 +223,15 @@ def forward(
 
 
 def _in_kernel(updates: Mapping[str, RunningUpdate], name: str) -> RunningUpdate | None:
-    """The update of a norm's running statistics, if kernels make it."""
+    """The update of a norm's running statistics, if kernels make it: dense, at most float32."""
     update = updates.get(name)
     if update is None or update.momentum is None:
         return None
-    dense = update.running_mean.is_contiguous() and update.running_var.is_contiguous()
-    return update if dense else None
+    mean, variance, tracked = update.tensors
+    fits = mean.is_contiguous() and variance.is_contiguous()
+    fits = fits and torch.float64 not in (mean.dtype, variance.dtype)
+    fits = fits and (tracked is None or tracked.device == mean.device)
+    return update if fits else None
 
 
 def _convolution(call: Call, folded: Folded, measure: bool) -> tuple[Any, ...]:
@@ -248,17 +248,13 @@ def _fold_norm(
     like: Tensor,
     updates: Mapping[str, RunningUpdate],
 ) -> Tensor:
-    norm, parameters = _norm(call, name)
+    norm, parameters = getattr(call.description, name), getattr(call.parameters, name)
     return fold_norm(norm, parameters, moments, constant, like, _in_kernel(updates, name))
-
-
-def _norm(call: Call, name: str) -> tuple[Norm | None, NormParameters]:
-    return getattr(call.description, name), getattr(call.parameters, name)
 
 
 def _moments(norm: Tensor, constant: Tensor | None) -> tuple[Tensor, Tensor]:
     """(mean, biased variance) of what a norm sees, its input and `constant`."""
-    mean, variance = norm[_MEAN], norm[_VARIANCE]
+    mean, variance = norm[CENTRE], norm[VARIANCE]
     return mean if constant is None else mean + constant, variance
 
 
@@ -278,7 +274,7 @@ def backward(
     parameters = call.parameters
     pre, expand_norm, depthwise_norm, squeezed, *wide = saved
     folded = call.fold(None, pre)
-    rows = call.rows(pre[_MEAN])
+    rows = call.rows(pre[CENTRE])
     z1, z2 = wide[0] if len(wide) == 2 else None, wide[-1] if wide else None
     if z1 is None:
         z1, _ = expand(rows, folded.expand, folded.bias, "identity", False)
@@ -289,8 +285,7 @@ def backward(
     gradients: dict[str, Tensor] = {}
     addend = None
     if description.residual:
-        branch = Shortcut(call.x, description, folded.ready, call.weights)
-        addend, gradients = branch.backward(grad_rows, low_grad, needed)
+        addend, gradients = call.shortcut(folded.ready).backward(grad_rows, low_grad, needed)
     dy2, sums = _project_backward(
         call, low_grad, z2, depthwise_norm, folded.ready.project, squeezed, needed, gradients
     )
@@ -310,7 +305,7 @@ def backward(
     _name(gradients, "expand_norm", norm_gradients, "expand_bias")
     assert grad_taps is not None
     gradients["depthwise_weight"] = grad_taps
-    products = expand_products(dy1, rows, pre[_PILOT], call.centred)
+    products = expand_products(dy1, rows, pre[PILOT], call.measures[1])
     gradient = expand_gradient(
         *(products, factors, folded, call.weights, parameters.pre_norm),
         *(len(rows), call.measures[:2]),
@@ -319,7 +314,7 @@ def backward(
     gradients["pre_norm_weight"] = gradient.pre_weight
     gradients["pre_norm_bias"] = gradient.pre_bias
     if "x" in needed:
-        grad_x = expand_input(dy1, gradient, rows, pre[_PILOT], addend, x.shape[3], x.dtype)
+        grad_x = expand_input(dy1, gradient, rows, pre[PILOT], addend, x.shape[3], x.dtype)
         gradients["x"] = grad_x.view(call.x.shape).permute(0, 3, 1, 2)
     return gradients
 

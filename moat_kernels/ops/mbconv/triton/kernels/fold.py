@@ -25,40 +25,18 @@ from torch import Tensor
 
 from moat_kernels.ops.common.batch_norm import Norm, NormParameters, RunningUpdate
 from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, merge_moments
+from moat_kernels.ops.mbconv.triton.kernels.norm_parameters import (
+    count_batch,
+    optional,
+    running_tensors,
+    update_running,
+)
 from moat_kernels.ops.triton_support.launching import launch
 
-# Rows of a folded pre_norm, float32 [7, C]: scale, shift, centre, 1/std, variance, pilot, rest.
-PRE_ROWS = 7
-# Rows of `Folded.vectors`, float32 [3, E]: bias, constant, folded rest.
+# Rows of a folded pre_norm, float32 [7, C]: those of any norm (kernels/norm.py), pilot and rest.
+PRE_ROWS, PILOT = 7, 5
 _BLOCK_WIDE, _BLOCK_C = 16, 64
 _FAR = tl.constexpr(16.0)  # squared standard deviations between the centre and 0
-
-
-@triton.jit
-def optional(pointer, channel, valid, DEFAULT: tl.constexpr):
-    """A vector's elements in float32, or its default where it is None."""
-    if pointer is None:
-        return tl.full(channel.shape, DEFAULT, tl.float32)
-    else:
-        return tl.load(pointer + channel, mask=valid, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def update_running(mean_ptr, variance_ptr, channel, valid, mean, variance, momentum):
-    """running += momentum * (batch - running), of some channels."""
-    running_mean = tl.load(mean_ptr + channel, mask=valid, other=0.0).to(tl.float32)
-    running_variance = tl.load(variance_ptr + channel, mask=valid, other=0.0).to(tl.float32)
-    running_mean += momentum * (mean - running_mean)
-    running_variance += momentum * (variance - running_variance)
-    tl.store(mean_ptr + channel, running_mean.to(mean_ptr.dtype.element_ty), mask=valid)
-    tl.store(variance_ptr + channel, running_variance.to(variance_ptr.dtype.element_ty), mask=valid)
-
-
-@triton.jit
-def count_batch(tracked_ptr):
-    """num_batches_tracked += 1; by one program."""
-    if tracked_ptr is not None:
-        tl.store(tracked_ptr, tl.load(tracked_ptr) + 1)
 
 
 @triton.jit
@@ -105,15 +83,15 @@ def fold_weights_kernel(
     pre_ptr,  # [7, C] float32, read where GIVEN, else written
     bias_ptr,  # [E], or None
     taps_ptr,  # [E, 9]
-    project_ptr,
-    shortcut_ptr,
-    shortcut_bias_ptr,  # [C_out, E], [C_out, C], [C_out], or None
+    project_ptr,  # [C_out, E], or None
+    shortcut_ptr,  # [C_out, C], or None
+    shortcut_bias_ptr,  # [C_out], or None
     folded_ptr,  # [E, C]
-    vectors_ptr,  # [3, E] float32
+    vectors_ptr,  # [3, E] float32: bias, constant, folded times rest
     taps_out_ptr,  # [9, E] float32
-    project_out_ptr,
+    project_out_ptr,  # as project_ptr; the next two likewise
     shortcut_out_ptr,
-    shortcut_bias_out_ptr,  # the same
+    shortcut_bias_out_ptr,
     count,
     chunk,
     chunks,
@@ -233,7 +211,7 @@ class Folded(NamedTuple):
 
     pre: Tensor  # [7, C] float32
     expand: Tensor  # [E, C]
-    vectors: Tensor  # [3, E] float32
+    vectors: Tensor  # [3, E] float32: `bias`, `constant`, and `expand` times rest
     taps: Tensor  # [9, E] float32
     ready: Ready
 
@@ -268,15 +246,6 @@ class _Casts(NamedTuple):
             for side in (kept, ready)
         )
         return _Casts(Ready(*ready), sources, targets)  # type: ignore[arg-type]
-
-
-def running_tensors(
-    parameters: NormParameters, frozen: bool, update: RunningUpdate | None
-) -> tuple[Tensor | None, ...]:
-    """Running mean, variance and count of batches that a kernel reads or updates, if any."""
-    if frozen:
-        return parameters.running_mean, parameters.running_var, None
-    return (None, None, None) if update is None else update.tensors
 
 
 def _sizes(moments: Moments) -> tuple[int, int, int]:

@@ -12,17 +12,17 @@ import triton.language as tl
 from torch import Tensor
 
 from moat_kernels.ops.common.batch_norm import Norm, NormParameters, RunningUpdate
-from moat_kernels.ops.mbconv.triton.kernels.fold import (
+from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, Sums, merge_moments
+from moat_kernels.ops.mbconv.triton.kernels.norm_parameters import (
     count_batch,
     optional,
     running_tensors,
     update_running,
 )
-from moat_kernels.ops.mbconv.triton.kernels.moments import Moments, Sums, merge_moments
 from moat_kernels.ops.triton_support.launching import launch
 
-# Rows of a norm, float32 [5, C]: scale, shift, centre, 1/std, variance.
-NORM_ROWS = 5
+# Rows of a norm, float32 [5, C]: scale, shift, centre (the mean of a batch), 1/std, variance.
+NORM_ROWS, CENTRE, VARIANCE = 5, 2, 4
 # Rows of its backward pass, float32 [4, C]: a, b, c, and the sum of dy.
 FACTOR_ROWS = 4
 _BLOCK_PARTS, _BLOCK_C = 128, 16

@@ -16,8 +16,8 @@ import triton.language as tl
 from torch import Tensor
 
 from moat_kernels.ops.mbconv.description import MBConvParameters
-from moat_kernels.ops.mbconv.triton.kernels.fold import optional
 from moat_kernels.ops.mbconv.triton.kernels.moments import Sums
+from moat_kernels.ops.mbconv.triton.kernels.norm_parameters import optional
 from moat_kernels.ops.triton_support.activations import activate, activation_derivative
 from moat_kernels.ops.triton_support.launching import launch
 
@@ -33,6 +33,16 @@ class Excitation(NamedTuple):
     mean: Tensor
     reduced: Tensor
     gate: Tensor
+
+
+@triton.jit
+def _sum_parts(source_ptr, image, parts, wide, column, valid):
+    """The sum of an image's parts, of some columns of [B, parts, wide]."""
+    total = tl.zeros(column.shape, tl.float32)
+    for part in tl.range(0, parts):
+        source = source_ptr + (image * parts + part) * wide
+        total += tl.load(source + column, mask=valid, other=0.0)
+    return total
 
 
 @triton.jit
@@ -56,12 +66,7 @@ def excite_kernel(
     for start in tl.range(0, wide, BLOCK_WIDE):
         column = start + tl.arange(0, BLOCK_WIDE)
         valid = column < wide
-        mean = tl.zeros([BLOCK_WIDE], tl.float32)
-        for part in tl.range(0, parts):
-            mean += tl.load(
-                sums_ptr + (image * parts + part) * wide + column, mask=valid, other=0.0
-            )
-        mean = mean / pixels
+        mean = _sum_parts(sums_ptr, image, parts, wide, column, valid) / pixels
         tl.store(mean_ptr + image * wide + column, mean, mask=valid)
         mask = valid_inner[:, None] & valid[None, :]
         offset = inner[:, None] * wide + column[None, :]
@@ -143,10 +148,7 @@ def excite_backward_kernel(
     for start in tl.range(0, wide, BLOCK_WIDE):
         column = start + tl.arange(0, BLOCK_WIDE)
         valid = column < wide
-        grad = tl.zeros([BLOCK_WIDE], tl.float32)
-        for part in tl.range(0, parts):
-            source = grad_gate_ptr + (image * parts + part) * wide
-            grad += tl.load(source + column, mask=valid, other=0.0)
+        grad = _sum_parts(grad_gate_ptr, image, parts, wide, column, valid)
         gate = tl.load(gate_ptr + image * wide + column, mask=valid, other=0.0)
         grad *= gate * (1.0 - gate)
         tl.store(grad_logit_ptr + image * wide + column, grad, mask=valid)

@@ -15,6 +15,7 @@ import triton.language as tl
 
 from moat_kernels.ops.window_attention.triton.kernels.forward import (
     SIZES,
+    load_keys,
     load_rows,
     locate,
     scores,
@@ -28,6 +29,32 @@ def score_gradient(score, log_sum_exp, delta, weight_gradient, valid):
     """(P, dS) of a tile; zero where not valid, whatever is there."""
     weight = tl.where(valid, tl.exp2(score - log_sum_exp), 0.0)
     return weight, tl.where(valid, weight * (weight_gradient - delta), 0.0)
+
+
+@triton.jit
+def load_queries(
+    base, grad_output, log_sum_exp, token, batch, head, heads, window, stride_row, stride_column,
+    height, width, window_height, window_width, GRID: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """(query, gradient of the output, log2-sum-exp) of some tokens, and where they are.
+
+    That is: whether there, the pixel of the map, offsets of the output and of statistics.
+    """
+    row, column, valid = locate(token, window, height, width, window_height, window_width, GRID)
+    query = load_rows(base, row * stride_row + column * stride_column, valid, HEAD_DIM)
+    pixel = row * width + column
+    output_offset = ((batch * height * width + pixel) * heads + head) * HEAD_DIM
+    gradient = load_rows(grad_output, output_offset, valid, HEAD_DIM)
+    statistic = (batch * heads + head) * height * width + pixel
+    normalizer = tl.load(log_sum_exp + statistic, mask=valid, other=0.0)
+    return query, gradient, normalizer, valid, pixel, output_offset, statistic
+
+
+@triton.jit
+def output_product(gradient, output, output_offset, valid, HEAD_DIM: tl.constexpr):
+    """delta of some queries."""
+    result = load_rows(output, output_offset, valid, HEAD_DIM)
+    return tl.sum(gradient.to(tl.float32) * result.to(tl.float32), 1)
 
 
 @triton.jit
@@ -46,12 +73,10 @@ def walk_keys(
     sums = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
     for start in range(0, window_height * window_width, BLOCK_KEYS):
         key_token = start + tl.arange(0, BLOCK_KEYS)
-        key_row, key_column, key_valid = locate(
-            key_token, window, height, width, window_height, window_width, GRID
-        )
-        key_offset = key_row * stride_row + key_column * stride_column
-        key = load_rows(base + stride_part, key_offset, key_valid, HEAD_DIM)
-        value = load_rows(base + 2 * stride_part, key_offset, key_valid, HEAD_DIM)
+        _, _, key_valid, key, value = load_keys(
+            base, key_token, window, stride_row, stride_column, stride_part,
+            height, width, window_height, window_width, GRID, HEAD_DIM,
+        )  # fmt: skip
         score = scores(
             query, key, query_token, key_token, key_valid, table, scale,
             window_height, window_width, True, HAS_TABLE, PRECISION,
@@ -83,29 +108,21 @@ def walk_queries(
     """(dK = scale dS^T Q, dV = P^T G) of a block of keys, [BLOCK_KEYS, HEAD_DIM] each.
 
     Over all queries of a window. The tile is computed transposed, [keys, queries], as both products
-    need it. delta is read, or if None computed from output. slab [tokens, tokens] (query, key), if
-    there is one, becomes dS, or dS is added to it.
+    need it. delta is read, or if None computed from output.
     """
     tokens = window_height * window_width
     key_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
     value_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
     for start in range(0, tokens, BLOCK_QUERIES):
         query_token = start + tl.arange(0, BLOCK_QUERIES)
-        query_row, query_column, query_valid = locate(
-            query_token, window, height, width, window_height, window_width, GRID
-        )
-        query_offset = query_row * stride_row + query_column * stride_column
-        query = load_rows(base, query_offset, query_valid, HEAD_DIM)
-        position = query_row * width + query_column
-        output_offset = ((batch * height * width + position) * heads + head) * HEAD_DIM
-        gradient = load_rows(grad_output, output_offset, query_valid, HEAD_DIM)
-        statistic = (batch * heads + head) * height * width + position
-        normalizer = tl.load(log_sum_exp + statistic, mask=query_valid, other=0.0)
+        query, gradient, normalizer, query_valid, _, output_offset, statistic = load_queries(
+            base, grad_output, log_sum_exp, query_token, batch, head, heads, window,
+            stride_row, stride_column, height, width, window_height, window_width, GRID, HEAD_DIM,
+        )  # fmt: skip
         if delta is not None:
             difference = tl.load(delta + statistic, mask=query_valid, other=0.0)
         else:
-            result = load_rows(output, output_offset, query_valid, HEAD_DIM)
-            difference = tl.sum(gradient.to(tl.float32) * result.to(tl.float32), 1)
+            difference = output_product(gradient, output, output_offset, query_valid, HEAD_DIM)
         score = scores(
             key, query, key_token, query_token, query_valid, table, scale,
             window_height, window_width, False, HAS_TABLE, PRECISION,
@@ -148,18 +165,12 @@ def query_gradient_kernel(
         table += head * (2 * window_height - 1) * (2 * window_width - 1)
 
     query_token = first + tl.arange(0, BLOCK_QUERIES)
-    row, column, query_valid = locate(
-        query_token, window, height, width, window_height, window_width, GRID
-    )
-    position = batch * height * width + row * width + column
-    query = load_rows(base, row * stride_row + column * stride_column, query_valid, HEAD_DIM)
-    output_offset = (position * heads + head) * HEAD_DIM
-    gradient = load_rows(grad_output, output_offset, query_valid, HEAD_DIM)
-    result = load_rows(output, output_offset, query_valid, HEAD_DIM)
-    difference = tl.sum(gradient.to(tl.float32) * result.to(tl.float32), 1)
-    statistic = (batch * heads + head) * height * width + row * width + column
+    query, gradient, normalizer, query_valid, pixel, output_offset, statistic = load_queries(
+        base, grad_output, log_sum_exp, query_token, batch, head, heads, window,
+        stride_row, stride_column, height, width, window_height, window_width, GRID, HEAD_DIM,
+    )  # fmt: skip
+    difference = output_product(gradient, output, output_offset, query_valid, HEAD_DIM)
     tl.store(delta + statistic, difference, mask=query_valid)
-    normalizer = tl.load(log_sum_exp + statistic, mask=query_valid, other=0.0)
 
     sums = walk_keys(
         query, gradient, normalizer, difference, query_token, query_valid, None, False,
@@ -167,7 +178,7 @@ def query_gradient_kernel(
         window, height, width, window_height, window_width,
         GRID, HAS_TABLE, HEAD_DIM, BLOCK_QUERIES, BLOCK_KEYS, PRECISION,
     )  # fmt: skip
-    grad_offset = position * 3 * heads * HEAD_DIM + head * stride_head
+    grad_offset = (batch * height * width + pixel) * 3 * heads * HEAD_DIM + head * stride_head
     store_rows(grad_qkv, grad_offset, query_valid, sums, HEAD_DIM)
 
 
@@ -199,12 +210,10 @@ def key_value_gradient_kernel(
         table += head * (2 * window_height - 1) * (2 * window_width - 1)
 
     key_token = first + tl.arange(0, BLOCK_KEYS)
-    row, column, key_valid = locate(
-        key_token, window, height, width, window_height, window_width, GRID
-    )
-    offset = row * stride_row + column * stride_column
-    key = load_rows(base + stride_part, offset, key_valid, HEAD_DIM)
-    value = load_rows(base + 2 * stride_part, offset, key_valid, HEAD_DIM)
+    row, column, key_valid, key, value = load_keys(
+        base, key_token, window, stride_row, stride_column, stride_part,
+        height, width, window_height, window_width, GRID, HEAD_DIM,
+    )  # fmt: skip
 
     key_sums, value_sums = walk_queries(
         key, value, key_token, grad_output, None, log_sum_exp, delta,
@@ -247,22 +256,15 @@ def bias_gradient_kernel(
         window = index % windows
         batch = (index // windows).to(tl.int64)
         base = qkv + batch * stride_batch + head * stride_head
-        row, column, query_valid = locate(
-            query_token, window, height, width, window_height, window_width, GRID
-        )
-        query = load_rows(base, row * stride_row + column * stride_column, query_valid, HEAD_DIM)
-        position = row * width + column
-        output_offset = ((batch * height * width + position) * heads + head) * HEAD_DIM
-        gradient = load_rows(grad_output, output_offset, query_valid, HEAD_DIM)
-        statistic = (batch * heads + head) * height * width + position
-        normalizer = tl.load(log_sum_exp + statistic, mask=query_valid, other=0.0)
+        query, gradient, normalizer, query_valid, _, _, statistic = load_queries(
+            base, grad_output, log_sum_exp, query_token, batch, head, heads, window,
+            stride_row, stride_column, height, width, window_height, window_width, GRID, HEAD_DIM,
+        )  # fmt: skip
         difference = tl.load(delta + statistic, mask=query_valid, other=0.0)
-        row, column, key_valid = locate(
-            key_token, window, height, width, window_height, window_width, GRID
-        )
-        offset = row * stride_row + column * stride_column
-        key = load_rows(base + stride_part, offset, key_valid, HEAD_DIM)
-        value = load_rows(base + 2 * stride_part, offset, key_valid, HEAD_DIM)
+        _, _, key_valid, key, value = load_keys(
+            base, key_token, window, stride_row, stride_column, stride_part,
+            height, width, window_height, window_width, GRID, HEAD_DIM,
+        )  # fmt: skip
         score = scores(
             query, key, query_token, key_token, key_valid, table, scale,
             window_height, window_width, True, True, PRECISION,

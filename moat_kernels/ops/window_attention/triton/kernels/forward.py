@@ -88,6 +88,19 @@ def scores(
     return tl.where(column_valid[None, :], values, float("-inf"))
 
 
+@triton.jit
+def load_keys(
+    base, token, window, stride_row, stride_column, stride_part,
+    height, width, window_height, window_width, GRID: tl.constexpr, HEAD_DIM: tl.constexpr,
+):  # fmt: skip
+    """(row, column, whether there, key, value) of some tokens; base: q of a map and a head."""
+    row, column, valid = locate(token, window, height, width, window_height, window_width, GRID)
+    offset = row * stride_row + column * stride_column
+    key = load_rows(base + stride_part, offset, valid, HEAD_DIM)
+    value = load_rows(base + 2 * stride_part, offset, valid, HEAD_DIM)
+    return row, column, valid, key, value
+
+
 @triton.jit(do_not_specialize=SIZES)
 def forward_kernel(
     qkv, table, output, log_sum_exp,
@@ -127,12 +140,10 @@ def forward_kernel(
     sums = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
     for start in range(0, tokens, BLOCK_KEYS):
         key_token = start + tl.arange(0, BLOCK_KEYS)
-        key_row, key_column, key_valid = locate(
-            key_token, window, height, width, window_height, window_width, GRID
-        )
-        key_offset = key_row * stride_row + key_column * stride_column
-        key = load_rows(base + stride_part, key_offset, key_valid, HEAD_DIM)
-        value = load_rows(base + 2 * stride_part, key_offset, key_valid, HEAD_DIM)
+        _, _, key_valid, key, value = load_keys(
+            base, key_token, window, stride_row, stride_column, stride_part,
+            height, width, window_height, window_width, GRID, HEAD_DIM,
+        )  # fmt: skip
         score = scores(
             query, key, query_token, key_token, key_valid, table, scale,
             window_height, window_width, True, HAS_TABLE, PRECISION,

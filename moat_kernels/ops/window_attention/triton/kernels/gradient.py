@@ -8,11 +8,15 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from moat_kernels.ops.window_attention.triton.kernels.backward import walk_keys, walk_queries
+from moat_kernels.ops.window_attention.triton.kernels.backward import (
+    load_queries,
+    output_product,
+    walk_keys,
+    walk_queries,
+)
 from moat_kernels.ops.window_attention.triton.kernels.forward import (
     SIZES,
-    load_rows,
-    locate,
+    load_keys,
     store_rows,
     window_count,
 )
@@ -69,12 +73,10 @@ def gradient_kernel(
         grad_base = grad_qkv + batch * height * width * 3 * heads * HEAD_DIM + head * stride_head
         for first in range(0, tokens, BLOCK_HELD):
             token = first + tl.arange(0, BLOCK_HELD)
-            row, column, valid = locate(
-                token, window, height, width, window_height, window_width, GRID
-            )
-            offset = row * stride_row + column * stride_column
-            key = load_rows(base + stride_part, offset, valid, HEAD_DIM)
-            value = load_rows(base + 2 * stride_part, offset, valid, HEAD_DIM)
+            row, column, valid, key, value = load_keys(
+                base, token, window, stride_row, stride_column, stride_part,
+                height, width, window_height, window_width, GRID, HEAD_DIM,
+            )  # fmt: skip
             key_gradient, value_gradient = walk_queries(
                 key, value, token, grad_output, output, log_sum_exp, None,
                 base, stride_row, stride_column, table, scale,
@@ -90,24 +92,18 @@ def gradient_kernel(
                 add_sum(qkv_sums + 2 * stride_part, value_gradient, valid, adds, HEAD_DIM)
         for first in range(0, tokens, BLOCK_HELD):
             token = first + tl.arange(0, BLOCK_HELD)
-            row, column, valid = locate(
-                token, window, height, width, window_height, window_width, GRID
-            )
-            query = load_rows(base, row * stride_row + column * stride_column, valid, HEAD_DIM)
-            position = row * width + column
-            output_offset = ((batch * height * width + position) * heads + head) * HEAD_DIM
-            gradient = load_rows(grad_output, output_offset, valid, HEAD_DIM)
-            result = load_rows(output, output_offset, valid, HEAD_DIM)
-            difference = tl.sum(gradient.to(tl.float32) * result.to(tl.float32), 1)
-            statistic = (batch * heads + head) * height * width + position
-            normalizer = tl.load(log_sum_exp + statistic, mask=valid, other=0.0)
+            query, gradient, normalizer, valid, pixel, output_offset, _ = load_queries(
+                base, grad_output, log_sum_exp, token, batch, head, heads, window, stride_row,
+                stride_column, height, width, window_height, window_width, GRID, HEAD_DIM,
+            )  # fmt: skip
+            difference = output_product(gradient, output, output_offset, valid, HEAD_DIM)
             query_gradient = walk_keys(
                 query, gradient, normalizer, difference, token, valid, slabs, index != split,
                 base, stride_row, stride_column, stride_part, table, scale,
                 window, height, width, window_height, window_width,
                 GRID, HAS_TABLE, HEAD_DIM, BLOCK_HELD, BLOCK_WALKED, PRECISION,
             )  # fmt: skip
-            grad_offset = position * 3 * heads * HEAD_DIM
+            grad_offset = pixel * 3 * heads * HEAD_DIM
             store_rows(grad_base, grad_offset, valid, query_gradient, HEAD_DIM)
             if qkv_sums is not None:
                 adds = (index != split) | (first > 0)
