@@ -70,7 +70,7 @@ fits. Launches are those for Hopper; elsewhere the sizes of partial sums may dif
 
 FORECAST = f"""\
 Launches as the trace counts them; PyTorch makes some more (of moat_0 at batch 64, stock, 2150 were
-counted on a GPU where the trace has 1746).
+counted on an H200 where the trace had 1746, 66 of which drop path no longer makes).
 
 - CUDA graph: the sum over launches of the floor divided by how near kernels come to it, which is
   {EFFICIENCY:g} for this package's and {OPERATOR_EFFICIENCY:g} for others; at least
