@@ -113,8 +113,8 @@ __device__ __forceinline__ void load_dz2(const BackwardProblem& problem, const T
   }
 }
 
-// Calls visit(py, px, pixel, y, x, window) for the input pixels at (y, x) of a thread's positions;
-// `pixel` numbers those of the tile by row, window(i, j, values) loads dz2 for input_pixel.
+// Calls visit(py, px, y, x, window) for the input pixels at (y, x) of a thread's positions;
+// window(i, j, values) loads dz2 for input_pixel.
 template <class T, int stride, int pixels_held, class Visit>
 __device__ __forceinline__ void for_input_pixels(const BackwardProblem& problem, const Tile& tile,
                                                  const Column& part, int lane,
@@ -136,8 +136,7 @@ __device__ __forceinline__ void for_input_pixels(const BackwardProblem& problem,
       for (int px = 0; px < stride; ++px) {
         const int x = (problem.first_column + tile.column + part.column) * stride - shape.left + px;
         if (x < 0 || x >= shape.width) continue;
-        const int pixel = (r * stride + py) * tile.columns * stride + part.column * stride + px;
-        visit(py, px, pixel, y, x, window);
+        visit(py, px, y, x, window);
       }
     }
   }

@@ -54,7 +54,7 @@ __global__ void __launch_bounds__(Layout<T>::kThreads, 512 / Layout<T>::kThreads
       const int64_t image = tile.image * shape.height * shape.width;
       for_input_pixels<T, stride>(
           problem, tile, column_of(grid, tile, slot), lane, shared.dz2,
-          [&](int py, int px, int, int y, int x, const auto& window) {
+          [&](int py, int px, int y, int x, const auto& window) {
             const int64_t at = (image + int64_t{y} * shape.width + x) * shape.channels + channel;
             float z[kLaneChannels];
             to_floats(pack_at<T, kLaneChannels>(z1 + at), z);
