@@ -116,12 +116,18 @@ LAUNCHES = register_launch_table(
                 ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 32, 16, 2),
             },
             9: {
-                ("depthwise", 2, STRIDE_2): StencilBlocks(4, 64, 16, 4),
                 ("pool", 4, ANY_SIZE): StencilBlocks(32, 64, 512, 8),
                 # Measured on an H200, see docs/launch_tables.md.
+                ("expand", 2, ANY_SIZE): GemmBlocks(128, 64, 64, 4, 2),
                 ("depthwise", 2, STRIDE_1): StencilBlocks(4, 64, 16, 4, 2),
+                ("depthwise", 2, STRIDE_2): StencilBlocks(4, 64, 16, 8),
                 ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 32, 4, 4),
-                ("project_weight", 2, ANY_SIZE): GemmBlocks(128, 64, 64, 8, 3),
+                ("project_weight", 2, ANY_SIZE): GemmBlocks(128, 64, 64, 8, 2),
+                ("project_input", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 3),
+                ("depthwise_backward", 2, STRIDE_1): StencilBlocks(4, 64, 16, 4),
+                ("depthwise_backward", 2, STRIDE_2): StencilBlocks(8, 64, 16, 4),
+                ("expand_products", 2, ANY_SIZE): GemmBlocks(128, 128, 64, 8, 3),
+                ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 128, 64, 8, 3),
                 ("depthwise_backward_pass", 2, ANY_SIZE): Implementation("cuda"),
             },
             10: {

@@ -73,10 +73,12 @@ LAUNCHES = register_launch_table(
                 ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
             },
             9: {  # measured on an H200, see docs/launch_tables.md
+                ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
                 ("forward", 2, LARGE): AttentionBlocks(128, 16, 4, 1),
-                ("query", 2, LARGE): AttentionBlocks(128, 16, 8, 1),
+                ("query", 2, LARGE): AttentionBlocks(64, 16, 4, 1),
                 ("key_value", 2, LARGE): AttentionBlocks(32, 128, 4, 1),
-                ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 4),
+                ("bias", 2, LARGE): AttentionBlocks(128, 32, 4, 1),
+                ("gradient", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
             },
             10: {  # with two stages registers spill, those of "gradient" under Triton 3.6
                 ("gradient", 2, SMALL): AttentionBlocks(64, 32, 8, 1),
@@ -93,7 +95,7 @@ LAUNCHES = register_launch_table(
 
 # Windows of up to so many tokens have one backward kernel: each of its programs has a sum of tokens
 # times tokens in the second-level cache, as many as there are programs at a time.
-LARGEST_IN_ONE = 256
+LARGEST_IN_ONE = SMALL_WINDOW
 
 # Programs that sum the table's gradient, in a kernel of their own: enough for several on each
 # multiprocessor of any GPU. A constant, so that the order of summation is the same on all of them.

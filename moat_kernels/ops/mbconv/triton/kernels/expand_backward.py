@@ -37,10 +37,10 @@ from moat_kernels.ops.triton_support.launching import launch, tunable
 @triton.jit
 def _sum_products(
     left_ptr, left_width, left, left_pilot, rows_ptr, channels, channel, pilot, begin, end,
-    CENTRE_LEFT: tl.constexpr, BLOCK_LEFT: tl.constexpr, BLOCK_C: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
+    CENTRE_LEFT: tl.constexpr, CENTRE: tl.constexpr, BLOCK_LEFT: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """left^T (rows - pilot) of a range of rows, and of some columns of each."""
+    """(left - left_pilot)^T (rows - pilot) of a range of rows, and of some columns of each."""
     products = tl.zeros([BLOCK_LEFT, BLOCK_C], tl.float32)
     for start in tl.range(begin, end, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
@@ -59,7 +59,8 @@ def _sum_products(
             mask=valid_row & (channel < channels)[None, :],
             other=0.0,
         )
-        b = tl.where(valid_row, b.to(tl.float32) - pilot[None, :], 0.0).to(b.dtype)
+        if CENTRE:
+            b = tl.where(valid_row, b.to(tl.float32) - pilot[None, :], 0.0).to(b.dtype)
         products = tl.dot(tl.trans(a), b, products, input_precision=PRECISION)
     return products
 
@@ -94,17 +95,23 @@ def expand_products_kernel(
     if block < wide_blocks:
         left = block * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
         line, valid_line = left, left < wide
-        products = _sum_products(
-            grad_ptr, wide, left, pilot, rows_ptr, channels, channel, pilot, begin, end,
-            False, BLOCK_WIDE, BLOCK_C, BLOCK_ROWS, PRECISION,
-        )  # fmt: skip
+        if tl.max(tl.abs(pilot), 0) > 0.0:
+            products = _sum_products(
+                grad_ptr, wide, left, pilot, rows_ptr, channels, channel, pilot, begin, end,
+                False, True, BLOCK_WIDE, BLOCK_C, BLOCK_ROWS, PRECISION,
+            )  # fmt: skip
+        else:  # the usual case: both factors go from memory into the product as they are
+            products = _sum_products(
+                grad_ptr, wide, left, pilot, rows_ptr, channels, channel, pilot, begin, end,
+                False, False, BLOCK_WIDE, BLOCK_C, BLOCK_ROWS, PRECISION,
+            )  # fmt: skip
     else:
         left = (block - wide_blocks) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
         line, valid_line = wide + left, left < channels
         left_pilot = tl.load(pilot_ptr + left, mask=valid_line, other=0.0)
         products = _sum_products(
             rows_ptr, channels, left, left_pilot, rows_ptr, channels, channel, pilot, begin, end,
-            True, BLOCK_WIDE, BLOCK_C, BLOCK_ROWS, PRECISION,
+            True, True, BLOCK_WIDE, BLOCK_C, BLOCK_ROWS, PRECISION,
         )  # fmt: skip
     offset = (split.to(tl.int64) * lines + line)[:, None] * channels + channel[None, :]
     tl.store(
@@ -143,12 +150,46 @@ def expand_products(grad: Tensor, rows: Tensor, pilot: Tensor, gram: bool) -> Te
 
 
 @triton.jit
+def _load_square(matrix_ptr, inner, channel, channels):
+    return tl.load(
+        matrix_ptr + inner.to(tl.int64)[:, None] * channels + channel[None, :],
+        mask=(inner < channels)[:, None] & (channel < channels)[None, :],
+        other=0.0,
+    )
+
+
+@triton.jit
+def _add_correction(
+    products, rows_ptr, row_offset, valid_row, pilot_ptr, correction_ptr, left_over_ptr,
+    channels, channel, CENTRE: tl.constexpr, BLOCK_INNER: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """products + (rows - pilot) (correction + left_over), which is None in float32."""
+    for start in tl.range(0, channels, BLOCK_INNER):
+        inner = start + tl.arange(0, BLOCK_INNER)
+        valid_inner = inner < channels
+        rows = tl.load(
+            rows_ptr + row_offset * channels + inner[None, :],
+            mask=valid_row[:, None] & valid_inner[None, :],
+            other=0.0,
+        )
+        correction = _load_square(correction_ptr, inner, channel, channels)
+        if CENTRE:
+            pilot = tl.load(pilot_ptr + inner, mask=valid_inner, other=0.0)
+            rows = (rows.to(tl.float32) - pilot[None, :]).to(correction.dtype)
+        products = tl.dot(rows, correction, products, input_precision=PRECISION)
+        if left_over_ptr is not None:
+            left_over = _load_square(left_over_ptr, inner, channel, channels)
+            products = tl.dot(rows, left_over, products, input_precision=PRECISION)
+    return products
+
+
+@triton.jit
 def expand_input_kernel(
     grad_ptr,  # [N, E]: dy1
     weight_ptr,  # [E, C]
     rows_ptr,  # [N, C], given with the correction
     pilot_ptr,  # [C] float32, given with the correction
-    correction_ptr,  # [C, C] float32, or None
+    correction_ptr,  # [1, C, C] float32, [2, C, C] bfloat16, or None
     constant_ptr,  # [C] float32, given with the correction
     addend_ptr,  # [N, C], [N / 4, C] where POOLED, or None
     output_ptr,  # [N, C]
@@ -161,6 +202,7 @@ def expand_input_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
+    BLOCK_CHANNELS: tl.constexpr,
     PRECISION: tl.constexpr,
     CORRECTION_PRECISION: tl.constexpr,
 ):
@@ -191,22 +233,25 @@ def expand_input_kernel(
     if correction_ptr is not None:
         constant = tl.load(constant_ptr + channel, mask=valid_channel, other=0.0)
         products += constant[None, :]
-        for start in tl.range(0, channels, BLOCK_INNER):
-            inner = start + tl.arange(0, BLOCK_INNER)
-            valid_inner = inner < channels
-            rows = tl.load(
-                rows_ptr + row_offset * channels + inner[None, :],
-                mask=valid_row[:, None] & valid_inner[None, :],
-                other=0.0,
-            )
-            pilot = tl.load(pilot_ptr + inner, mask=valid_inner, other=0.0)
-            correction = tl.load(
-                correction_ptr + inner.to(tl.int64)[:, None] * channels + channel[None, :],
-                mask=valid_inner[:, None] & valid_channel[None, :],
-                other=0.0,
-            )
-            distance = rows.to(tl.float32) - pilot[None, :]
-            products = tl.dot(distance, correction, products, input_precision=CORRECTION_PRECISION)
+        if correction_ptr.dtype.element_ty == tl.bfloat16:
+            whole = tl.arange(0, BLOCK_CHANNELS)
+            pilot = tl.load(pilot_ptr + whole, mask=whole < channels, other=0.0)
+            left_over_ptr = correction_ptr + channels * channels
+            if tl.max(tl.abs(pilot), 0) > 0.0:
+                products = _add_correction(
+                    products, rows_ptr, row_offset, valid_row, pilot_ptr, correction_ptr,
+                    left_over_ptr, channels, channel, True, BLOCK_INNER, CORRECTION_PRECISION,
+                )  # fmt: skip
+            else:
+                products = _add_correction(
+                    products, rows_ptr, row_offset, valid_row, pilot_ptr, correction_ptr,
+                    left_over_ptr, channels, channel, False, BLOCK_INNER, CORRECTION_PRECISION,
+                )  # fmt: skip
+        else:
+            products = _add_correction(
+                products, rows_ptr, row_offset, valid_row, pilot_ptr, correction_ptr, None,
+                channels, channel, True, BLOCK_INNER, CORRECTION_PRECISION,
+            )  # fmt: skip
     for start in tl.range(0, wide, BLOCK_WIDE):
         column = start + tl.arange(0, BLOCK_WIDE)
         valid_column = column < wide
@@ -243,6 +288,11 @@ def expand_input(
     blocks = gemm_blocks("expand_input", grad, count, channels, wide)
     output = rows.new_empty((count, channels), dtype=dtype)
     correction, constant = gradient.correction, gradient.constant
+    planes, inner = 0, blocks.depth
+    if correction is not None:
+        planes = len(correction)
+        if correction.dtype == torch.float32:
+            inner = min(inner, statistics_depth(grad))
     corrected = (None, None) if correction is None else (rows, pilot)
     reads = (grad, gradient.scaled, *corrected, correction, constant, addend)
     launch(
@@ -253,13 +303,14 @@ def expand_input(
         BLOCK_ROWS=blocks.rows,
         BLOCK_C=blocks.columns,
         BLOCK_WIDE=blocks.depth,
-        BLOCK_INNER=min(blocks.depth, statistics_depth(grad)),
+        BLOCK_INNER=inner,
+        BLOCK_CHANNELS=triton.next_power_of_2(channels),
         PRECISION=dot_precision(grad),
         CORRECTION_PRECISION=statistics_precision(grad),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
         reads=reads,
         writes=(output,),
-        flops=2 * count * channels * (wide + (0 if correction is None else channels)),
+        flops=2 * count * channels * (wide + planes * channels),
     )
     return output

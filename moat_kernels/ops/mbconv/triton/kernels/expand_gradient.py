@@ -107,19 +107,27 @@ def correction_kernel(
     PRE_MEASURED: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_INNER: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """M and the constant as expand_backward.py has them, and the gradients of pre_norm."""
+    """M and the constant as expand_backward.py has them, and the gradients of pre_norm.
+
+    In bfloat16 M is two matrices, itself and what rounding left of it: together they hold 16 bits
+    of each element, more than TF32 would, and are multiplied as they are.
+    """
     first, second = tl.program_id(0), tl.program_id(1)
     left = first * BLOCK_C + tl.arange(0, BLOCK_C)
     channel = second * BLOCK_C + tl.arange(0, BLOCK_C)
     valid_left, valid = left < channels, channel < channels
-    grad_scale = tl.zeros([BLOCK_C], tl.float32)
-    grad_shift = tl.zeros([BLOCK_C], tl.float32)
-    for part in tl.range(0, parts):
-        source = sums_ptr + part * 2 * channels + channel
-        grad_scale += tl.load(source, mask=valid, other=0.0)
-        grad_shift += tl.load(source + channels, mask=valid, other=0.0)
+    scale_parts = tl.zeros([BLOCK_PARTS, BLOCK_C], tl.float32)
+    shift_parts = tl.zeros([BLOCK_PARTS, BLOCK_C], tl.float32)
+    for start in tl.range(0, parts, BLOCK_PARTS):
+        part = start + tl.arange(0, BLOCK_PARTS)
+        mask = (part < parts)[:, None] & valid[None, :]
+        source = sums_ptr + (part * 2 * channels)[:, None] + channel[None, :]
+        scale_parts += tl.load(source, mask=mask, other=0.0)
+        shift_parts += tl.load(source + channels, mask=mask, other=0.0)
+    grad_scale, grad_shift = tl.sum(scale_parts, 0), tl.sum(shift_parts, 0)
     scale = tl.load(pre_ptr + channel, mask=valid, other=0.0)
     inverse_std = tl.load(pre_ptr + 3 * channels + channel, mask=valid, other=0.0)
     grad_weight = grad_scale * inverse_std
@@ -151,11 +159,13 @@ def correction_kernel(
             weighted = weight * b[:, None]
             matrix = tl.dot(tl.trans(left_weight), weighted, matrix, input_precision=PRECISION)
         matrix += tl.where(left[:, None] == channel[None, :], slope[None, :], 0.0)
-        tl.store(
-            correction_ptr + left.to(tl.int64)[:, None] * channels + channel[None, :],
-            matrix,
-            mask=valid_left[:, None] & valid[None, :],
-        )
+        target = correction_ptr + left.to(tl.int64)[:, None] * channels + channel[None, :]
+        rounded = matrix.to(correction_ptr.dtype.element_ty)
+        tl.store(target, rounded, mask=valid_left[:, None] & valid[None, :])
+        if correction_ptr.dtype.element_ty == tl.bfloat16:
+            left_over = (matrix - rounded.to(tl.float32)).to(tl.bfloat16)
+            target += channels * channels
+            tl.store(target, left_over, mask=valid_left[:, None] & valid[None, :])
         if first == 0:
             rest = tl.load(pre_ptr + 6 * channels + channel, mask=valid, other=0.0)
             constant = -rest * slope
@@ -181,12 +191,12 @@ class ExpandGradient(NamedTuple):
     pre_weight: Tensor  # [C]
     pre_bias: Tensor  # [C]
     scaled: Tensor  # [E, C], in the dtype of the products
-    correction: Tensor | None  # [C, C] float32
+    correction: Tensor | None  # [1, C, C] float32, or [2, C, C] bfloat16
     constant: Tensor | None  # [C] float32, given with it
 
 
 # Tiles of the two small products.
-_GRADIENT_BLOCKS, _CORRECTION_BLOCK, _CORRECTION_DEPTH = (32, 64), 32, 16
+_GRADIENT_BLOCKS, _CORRECTION_BLOCK, _BLOCK_PARTS = (32, 64), 32, 64
 
 
 def expand_gradient(
@@ -226,7 +236,11 @@ def expand_gradient(
         writes=(grad_weight, scaled, sums),
         flops=2 * wide * channels * channels if measures[1] else 0,
     )
-    correction = factors.new_empty((channels, channels)) if corrected else None
+    split = folded.expand.dtype == torch.bfloat16
+    correction = None
+    if corrected:
+        dtype = torch.bfloat16 if split else torch.float32
+        correction = factors.new_empty((1 + split, channels, channels), dtype=dtype)
     constant = factors.new_empty(channels) if corrected else None
     pre_weight, pre_bias = (
         factors.new_empty(channels, dtype=torch.float32 if owner is None else owner.dtype)
@@ -241,10 +255,11 @@ def expand_gradient(
         *(*reads, *writes, parts, count, wide, channels),
         PRE_MEASURED=measures[0],
         BLOCK_C=_CORRECTION_BLOCK,
-        BLOCK_INNER=_CORRECTION_DEPTH,
+        BLOCK_INNER=16 if folded.expand.dtype == torch.float32 else 64,
+        BLOCK_PARTS=_BLOCK_PARTS,
         PRECISION=precision,
         num_warps=4,
-        num_stages=2,
+        num_stages=3,
         reads=reads,
         writes=writes,
         flops=2 * wide * channels * channels if corrected else 0,

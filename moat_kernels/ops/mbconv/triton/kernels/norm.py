@@ -25,7 +25,12 @@ from moat_kernels.ops.triton_support.launching import launch
 NORM_ROWS, CENTRE, VARIANCE = 5, 2, 4
 # Rows of its backward pass, float32 [4, C]: a, b, c, and the sum of dy.
 FACTOR_ROWS = 4
-_BLOCK_PARTS, _BLOCK_C = 128, 16
+_BLOCK_C = 16
+
+
+def _block_parts(parts: int) -> int:
+    """How many parts a step loads: what waits for memory wants few steps."""
+    return 128 if parts <= 256 else 512
 
 
 @triton.jit
@@ -107,9 +112,9 @@ def fold_norm(
         *((0.0, 1.0) if update is None else (update.momentum, update.correction)),
         NORMED=norm is not None,
         FROZEN=frozen,
-        BLOCK_TILES=_BLOCK_PARTS,
+        BLOCK_TILES=_block_parts(sizes[0]),
         BLOCK_C=_BLOCK_C,
-        num_warps=4,
+        num_warps=8,
         num_stages=1,
         reads=(values, *affine, constant, *running),
         writes=(result, *(() if frozen else running)),
@@ -224,9 +229,9 @@ def norm_gradient(
         ROWS=rows,
         MEASURED=measured,
         CENTRED=centred,
-        BLOCK_PARTS=_BLOCK_PARTS,
+        BLOCK_PARTS=_block_parts(parts),
         BLOCK_C=_BLOCK_C,
-        num_warps=4,
+        num_warps=8,
         num_stages=1,
         reads=(values, norm),
         writes=(factors, *gradients, grad_taps),

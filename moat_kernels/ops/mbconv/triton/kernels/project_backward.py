@@ -56,6 +56,12 @@ def project_input_kernel(
     )
     column = (tl.program_id(0) % wide_blocks) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
     valid_column = column < wide
+    mask = valid_row[:, None] & valid_column[None, :]
+    offset = row[:, None] * wide + column[None, :]
+    # Asked for now, it arrives while the tile is multiplied.
+    z = tl.load(z_ptr + offset, mask=mask, other=0.0)
+    scale, shift = load_affine(affine_ptr, column, wide, valid_column)
+    centre = tl.load(affine_ptr + 2 * wide + column, mask=valid_column, other=0.0)
     products = tl.zeros([BLOCK_ROWS, BLOCK_WIDE], tl.float32)
     for start in tl.range(0, channels, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
@@ -77,11 +83,7 @@ def project_input_kernel(
         gate = tl.load(gate_ptr + image * wide + column, mask=valid_column, other=0.0)
         grad_mean = tl.load(grad_mean_ptr + image * wide + column, mask=valid_column, other=0.0)
         products = products * gate[None, :] + grad_mean[None, :]
-    mask = valid_row[:, None] & valid_column[None, :]
-    offset = row[:, None] * wide + column[None, :]
-    z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-    scale, shift = load_affine(affine_ptr, column, wide, valid_column)
-    centre = tl.load(affine_ptr + 2 * wide + column, mask=valid_column, other=0.0)
+    z = z.to(tl.float32)
     slope = activation_derivative(z * scale[None, :] + shift[None, :], ACTIVATION)
     grad_y = tl.where(mask, products * slope, 0.0)
     tl.store(output_ptr + offset, grad_y.to(output_ptr.dtype.element_ty), mask=mask)
@@ -135,17 +137,17 @@ def project_input(
 
 
 @triton.jit
-def _load_grad(grad_ptr, drop_path_ptr, row, valid_row, channel, channels, pixels):
-    """drop_path * grad of a tile, in the dtype of grad."""
-    grad = tl.load(
+def _load_grad(grad_ptr, row, valid_row, channel, channels):
+    return tl.load(
         grad_ptr + row.to(tl.int64)[:, None] * channels + channel[None, :],
         mask=valid_row[:, None] & (channel < channels)[None, :],
         other=0.0,
     )
-    if drop_path_ptr is not None:
-        factor = tl.load(drop_path_ptr + row // pixels, mask=valid_row, other=0.0)
-        grad = (grad.to(tl.float32) * factor.to(tl.float32)[:, None]).to(grad.dtype)
-    return grad
+
+
+@triton.jit
+def _load_factor(drop_path_ptr, row, valid_row, pixels):
+    return tl.load(drop_path_ptr + row // pixels, mask=valid_row, other=0.0).to(tl.float32)
 
 
 @triton.jit
@@ -158,8 +160,10 @@ def _sum_grad(
     sums = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     for start in tl.range(begin, end, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
-        grad = _load_grad(grad_ptr, drop_path_ptr, row, row < end, channel, channels, pixels)
-        sums += grad.to(tl.float32)
+        grad = _load_grad(grad_ptr, row, row < end, channel, channels).to(tl.float32)
+        if drop_path_ptr is not None:
+            grad *= _load_factor(drop_path_ptr, row, row < end, pixels)[:, None]
+        sums += grad
     tl.store(target_ptr + channel, tl.sum(sums, 0), mask=channel < channels)
 
 
@@ -186,7 +190,7 @@ def project_weight_kernel(
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """partial = sum over parts of gate * P, P = (drop_path * grad)^T act(y) over one part's rows.
+    """partial = sum over parts of gate * P, P = grad^T (drop_path * act(y)) over one part's rows.
 
     With a gate a part is an image, and grad_gate = sum over C_out of weight * P: what the gate's
     gradient needs of the map, without reading z once more. HAS_BIAS: programs behind those of the
@@ -223,15 +227,17 @@ def project_weight_kernel(
         for start in tl.range(index * part, end, BLOCK_ROWS):
             row = start + tl.arange(0, BLOCK_ROWS)
             valid_row, offset = row < end, row.to(tl.int64)
-            grad = _load_grad(grad_ptr, drop_path_ptr, row, valid_row, channel, channels, pixels)
+            grad = _load_grad(grad_ptr, row, valid_row, channel, channels)
             z = tl.load(
                 z_ptr + offset[:, None] * wide + column[None, :],
                 mask=valid_row[:, None] & valid_column[None, :],
                 other=0.0,
             )
             a = activate(z.to(tl.float32) * scale[None, :] + shift[None, :], ACTIVATION)
-            a = tl.where(valid_row[:, None], a, 0.0).to(grad.dtype)
-            products = tl.dot(tl.trans(grad), a, products, input_precision=PRECISION)
+            if drop_path_ptr is not None:
+                # Not with grad, which goes from memory into the product as it is.
+                a *= _load_factor(drop_path_ptr, row, valid_row, pixels)[:, None]
+            products = tl.dot(tl.trans(grad), a.to(grad.dtype), products, input_precision=PRECISION)
         if gate_ptr is not None:
             image = tl.cast(index, tl.int64)
             weight = tl.load(weight_ptr + weight_offset, mask=mask, other=0.0).to(tl.float32)

@@ -224,13 +224,13 @@ def excite_weight_kernel(
         mask=mask,
     )
     if grad_expand_bias_ptr is not None:
-        target = grad_expand_bias_ptr + column
-        tl.store(target, expand_bias.to(grad_expand_bias_ptr.dtype.element_ty), mask=valid)
+        wide_target = grad_expand_bias_ptr + column
+        tl.store(wide_target, expand_bias.to(grad_expand_bias_ptr.dtype.element_ty), mask=valid)
     if grad_reduce_bias_ptr is not None:  # noqa: SIM102  decided at compile time
         if tl.program_id(0) == 0:
-            target = grad_reduce_bias_ptr + inner
+            small_target = grad_reduce_bias_ptr + inner
             low = reduce_bias.to(grad_reduce_bias_ptr.dtype.element_ty)
-            tl.store(target, low, mask=valid_inner)
+            tl.store(small_target, low, mask=valid_inner)
 
 
 def excite_backward(
