@@ -7,6 +7,7 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#include <algorithm>
 #include <limits>
 #include <optional>
 #include <string>
@@ -112,6 +113,9 @@ DepthwiseShape read_shape(const Tensor& map, int64_t channels, const Geometry& g
   shape.top = static_cast<int>(geometry.padding_top);
   shape.left = static_cast<int>(geometry.padding_left);
   shape.channels = static_cast<int>(channels);
+  STD_TORCH_CHECK(std::max(map.size(2), geometry.out_width) * channels <= kMost / 2,
+                  "a row of a map must have at most ", kMost / 2, " elements, got a map of ",
+                  shape_of(map), " with ", channels, " channels");
   return shape;
 }
 
@@ -120,10 +124,12 @@ void check_channels(const char* name, int64_t channels, Element type) {
                   channel_multiple(type), " in this dtype, got ", channels);
 }
 
-int read_blocks(int64_t target_blocks) {
+BlockPlan read_plan(int64_t target_blocks, int64_t columns) {
   STD_TORCH_CHECK(target_blocks > 0 && target_blocks < 1 << 20,
                   "target_blocks must be positive and below 2^20, got ", target_blocks);
-  return static_cast<int>(target_blocks);
+  STD_TORCH_CHECK(columns > 0 && columns <= kMostColumns, "columns must be from 1 to ",
+                  kMostColumns, ", got ", columns);
+  return {static_cast<int>(target_blocks), static_cast<int>(columns)};
 }
 
 std::vector<int64_t> input_sizes(const DepthwiseShape& shape) {
@@ -172,24 +178,25 @@ OptionalTensor new_moments(const Tensor& like, bool measures, int64_t count, int
 std::tuple<Tensor, Tensor> forward(const Tensor& z1, const OptionalTensor& affine,
                                    const std::string& activation, const Tensor& weights,
                                    const OptionalTensor& bias, const std::string& output_activation,
-                                   const Geometry& geometry, bool measures, int64_t target_blocks) {
+                                   const Geometry& geometry, bool measures, int64_t target_blocks,
+                                   int64_t columns) {
   const Element type = element_of("z1", z1);
   const DepthwiseShape shape = read_shape(z1, z1.size(-1), geometry);
   check_channels("the channels", shape.channels, type);
   const int32_t device = z1.get_device_index();
   const DeviceScope scope(device);
   void* stream = current_stream(device);
-  const int blocks = read_blocks(target_blocks);
+  const BlockPlan plan = read_plan(target_blocks, columns);
   const void* data = data_of("z1", z1, z1.scalar_type(), device, input_sizes(shape));
   const Prologue prologue = read_prologue(affine, activation, device, shape.channels);
   const float* taps = floats_of("weights", weights, device, {9, shape.channels});
   const Epilogue epilogue = read_epilogue(bias, output_activation, device, shape.channels);
   const Tensor z2 = torch::stable::new_empty(z1, output_sizes(shape));
-  const OptionalTensor partials =
-      new_moments(z1, measures, depthwise_forward_partials(shape, type, blocks), shape.channels);
+  const OptionalTensor partials = new_moments(
+      z1, measures, depthwise_forward_partials(shape, type, plan.target_blocks), shape.channels);
   check_status("depthwise_forward",
                depthwise_forward(shape, type, data, prologue, taps, epilogue, z2.mutable_data_ptr(),
-                                 mutable_floats(partials), blocks, stream));
+                                 mutable_floats(partials), plan.target_blocks, stream));
   return {z2, finish(z1, partials, shape.channels, stream)};
 }
 
@@ -208,14 +215,14 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy2, const OptionalTensor& z2,
                                     const OptionalTensor& factors, const Tensor& z1,
                                     const OptionalTensor& affine, const std::string& activation,
                                     const Tensor& weights, const Geometry& geometry,
-                                    int64_t target_blocks) {
+                                    int64_t target_blocks, int64_t columns) {
   const Element type = element_of("z1", z1);
   const DepthwiseShape shape = read_shape(z1, z1.size(-1), geometry);
   check_channels("the channels", shape.channels, type);
   const int32_t device = z1.get_device_index();
   const DeviceScope scope(device);
   void* stream = current_stream(device);
-  const int blocks = read_blocks(target_blocks);
+  const BlockPlan plan = read_plan(target_blocks, columns);
   const ScalarType dtype = z1.scalar_type();
   const void* input = data_of("z1", z1, dtype, device, input_sizes(shape));
   const void* gradient = data_of("dy2", dy2, dtype, device, output_sizes(shape));
@@ -223,11 +230,11 @@ std::tuple<Tensor, Tensor> backward(const Tensor& dy2, const OptionalTensor& z2,
   const Prologue prologue = read_prologue(affine, activation, device, shape.channels);
   const float* taps = floats_of("weights", weights, device, {9, shape.channels});
   const Tensor dpre = torch::stable::new_empty(z1, input_sizes(shape));
-  const int64_t count = depthwise_backward_partials(shape, type, blocks);
+  const int64_t count = depthwise_backward_partials(shape, plan);
   const Tensor partials = new_floats(z1, {count, kGradientRows, shape.channels});
-  check_status("depthwise_backward", depthwise_backward(shape, type, gradient, norm, input,
-                                                        prologue, taps, dpre.mutable_data_ptr(),
-                                                        mutable_floats(partials), blocks, stream));
+  check_status("depthwise_backward",
+               depthwise_backward(shape, type, gradient, norm, input, prologue, taps,
+                                  dpre.mutable_data_ptr(), mutable_floats(partials), plan, stream));
   return {dpre, partials};
 }
 

@@ -38,11 +38,20 @@ struct Epilogue {
   Activation activation;
 };
 
+// The most columns of a tile: with the halo's, 16 warps.
+constexpr int kMostColumns = 14;
+
+// How a stencil is divided: about so many blocks, of so many columns at most.
+struct BlockPlan {
+  int target_blocks;
+  int columns;  // 1 .. kMostColumns
+};
+
 // Statistics leave a kernel as partial results in `partials`, one row per group of tiles, for
-// another to add up in order. Which tiles form a group depends on the shape and `target_blocks`
-// only, so results are the same in every run.
+// another to add up in order. Which tiles form a group depends on the shape and the plan only, so
+// results are the same in every run.
 int64_t depthwise_forward_partials(const DepthwiseShape& shape, Element type, int target_blocks);
-int64_t depthwise_backward_partials(const DepthwiseShape& shape, Element type, int target_blocks);
+int64_t depthwise_backward_partials(const DepthwiseShape& shape, const BlockPlan& plan);
 
 // Rows of E floats in one partial result: count, mean, squared deviations; taps' gradients, sums.
 constexpr int kMomentRows = 3;
@@ -67,7 +76,7 @@ struct NormBackward {
 // sums of dpre and of dpre z1 over all pixels.
 int depthwise_backward(const DepthwiseShape& shape, Element type, const void* dy2,
                        NormBackward norm, const void* z1, Prologue prologue, const float* weights,
-                       void* dpre, float* partials, int target_blocks, void* stream);
+                       void* dpre, float* partials, const BlockPlan& plan, void* stream);
 
 // z2 = epilogue of depthwise(act(x weight^T + bias)), `hidden` being act and bias; x
 // [B,H,W,in_channels], weight [E][in_channels]; bfloat16 or float16.

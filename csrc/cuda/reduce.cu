@@ -5,7 +5,7 @@
 // DRAM: reads the partial moments twice, a few MB at most, and writes one row.
 // On chip: 8 threads per column, whose sums meet in shared memory.
 
-#include "cuda/tile.cuh"
+#include "cuda/launch.cuh"
 
 namespace moat_kernels::cuda {
 namespace {

@@ -10,10 +10,10 @@
 
 #include "cuda/element.cuh"
 #include "cuda/gelu.cuh"
+#include "cuda/launch.cuh"
 
 namespace moat_kernels::cuda {
 
-constexpr int kTaps = 9;
 constexpr int kSlots = 16;
 constexpr int kLaneChannels = 4;
 
@@ -41,8 +41,6 @@ struct Tile {
   int row, column;    // of its first position
   int rows, columns;  // inside the map
 };
-
-inline int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
 
 inline int channel_chunks(int channels, Element type) {
   return divide_up(channels, type == Element::float32 ? 32 : 64);
@@ -207,29 +205,6 @@ __device__ __forceinline__ void write_moments(const Moments& moments, SharedMome
   partial[first_channel + channel] = count;
   partial[channels + first_channel + channel] = mean;
   partial[2 * channels + first_channel + channel] = squares;
-}
-
-template <class... Parameters, class... Arguments>
-int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,
-           Arguments... arguments) {
-  cudaLaunchConfig_t config = {};
-  config.gridDim = dim3(static_cast<unsigned>(blocks));
-  config.blockDim = dim3(static_cast<unsigned>(threads));
-  config.stream = static_cast<cudaStream_t>(stream);
-  return cudaLaunchKernelEx(&config, kernel, static_cast<Parameters>(arguments)...);
-}
-
-// Calls function(T{}) with the C++ type of `type`.
-template <class Function>
-int with_element(Element type, const Function& function) {
-  switch (type) {
-    case Element::float32:
-      return function(float{});
-    case Element::bfloat16:
-      return function(__nv_bfloat16{});
-    default:
-      return function(__half{});
-  }
 }
 
 }  // namespace moat_kernels::cuda

@@ -29,6 +29,7 @@ from torch import Tensor
 
 from moat_kernels.ops.mbconv.triton import cuda_kernels
 from moat_kernels.ops.mbconv.triton.cuda_kernels import (
+    COLUMNS,
     depthwise,
     depthwise_backward,
     expand_depthwise,
@@ -37,6 +38,23 @@ from moat_kernels.ops.mbconv.triton.cuda_kernels import (
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 # Few blocks, so that each goes through several tiles.
 BLOCKS = 5
+# Maps, and how they are divided: into how many blocks, of how many columns.
+DIVISIONS = {
+    "columns of one pixel": (make_map(2, 3, 5, 1), 1, 1),
+    "a last tile of one column": (make_map(1, 5, 7, 1), 2, 3),
+    "two bands": (make_map(1, 17, 3, 1), 64, 7),
+    "bands and tiles": (make_map(2, 33, 30, 1, (1, 1, 1, 1)), 5000, 14),
+    "bands and tiles in groups": (make_map(1, 40, 15, 1, (2, 2, 0, 0)), 7, 7),
+    "no padding": (make_map(1, 9, 16, 1, (0, 0, 0, 0)), 3, 14),
+    "nothing but padding": (make_map(1, 1, 2, 1, (4, 4, 3, 5)), 3, 14),
+    "stride 2, bands": (make_map(2, 35, 31, 2, (1, 1, 1, 1)), 5000, 7),
+    "stride 2, even": (make_map(1, 36, 60, 2), 5000, 14),
+    "stride 2, groups": (make_map(3, 13, 29, 2, (0, 1, 0, 1)), 5, 3),
+    "stride 2, one column": (make_map(1, 4, 1, 2, (1, 1, 1, 1)), 1, 1),
+}
+divisions = pytest.mark.parametrize(
+    ("stencil", "blocks", "columns"), DIVISIONS.values(), ids=DIVISIONS.keys()
+)
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -81,11 +99,18 @@ def eval_arguments(tensors: Tensors, stencil: Map) -> tuple:
     return (tensors.z1, None, "identity", tensors.taps, tensors.bias, "gelu", stencil)
 
 
-def check_forward(stencil: Map, channels: int, dtype: torch.dtype, device: str) -> None:
+def check_forward(
+    stencil: Map,
+    channels: int,
+    dtype: torch.dtype,
+    device: str,
+    blocks: int = BLOCKS,
+    columns: int = COLUMNS,
+) -> None:
     tensors = make_tensors(stencil, channels, dtype)
     for arguments in (training_arguments, eval_arguments):
         output, moments = depthwise(
-            *arguments(on(device, tensors), stencil), measure=True, target_blocks=BLOCKS
+            *arguments(on(device, tensors), stencil), True, target_blocks=blocks, columns=columns
         )
         exact = reference_forward(*arguments(tensors.to(torch.float64), stencil))
         stock = reference_forward(*arguments(tensors.to(dtype), stencil))
@@ -107,7 +132,22 @@ def test_depthwise_with_channels_that_do_not_fill_a_block(
     check_forward(make_map(2, 6, 9, stride), 72, dtype, device)
 
 
-def check_backward(stencil: Map, channels: int, dtype: torch.dtype, device: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES)
+@divisions
+def test_depthwise_divided_in_every_way(
+    stencil: Map, blocks: int, columns: int, dtype: torch.dtype, device: str
+) -> None:
+    check_forward(stencil, 8, dtype, device, blocks, columns)
+
+
+def check_backward(
+    stencil: Map,
+    channels: int,
+    dtype: torch.dtype,
+    device: str,
+    blocks: int = BLOCKS,
+    columns: int = COLUMNS,
+) -> None:
     tensors = make_tensors(stencil, channels, dtype)
     on_device = on(device, tensors)
     for activation, with_norms in (("gelu", True), ("identity", False)):
@@ -120,7 +160,8 @@ def check_backward(stencil: Map, channels: int, dtype: torch.dtype, device: str)
             activation,
             on_device.taps,
             stencil,
-            target_blocks=BLOCKS,
+            target_blocks=blocks,
+            columns=columns,
         )
         exact = reference_backward(tensors.to(torch.float64), activation, with_norms, stencil)
         stock = reference_backward(tensors.to(dtype), activation, with_norms, stencil)
@@ -143,6 +184,14 @@ def test_backward_with_channels_that_do_not_fill_a_block(
     stride: int, dtype: torch.dtype, device: str
 ) -> None:
     check_backward(make_map(2, 6, 9, stride), 72, dtype, device)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@divisions
+def test_backward_divided_in_every_way(
+    stencil: Map, blocks: int, columns: int, dtype: torch.dtype, device: str
+) -> None:
+    check_backward(stencil, 8, dtype, device, blocks, columns)
 
 
 def make_expand(
@@ -240,25 +289,25 @@ def all_results(seed: int, patch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]
     """Results of every kernel on several tiles, its threads run in the order of `seed`."""
     patch.setenv("CUDA_ON_CPU_SEED", str(seed))
     torch.manual_seed(0)
-    # Eight tiles in three groups.
+    # Four tiles in three groups, of ten rows in the backward pass: the first row of the next tile
+    # takes the last one's place in the ring.
     stencil = make_map(2, 9, 20, 1)
     tensors = make_tensors(stencil, 40, torch.float32)
     # Three steps of C, so that h1 overwrites what the last one reads.
     expand = make_expand(stencil, 72, 8, torch.bfloat16)
     output, moments = depthwise(
-        tensors.z1, None, "gelu", tensors.taps, None, "identity", stencil, True, target_blocks=6
+        tensors.z1, None, "gelu", tensors.taps, None, "identity", stencil, True, target_blocks=3
     )
     gradient = depthwise_backward(
         *(tensors.grad, tensors.z2, tensors.factors, tensors.z1, tensors.affine),
         *("gelu", tensors.taps, stencil),
-        target_blocks=6,
+        target_blocks=3,
     )
     expanded = run_expand(expand, stencil, "cpu")
     assert moments is not None
     return {
         "depthwise_forward.cu": [output],
         "depthwise_backward.cu": [*gradient],
-        "backward_tile.cuh": [*gradient],
         "expand_depthwise.cu": [expanded],
         "expand_tile.cuh": [expanded],
         "tile.cuh": [moments],
@@ -320,6 +369,7 @@ class TestOnTheHost:
         ({"taps": torch.zeros(8, 9).t()}, "weights must be contiguous"),
         ({"activation": "relu"}, "activation must be gelu or identity, got relu"),
         ({"target_blocks": 0}, "target_blocks must be positive"),
+        ({"columns": 15}, "columns must be from 1 to 14, got 15"),
     ],
 )
 def test_bad_arguments_are_named(change: dict, message: str, device: str) -> None:
@@ -411,11 +461,13 @@ def test_fake_tensors_have_the_shapes_of_results(device: str) -> None:
         assert (fake.shape, fake.dtype) == (tensor.shape, tensor.dtype)
 
 
+@pytest.mark.parametrize("columns", [3, 7, COLUMNS])
 @pytest.mark.parametrize("blocks", [1, BLOCKS, 4096])
 @pytest.mark.parametrize("stencil", MAPS.values(), ids=MAPS.keys())
-def test_fake_sums_have_as_many_parts(stencil: Map, blocks: int, device: str) -> None:
+def test_fake_sums_have_as_many_parts(stencil: Map, blocks: int, columns: int, device: str) -> None:
     tensors = make_tensors(stencil, 72, torch.bfloat16, device)
-    arguments = (tensors.grad, None, None, tensors.z1, None, "gelu", tensors.taps, stencil, blocks)
+    arguments = (tensors.grad, None, None, tensors.z1, None, "gelu", tensors.taps, stencil)
+    arguments += (blocks, columns)
     with torch._subclasses.fake_tensor.FakeTensorMode(allow_non_fake_inputs=True):
         _, fake = depthwise_backward(*arguments)
     assert fake.shape == depthwise_backward(*arguments)[1].shape

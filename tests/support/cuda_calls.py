@@ -74,13 +74,13 @@ def calls() -> list[Call]:
         Call(
             "cuda_depthwise_forward",
             with_fields(ops.cuda_depthwise_forward),
-            [z1, affine, "gelu", taps, bias, "gelu", geometry, True, 4],
+            [z1, affine, "gelu", taps, bias, "gelu", geometry, True, 4, 3],
             depthwise,
         ),
         Call(
             "cuda_depthwise_backward",
             with_fields(ops.cuda_depthwise_backward),
-            [dy2, z2, factors, z1, affine, "gelu", taps, geometry, 4],
+            [dy2, z2, factors, z1, affine, "gelu", taps, geometry, 4, 3],
             depthwise_backward,
         ),
         Call(

@@ -35,6 +35,7 @@ MOST_STATIC_SHARED_BYTES = 48 << 10
 
 FLAGS = ("-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-fatbin", "-Xptxas", "-v", "--keep")
 _DTYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
+_ACTIVATIONS = ("identity", "gelu")  # as launchers.h counts them
 
 
 @dataclass(frozen=True)
@@ -83,13 +84,17 @@ def include_flags() -> list[str]:
 
 
 def _readable(mangled: str) -> str:
-    """depthwise_forward_kernel<bfloat16, 1>, from its mangled name."""
+    """depthwise_backward_kernel<bfloat16, gelu, 1>, from its mangled name."""
     match = re.search(
-        r"\d([a-z][a-z_]*_kernel)(?![a-z])(?:I(f|13__nv_bfloat16|6__half)Li(\d)EE)?", mangled
+        r"\d([a-z][a-z_]*_kernel)(?![a-z])"
+        r"(?:I(f|13__nv_bfloat16|6__half)((?:LN\w*?ActivationE\dE|LS\d_\dE)*)Li(\d)EE)?",
+        mangled,
     )
     assert match, mangled
-    arguments = f"<{_DTYPES[match[2]]}, {match[3]}>" if match[2] else ""
-    return match[1] + arguments
+    if not match[2]:
+        return match[1]
+    activations = (_ACTIVATIONS[int(kind)] for kind in re.findall(r"[E_](\d)E", match[3]))
+    return f"{match[1]}<{', '.join((_DTYPES[match[2]], *activations, match[4]))}>"
 
 
 def _read_ptx(text: str) -> dict[str, dict[str, int]]:

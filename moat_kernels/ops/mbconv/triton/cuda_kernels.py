@@ -19,7 +19,9 @@ from moat_kernels.ops.triton_support.launching import architecture
 
 # Blocks that a launch aims at: several times what a GPU holds at once, so that the last ones leave
 # little of it idle, yet few enough that their partial sums are small beside the maps.
-TARGET_BLOCKS = 4096
+TARGET_BLOCKS = 2112
+# Columns of a tile, at most 14 (csrc/cuda/columns.cuh). MOAT's widths are multiples of it or of 7.
+COLUMNS = 14
 ACTIVATIONS = ("identity", "gelu")
 # The first with bfloat16 and asynchronous copies.
 OLDEST_ARCHITECTURE = 80
@@ -126,6 +128,7 @@ def depthwise(
     stencil: Stencil,
     measure: bool,
     target_blocks: int = TARGET_BLOCKS,
+    columns: int = COLUMNS,
 ) -> tuple[Tensor, Tensor | None]:
     """output_activation(convolution of activation(z scale + shift) by taps, + bias).
 
@@ -142,6 +145,7 @@ def depthwise(
         *_geometry(stencil),
         measure,
         target_blocks,
+        columns,
     )
     return output.view(-1, z.shape[1]), moments if measure else None
 
@@ -156,6 +160,7 @@ def depthwise_backward(
     taps: Tensor,
     stencil: Stencil,
     target_blocks: int = TARGET_BLOCKS,
+    columns: int = COLUMNS,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of y1 [B*H*W, E]; and sums [P, 11, E]: of the taps, and of it, and it * z1.
 
@@ -172,6 +177,7 @@ def depthwise_backward(
         taps,
         *_geometry(stencil),
         target_blocks,
+        columns,
     )
     return output.view(z1.shape), sums
 
@@ -221,6 +227,7 @@ def _fake_depthwise(
     padding_left: int,
     measures: bool,
     target_blocks: int,
+    columns: int,
 ) -> tuple[Tensor, Tensor]:
     output = z1.new_empty(z1.shape[0], out_height, out_width, z1.shape[3])
     return output, _fake_moments(z1, z1.shape[3], measures)
@@ -240,23 +247,34 @@ def _fake_depthwise_backward(
     padding_top: int,
     padding_left: int,
     target_blocks: int,
+    columns: int,
 ) -> tuple[Tensor, Tensor]:
     images, height, width, channels = z1.shape
-    rows = (padding_top + height - 1) // stride - padding_top // stride + 1
-    columns = (padding_left + width - 1) // stride - padding_left // stride + 1
-    parts = _backward_parts(images, rows, columns, channels, z1.element_size(), target_blocks)
+    positions = [
+        (padding + size - 1) // stride - padding // stride + 1
+        for padding, size in ((padding_top, height), (padding_left, width))
+    ]
+    row_elements = max(width, out_width) * channels * stride
+    parts = _backward_parts(images, *positions, channels, row_elements, target_blocks, columns)
     return torch.empty_like(z1), z1.new_empty(parts, 11, channels, dtype=torch.float32)
 
 
 def _backward_parts(
-    images: int, rows: int, columns: int, channels: int, element_size: int, target_blocks: int
+    images: int,
+    height: int,
+    width: int,
+    channels: int,
+    row_elements: int,
+    target_blocks: int,
+    columns: int,
 ) -> int:
-    """How many groups of tiles the kernel sums by; see `backward_grid` in csrc/cuda."""
-    slots, run = 16, 8
-    groups = 2 if columns <= slots // 2 else 1
-    tiles = images * -(-rows // (run * groups)) * -(-columns // (slots // groups))
-    chunks = -(-channels * element_size // 128)
-    return min(-(-target_blocks // chunks), tiles)
+    """How many groups of tiles the kernel sums by; see `divide_map` in csrc/cuda/columns.cuh."""
+    least_rows, most_elements = 8, 1 << 30
+    wanted = -(-target_blocks // -(-channels // 64))
+    across = images * -(-width // columns)
+    bands = max(1, min(wanted // across, height // least_rows))
+    rows = min(-(-height // bands), most_elements // row_elements)
+    return min(wanted, across * -(-height // rows))
 
 
 def _fake_expand_depthwise(
@@ -280,12 +298,13 @@ def _fake_expand_depthwise(
 _GEOMETRY = ", ".join(f"int {name}" for name in Geometry._fields)
 LIBRARY.define(
     "cuda_depthwise_forward(Tensor z1, Tensor? affine, str activation, Tensor weights, "
-    f"Tensor? bias, str output_activation, {_GEOMETRY}, bool measures, int target_blocks) "
-    "-> (Tensor, Tensor)"
+    f"Tensor? bias, str output_activation, {_GEOMETRY}, bool measures, int target_blocks, "
+    "int columns) -> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "cuda_depthwise_backward(Tensor dy2, Tensor? z2, Tensor? factors, Tensor z1, Tensor? affine, "
-    f"str activation, Tensor weights, {_GEOMETRY}, int target_blocks) -> (Tensor, Tensor)"
+    f"str activation, Tensor weights, {_GEOMETRY}, int target_blocks, int columns) "
+    "-> (Tensor, Tensor)"
 )
 LIBRARY.define(
     "cuda_expand_depthwise(Tensor x, Tensor weight, Tensor? bias, str activation, "

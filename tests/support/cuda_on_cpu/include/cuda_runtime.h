@@ -35,6 +35,10 @@ struct dim3 {
   unsigned x, y, z;
 };
 
+struct alignas(8) float2 {
+  float x, y;
+};
+
 struct cudaLaunchConfig_t {
   dim3 gridDim, blockDim;
   std::size_t dynamicSmemBytes = 0;

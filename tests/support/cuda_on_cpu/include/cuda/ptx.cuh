@@ -19,6 +19,23 @@ T& shared_memory() {
   return *static_cast<T*>(cuda_on_cpu::shared_memory(&key, sizeof(T), alignment));
 }
 
+inline int held(int value) { return value; }
+template <class Object>
+Object* held_shared(Object* object) {
+  return object;
+}
+
+template <class Object>
+Object* held_global(Object* object) {
+  return object;
+}
+
+inline float min_or_nan(float left, float right) {
+  return left != left || right != right ? left + right : std::min(left, right);
+}
+inline float exp2_approximately(float x) { return std::exp2(x); }
+inline float reciprocal_approximately(float x) { return 1.0f / x; }
+
 inline void copy_async(void* shared, const void* global, bool valid) {
   cuda_on_cpu::postpone([=] {
     if (valid) {
@@ -50,6 +67,20 @@ inline float element(__half value) { return __half2float(value); }
 template <class T>
 float half_of(uint32_t bits, int half) {
   return element(T{static_cast<std::uint16_t>(bits >> 16 * half)});
+}
+
+inline std::uint16_t bits_of(float value, __nv_bfloat16) { return __float2bfloat16_rn(value).bits; }
+inline std::uint16_t bits_of(float value, __half) { return __float2half_rn(value).bits; }
+
+template <class T>
+uint32_t pack(float low, float high) {
+  return bits_of(low, T{}) | uint32_t{bits_of(high, T{})} << 16;
+}
+
+template <class T>
+void unpack(uint32_t bits, float& low, float& high) {
+  low = half_of<T>(bits, 0);
+  high = half_of<T>(bits, 1);
 }
 
 // a: lane 4 g + t holds rows g and g + 8, columns 2 t, 2 t + 1 and those plus 8; b: columns 2 t,

@@ -1,0 +1,172 @@
+#pragma once
+
+// How the two stencil kernels divide their work: a warp is a column.
+//
+// A block owns 64 channels, two for each lane of a warp, so that a warp's load of a pixel is one
+// cache line in 16 bits and two in float32. Its warps are the neighbouring columns of a tile, with
+// the halo's columns as warps of their own, which only load and convert: a warp that has nothing to
+// do issues no instruction, so widths that divide badly cost nothing. All walk down the rows of the
+// tile together. A warp converts what it loads once, shows it to its neighbours in a ring of rows
+// in shared memory, one barrier for each row, and keeps its window of the stencil in registers. The
+// loop over the rows is unrolled by the ring's period (`kPhases`), so that nothing moves when the
+// window rolls, and raw rows are loaded that many rows ahead, so that DRAM is never waited for.
+//
+// Pointers advance by a row. The kernels' instructions per element decide how fast they are, so
+// nothing in the loop divides, and activations are parameters of the templates.
+
+#include "cuda/element.cuh"
+#include "cuda/gelu.cuh"
+#include "cuda/launch.cuh"
+
+namespace moat_kernels::cuda {
+
+constexpr int kLanes = 32;
+constexpr int kPair = 2;  // channels of a lane
+constexpr int kChunk = kLanes * kPair;
+constexpr int kMostWarps = kMostColumns + 2;
+// A band of rows has a halo too; with fewer rows than this it is not worth its while.
+constexpr int kLeastRows = 8;
+
+using FloatPair = Pack<float, kPair>;
+// Columns of a row in shared memory: one more on both sides, which is read and not used.
+constexpr int kRingColumns = kMostWarps + 2;
+// Rows of float32 by [row modulo phases].
+template <int phases>
+struct Ring {
+  float2 rows[phases][kRingColumns][kLanes];
+};
+
+// A map of height x width positions per image in tiles of about equal size.
+struct TileGrid {
+  int height, width;
+  int rows, columns;  // of a tile
+  int bands, tiles_x;
+  int chunks;      // of channels
+  int64_t tiles;   // of all images
+  int64_t splits;  // groups of tiles; a block goes through one, for one chunk
+};
+
+struct Tile {
+  int64_t image;
+  int row, column;    // of its first position
+  int rows, columns;  // inside the map
+};
+
+// Elements of a tile's rows, at most, so that 32 bits count them.
+constexpr int64_t kMostElements = int64_t{1} << 30;
+
+// Bands are whole maps where these make enough blocks.
+inline TileGrid divide_map(const DepthwiseShape& shape, int height, int width,
+                           const BlockPlan& plan) {
+  TileGrid grid;
+  grid.height = height;
+  grid.width = width;
+  grid.chunks = divide_up(shape.channels, kChunk);
+  grid.tiles_x = divide_up(width, plan.columns);
+  grid.columns = divide_up(width, grid.tiles_x);
+  const int64_t wanted = divide_up(plan.target_blocks, grid.chunks);
+  const int64_t bands = wanted / (shape.images * grid.tiles_x);
+  const int64_t most = height < kLeastRows ? 1 : height / kLeastRows;
+  grid.rows = divide_up(height, static_cast<int>(bands < 1 ? 1 : (bands < most ? bands : most)));
+  const int64_t row_elements =
+      int64_t{shape.width > shape.out_width ? shape.width : shape.out_width} * shape.channels;
+  const int64_t most_rows = kMostElements / (row_elements * shape.stride);
+  if (grid.rows > most_rows) grid.rows = static_cast<int>(most_rows);
+  grid.bands = divide_up(height, grid.rows);
+  grid.tiles = shape.images * grid.bands * grid.tiles_x;
+  grid.splits = wanted < grid.tiles ? wanted : grid.tiles;
+  return grid;
+}
+
+__device__ __forceinline__ Tile tile_at(const TileGrid& grid, int64_t index) {
+  const int within = static_cast<int>(index % (grid.bands * grid.tiles_x));
+  Tile tile;
+  tile.image = index / (grid.bands * grid.tiles_x);
+  tile.row = within / grid.tiles_x * grid.rows;
+  tile.column = within % grid.tiles_x * grid.columns;
+  tile.rows = min(grid.rows, grid.height - tile.row);
+  tile.columns = min(grid.columns, grid.width - tile.column);
+  return tile;
+}
+
+// What a thread is: channels and column, and the tiles of its block.
+struct Place {
+  int warp, lane;
+  int channel;  // the first of the thread's, maybe beyond the last
+  int64_t split, first_tile, last_tile;
+};
+
+__device__ __forceinline__ Place place_in(const TileGrid& grid) {
+  Place place;
+  const int thread = held(threadIdx.x);
+  place.warp = thread / kLanes;
+  place.lane = thread % kLanes;
+  place.channel = blockIdx.x % grid.chunks * kChunk + place.lane * kPair;
+  place.split = blockIdx.x / grid.chunks;
+  place.first_tile = grid.tiles * place.split / grid.splits;
+  place.last_tile = grid.tiles * (place.split + 1) / grid.splits;
+  return place;
+}
+
+// A thread's channels of a pixel as they are stored, in one register where they fit: taken apart
+// only where they are used, they cost no instruction until then.
+template <class T>
+struct Stored {
+  uint32_t bits;
+};
+template <>
+struct Stored<float> {
+  FloatPair values;
+};
+
+template <class T>
+__device__ __forceinline__ Stored<T> load_pair(const T* pointer) {
+  if constexpr (sizeof(T) == 2) {
+    return {*reinterpret_cast<const uint32_t*>(pointer)};
+  } else {
+    return {pack_at<T, kPair>(pointer)};
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void store_pair(T* pointer, const Stored<T>& pair) {
+  if constexpr (sizeof(T) == 2) {
+    *reinterpret_cast<uint32_t*>(pointer) = pair.bits;
+  } else {
+    pack_at<T, kPair>(pointer) = pair.values;
+  }
+}
+
+template <class T>
+__device__ __forceinline__ void widen(const Stored<T>& pair, float (&values)[kPair]) {
+  if constexpr (sizeof(T) == 2) {
+    unpack<T>(pair.bits, values[0], values[1]);
+  } else {
+    to_floats(pair.values, values);
+  }
+}
+
+template <class T>
+__device__ __forceinline__ Stored<T> round_pair(const float (&values)[kPair]) {
+  if constexpr (sizeof(T) == 2) {
+    return {pack<T>(values[0], values[1])};
+  } else {
+    return {from_floats<T>(values)};
+  }
+}
+
+// 0 <= value < limit by one comparison; a limit of 0 admits nothing.
+__device__ __forceinline__ bool within(int value, int limit) {
+  return static_cast<unsigned>(value) < static_cast<unsigned>(limit);
+}
+
+// The taps of a thread's channels.
+__device__ __forceinline__ void load_taps(const float* weights, int channel, int channels,
+                                          float (&taps)[kTaps][kPair]) {
+#pragma unroll
+  for (int tap = 0; tap < kTaps; ++tap) {
+    load_coefficients(weights + int64_t{tap} * channels, channel, channels, 0.0f, taps[tap]);
+  }
+}
+
+}  // namespace moat_kernels::cuda
