@@ -192,11 +192,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& z1, const OptionalTensor& affin
   const float* taps = floats_of("weights", weights, device, {9, shape.channels});
   const Epilogue epilogue = read_epilogue(bias, output_activation, device, shape.channels);
   const Tensor z2 = torch::stable::new_empty(z1, output_sizes(shape));
-  const OptionalTensor partials = new_moments(
-      z1, measures, depthwise_forward_partials(shape, type, plan.target_blocks), shape.channels);
+  const OptionalTensor partials =
+      new_moments(z1, measures, depthwise_forward_partials(shape, plan), shape.channels);
   check_status("depthwise_forward",
                depthwise_forward(shape, type, data, prologue, taps, epilogue, z2.mutable_data_ptr(),
-                                 mutable_floats(partials), plan.target_blocks, stream));
+                                 mutable_floats(partials), plan, stream));
   return {z2, finish(z1, partials, shape.channels, stream)};
 }
 

@@ -46,6 +46,19 @@ struct TileGrid {
   int64_t splits;  // groups of tiles; a block goes through one, for one chunk
 };
 
+// Elements from one pixel, or row, to the next; computed before the launch, so that a thread adds
+// them from constant memory.
+struct Pitches {
+  uint32_t pixel, in, out;  // of maps before and behind the convolution
+  uint32_t step;            // input rows of one output row
+};
+
+inline Pitches pitches_of(const DepthwiseShape& shape) {
+  const uint32_t pixel = shape.channels;
+  const uint32_t in = pixel * shape.width;
+  return {pixel, in, pixel * shape.out_width, in * shape.stride};
+}
+
 struct Tile {
   int64_t image;
   int row, column;    // of its first position
@@ -78,33 +91,57 @@ inline TileGrid divide_map(const DepthwiseShape& shape, int height, int width,
   return grid;
 }
 
-__device__ __forceinline__ Tile tile_at(const TileGrid& grid, int64_t index) {
-  const int within = static_cast<int>(index % (grid.bands * grid.tiles_x));
-  Tile tile;
-  tile.image = index / (grid.bands * grid.tiles_x);
-  tile.row = within / grid.tiles_x * grid.rows;
-  tile.column = within % grid.tiles_x * grid.columns;
-  tile.rows = min(grid.rows, grid.height - tile.row);
-  tile.columns = min(grid.columns, grid.width - tile.column);
-  return tile;
+// The block's row of `partials`.
+__device__ __forceinline__ int64_t split_of(const TileGrid& grid) {
+  return blockIdx.x / grid.chunks;
 }
 
-// What a thread is: channels and column, and the tiles of its block.
+// The tiles of a block, one after the other.
+class Tiles {
+ public:
+  __device__ __forceinline__ explicit Tiles(const TileGrid& grid) {
+    const int64_t split = split_of(grid);
+    const int64_t first = grid.tiles * split / grid.splits;
+    left_ = static_cast<int>(grid.tiles * (split + 1) / grid.splits - first);
+    image_ = static_cast<int>(first / (grid.bands * grid.tiles_x));
+    within_ = static_cast<int>(first % (grid.bands * grid.tiles_x));
+  }
+
+  __device__ __forceinline__ bool done() const { return left_ <= 0; }
+
+  __device__ __forceinline__ Tile tile(const TileGrid& grid) const {
+    Tile tile;
+    tile.image = image_;
+    tile.row = within_ / grid.tiles_x * grid.rows;
+    tile.column = within_ % grid.tiles_x * grid.columns;
+    tile.rows = min(grid.rows, grid.height - tile.row);
+    tile.columns = min(grid.columns, grid.width - tile.column);
+    return tile;
+  }
+
+  __device__ __forceinline__ void next(const TileGrid& grid) {
+    --left_;
+    if (++within_ < grid.bands * grid.tiles_x) return;
+    within_ = 0;
+    ++image_;
+  }
+
+ private:
+  int left_, image_, within_;
+};
+
+// What a thread is: a column, and its channels.
 struct Place {
   int warp, lane;
   int channel;  // the first of the thread's, maybe beyond the last
-  int64_t split, first_tile, last_tile;
 };
 
 __device__ __forceinline__ Place place_in(const TileGrid& grid) {
-  Place place;
   const int thread = held(threadIdx.x);
+  Place place;
   place.warp = thread / kLanes;
   place.lane = thread % kLanes;
   place.channel = blockIdx.x % grid.chunks * kChunk + place.lane * kPair;
-  place.split = blockIdx.x / grid.chunks;
-  place.first_tile = grid.tiles * place.split / grid.splits;
-  place.last_tile = grid.tiles * (place.split + 1) / grid.splits;
   return place;
 }
 

@@ -29,7 +29,8 @@ struct BackwardArguments {
   DepthwiseShape shape;
   TileGrid grid;
   int first_row, first_column;  // of the grid of positions
-  int reach;                    // kReach of the stride
+  Pitches pitches;
+  int reach;  // kReach of the stride
   const void* dy2;
   NormBackward norm;
   const void* z1;
@@ -121,7 +122,7 @@ class Walk {
   // `own` is the thread's place in the first row of the ring.
   __device__ __forceinline__ Walk(const BackwardArguments& arguments, const Place& place,
                                   const Tile& tile, float2* own)
-      : own_(own), rows_(tile.rows), channels_(arguments.shape.channels) {
+      : own_(own), rows_(tile.rows), pitches_(arguments.pitches) {
     const DepthwiseShape& shape = arguments.shape;
     const bool has_channel = place.channel < shape.channels;
     // Rows above the map are zeros, as the window is.
@@ -131,7 +132,6 @@ class Walk {
     const bool loads =
         has_channel && place.warp < tile.columns + kReach<stride> && within(left, shape.out_width);
     end_ = loads ? min(tile.rows, shape.out_height - position) : -kReach<stride>;
-    out_pitch_ = loads ? shape.out_width * shape.channels : 0;
     out_offset_ = left * shape.channels + place.channel;
     const int64_t out_at =
         (tile.image * shape.out_height + position + row_) * shape.out_width * shape.channels;
@@ -149,7 +149,6 @@ class Walk {
     }
     // At stride 1 all positions are inside.
     above_ = stride == 1 ? 0 : position * stride - shape.top - top;
-    pitch_ = works ? shape.width * shape.channels : 0;
     offset_ = x * shape.channels + place.channel;
     const int64_t row_elements = int64_t{shape.width} * shape.channels;
     const int64_t at = (tile.image * shape.height + top + above_ + row_ * stride) * row_elements;
@@ -158,7 +157,7 @@ class Walk {
 #pragma unroll
     for (int phase = 0; phase < kPhases<stride>; ++phase) {
       load_output(phase, row_ + phase);
-      load_input(phase, row_ + phase, offset_ + phase * stride * pitch_);
+      load_input(phase, row_ + phase, offset_ + phase * pitches_.step);
     }
     z1_ = held_global(z1_ + kPhases<stride> * stride * row_elements);
   }
@@ -198,12 +197,12 @@ class Walk {
         if (within(row_ * stride + above_ + py, limit_[px])) {
           input_pixel<T, activation, stride>(
               py, px, phase, window_, coefficients, next_z1_[phase][py][px],
-              dpre_ + (offset_ + py * pitch_ + px * channels_), gradients);
+              dpre_ + (offset_ + py * pitches_.in + px * pitches_.pixel), gradients);
         }
       }
     }
     load_input(phase, row_ + kPhases<stride>, offset_);
-    offset_ += stride * pitch_;
+    offset_ += pitches_.step;
     ++row_;
   }
 
@@ -213,7 +212,7 @@ class Walk {
       next_dy2_[phase] = load_pair(dy2_ + out_offset_);
       next_z2_[phase] = load_pair(z2_ + out_offset_);
     }
-    out_offset_ += out_pitch_;
+    out_offset_ += pitches_.out;
   }
 
   __device__ __forceinline__ void load_input(int phase, int row, uint32_t offset) {
@@ -222,20 +221,22 @@ class Walk {
 #pragma unroll
       for (int px = 0; px < stride; ++px) {
         if (within(row * stride + above_ + py, limit_[px])) {
-          next_z1_[phase][py][px] = load_pair(z1_ + (offset + py * pitch_ + px * channels_));
+          next_z1_[phase][py][px] =
+              load_pair(z1_ + (offset + py * pitches_.in + px * pitches_.pixel));
         }
       }
     }
   }
 
   float2* own_;
-  int rows_, channels_;
+  int rows_;
+  const Pitches& pitches_;
   int row_;
   int end_;  // of the rows of dz2 that the thread loads
   int limit_[stride];
   int above_;
   // An address is a row of the tile's image, a thread's 32 bits added to it by one instruction.
-  uint32_t out_pitch_, out_offset_, pitch_, offset_;
+  uint32_t out_offset_, offset_;
   const T* dy2_;
   const T* z2_;
   const T* z1_;
@@ -267,7 +268,8 @@ __device__ __forceinline__ void write_gradients(
   __syncthreads();
   const int first_channel = place.channel - place.lane * kPair;
   const int warps = columns + arguments.reach;
-  float* partial = arguments.partials + place.split * kGradientRows * channels + first_channel;
+  float* partial =
+      arguments.partials + split_of(arguments.grid) * kGradientRows * channels + first_channel;
   for (int index = threadIdx.x; index < kGradientRows * kChunk; index += warps * kLanes) {
     const int row = index / kChunk;
     const int channel = index % kChunk;
@@ -286,8 +288,8 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
   const ChannelCoefficients coefficients = load_channels(arguments, place.channel);
   float2* own = held_shared(&shared.ring.rows[0][place.warp + 1][place.lane]);
   Gradients gradients;
-  for (int64_t index = place.first_tile; index < place.last_tile; ++index) {
-    Walk<T, activation, stride> walk(arguments, place, tile_at(arguments.grid, index), own);
+  for (Tiles tiles(arguments.grid); !tiles.done(); tiles.next(arguments.grid)) {
+    Walk<T, activation, stride> walk(arguments, place, tiles.tile(arguments.grid), own);
     while (!walk.done()) {
       walk.template step<0>(coefficients, gradients);
       if (walk.done()) break;
@@ -332,6 +334,7 @@ int depthwise_backward(const DepthwiseShape& shape, Element type, const void* dy
       backward_grid(shape, plan),
       shape.top / shape.stride,
       shape.left / shape.stride,
+      pitches_of(shape),
       shape.stride == 1 ? kReach<1> : kReach<2>,
       dy2,
       {norm.z2 ? norm.z2 : dy2, norm.slope, norm.z2_slope, norm.constant},

@@ -32,12 +32,6 @@ struct alignas(sizeof(T) * count) Pack {
   T values[count];
 };
 
-// 16 bytes.
-template <class T>
-constexpr int kVector = 16 / sizeof(T);
-template <class T>
-using Vector = Pack<T, kVector<T>>;
-
 template <class T, int count>
 __device__ __forceinline__ const Pack<T, count>& pack_at(const T* pointer) {
   return *reinterpret_cast<const Pack<T, count>*>(pointer);
@@ -45,14 +39,6 @@ __device__ __forceinline__ const Pack<T, count>& pack_at(const T* pointer) {
 template <class T, int count>
 __device__ __forceinline__ Pack<T, count>& pack_at(T* pointer) {
   return *reinterpret_cast<Pack<T, count>*>(pointer);
-}
-
-template <class T, int count>
-__device__ __forceinline__ Pack<T, count> zero_pack() {
-  Pack<T, count> pack;
-#pragma unroll
-  for (int i = 0; i < count; ++i) pack.values[i] = from_float<T>(0.0f);
-  return pack;
 }
 
 template <int count, class T>

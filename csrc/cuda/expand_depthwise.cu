@@ -100,7 +100,6 @@ __global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(ExpandArg
   float taps[kTaps][kLaneChannels], bias[kLaneChannels];
   load_coefficients(arguments.epilogue.bias, channel, shape.channels, 0.0f, bias);
   load_taps(arguments.depthwise_weights, channel, shape.channels, taps);
-  Moments unused;
   const int columns = tile.columns * grid.groups;
   for (int part = slot; part < tile.images * columns && channel < shape.channels; part += kSlots) {
     const int image = part / columns;
@@ -128,7 +127,7 @@ __global__ void __launch_bounds__(kThreads, 2) expand_depthwise_kernel(ExpandArg
         },
         [&](int row, const float (&sums)[kLaneChannels]) {
           finish_output(sums, bias, arguments.epilogue.activation,
-                        out + int64_t{row} * shape.out_width * shape.channels, unused);
+                        out + int64_t{row} * shape.out_width * shape.channels);
         });
   }
 }

@@ -4,7 +4,7 @@
 // channels of E, on tensor cores. C is streamed in steps of 32 through two stages of shared memory
 // (cp.async, ldmatrix, mma.sync; float32 accumulators in registers).
 
-#include "cuda/tile.cuh"
+#include "cuda/walk_down.cuh"
 
 namespace moat_kernels::cuda {
 

@@ -11,9 +11,9 @@ namespace moat_kernels::cuda {
 // of csrc/cpu/isa/activation.h; beyond kGeluRange the product is below 1e-7 and is held constant.
 constexpr float kGeluRange = 5.6f;
 
-// Absolute error 5e-7.
+// Absolute error 5e-7; NaN stays NaN.
 __device__ __forceinline__ float gelu(float x) {
-  const float t = fminf(kGeluRange, fabsf(x));
+  const float t = min_or_nan(fabsf(x), kGeluRange);
   float q = -1.17588206e-06f;
   q = fmaf(q, t, -3.52191528e-05f);
   q = fmaf(q, t, 0.000658403849f);
@@ -25,7 +25,7 @@ __device__ __forceinline__ float gelu(float x) {
   q = q * q;
   q = q * q;
   q = q * q;
-  return (x < 0.0f ? 0.0f : x) - t * q;  // NaN stays NaN
+  return fmaf(-t, q, fmaxf(x, 0.0f));
 }
 
 struct ValueAndSlope {
@@ -53,6 +53,11 @@ __device__ __forceinline__ ValueAndSlope gelu_and_slope(float x) {
 
 __device__ __forceinline__ float activate(Activation kind, float x) {
   return kind == Activation::gelu ? gelu(x) : x;
+}
+
+template <Activation kind>
+__device__ __forceinline__ float activate(float x) {
+  return activate(kind, x);
 }
 
 template <Activation kind>

@@ -50,7 +50,7 @@ struct BlockPlan {
 // Statistics leave a kernel as partial results in `partials`, one row per group of tiles, for
 // another to add up in order. Which tiles form a group depends on the shape and the plan only, so
 // results are the same in every run.
-int64_t depthwise_forward_partials(const DepthwiseShape& shape, Element type, int target_blocks);
+int64_t depthwise_forward_partials(const DepthwiseShape& shape, const BlockPlan& plan);
 int64_t depthwise_backward_partials(const DepthwiseShape& shape, const BlockPlan& plan);
 
 // Rows of E floats in one partial result: count, mean, squared deviations; taps' gradients, sums.
@@ -61,7 +61,7 @@ constexpr int kGradientRows = 11;
 // partials: [depthwise_forward_partials][kMomentRows][E] of z2 as stored, or null: not wanted.
 int depthwise_forward(const DepthwiseShape& shape, Element type, const void* z1, Prologue prologue,
                       const float* weights, Epilogue epilogue, void* z2, float* partials,
-                      int target_blocks, void* stream);
+                      const BlockPlan& plan, void* stream);
 
 // dz2 = slope dy2 + z2_slope z2 + constant, three vectors of E; null z2: dz2 = dy2.
 struct NormBackward {
