@@ -137,10 +137,9 @@ struct Place {
 };
 
 __device__ __forceinline__ Place place_in(const TileGrid& grid) {
-  const int thread = held(threadIdx.x);
   Place place;
-  place.warp = thread / kLanes;
-  place.lane = thread % kLanes;
+  place.warp = threadIdx.x / kLanes;
+  place.lane = threadIdx.x % kLanes;
   place.channel = blockIdx.x % grid.chunks * kChunk + place.lane * kPair;
   return place;
 }

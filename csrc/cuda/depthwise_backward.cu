@@ -132,7 +132,7 @@ class Walk {
     const bool loads =
         has_channel && place.warp < tile.columns + kReach<stride> && within(left, shape.out_width);
     end_ = loads ? min(tile.rows, shape.out_height - position) : -kReach<stride>;
-    out_offset_ = left * shape.channels + place.channel;
+    out_offset_ = left * pitches_.pixel + place.channel;
     const int64_t out_at =
         (tile.image * shape.out_height + position + row_) * shape.out_width * shape.channels;
     dy2_ = held_global(static_cast<const T*>(arguments.dy2) + out_at);
@@ -149,7 +149,7 @@ class Walk {
     }
     // At stride 1 all positions are inside.
     above_ = stride == 1 ? 0 : position * stride - shape.top - top;
-    offset_ = x * shape.channels + place.channel;
+    offset_ = x * pitches_.pixel + place.channel;
     const int64_t row_elements = int64_t{shape.width} * shape.channels;
     const int64_t at = (tile.image * shape.height + top + above_ + row_ * stride) * row_elements;
     z1_ = static_cast<const T*>(arguments.z1) + at;

@@ -25,6 +25,11 @@ constexpr int kPhases = kReach<stride> + 1;
 template <int stride>
 constexpr int kFirstWarp = stride == 1 ? 1 : 0;
 
+// Warps that a multiprocessor is to hold at once, of one block or several, as far as registers
+// allow: in 16 bits and at stride 1 three blocks of 7 columns.
+template <class T, int stride>
+constexpr int kHeldWarps = stride == 2 ? kMostWarps : (sizeof(T) == 2 ? 28 : 20);
+
 // Sums of what a thread has seen of its channels, around the first value of each, so that nothing
 // cancels where the mean is large.
 struct Moments {
@@ -106,7 +111,7 @@ class Walk {
     out_end_ = works ? tile.rows : 0;
     pivot_row_ = moments.count == 0 ? 0 : -1;
     moments.count += out_end_;
-    out_offset_ = column * shape.channels + place.channel;
+    out_offset_ = column * pitches_.pixel + place.channel;
     const int64_t out_at =
         (tile.image * shape.out_height + tile.row + row_) * shape.out_width * shape.channels;
     z2_ = held_global(static_cast<T*>(arguments.z2) + out_at);
@@ -119,7 +124,7 @@ class Walk {
       limit_[px] = loads && (px == 0 || works) && within(x + px, shape.width) ? max(bottom, 0) : 0;
     }
     y_ = (tile.row + row_ + kReach<stride>)*stride - shape.top;
-    offset_ = x * shape.channels + place.channel;
+    offset_ = x * pitches_.pixel + place.channel;
     const int64_t row_elements = int64_t{shape.width} * shape.channels;
     z1_ = static_cast<const T*>(arguments.z1) + (tile.image * shape.height + y_) * row_elements;
 #pragma unroll
@@ -288,7 +293,7 @@ __device__ __forceinline__ void write_moments(const ForwardArguments& arguments,
 }
 
 template <class T, Activation activation, Activation output_activation, int stride>
-__global__ void __launch_bounds__(kMostWarps* kLanes)
+__global__ void __launch_bounds__(kHeldWarps<T, stride>* kLanes)
     depthwise_forward_kernel(ForwardArguments arguments) {
   auto& shared = shared_memory<ForwardShared<stride>>();
   const Place place = place_in(arguments.grid);

@@ -250,12 +250,14 @@ def _fake_depthwise_backward(
     columns: int,
 ) -> tuple[Tensor, Tensor]:
     images, height, width, channels = z1.shape
-    positions = [
+    positions_y, positions_x = (
         (padding + size - 1) // stride - padding // stride + 1
         for padding, size in ((padding_top, height), (padding_left, width))
-    ]
+    )
     row_elements = max(width, out_width) * channels * stride
-    parts = _backward_parts(images, *positions, channels, row_elements, target_blocks, columns)
+    parts = _backward_parts(
+        images, positions_y, positions_x, channels, row_elements, target_blocks, columns
+    )
     return torch.empty_like(z1), z1.new_empty(parts, 11, channels, dtype=torch.float32)
 
 
