@@ -9,10 +9,10 @@
 // tile together. A warp converts what it loads once, shows it to its neighbours in a ring of rows
 // in shared memory, one barrier for each row, and keeps its window of the stencil in registers. The
 // loop over the rows is unrolled by the ring's period (`kPhases`), so that nothing moves when the
-// window rolls, and raw rows are loaded that many rows ahead, so that DRAM is never waited for.
+// window rolls, and raw rows are loaded that many rows ahead, to cover DRAM's latency.
 //
-// Pointers advance by a row. The kernels' instructions per element decide how fast they are, so
-// nothing in the loop divides, and activations are parameters of the templates.
+// Instructions per element decide how fast the kernels are: nothing in the loop divides, addresses
+// are 32-bit offsets from where a tile begins, and activations are parameters of the templates.
 
 #include "cuda/element.cuh"
 #include "cuda/gelu.cuh"

@@ -274,6 +274,21 @@ def test_gelu_and_its_slope_are_as_accurate_as_they_say(device: str) -> None:
     assert (slope.cpu() - exact.grad).abs().max() < 1e-6
 
 
+def test_gelu_and_its_slope_of_what_is_not_finite(device: str) -> None:
+    x = torch.tensor([float("nan"), float("inf"), -float("inf")]).repeat(8, 1).t().contiguous()
+    centre = torch.zeros(9, 8)
+    centre[4] = 1
+    ones, centre, on_device = torch.ones_like(x).to(device), centre.to(device), x.to(device)
+    # Each pixel alone: a tap of 0 times infinity is NaN.
+    for pixel, value, slope in ((0, x[0, 0], x[0, 0]), (1, x[1, 0], 1.0), (2, 0.0, 0.0)):
+        one, alone = on_device[pixel : pixel + 1], make_map(1, 1, 1, 1)
+        output, _ = depthwise(one, None, "gelu", centre, None, "identity", alone, measure=False)
+        gradient, _ = depthwise_backward(ones[:1], None, None, one, None, "gelu", centre, alone)
+        for result, expected in ((output, value), (gradient, slope)):
+            exact = torch.full_like(result, float(expected))
+            torch.testing.assert_close(result, exact, atol=1e-6, rtol=0, equal_nan=True)
+
+
 def test_statistics_do_not_cancel_where_the_mean_is_large(device: str) -> None:
     stencil = make_map(2, 9, 17, 1)
     tensors = make_tensors(stencil, 8, torch.float32)
@@ -305,9 +320,18 @@ def all_results(seed: int, patch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]
     )
     expanded = run_expand(expand, stencil, "cpu")
     assert moments is not None
+    halved = make_map(2, 9, 40, 2)
+    tensors = make_tensors(halved, 40, torch.float32)
+    arguments = (tensors.z1, None, "gelu", tensors.taps, None, "identity", halved, True)
+    halves = [tensor for tensor in depthwise(*arguments, target_blocks=3) if tensor is not None]
+    half_gradients = depthwise_backward(
+        *(tensors.grad, tensors.z2, tensors.factors, tensors.z1, tensors.affine),
+        *("gelu", tensors.taps, halved),
+        target_blocks=3,
+    )
     return {
-        "depthwise_forward.cu": [output, moments],
-        "depthwise_backward.cu": [*gradient],
+        "depthwise_forward.cu": [output, moments, *halves],
+        "depthwise_backward.cu": [*gradient, *half_gradients],
         "expand_depthwise.cu": [expanded],
         "expand_tile.cuh": [expanded],
         "reduce.cu": [moments],
