@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.backend_comparison import check, check_module, train_step
+from support.backend_comparison import Results, check_module, check_over_inputs, train_step
 from support.small_model import RESOLUTION, make_model
 from torch import nn
 
@@ -69,19 +69,28 @@ def test_bytes_kept_for_backward(recompute: str, saved: int, cuda: str, kernels:
     assert saved <= kept / (x.numel() * x.element_size()) < 1.05 * saved
 
 
-# Not in float16: through so many layers its rounding, stock or fused, is near the factor allowed.
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_a_small_model(dtype: torch.dtype, device: str, kernels: None) -> None:
+def test_a_small_model(device: str, kernels: None) -> None:
     x = torch.randn(2, 3, RESOLUTION, RESOLUTION)
     reference, fused = make_model(torch.float32, fused=False), make_model(torch.float32)
     with mk.use_backend("triton"):
-        check_module(reference, fused, x, dtype, device)
+        check_module(reference, fused, x, torch.float32, device)
 
 
-def test_autocast_of_a_small_model(device: str, kernels: None) -> None:
-    x = torch.randn(2, 3, RESOLUTION, RESOLUTION).to(device)
-    exact = train_step(make_model(fused=False).to(device), x.double())
-    with torch.autocast(device, torch.bfloat16), mk.use_backend("triton"):
-        stock = train_step(make_model(torch.float32, fused=False).to(device), x)
-        fused = train_step(make_model(torch.float32).to(device), x)
-    check(fused, stock, exact, torch.bfloat16)
+# Batch norms over few pixels magnify its rounding: gradients of stock are off by 3 to 20 %.
+@pytest.mark.parametrize("autocast", [False, True])
+def test_a_small_model_in_bfloat16(autocast: bool, device: str, kernels: None) -> None:
+    weights = torch.float32 if autocast else torch.bfloat16
+
+    def steps(x: torch.Tensor) -> tuple[Results, Results, Results]:
+        exact = make_model(torch.float32, fused=False).to(device, weights).double()
+        with torch.autocast(device, torch.bfloat16, enabled=autocast), mk.use_backend("triton"):
+            stock, fused = (
+                train_step(make_model(torch.float32, fused=each).to(device, weights), x.to(weights))
+                for each in (False, True)
+            )
+        return fused, stock, train_step(exact, x.double())
+
+    generator = torch.Generator().manual_seed(0)
+    size = (2, 3, RESOLUTION, RESOLUTION)
+    inputs = [torch.randn(size, generator=generator).bfloat16().to(device) for _ in range(8)]
+    check_over_inputs([steps(x) for x in inputs], torch.bfloat16)

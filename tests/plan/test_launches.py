@@ -63,9 +63,8 @@ def attention_half_launches(side: int, recompute: str) -> tuple[list[str], list[
 FORWARD = ["norm_and_cast_kernel", "addmm", "forward_kernel", "addmm", "addcmul"]
 
 
-@pytest.mark.parametrize("side", [7, 14])
-def test_the_attention_half(side: int) -> None:
-    forward, backward = attention_half_launches(side, "none")
+def test_the_attention_half() -> None:
+    forward, backward = attention_half_launches(7, "none")
     assert forward == ["bernoulli_", *FORWARD]
     assert backward == [
         *("branch_gradient_kernel", "mm", "mm", "gradient_kernel", "mm", "mm"),
@@ -74,7 +73,8 @@ def test_the_attention_half(side: int) -> None:
 
 
 def test_the_attention_half_of_large_windows() -> None:
-    forward, backward = attention_half_launches(20, "none")
+    """Three kernels in place of one, and a sum: faster on an H200 from some 64 tokens on."""
+    forward, backward = attention_half_launches(14, "none")
     assert (len(forward), len(backward)) == (6, 11)
 
 
@@ -136,8 +136,8 @@ def test_a_training_step_in_every_recompute_level(model: str, blocks: str) -> No
 
 @pytest.mark.parametrize("model", list_models())
 def test_a_training_step_of_every_variant(model: str) -> None:
-    assert step_launches(model, "none") <= 0.33 * step_launches(model, "stock")
+    assert step_launches(model, "none") <= 0.34 * step_launches(model, "stock")
 
 
 def test_a_training_step_of_moat_0() -> None:
-    assert step_launches("moat_0", "none") <= 520
+    assert step_launches("moat_0", "none") <= 541

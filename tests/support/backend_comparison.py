@@ -48,6 +48,25 @@ def check(
             assert_close(fused[name], value, allowed + rounding * torch.finfo(dtype).eps, name)
 
 
+def check_over_inputs(steps: list[tuple[Results, Results, Results]], dtype: torch.dtype) -> None:
+    """(fused, stock, exact) of several inputs: no further from float64 than twice stock, typically.
+
+    For what magnifies rounding at random: the root mean square of the errors is compared.
+    """
+    for name in steps[0][2]:
+        errors = [
+            [relative_error(results[name], exact[name]) ** 2 for results in (fused, stock)]
+            for fused, stock, exact in steps
+            if exact[name].abs().max() >= 1e-9
+        ]
+        if errors:
+            ours, theirs = ((sum(each) / len(errors)) ** 0.5 for each in zip(*errors, strict=True))
+            allowed = (
+                LOW_PRECISION_FACTOR * theirs + LOW_PRECISION_ROUNDING * torch.finfo(dtype).eps
+            )
+            assert ours <= allowed, f"{name}: {ours:.2e} > {allowed:.2e}"
+
+
 def check_mbconv(
     case: Case,
     shape: tuple[int, int, int],

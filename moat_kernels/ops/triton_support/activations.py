@@ -28,9 +28,9 @@ def _gelu_tanh_inner(x):
 
 # GELU(x) = relu(x) - t Phi(-t) with t = |x|. The logarithm of Phi(-t) is nearly a parabola, so a
 # polynomial of low degree and one exponential, which a GPU has a unit of its own for, follow it: a
-# dozen instructions, where erf takes 35 and the stencils evaluate it several times for each element.
-# Fitted on [0, 5.6] for the least absolute error of the result; beyond, t Phi(-t) is below 1e-7 and
-# is held constant.
+# dozen instructions, where erf takes 35 and stencils evaluate it several times for each element.
+# Fitted on [0, 5.6] for the least absolute error of the result; beyond, t Phi(-t) is below 1e-7
+# and is held constant.
 
 
 @triton.jit

@@ -19,9 +19,11 @@ from moat_kernels.ops.triton_support.launching import architecture
 
 # Blocks that a launch aims at: several times what a GPU holds at once, so that the last ones leave
 # little of it idle, yet few enough that their partial sums are small beside the maps.
-TARGET_BLOCKS = 2112
-# Columns of a tile, at most 14 (csrc/cuda/columns.cuh). MOAT's widths are multiples of it or of 7.
-COLUMNS = 14
+TARGET_BLOCKS = 1056
+# Columns of a tile, at most 14 (csrc/cuda/columns.cuh), of which MOAT's widths are multiples, or of
+# 7: what was fastest on an H200, backward by stride (docs/cuda_kernels.md).
+FORWARD_COLUMNS = 7
+BACKWARD_COLUMNS = {1: 14, 2: 7}
 ACTIVATIONS = ("identity", "gelu")
 # The first with bfloat16 and asynchronous copies.
 OLDEST_ARCHITECTURE = 80
@@ -128,7 +130,7 @@ def depthwise(
     stencil: Stencil,
     measure: bool,
     target_blocks: int = TARGET_BLOCKS,
-    columns: int = COLUMNS,
+    columns: int = FORWARD_COLUMNS,
 ) -> tuple[Tensor, Tensor | None]:
     """output_activation(convolution of activation(z scale + shift) by taps, + bias).
 
@@ -160,7 +162,7 @@ def depthwise_backward(
     taps: Tensor,
     stencil: Stencil,
     target_blocks: int = TARGET_BLOCKS,
-    columns: int = COLUMNS,
+    columns: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradient of y1 [B*H*W, E]; and sums [P, 11, E]: of the taps, and of it, and it * z1.
 
@@ -177,7 +179,7 @@ def depthwise_backward(
         taps,
         *_geometry(stencil),
         target_blocks,
-        columns,
+        columns or BACKWARD_COLUMNS[stencil.stride],
     )
     return output.view(z1.shape), sums
 

@@ -112,6 +112,8 @@ def correction_kernel(
 ):
     """M and the constant as expand_backward.py has them, and the gradients of pre_norm.
 
+    One program: a tile of M, or in the last row of programs a block of the vectors.
+
     In bfloat16 M is two matrices, itself and what rounding left of it: together they hold 16 bits
     of each element, more than TF32 would, and are multiplied as they are.
     """
@@ -131,15 +133,16 @@ def correction_kernel(
     scale = tl.load(pre_ptr + channel, mask=valid, other=0.0)
     inverse_std = tl.load(pre_ptr + 3 * channels + channel, mask=valid, other=0.0)
     grad_weight = grad_scale * inverse_std
-    if first == 0:
+    vectors = first == tl.num_programs(0) - 1
+    if vectors:
         tl.store(
             grad_weight_ptr + channel, grad_weight.to(grad_weight_ptr.dtype.element_ty), mask=valid
         )
         tl.store(grad_bias_ptr + channel, grad_shift.to(grad_bias_ptr.dtype.element_ty), mask=valid)
-    if correction_ptr is not None:
-        slope = tl.zeros([BLOCK_C], tl.float32)
-        if PRE_MEASURED:
-            slope = -scale * inverse_std * grad_weight / count
+    slope = tl.zeros([BLOCK_C], tl.float32)
+    if PRE_MEASURED:
+        slope = -scale * inverse_std * grad_weight / count
+    if correction_ptr is not None and not vectors:
         matrix = tl.zeros([BLOCK_C, BLOCK_C], tl.float32)
         for start in tl.range(0, wide, BLOCK_INNER):
             column = start + tl.arange(0, BLOCK_INNER)
@@ -166,22 +169,22 @@ def correction_kernel(
             left_over = (matrix - rounded.to(tl.float32)).to(tl.bfloat16)
             target += channels * channels
             tl.store(target, left_over, mask=valid_left[:, None] & valid[None, :])
-        if first == 0:
-            rest = tl.load(pre_ptr + 6 * channels + channel, mask=valid, other=0.0)
-            constant = -rest * slope
-            for start in tl.range(0, wide, BLOCK_INNER):
-                column = start + tl.arange(0, BLOCK_INNER)
-                valid_column = column < wide
-                mask = valid_column[:, None] & valid[None, :]
-                offset = column.to(tl.int64)[:, None] * channels + channel[None, :]
-                weight = tl.load(folded_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-                scaled = tl.load(scaled_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-                b = tl.load(factors_ptr + wide + column, mask=valid_column, other=0.0)
-                total = tl.load(factors_ptr + 3 * wide + column, mask=valid_column, other=0.0)
-                moved = tl.load(rest_product_ptr + column, mask=valid_column, other=0.0)
-                removed = (total / count)[:, None] * scaled + (b * moved)[:, None] * weight
-                constant -= tl.sum(removed, 0)
-            tl.store(constant_ptr + channel, constant, mask=valid)
+    if correction_ptr is not None and vectors:
+        rest = tl.load(pre_ptr + 6 * channels + channel, mask=valid, other=0.0)
+        constant = -rest * slope
+        for start in tl.range(0, wide, BLOCK_INNER):
+            column = start + tl.arange(0, BLOCK_INNER)
+            valid_column = column < wide
+            mask = valid_column[:, None] & valid[None, :]
+            offset = column.to(tl.int64)[:, None] * channels + channel[None, :]
+            weight = tl.load(folded_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            scaled = tl.load(scaled_ptr + offset, mask=mask, other=0.0).to(tl.float32)
+            b = tl.load(factors_ptr + wide + column, mask=valid_column, other=0.0)
+            total = tl.load(factors_ptr + 3 * wide + column, mask=valid_column, other=0.0)
+            moved = tl.load(rest_product_ptr + column, mask=valid_column, other=0.0)
+            removed = (total / count)[:, None] * scaled + (b * moved)[:, None] * weight
+            constant -= tl.sum(removed, 0)
+        tl.store(constant_ptr + channel, constant, mask=valid)
 
 
 class ExpandGradient(NamedTuple):
@@ -251,7 +254,7 @@ def expand_gradient(
     writes = (correction, constant, pre_weight, pre_bias)
     launch(
         correction_kernel,
-        (blocks if corrected else 1, blocks),
+        (blocks + 1 if corrected else 1, blocks),
         *(*reads, *writes, parts, count, wide, channels),
         PRE_MEASURED=measures[0],
         BLOCK_C=_CORRECTION_BLOCK,

@@ -40,23 +40,19 @@ _FAR = tl.constexpr(16.0)  # squared standard deviations between the centre and 
 
 
 @triton.jit
-def _cast_rows(source_ptr, target_ptr, rows, columns, BLOCK: tl.constexpr, WIDTH: tl.constexpr):
-    """A matrix in the dtype of its target, rows shared out among the programs."""
-    for first in tl.range(tl.program_id(0) * BLOCK, rows, tl.num_programs(0) * BLOCK):
-        row = first + tl.arange(0, BLOCK)
-        for start in tl.range(0, columns, WIDTH):
-            column = start + tl.arange(0, WIDTH)
-            mask = (row < rows)[:, None] & (column < columns)[None, :]
-            offset = row.to(tl.int64)[:, None] * columns + column[None, :]
-            value = tl.load(source_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-            tl.store(target_ptr + offset, value.to(target_ptr.dtype.element_ty), mask=mask)
+def _cast(source_ptr, target_ptr, size, BLOCK: tl.constexpr):
+    """A contiguous tensor in the dtype of its target, shared out evenly among the programs."""
+    for start in tl.range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+        index = start + tl.arange(0, BLOCK)
+        value = tl.load(source_ptr + index, mask=index < size, other=0.0).to(tl.float32)
+        tl.store(target_ptr + index, value.to(target_ptr.dtype.element_ty), mask=index < size)
 
 
 @triton.jit
 def _ready_weights(
     taps_ptr, taps_out_ptr, tap_scale, column, wide,
     project_ptr, project_out_ptr, shortcut_ptr, shortcut_out_ptr, shortcut_bias_ptr,
-    shortcut_bias_out_ptr, channels, out_channels, BLOCK_WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
+    shortcut_bias_out_ptr, channels, out_channels, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The depthwise weight [E, 9], scaled, as float32 [9, E]; the others in their new dtype."""
     valid = column < wide
@@ -64,11 +60,11 @@ def _ready_weights(
         weight = tl.load(taps_ptr + column * 9 + tap, mask=valid, other=0.0).to(tl.float32)
         tl.store(taps_out_ptr + tap * wide + column, weight * tap_scale, mask=valid)
     if project_ptr is not None:
-        _cast_rows(project_ptr, project_out_ptr, out_channels, wide, BLOCK_WIDE, BLOCK_C)
+        _cast(project_ptr, project_out_ptr, out_channels * wide, BLOCK)
     if shortcut_ptr is not None:
-        _cast_rows(shortcut_ptr, shortcut_out_ptr, out_channels, channels, BLOCK_WIDE, BLOCK_C)
+        _cast(shortcut_ptr, shortcut_out_ptr, out_channels * channels, BLOCK)
     if shortcut_bias_ptr is not None:
-        _cast_rows(shortcut_bias_ptr, shortcut_bias_out_ptr, 1, out_channels, BLOCK_WIDE, BLOCK_C)
+        _cast(shortcut_bias_ptr, shortcut_bias_out_ptr, out_channels, BLOCK)
 
 
 @triton.jit
@@ -181,7 +177,7 @@ def fold_weights_kernel(
     _ready_weights(
         taps_ptr, taps_out_ptr, 1.0, column, wide,
         project_ptr, project_out_ptr, shortcut_ptr, shortcut_out_ptr, shortcut_bias_ptr,
-        shortcut_bias_out_ptr, channels, out_channels, BLOCK_WIDE, BLOCK_C,
+        shortcut_bias_out_ptr, channels, out_channels, 2 * BLOCK_WIDE * BLOCK_C,
     )  # fmt: skip
     if tl.program_id(0) == 0:
         count_batch(tracked_ptr)
@@ -297,7 +293,7 @@ def fold(
         BLOCK_WIDE=_BLOCK_WIDE,
         BLOCK_C=_BLOCK_C,
         num_warps=8,
-        num_stages=1,
+        num_stages=3,
         reads=(*reads, *running, pre if given else None),
         writes=(expand, vectors, taps, *casts.targets, *(() if frozen else running), pre),
     )
@@ -388,7 +384,7 @@ def fold_evaluation_kernel(
     _ready_weights(
         taps_ptr, taps_out_ptr, scale, column, wide,
         project_ptr, project_out_ptr, shortcut_ptr, shortcut_out_ptr, shortcut_bias_ptr,
-        shortcut_bias_out_ptr, channels, out_channels, BLOCK_WIDE, BLOCK_C,
+        shortcut_bias_out_ptr, channels, out_channels, 2 * BLOCK_WIDE * BLOCK_C,
     )  # fmt: skip
 
 

@@ -22,7 +22,7 @@ from moat_kernels.ops.triton_support.activations import activate, activation_der
 from moat_kernels.ops.triton_support.launching import launch
 
 # Elements of a weight that a program holds at a time.
-_TILE = 2048
+_TILE = 8192
 _BLOCK_BATCH = 32
 _SMALLEST = 16
 
@@ -119,7 +119,7 @@ def excite(pooled: Sums, pixels: int, parameters: MBConvParameters, activation: 
         *(*reads, mean, reduced, gate, parts, pixels, wide, small),
         ACTIVATION=activation,
         **_blocks(wide, small),
-        num_warps=4,
+        num_warps=8,
         num_stages=1,
         reads=reads,
         writes=(mean, reduced, gate),
@@ -259,7 +259,7 @@ def excite_backward(
         *(*reads, *writes, parts, pixels, wide, small),
         ACTIVATION=activation,
         **blocks,
-        num_warps=4,
+        num_warps=8,
         num_stages=1,
         reads=reads,
         writes=writes,

@@ -141,7 +141,7 @@ def walk_queries(
 def query_gradient_kernel(
     grad_output, output, log_sum_exp, qkv, table, grad_qkv, delta,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
-    scale, heads, height, width, window_height, window_width,
+    scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
     GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -186,7 +186,7 @@ def query_gradient_kernel(
 def key_value_gradient_kernel(
     grad_output, log_sum_exp, delta, qkv, table, grad_qkv,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
-    scale, heads, height, width, window_height, window_width,
+    scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
     GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -231,7 +231,8 @@ def key_value_gradient_kernel(
 def bias_gradient_kernel(
     grad_output, log_sum_exp, delta, qkv, table, slabs,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
-    scale, heads, height, width, window_height, window_width, batch_size,
+    scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
+    batch_size,
     GRID: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -316,7 +317,7 @@ def fold_offsets(
     )
 
 
-@triton.jit(do_not_specialize=["splits", *SIZES])
+@triton.jit(do_not_specialize=["splits", "heads", "window_height", "window_width"])
 def fold_table_kernel(
     slabs, grad_table, splits, heads, window_height, window_width,
     BLOCK_SPLITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,

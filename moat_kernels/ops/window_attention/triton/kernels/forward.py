@@ -12,8 +12,9 @@ import triton.language as tl
 
 LOG2_E: tl.constexpr = tl.constexpr(1.4426950408889634)
 
-# Arguments that differ from map to map without better code for particular values.
-SIZES = ["height", "width", "window_height", "window_width", "heads"]
+# Arguments that differ from map to map without better code for particular values. The window's
+# sizes are constants of a compiled kernel: tokens are divided by them all the time.
+SIZES = ["height", "width", "heads"]
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def load_keys(
 def forward_kernel(
     qkv, table, output, log_sum_exp,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
-    scale, heads, height, width, window_height, window_width,
+    scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
     GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip

@@ -37,7 +37,8 @@ def add_sum(target, values, valid, adds, HEAD_DIM: tl.constexpr):
 def gradient_kernel(
     grad_output, output, log_sum_exp, qkv, table, grad_qkv, slabs, qkv_sums,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
-    scale, heads, height, width, window_height, window_width, batch_size,
+    scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
+    batch_size,
     GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_HELD: tl.constexpr, BLOCK_WALKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
