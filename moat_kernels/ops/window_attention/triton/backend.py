@@ -28,6 +28,7 @@ from moat_kernels.ops.window_attention.triton.launch_table import (
     LARGEST_IN_ONE,
     AttentionBlocks,
     attention_blocks,
+    row_slots,
     size_of,
     window_splits,
 )
@@ -63,6 +64,8 @@ class _Call:
         self.map = (height, width)
         self.window = description.window_for(height, width)
         self.tokens = self.window[0] * self.window[1]
+        slots = row_slots(self.window[1])
+        self.slots = self.window[0] * slots
         rows, columns = window_counts(height, width, self.window)
         self.windows = batch * rows * columns
         self.parts_first = description.qkv_layout == "qkv_heads"
@@ -78,6 +81,7 @@ class _Call:
             *self.window,
         )
         self.constants = {
+            "ROW_SLOTS": slots,
             "GRID": description.partition == "grid",
             "HEAD_DIM": head_dim,
             "PRECISION": "tf32" if multiplies_as_tf32() else "ieee",
@@ -98,8 +102,8 @@ class _Call:
         }
 
     def blocks(self, size: int) -> int:
-        """Blocks of `size` tokens in a window."""
-        return -(-self.tokens // size)
+        """Blocks of `size` slots in a window."""
+        return -(-self.slots // size)
 
     def product_flops(self, products: int) -> int:
         """Of so many products of two matrices for each window, [tokens, head_dim, tokens]."""

@@ -76,7 +76,7 @@ LAUNCHES = register_launch_table(
                 ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
                 ("forward", 2, LARGE): AttentionBlocks(128, 16, 4, 1),
                 ("query", 2, LARGE): AttentionBlocks(64, 16, 4, 1),
-                ("key_value", 2, LARGE): AttentionBlocks(32, 128, 4, 1),
+                ("key_value", 2, LARGE): AttentionBlocks(16, 64, 4, 1),
                 ("bias", 2, LARGE): AttentionBlocks(128, 32, 4, 1),
                 ("gradient", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
             },
@@ -109,6 +109,15 @@ GRADIENT_PROGRAMS = {SMALL: 1024, LARGE: 512}
 def size_of(tokens: int) -> str:
     """The launch table's word for windows of so many tokens."""
     return SMALL if tokens <= SMALL_WINDOW else LARGE
+
+
+def row_slots(window_width: int) -> int:
+    """In how many slots kernels count the tokens of a window's row.
+
+    The next power of 2, which is cheap to divide by, if three quarters of the slots have a token.
+    """
+    power = 1 << (window_width - 1).bit_length()
+    return power if 3 * power <= 4 * window_width else window_width
 
 
 def window_splits(windows: int, heads: int, programs: int) -> int:

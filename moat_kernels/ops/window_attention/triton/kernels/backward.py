@@ -20,6 +20,7 @@ from moat_kernels.ops.window_attention.triton.kernels.forward import (
     locate,
     scores,
     store_rows,
+    token_of,
     window_count,
 )
 
@@ -33,14 +34,17 @@ def score_gradient(score, log_sum_exp, delta, weight_gradient, valid):
 
 @triton.jit
 def load_queries(
-    base, grad_output, log_sum_exp, token, batch, head, heads, window, stride_row, stride_column,
-    height, width, window_height, window_width, GRID: tl.constexpr, HEAD_DIM: tl.constexpr,
+    base, grad_output, log_sum_exp, slot, batch, head, heads, window, stride_row, stride_column,
+    height, width, window_height, window_width,
+    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """(query, gradient of the output, log2-sum-exp) of some tokens, and where they are.
+    """(query, gradient of the output, log2-sum-exp) of some slots, and where they are.
 
     That is: whether there, the pixel of the map, offsets of the output and of statistics.
     """
-    row, column, valid = locate(token, window, height, width, window_height, window_width, GRID)
+    row, column, valid = locate(
+        slot, window, height, width, window_height, window_width, ROW_SLOTS, GRID
+    )
     query = load_rows(base, row * stride_row + column * stride_column, valid, HEAD_DIM)
     pixel = row * width + column
     output_offset = ((batch * height * width + pixel) * heads + head) * HEAD_DIM
@@ -58,11 +62,26 @@ def output_product(gradient, output, output_offset, valid, HEAD_DIM: tl.constexp
 
 
 @triton.jit
+def slab_tile(
+    slab, query_slot, key_slot, window_height, window_width, ROW_SLOTS: tl.constexpr
+):  # fmt: skip
+    """Pointers into a slab [tokens, tokens], and which are."""
+    query_row, query_column, query_there = token_of(
+        query_slot, window_height, window_width, ROW_SLOTS
+    )
+    key_row, key_column, key_there = token_of(key_slot, window_height, window_width, ROW_SLOTS)
+    query = query_row * window_width + query_column
+    key = key_row * window_width + key_column
+    pointers = slab + query[:, None] * (window_height * window_width) + key[None, :]
+    return pointers, query_there[:, None] & key_there[None, :]
+
+
+@triton.jit
 def walk_keys(
-    query, gradient, normalizer, difference, query_token, query_valid, slab, adds,
+    query, gradient, normalizer, difference, query_slot, query_valid, slab, adds,
     base, stride_row, stride_column, stride_part, table, scale,
     window, height, width, window_height, window_width,
-    GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale dS K of a block of queries, [BLOCK_QUERIES, HEAD_DIM], over all keys of a window.
@@ -71,24 +90,24 @@ def walk_keys(
     slab [tokens, tokens], if there is one, gets dS, added to what is there if `adds`.
     """
     sums = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
-    for start in range(0, window_height * window_width, BLOCK_KEYS):
-        key_token = start + tl.arange(0, BLOCK_KEYS)
+    for start in range(0, window_height * ROW_SLOTS, BLOCK_KEYS):
+        key_slot = start + tl.arange(0, BLOCK_KEYS)
         _, _, key_valid, key, value = load_keys(
-            base, key_token, window, stride_row, stride_column, stride_part,
-            height, width, window_height, window_width, GRID, HEAD_DIM,
+            base, key_slot, window, stride_row, stride_column, stride_part,
+            height, width, window_height, window_width, ROW_SLOTS, GRID, HEAD_DIM,
         )  # fmt: skip
         score = scores(
-            query, key, query_token, key_token, key_valid, table, scale,
-            window_height, window_width, True, HAS_TABLE, PRECISION,
+            query, key, query_slot, key_slot, key_valid, table, scale,
+            window_height, window_width, ROW_SLOTS, True, HAS_TABLE, PRECISION,
         )  # fmt: skip
         weight_gradient = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
         _, grad_score = score_gradient(
             score, normalizer[:, None], difference[:, None], weight_gradient, key_valid[None, :]
         )
         if slab is not None:
-            tokens = window_height * window_width
-            pointers = slab + query_token[:, None] * tokens + key_token[None, :]
-            inside = (query_token < tokens)[:, None] & (key_token < tokens)[None, :]
+            pointers, inside = slab_tile(
+                slab, query_slot, key_slot, window_height, window_width, ROW_SLOTS
+            )
             total = tl.where(query_valid[:, None], grad_score, 0.0)
             if adds:
                 total += tl.load(pointers, mask=inside, other=0.0)
@@ -99,10 +118,10 @@ def walk_keys(
 
 @triton.jit
 def walk_queries(
-    key, value, key_token, grad_output, output, log_sum_exp, delta,
+    key, value, key_slot, grad_output, output, log_sum_exp, delta,
     base, stride_row, stride_column, table, scale,
     batch, head, heads, window, height, width, window_height, window_width,
-    GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """(dK = scale dS^T Q, dV = P^T G) of a block of keys, [BLOCK_KEYS, HEAD_DIM] each.
@@ -110,22 +129,22 @@ def walk_queries(
     Over all queries of a window. The tile is computed transposed, [keys, queries], as both products
     need it. delta is read, or if None computed from output.
     """
-    tokens = window_height * window_width
     key_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
     value_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
-    for start in range(0, tokens, BLOCK_QUERIES):
-        query_token = start + tl.arange(0, BLOCK_QUERIES)
+    for start in range(0, window_height * ROW_SLOTS, BLOCK_QUERIES):
+        query_slot = start + tl.arange(0, BLOCK_QUERIES)
         query, gradient, normalizer, query_valid, _, output_offset, statistic = load_queries(
-            base, grad_output, log_sum_exp, query_token, batch, head, heads, window,
-            stride_row, stride_column, height, width, window_height, window_width, GRID, HEAD_DIM,
+            base, grad_output, log_sum_exp, query_slot, batch, head, heads, window,
+            stride_row, stride_column, height, width, window_height, window_width,
+            ROW_SLOTS, GRID, HEAD_DIM,
         )  # fmt: skip
         if delta is not None:
             difference = tl.load(delta + statistic, mask=query_valid, other=0.0)
         else:
             difference = output_product(gradient, output, output_offset, query_valid, HEAD_DIM)
         score = scores(
-            key, query, key_token, query_token, query_valid, table, scale,
-            window_height, window_width, False, HAS_TABLE, PRECISION,
+            key, query, key_slot, query_slot, query_valid, table, scale,
+            window_height, window_width, ROW_SLOTS, False, HAS_TABLE, PRECISION,
         )  # fmt: skip
         weight_gradient = tl.dot(value, tl.trans(gradient), input_precision=PRECISION)
         weight, grad_score = score_gradient(
@@ -142,7 +161,7 @@ def query_gradient_kernel(
     grad_output, output, log_sum_exp, qkv, table, grad_qkv, delta,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
-    GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale dS K and delta for one (block of queries, window, head) a program.
@@ -153,8 +172,7 @@ def query_gradient_kernel(
     Grid: (query blocks * windows * batch, heads). Maps but qkv are contiguous; grad_qkv has the
     layout of qkv.
     """
-    tokens = window_height * window_width
-    query_blocks = tl.cdiv(tokens, BLOCK_QUERIES)
+    query_blocks = tl.cdiv(window_height * ROW_SLOTS, BLOCK_QUERIES)
     windows = window_count(height, width, window_height, window_width)
     first = tl.program_id(0) % query_blocks * BLOCK_QUERIES
     window = tl.program_id(0) // query_blocks % windows
@@ -164,19 +182,20 @@ def query_gradient_kernel(
     if HAS_TABLE:
         table += head * (2 * window_height - 1) * (2 * window_width - 1)
 
-    query_token = first + tl.arange(0, BLOCK_QUERIES)
+    query_slot = first + tl.arange(0, BLOCK_QUERIES)
     query, gradient, normalizer, query_valid, pixel, output_offset, statistic = load_queries(
-        base, grad_output, log_sum_exp, query_token, batch, head, heads, window,
-        stride_row, stride_column, height, width, window_height, window_width, GRID, HEAD_DIM,
+        base, grad_output, log_sum_exp, query_slot, batch, head, heads, window,
+        stride_row, stride_column, height, width, window_height, window_width,
+        ROW_SLOTS, GRID, HEAD_DIM,
     )  # fmt: skip
     difference = output_product(gradient, output, output_offset, query_valid, HEAD_DIM)
     tl.store(delta + statistic, difference, mask=query_valid)
 
     sums = walk_keys(
-        query, gradient, normalizer, difference, query_token, query_valid, None, False,
+        query, gradient, normalizer, difference, query_slot, query_valid, None, False,
         base, stride_row, stride_column, stride_part, table, scale,
         window, height, width, window_height, window_width,
-        GRID, HAS_TABLE, HEAD_DIM, BLOCK_QUERIES, BLOCK_KEYS, PRECISION,
+        ROW_SLOTS, GRID, HAS_TABLE, HEAD_DIM, BLOCK_QUERIES, BLOCK_KEYS, PRECISION,
     )  # fmt: skip
     grad_offset = (batch * height * width + pixel) * 3 * heads * HEAD_DIM + head * stride_head
     store_rows(grad_qkv, grad_offset, query_valid, sums, HEAD_DIM)
@@ -187,7 +206,7 @@ def key_value_gradient_kernel(
     grad_output, log_sum_exp, delta, qkv, table, grad_qkv,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
-    GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK = scale dS^T Q and dV = P^T G for one (block of keys, window, head) a program.
@@ -198,8 +217,7 @@ def key_value_gradient_kernel(
 
     Grid: (key blocks * windows * batch, heads). Layouts as in `query_gradient_kernel`.
     """
-    tokens = window_height * window_width
-    key_blocks = tl.cdiv(tokens, BLOCK_KEYS)
+    key_blocks = tl.cdiv(window_height * ROW_SLOTS, BLOCK_KEYS)
     windows = window_count(height, width, window_height, window_width)
     first = tl.program_id(0) % key_blocks * BLOCK_KEYS
     window = tl.program_id(0) // key_blocks % windows
@@ -209,17 +227,17 @@ def key_value_gradient_kernel(
     if HAS_TABLE:
         table += head * (2 * window_height - 1) * (2 * window_width - 1)
 
-    key_token = first + tl.arange(0, BLOCK_KEYS)
+    key_slot = first + tl.arange(0, BLOCK_KEYS)
     row, column, key_valid, key, value = load_keys(
-        base, key_token, window, stride_row, stride_column, stride_part,
-        height, width, window_height, window_width, GRID, HEAD_DIM,
+        base, key_slot, window, stride_row, stride_column, stride_part,
+        height, width, window_height, window_width, ROW_SLOTS, GRID, HEAD_DIM,
     )  # fmt: skip
 
     key_sums, value_sums = walk_queries(
-        key, value, key_token, grad_output, None, log_sum_exp, delta,
+        key, value, key_slot, grad_output, None, log_sum_exp, delta,
         base, stride_row, stride_column, table, scale,
         batch, head, heads, window, height, width, window_height, window_width,
-        GRID, HAS_TABLE, HEAD_DIM, BLOCK_QUERIES, BLOCK_KEYS, PRECISION,
+        ROW_SLOTS, GRID, HAS_TABLE, HEAD_DIM, BLOCK_QUERIES, BLOCK_KEYS, PRECISION,
     )  # fmt: skip
     position = batch * height * width + row * width + column
     grad_offset = position * 3 * heads * HEAD_DIM + head * stride_head
@@ -233,7 +251,7 @@ def bias_gradient_kernel(
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
     batch_size,
-    GRID: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """slabs[split, head] += dS over every splits-th window, one tile of [tokens, tokens] a program.
@@ -244,10 +262,9 @@ def bias_gradient_kernel(
 
     Grid: (query blocks * key blocks, heads, splits).
     """
-    tokens = window_height * window_width
-    key_blocks = tl.cdiv(tokens, BLOCK_KEYS)
-    query_token = tl.program_id(0) // key_blocks * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    key_token = tl.program_id(0) % key_blocks * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    key_blocks = tl.cdiv(window_height * ROW_SLOTS, BLOCK_KEYS)
+    query_slot = tl.program_id(0) // key_blocks * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
+    key_slot = tl.program_id(0) % key_blocks * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     head = tl.program_id(1)
     table += head * (2 * window_height - 1) * (2 * window_width - 1)
     windows = window_count(height, width, window_height, window_width)
@@ -258,17 +275,18 @@ def bias_gradient_kernel(
         batch = (index // windows).to(tl.int64)
         base = qkv + batch * stride_batch + head * stride_head
         query, gradient, normalizer, query_valid, _, _, statistic = load_queries(
-            base, grad_output, log_sum_exp, query_token, batch, head, heads, window,
-            stride_row, stride_column, height, width, window_height, window_width, GRID, HEAD_DIM,
+            base, grad_output, log_sum_exp, query_slot, batch, head, heads, window,
+            stride_row, stride_column, height, width, window_height, window_width,
+            ROW_SLOTS, GRID, HEAD_DIM,
         )  # fmt: skip
         difference = tl.load(delta + statistic, mask=query_valid, other=0.0)
         _, _, key_valid, key, value = load_keys(
-            base, key_token, window, stride_row, stride_column, stride_part,
-            height, width, window_height, window_width, GRID, HEAD_DIM,
+            base, key_slot, window, stride_row, stride_column, stride_part,
+            height, width, window_height, window_width, ROW_SLOTS, GRID, HEAD_DIM,
         )  # fmt: skip
         score = scores(
-            query, key, query_token, key_token, key_valid, table, scale,
-            window_height, window_width, True, True, PRECISION,
+            query, key, query_slot, key_slot, key_valid, table, scale,
+            window_height, window_width, ROW_SLOTS, True, True, PRECISION,
         )  # fmt: skip
         weight_gradient = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
         valid = query_valid[:, None] & key_valid[None, :]
@@ -277,10 +295,12 @@ def bias_gradient_kernel(
         )
         sums += grad_score
 
-    slab = (tl.program_id(2) * heads + head).to(tl.int64)
-    pointers = (slab * tokens + query_token[:, None]) * tokens + key_token[None, :]
-    inside = (query_token < tokens)[:, None] & (key_token < tokens)[None, :]
-    tl.store(slabs + pointers, sums, mask=inside)
+    tokens = window_height * window_width
+    slabs += (tl.program_id(2) * heads + head).to(tl.int64) * tokens * tokens
+    pointers, inside = slab_tile(
+        slabs, query_slot, key_slot, window_height, window_width, ROW_SLOTS
+    )
+    tl.store(pointers, sums, mask=inside)
 
 
 @triton.jit

@@ -1,7 +1,9 @@
 """Triton kernels of window attention: where a window's tokens lie, scores, and the forward pass.
 
 Importing this imports triton. Windows are never copied or padded in memory: each program works out
-the map position of its tokens, and masks those beyond the map. Offsets into maps are 64-bit.
+the map position of its tokens, and masks those beyond the map. Offsets into maps are 64-bit. Tokens
+are counted in slots, ROW_SLOTS for each row of the window (`row_slots` in ../launch_table.py): if
+that is a power of 2, no integer is divided, which took half of the kernels' instructions.
 Scores are kept in units of log 2, so that the softmax is exp2, one instruction.
 """
 
@@ -24,20 +26,29 @@ def window_count(height, width, window_height, window_width):
 
 
 @triton.jit
-def locate(token, window, height, width, window_height, window_width, GRID: tl.constexpr):
-    """Map row and column of a window's tokens (row-major, any shape), and which are on the map."""
+def token_of(slot, window_height, window_width, ROW_SLOTS: tl.constexpr):
+    """Row and column in the window of some slots, and whether a token is there."""
+    row, column = slot // ROW_SLOTS, slot % ROW_SLOTS
+    return row, column, (row < window_height) & (column < window_width)
+
+
+@triton.jit
+def locate(
+    slot, window, height, width, window_height, window_width,
+    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr,
+):  # fmt: skip
+    """Map row and column of a window's slots (row-major, any shape), and which are on the map."""
     window_columns = tl.cdiv(width, window_width)
     window_row = window // window_columns
     window_column = window % window_columns
-    token_row = token // window_width
-    token_column = token % window_width
+    token_row, token_column, there = token_of(slot, window_height, window_width, ROW_SLOTS)
     if GRID:
         row = token_row * tl.cdiv(height, window_height) + window_row
         column = token_column * window_columns + window_column
     else:
         row = window_row * window_height + token_row
         column = window_column * window_width + token_column
-    valid = (token_row < window_height) & (row < height) & (column < width)
+    valid = there & (row < height) & (column < width)
     return row.to(tl.int64), column.to(tl.int64), valid
 
 
@@ -56,19 +67,20 @@ def store_rows(base, offset, valid, values, HEAD_DIM: tl.constexpr):
 
 
 @triton.jit
-def table_offset(token, window_height, window_width):
+def table_offset(slot, window_height, window_width, ROW_SLOTS: tl.constexpr):
     """table[key - query] is at the difference of these, plus that of the last token.
 
-    Tokens beyond the window count as its last, to stay in the table.
+    Slots beyond the window count as its last row or column, to stay in the table.
     """
-    token = tl.minimum(token, window_height * window_width - 1)
-    return token // window_width * (2 * window_width - 1) + token % window_width
+    row = tl.minimum(slot // ROW_SLOTS, window_height - 1)
+    column = tl.minimum(slot % ROW_SLOTS, window_width - 1)
+    return row * (2 * window_width - 1) + column
 
 
 @triton.jit
 def scores(
-    rows, columns, row_token, column_token, column_valid, table, scale,
-    window_height, window_width,
+    rows, columns, row_slot, column_slot, column_valid, table, scale,
+    window_height, window_width, ROW_SLOTS: tl.constexpr,
     ROWS_ARE_QUERIES: tl.constexpr, HAS_TABLE: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """log2(e) (scale Q K^T + bias), or its transpose, of a tile; -inf in columns not valid.
@@ -78,8 +90,8 @@ def scores(
     """
     values = tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * (scale * LOG2_E)
     if HAS_TABLE:
-        row_offset = table_offset(row_token, window_height, window_width)[:, None]
-        column_offset = table_offset(column_token, window_height, window_width)[None, :]
+        row_offset = table_offset(row_slot, window_height, window_width, ROW_SLOTS)[:, None]
+        column_offset = table_offset(column_slot, window_height, window_width, ROW_SLOTS)[None, :]
         middle = (window_height - 1) * (2 * window_width - 1) + window_width - 1
         if ROWS_ARE_QUERIES:
             bias = tl.load(table + (middle - row_offset + column_offset))
@@ -91,11 +103,14 @@ def scores(
 
 @triton.jit
 def load_keys(
-    base, token, window, stride_row, stride_column, stride_part,
-    height, width, window_height, window_width, GRID: tl.constexpr, HEAD_DIM: tl.constexpr,
+    base, slot, window, stride_row, stride_column, stride_part,
+    height, width, window_height, window_width,
+    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """(row, column, whether there, key, value) of some tokens; base: q of a map and a head."""
-    row, column, valid = locate(token, window, height, width, window_height, window_width, GRID)
+    """(row, column, whether there, key, value) of some slots; base: q of a map and a head."""
+    row, column, valid = locate(
+        slot, window, height, width, window_height, window_width, ROW_SLOTS, GRID
+    )
     offset = row * stride_row + column * stride_column
     key = load_rows(base + stride_part, offset, valid, HEAD_DIM)
     value = load_rows(base + 2 * stride_part, offset, valid, HEAD_DIM)
@@ -107,7 +122,7 @@ def forward_kernel(
     qkv, table, output, log_sum_exp,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
-    GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """output = softmax(scale Q K^T + bias) V for one (block of queries, window, head) a program.
@@ -118,8 +133,7 @@ def forward_kernel(
 
     Grid: (query blocks * windows * batch, heads).
     """
-    tokens = window_height * window_width
-    query_blocks = tl.cdiv(tokens, BLOCK_QUERIES)
+    query_blocks = tl.cdiv(window_height * ROW_SLOTS, BLOCK_QUERIES)
     windows = window_count(height, width, window_height, window_width)
     first = tl.program_id(0) % query_blocks * BLOCK_QUERIES
     window = tl.program_id(0) // query_blocks % windows
@@ -129,9 +143,9 @@ def forward_kernel(
     if HAS_TABLE:
         table += head * (2 * window_height - 1) * (2 * window_width - 1)
 
-    query_token = first + tl.arange(0, BLOCK_QUERIES)
+    query_slot = first + tl.arange(0, BLOCK_QUERIES)
     row, column, query_valid = locate(
-        query_token, window, height, width, window_height, window_width, GRID
+        query_slot, window, height, width, window_height, window_width, ROW_SLOTS, GRID
     )
     offset = row * stride_row + column * stride_column
     query = load_rows(base, offset, query_valid, HEAD_DIM)
@@ -139,15 +153,15 @@ def forward_kernel(
     largest = tl.full([BLOCK_QUERIES], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_QUERIES], tl.float32)
     sums = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
-    for start in range(0, tokens, BLOCK_KEYS):
-        key_token = start + tl.arange(0, BLOCK_KEYS)
+    for start in range(0, window_height * ROW_SLOTS, BLOCK_KEYS):
+        key_slot = start + tl.arange(0, BLOCK_KEYS)
         _, _, key_valid, key, value = load_keys(
-            base, key_token, window, stride_row, stride_column, stride_part,
-            height, width, window_height, window_width, GRID, HEAD_DIM,
+            base, key_slot, window, stride_row, stride_column, stride_part,
+            height, width, window_height, window_width, ROW_SLOTS, GRID, HEAD_DIM,
         )  # fmt: skip
         score = scores(
-            query, key, query_token, key_token, key_valid, table, scale,
-            window_height, window_width, True, HAS_TABLE, PRECISION,
+            query, key, query_slot, key_slot, key_valid, table, scale,
+            window_height, window_width, ROW_SLOTS, True, HAS_TABLE, PRECISION,
         )  # fmt: skip
         new_largest = tl.maximum(largest, tl.max(score, 1))
         # Subtracting -inf from -inf, where all keys so far are masked, would make NaN of 0.

@@ -39,7 +39,7 @@ def gradient_kernel(
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
     batch_size,
-    GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
+    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_HELD: tl.constexpr, BLOCK_WALKED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK, dV of every splits-th window of a head, and what they add to other gradients.
@@ -72,17 +72,17 @@ def gradient_kernel(
         batch = (index // windows).to(tl.int64)
         base = qkv + batch * stride_batch + head * stride_head
         grad_base = grad_qkv + batch * height * width * 3 * heads * HEAD_DIM + head * stride_head
-        for first in range(0, tokens, BLOCK_HELD):
-            token = first + tl.arange(0, BLOCK_HELD)
+        for first in range(0, window_height * ROW_SLOTS, BLOCK_HELD):
+            slot = first + tl.arange(0, BLOCK_HELD)
             row, column, valid, key, value = load_keys(
-                base, token, window, stride_row, stride_column, stride_part,
-                height, width, window_height, window_width, GRID, HEAD_DIM,
+                base, slot, window, stride_row, stride_column, stride_part,
+                height, width, window_height, window_width, ROW_SLOTS, GRID, HEAD_DIM,
             )  # fmt: skip
             key_gradient, value_gradient = walk_queries(
-                key, value, token, grad_output, output, log_sum_exp, None,
+                key, value, slot, grad_output, output, log_sum_exp, None,
                 base, stride_row, stride_column, table, scale,
                 batch, head, heads, window, height, width, window_height, window_width,
-                GRID, HAS_TABLE, HEAD_DIM, BLOCK_WALKED, BLOCK_HELD, PRECISION,
+                ROW_SLOTS, GRID, HAS_TABLE, HEAD_DIM, BLOCK_WALKED, BLOCK_HELD, PRECISION,
             )  # fmt: skip
             grad_offset = (row * width + column) * 3 * heads * HEAD_DIM
             store_rows(grad_base + stride_part, grad_offset, valid, key_gradient, HEAD_DIM)
@@ -91,18 +91,19 @@ def gradient_kernel(
                 adds = (index != split) | (first > 0)
                 add_sum(qkv_sums + stride_part, key_gradient, valid, adds, HEAD_DIM)
                 add_sum(qkv_sums + 2 * stride_part, value_gradient, valid, adds, HEAD_DIM)
-        for first in range(0, tokens, BLOCK_HELD):
-            token = first + tl.arange(0, BLOCK_HELD)
+        for first in range(0, window_height * ROW_SLOTS, BLOCK_HELD):
+            slot = first + tl.arange(0, BLOCK_HELD)
             query, gradient, normalizer, valid, pixel, output_offset, _ = load_queries(
-                base, grad_output, log_sum_exp, token, batch, head, heads, window, stride_row,
-                stride_column, height, width, window_height, window_width, GRID, HEAD_DIM,
+                base, grad_output, log_sum_exp, slot, batch, head, heads, window, stride_row,
+                stride_column, height, width, window_height, window_width,
+                ROW_SLOTS, GRID, HEAD_DIM,
             )  # fmt: skip
             difference = output_product(gradient, output, output_offset, valid, HEAD_DIM)
             query_gradient = walk_keys(
-                query, gradient, normalizer, difference, token, valid, slabs, index != split,
+                query, gradient, normalizer, difference, slot, valid, slabs, index != split,
                 base, stride_row, stride_column, stride_part, table, scale,
                 window, height, width, window_height, window_width,
-                GRID, HAS_TABLE, HEAD_DIM, BLOCK_HELD, BLOCK_WALKED, PRECISION,
+                ROW_SLOTS, GRID, HAS_TABLE, HEAD_DIM, BLOCK_HELD, BLOCK_WALKED, PRECISION,
             )  # fmt: skip
             grad_offset = pixel * 3 * heads * HEAD_DIM
             store_rows(grad_base, grad_offset, valid, query_gradient, HEAD_DIM)
