@@ -24,7 +24,7 @@ from moat_kernels.ops.mbconv.description import (
 
 @dataclass(frozen=True)
 class Case:
-    """A description and the tensors' geometry: C_in -> E -> C_out, kernel K."""
+    """A description and the tensors' geometry: C_in -> E -> C_out, kernel K, squeezed to R."""
 
     description: MBConvDescription = field(default_factory=MBConvDescription)
     in_channels: int = 6
@@ -33,6 +33,7 @@ class Case:
     kernel_size: int = 3
     biases: bool = True
     shortcut_conv: bool = False
+    squeezed_channels: int = 3
 
 
 _TO_8 = {"out_channels": 8, "shortcut_conv": True}
@@ -143,6 +144,7 @@ def make_parameters(case: Case, dtype: torch.dtype = torch.float64) -> MBConvPar
         return NormParameters() if absent else make_norm(channels, dtype)
 
     gated, projected = description.squeeze_excite is not None, case.shortcut_conv
+    squeezed = case.squeezed_channels
     return MBConvParameters(
         expand_weight=weight(wide, case.in_channels, 1, 1),
         depthwise_weight=weight(middle, 1, case.kernel_size, case.kernel_size),
@@ -154,9 +156,9 @@ def make_parameters(case: Case, dtype: torch.dtype = torch.float64) -> MBConvPar
         expand_norm=norm("expand_norm", wide),
         depthwise_norm=norm("depthwise_norm", middle),
         project_norm=norm("project_norm", case.out_channels),
-        se_reduce_weight=weight(3, wide) if gated else None,
-        se_reduce_bias=bias(3) if gated else None,
-        se_expand_weight=weight(wide, 3) if gated else None,
+        se_reduce_weight=weight(squeezed, wide) if gated else None,
+        se_reduce_bias=bias(squeezed) if gated else None,
+        se_expand_weight=weight(wide, squeezed) if gated else None,
         se_expand_bias=bias(wide) if gated else None,
         shortcut_weight=weight(case.out_channels, case.in_channels, 1, 1) if projected else None,
         shortcut_bias=bias(case.out_channels) if projected else None,

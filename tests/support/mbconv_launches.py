@@ -28,10 +28,14 @@ def bottlenecks(name: str, stages: Iterable[int] = STAGES) -> Iterator[tuple[Cas
         gate = SqueezeExcite() if stage < 2 else None
         in_channels, channels = widths[stage : stage + 2]
         first = MBConvDescription(stride=2, pool=Pool(), squeeze_excite=gate)
-        case = Case(first, in_channels, 4 * channels, channels, shortcut_conv=True)
-        yield case, resolution // 2 ** (stage + 1)
+        sizes = {"wide_channels": 4 * channels, "out_channels": channels}
+        sizes["squeezed_channels"] = channels // 4
+        yield (
+            Case(first, in_channels, **sizes, shortcut_conv=True),
+            resolution // 2 ** (stage + 1),
+        )
         other = MBConvDescription(squeeze_excite=gate)
-        yield Case(other, channels, 4 * channels, channels), resolution // 2 ** (stage + 2)
+        yield Case(other, channels, **sizes), resolution // 2 ** (stage + 2)
 
 
 def launch_mbconv(
