@@ -54,6 +54,10 @@ LOW_PRECISION_FACTOR = 2.0
 # pixels in bfloat16: 2.1 units beyond twice stock's).
 LOW_PRECISION_ROUNDING = 1
 FOLDED_ROUNDING = 3
+# The same factor over eight inputs to a model that magnifies rounding at random: of one tensor
+# (0.7 to 2.0 by the interpreter, so many inputs tell it to a half), and in the median over all
+# (0.8 and 1.0).
+RANDOM_FACTOR, TYPICAL_FACTOR = 3.0, 1.25
 
 # What storing a float32 result in another dtype adds: one rounding, half a unit in the last place,
 # and the same of the stored output that attention's backward reads.

@@ -74,10 +74,10 @@ LAUNCHES = register_launch_table(
             },
             9: {  # measured on an H200, see docs/launch_tables.md
                 ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
-                ("forward", 2, LARGE): AttentionBlocks(128, 16, 4, 1),
-                ("query", 2, LARGE): AttentionBlocks(64, 16, 4, 1),
+                ("forward", 2, LARGE): AttentionBlocks(64, 16, 4, 1),
+                ("query", 2, LARGE): AttentionBlocks(128, 16, 8, 1),
                 ("key_value", 2, LARGE): AttentionBlocks(16, 64, 4, 1),
-                ("bias", 2, LARGE): AttentionBlocks(128, 32, 4, 1),
+                ("bias", 2, LARGE): AttentionBlocks(64, 64, 4, 2),
                 ("gradient", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
             },
             10: {  # with two stages registers spill, those of "gradient" under Triton 3.6
