@@ -4,7 +4,7 @@
 least time a step takes, with stock and with fused blocks. Nothing runs on a GPU and none is needed:
 the step is traced on meta tensors (step.py), which counts the memory exactly and every kernel's
 bytes and FLOPs (meter.py, operators.py); a GPU's data sheet (gpus.py) turns these into a lower
-bound of the time (roofline.py), and four numbers measured on an H200 into a forecast of it, eager
+bound of the time (roofline.py), and five numbers measured on H200s into a forecast of it, eager
 and in a CUDA graph (forecast.py). No other number here was measured.
 """
 

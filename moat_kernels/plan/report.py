@@ -16,7 +16,7 @@ GIB = 2**30
 RESERVED = 2 * GIB
 
 NOTES = f"""\
-predicted from shapes and data sheets, forecasts with four numbers that were measured on an H200
+predicted from shapes and data sheets, forecasts with five numbers that were measured on H200s
 memory    tensors at the worst moment, with gradients and the optimiser's state, exactly counted;
           {RESERVED // GIB} GiB are left to the CUDA context, workspaces and fragmentation
 launches  forward / all; PyTorch launches somewhat more than its operators show

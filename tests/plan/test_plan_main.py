@@ -15,7 +15,7 @@ def test_a_batch_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, "--batch", "2", "--kernels"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Predicted, not measured: a training step of tiny_moat_0 at 33 px")
-    assert "four numbers that were measured on an H200" in printed
+    assert "five numbers that were measured on H200s" in printed
     assert "forward/all    at least       graph       eager     at most" in printed
     for row in ("stock", 'fused, recompute="none"', 'fused, recompute="block"', "expand_kernel"):
         assert row in printed

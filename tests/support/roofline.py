@@ -22,6 +22,7 @@ from moat_kernels.plan.forecast import (
     HOST_SECONDS,
     LEAST_SECONDS,
     OPERATOR_EFFICIENCY,
+    OWN_HOST_SECONDS,
 )
 from moat_kernels.plan.report import GIB, RESERVED, capacity
 
@@ -48,7 +49,7 @@ HEAD = f"""\
 # Roofline on paper
 
 Written by `python benchmarks/roofline.py`; the tests compare. **Everything here is predicted from
-shapes and data sheets; the [forecasts](#launches-and-forecasts) take four measured numbers besides.
+shapes and data sheets; the [forecasts](#launches-and-forecasts) take five measured numbers besides.
 What was measured is in [gpu_results.md](gpu_results.md).**
 
 A training step at batch {BATCH}: forward, cross entropy, backward, AdamW in one kernel; autocast in
@@ -75,13 +76,14 @@ counted on an H200 where the trace had 1746, 66 of which drop path no longer mak
 - CUDA graph: the sum over launches of the floor divided by how near kernels come to it, which is
   {EFFICIENCY:g} for this package's and {OPERATOR_EFFICIENCY:g} for others; at least
   {LEAST_SECONDS * 1e6:g} µs each.
-- eager: that, or {HOST_SECONDS * 1e6:g} µs of the host for each launch, whichever is longer.
+- eager: that, or the time of the host, whichever is longer: {HOST_SECONDS * 1e6:g} µs for each
+  launch of PyTorch's and {OWN_HOST_SECONDS * 1e6:g} µs for each of this package's, with the Python
+  around it.
 
-These four numbers were measured with moat_0 at batch 64 on an H200, in run 5 of
-[gpu_results.md](gpu_results.md); `moat_kernels/plan/forecast.py` says how each follows. They
-describe the kernels of then. With those, the steps below that were not used for them were met
-within 9 % in a CUDA graph and 19 % eager. Eager times vary with the host: 21 to 42 µs for each
-launch were seen.
+These five numbers were measured with moat_0 at batch 64 on H200s, in runs 5, 7 and 8 of
+[gpu_results.md](gpu_results.md); `moat_kernels/plan/forecast.py` says how each follows. Fused steps
+that only run 5 has were of the kernels of then, ten times as many: what stands beside them is what
+to expect now. Eager times vary with the host by a half.
 
 Left out: steps under torch.compile, which makes one kernel of several that the trace counts, and
 the time that instructions take to issue.

@@ -1,7 +1,7 @@
 """How the Triton kernels of window attention are launched: its launch table.
 
 Chosen by counting registers and shared memory (docs/gpu_kernels.md has what each compiles to).
-Those of Hopper (9) but for "gradient" were measured on an H200, the others on no GPU:
+Those of Hopper (9) were measured on an H200, the others on no GPU:
 `python -m moat_kernels.tune` does that.
 """
 
@@ -94,7 +94,8 @@ LAUNCHES = register_launch_table(
 )
 
 # Windows of up to so many tokens have one backward kernel: each of its programs has a sum of tokens
-# times tokens in the second-level cache, as many as there are programs at a time.
+# times tokens in the second-level cache, as many as there are programs at a time. Beyond, three
+# kernels of more programs were faster on an H200.
 LARGEST_IN_ONE = SMALL_WINDOW
 
 # Programs that sum the table's gradient, in a kernel of their own: enough for several on each
