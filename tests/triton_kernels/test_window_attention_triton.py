@@ -26,7 +26,6 @@ pytest.importorskip("triton")
 
 from moat_kernels.ops.triton_support.traffic import record_passes
 from moat_kernels.ops.window_attention.triton import backend as triton_backend
-from moat_kernels.ops.window_attention.triton import launch_table
 
 WHOLE = WindowAttentionDescription(heads=2, head_dim=16)
 SMALL = (1, 4, 5)
@@ -100,7 +99,7 @@ def test_the_tables_gradient_for_any_number_of_partial_sums(
 ) -> None:
     """Five windows, summed by one program, and by three: two, two and one."""
     if kernels == "one":
-        monkeypatch.setitem(triton_backend.GRADIENT_PROGRAMS, launch_table.SMALL, programs)
+        monkeypatch.setattr(triton_backend, "GRADIENT_PROGRAMS", programs)
     else:
         monkeypatch.setattr(triton_backend, "BIAS_GRADIENT_PROGRAMS", programs)
     description = WindowAttentionDescription(1, 16, (3, 3))
@@ -112,10 +111,10 @@ def test_the_tables_gradient_for_any_number_of_partial_sums(
 def test_a_window_of_several_blocks_adds_to_one_sum(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two windows of 66 tokens, held in two blocks of 64, by one program."""
-    monkeypatch.setitem(triton_backend.GRADIENT_PROGRAMS, launch_table.LARGE, 1)
+    """Two windows of 60 tokens in 80 slots, held in two blocks of 64, by one program."""
+    monkeypatch.setattr(triton_backend, "GRADIENT_PROGRAMS", 1)
     description = WindowAttentionDescription(1, 16)
-    qkv, table = make_inputs(description, (2, 6, 11), device=device)
+    qkv, table = make_inputs(description, (2, 5, 12), device=device)
     expected = run("reference", qkv, table, description, torch.float64)
     check(run("triton", qkv, table, description), expected)
 
@@ -126,7 +125,7 @@ def test_sums_of_the_gradient_of_qkv(
     layout: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """For who adds a bias to qkv; of eight windows, by three programs for each head."""
-    monkeypatch.setitem(triton_backend.GRADIENT_PROGRAMS, launch_table.SMALL, 6)
+    monkeypatch.setattr(triton_backend, "GRADIENT_PROGRAMS", 6)
     description = WindowAttentionDescription(2, 16, (3, 4), None, layout)
     qkv, table = make_inputs(description, (2, 5, 7), device=device, dtype=torch.bfloat16)
     output, saved = triton_backend.forward(qkv, table, description)

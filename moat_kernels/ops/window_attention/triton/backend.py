@@ -29,7 +29,6 @@ from moat_kernels.ops.window_attention.triton.launch_table import (
     AttentionBlocks,
     attention_blocks,
     row_slots,
-    size_of,
     window_splits,
 )
 
@@ -237,8 +236,7 @@ def _gradient(
     held, walked = options.pop("BLOCK_QUERIES"), options.pop("BLOCK_KEYS")
     splits = call.windows
     if needs_table or needs_sums:
-        programs = GRADIENT_PROGRAMS[size_of(call.tokens)]
-        splits = window_splits(call.windows, call.heads, programs)
+        splits = window_splits(call.windows, call.heads, GRADIENT_PROGRAMS)
     grad_qkv = call.qkv.new_empty(call.qkv.shape)
     slabs = sums = None
     if needs_table:

@@ -35,7 +35,8 @@ SMALL_WINDOW = 64
 SMALL, LARGE = "small window", "large window"
 
 # A program keeps its block of queries and walks over keys, of "key_value" the other way round. That
-# of "gradient" does both: it keeps as many keys as queries, and walks over as many.
+# of "gradient" (of small windows) does both: it keeps as many keys as queries, and walks over as
+# many.
 LAUNCHES = register_launch_table(
     LaunchTable(
         "window_attention",
@@ -49,9 +50,8 @@ LAUNCHES = register_launch_table(
             ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
             ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 2),
             ("gradient", 2, SMALL): AttentionBlocks(64, 16, 4, 1),
-            ("gradient", 2, LARGE): AttentionBlocks(128, 16, 8, 1),
-            ("forward", 4, SMALL): AttentionBlocks(64, 32, 8, 1),
-            ("forward", 4, LARGE): AttentionBlocks(64, 32, 8, 1),
+            ("forward", 4, SMALL): AttentionBlocks(64, 16, 8, 1),
+            ("forward", 4, LARGE): AttentionBlocks(64, 16, 8, 1),
             ("query", 4, SMALL): AttentionBlocks(32, 32, 4, 2),
             ("query", 4, LARGE): AttentionBlocks(32, 32, 4, 2),
             ("key_value", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
@@ -59,7 +59,6 @@ LAUNCHES = register_launch_table(
             ("bias", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
             ("bias", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
             ("gradient", 4, SMALL): AttentionBlocks(64, 16, 8, 1),
-            ("gradient", 4, LARGE): AttentionBlocks(64, 16, 8, 1),
         },
         choices={
             "queries": (16, 32, 64, 128),
@@ -82,7 +81,6 @@ LAUNCHES = register_launch_table(
             },
             10: {  # with two stages registers spill, those of "gradient" under Triton 3.6
                 ("gradient", 2, SMALL): AttentionBlocks(64, 32, 8, 1),
-                ("gradient", 2, LARGE): AttentionBlocks(64, 32, 8, 1),
                 ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
                 ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 1),
                 ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 1),
@@ -104,7 +102,7 @@ BIAS_GRADIENT_PROGRAMS = 1024
 
 # Likewise of the one backward kernel: several rounds of what fits a GPU, for few to be idle in the
 # last, but each has a slab.
-GRADIENT_PROGRAMS = {SMALL: 1024, LARGE: 512}
+GRADIENT_PROGRAMS = 1024
 
 
 def size_of(tokens: int) -> str:

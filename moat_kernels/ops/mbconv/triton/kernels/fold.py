@@ -126,7 +126,7 @@ def fold_weights_kernel(
             variance = tl.zeros([BLOCK_C], tl.float32)
             if moments_ptr is not None:
                 centre, variance = merge_moments(
-                    moments_ptr, channel, channels, chunks, count, count, 1, chunk, 1, 32
+                    moments_ptr, channel, channels, chunks, count, count, 1, chunk, 1, 16
                 )
             norm_mean, norm_variance = centre, variance
             if FROZEN:

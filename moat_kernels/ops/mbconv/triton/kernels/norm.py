@@ -114,7 +114,7 @@ def fold_norm(
         FROZEN=frozen,
         BLOCK_TILES=_block_parts(sizes[0]),
         BLOCK_C=_BLOCK_C,
-        num_warps=8,
+        num_warps=16,
         num_stages=1,
         reads=(values, *affine, constant, *running),
         writes=(result, *(() if frozen else running)),

@@ -5,6 +5,8 @@ With y = z scale + shift, a = act(y) and output = (gate * a) weight^T, from the 
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import triton
 import triton.language as tl
@@ -270,6 +272,8 @@ def project_weight(
     """
     (count, wide), channels = z.shape, grad.shape[1]
     blocks = gemm_blocks("project_weight", z, channels, wide, count)
+    if blocks.rows <= 32:  # few output channels make few threads, whose registers hold the depth
+        blocks = replace(blocks, depth=min(blocks.depth, 32))
     channel_blocks = -(-channels // blocks.rows)
     tiles = channel_blocks * -(-wide // blocks.columns)
     if gate is None:

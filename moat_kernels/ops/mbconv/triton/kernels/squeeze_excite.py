@@ -22,7 +22,7 @@ from moat_kernels.ops.triton_support.activations import activate, activation_der
 from moat_kernels.ops.triton_support.launching import launch
 
 # Elements of a weight that a program holds at a time.
-_TILE = 8192
+_TILE, _BACKWARD_TILE = 4096, 2048
 _BLOCK_BATCH = 32
 _SMALLEST = 16
 
@@ -94,10 +94,10 @@ def _weights(parameters: MBConvParameters) -> tuple[Tensor, Tensor]:
     )
 
 
-def _blocks(wide: int, small: int) -> dict[str, int]:
+def _blocks(wide: int, small: int, tile: int) -> dict[str, int]:
     """The tile of a weight: all of its shorter axis."""
     inner = max(_SMALLEST, 1 << (small - 1).bit_length())
-    outer = max(_SMALLEST, min(_TILE // inner, 1 << (wide - 1).bit_length()))
+    outer = max(_SMALLEST, min(tile // inner, 1 << (wide - 1).bit_length()))
     return {"BLOCK_WIDE": outer, "BLOCK_SMALL": inner}
 
 
@@ -118,7 +118,7 @@ def excite(pooled: Sums, pixels: int, parameters: MBConvParameters, activation: 
         (batch,),
         *(*reads, mean, reduced, gate, parts, pixels, wide, small),
         ACTIVATION=activation,
-        **_blocks(wide, small),
+        **_blocks(wide, small, _TILE),
         num_warps=8,
         num_stages=1,
         reads=reads,
@@ -252,7 +252,7 @@ def excite_backward(
     grad_reduced = torch.empty_like(reduced)
     reads = (grad_gate.values, gate, reduced, reduce_weight, expand_weight)
     writes = (grad_logit, grad_reduced, grad_mean)
-    blocks = _blocks(wide, small)
+    blocks = _blocks(wide, small, _BACKWARD_TILE)
     launch(
         excite_backward_kernel,
         (batch,),

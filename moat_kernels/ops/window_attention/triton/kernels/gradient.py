@@ -1,4 +1,4 @@
-"""Triton kernel of window attention's backward pass in one, for windows that are not large.
+"""Triton kernel of window attention's backward pass in one, for small windows.
 
 What it computes is in backward.py. Importing this imports triton.
 """
@@ -49,9 +49,8 @@ def gradient_kernel(
 
     Reads q, k, v, output and its gradient and a float32 per query once from DRAM; writes dQ, dK and
     dV once. A window's keys are held block by block, while its queries pass; then its queries,
-    while its keys pass. (To compute the scores once, the accumulators of all of its dQ would have
-    to be held beside a tile, or cross memory for each block of keys: the registers do not suffice
-    for 196 tokens.) Each program adds to its own slab, which stays in the second-level cache: no
+    while its keys pass: scores are computed twice, as the accumulators of all of its dQ have no
+    room beside a tile. Each program adds to its own slab, which stays in the second-level cache: no
     atomics, and always the same order.
 
     Grid: (splits, heads). Maps but qkv are contiguous; grad_qkv has the layout of qkv.
