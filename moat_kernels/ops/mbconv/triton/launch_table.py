@@ -141,7 +141,7 @@ LAUNCHES = register_launch_table(
                 ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
                 ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 32, 32, 8, 2),
                 ("project_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
-                ("expand_input", 2, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
+                ("expand_input", 2, ANY_SIZE): GemmBlocks(64, 64, 16, 16, 2),
             },
             12: {
                 ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
