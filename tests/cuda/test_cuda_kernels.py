@@ -309,8 +309,8 @@ def all_results(seed: int, patch: pytest.MonkeyPatch) -> dict[str, list[Tensor]]
     """Results of every kernel on several tiles, its threads run in the order of `seed`."""
     patch.setenv("CUDA_ON_CPU_SEED", str(seed))
     torch.manual_seed(0)
-    # Four tiles in three groups, of ten rows in the backward pass: the first row of the next tile
-    # takes the last one's place in the ring.
+    # Four tiles (or six) in three groups, of ten rows in the backward pass: the first row of the
+    # next tile takes the last one's place in the ring.
     stencil = make_map(2, 9, 20, 1)
     tensors = make_tensors(stencil, 40, torch.float32)
     # Three steps of C, so that h1 overwrites what the last one reads.
