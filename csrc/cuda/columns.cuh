@@ -196,13 +196,22 @@ __device__ __forceinline__ bool within(int value, int limit) {
   return static_cast<unsigned>(value) < static_cast<unsigned>(limit);
 }
 
-// The taps of a thread's channels.
-__device__ __forceinline__ void load_taps(const float* weights, int channel, int channels,
-                                          float (&taps)[kTaps][kPair]) {
+// The taps of a thread's channels, and the affine map before the activation.
+struct StencilCoefficients {
+  float taps[kTaps][kPair];
+  float scale[kPair], shift[kPair];
+};
+
+__device__ __forceinline__ void load_stencil(const float* weights, const Prologue& prologue,
+                                             int channel, int channels,
+                                             StencilCoefficients& coefficients) {
 #pragma unroll
   for (int tap = 0; tap < kTaps; ++tap) {
-    load_coefficients(weights + int64_t{tap} * channels, channel, channels, 0.0f, taps[tap]);
+    load_coefficients(weights + int64_t{tap} * channels, channel, channels, 0.0f,
+                      coefficients.taps[tap]);
   }
+  load_coefficients(prologue.scale, channel, channels, 1.0f, coefficients.scale);
+  load_coefficients(prologue.shift, channel, channels, 0.0f, coefficients.shift);
 }
 
 }  // namespace moat_kernels::cuda

@@ -47,9 +47,7 @@ union alignas(16) BackwardShared {
 };
 
 // What depends on the channel only.
-struct ChannelCoefficients {
-  float taps[kTaps][kPair];
-  float scale[kPair], shift[kPair];
+struct ChannelCoefficients : StencilCoefficients {
   float slope[kPair], z2_slope[kPair], constant[kPair];
 };
 
@@ -57,9 +55,7 @@ __device__ __forceinline__ ChannelCoefficients load_channels(const BackwardArgum
                                                              int channel) {
   const int channels = arguments.shape.channels;
   ChannelCoefficients values;
-  load_taps(arguments.weights, channel, channels, values.taps);
-  load_coefficients(arguments.prologue.scale, channel, channels, 1.0f, values.scale);
-  load_coefficients(arguments.prologue.shift, channel, channels, 0.0f, values.shift);
+  load_stencil(arguments.weights, arguments.prologue, channel, channels, values);
   // Without a norm dy2 is loaded as z2 too, and dz2 is the sum of its halves, which is exact.
   load_coefficients(arguments.norm.slope, channel, channels, 0.5f, values.slope);
   load_coefficients(arguments.norm.z2_slope, channel, channels, 0.5f, values.z2_slope);

@@ -76,9 +76,7 @@ struct ForwardArguments {
 };
 
 // What depends on the channel only.
-struct ChannelCoefficients {
-  float taps[kTaps][kPair];
-  float scale[kPair], shift[kPair];
+struct ChannelCoefficients : StencilCoefficients {
   float bias[kPair];
 };
 
@@ -86,9 +84,7 @@ __device__ __forceinline__ ChannelCoefficients load_channels(const ForwardArgume
                                                              int channel) {
   const int channels = arguments.shape.channels;
   ChannelCoefficients values;
-  load_taps(arguments.weights, channel, channels, values.taps);
-  load_coefficients(arguments.prologue.scale, channel, channels, 1.0f, values.scale);
-  load_coefficients(arguments.prologue.shift, channel, channels, 0.0f, values.shift);
+  load_stencil(arguments.weights, arguments.prologue, channel, channels, values);
   load_coefficients(arguments.epilogue.bias, channel, channels, 0.0f, values.bias);
   return values;
 }

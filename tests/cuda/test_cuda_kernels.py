@@ -124,27 +124,6 @@ def check_forward(
         check_moments(moments, output)
 
 
-@pytest.mark.parametrize("stencil", MAPS.values(), ids=MAPS.keys())
-def test_depthwise_on_maps_of_every_kind(stencil: Map, device: str) -> None:
-    check_forward(stencil, 8, torch.float32, device)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("stride", [1, 2])
-def test_depthwise_with_channels_that_do_not_fill_a_block(
-    stride: int, dtype: torch.dtype, device: str
-) -> None:
-    check_forward(make_map(2, 6, 9, stride), 72, dtype, device)
-
-
-@pytest.mark.parametrize("dtype", DTYPES)
-@divisions
-def test_depthwise_divided_in_every_way(
-    stencil: Map, blocks: int, columns: int, dtype: torch.dtype, device: str
-) -> None:
-    check_forward(stencil, 8, dtype, device, blocks, columns)
-
-
 def check_backward(
     stencil: Map,
     channels: int,
@@ -178,25 +157,39 @@ def check_backward(
         check(sums[10], exact[1][10], stock[1][10], dtype, "product")
 
 
+both_passes = pytest.mark.parametrize(
+    "check_pass", [check_forward, check_backward], ids=["forward", "backward"]
+)
+CheckPass = Callable[..., None]
+
+
+@both_passes
 @pytest.mark.parametrize("stencil", MAPS.values(), ids=MAPS.keys())
-def test_backward_on_maps_of_every_kind(stencil: Map, device: str) -> None:
-    check_backward(stencil, 8, torch.float32, device)
+def test_maps_of_every_kind(stencil: Map, check_pass: CheckPass, device: str) -> None:
+    check_pass(stencil, 8, torch.float32, device)
 
 
+@both_passes
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("stride", [1, 2])
-def test_backward_with_channels_that_do_not_fill_a_block(
-    stride: int, dtype: torch.dtype, device: str
+def test_channels_that_do_not_fill_a_block(
+    stride: int, dtype: torch.dtype, check_pass: CheckPass, device: str
 ) -> None:
-    check_backward(make_map(2, 6, 9, stride), 72, dtype, device)
+    check_pass(make_map(2, 6, 9, stride), 72, dtype, device)
 
 
+@both_passes
 @pytest.mark.parametrize("dtype", DTYPES)
 @divisions
-def test_backward_divided_in_every_way(
-    stencil: Map, blocks: int, columns: int, dtype: torch.dtype, device: str
+def test_maps_divided_in_every_way(
+    stencil: Map,
+    blocks: int,
+    columns: int,
+    dtype: torch.dtype,
+    check_pass: CheckPass,
+    device: str,
 ) -> None:
-    check_backward(stencil, 8, dtype, device, blocks, columns)
+    check_pass(stencil, 8, dtype, device, blocks, columns)
 
 
 def make_expand(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
@@ -81,14 +82,18 @@ def test_a_small_model(device: str, kernels: None) -> None:
 def test_a_small_model_in_bfloat16(autocast: bool, device: str, kernels: None) -> None:
     weights = torch.float32 if autocast else torch.bfloat16
 
+    def both_modes(model: nn.Module, x: torch.Tensor) -> Results:
+        results = train_step(model, x)
+        with torch.no_grad():
+            return results | {"output in evaluation": model.eval()(x)}
+
     def steps(x: torch.Tensor) -> tuple[Results, Results, Results]:
-        exact = make_model(torch.float32, fused=False).to(device, weights).double()
+        stock, fused = (
+            make_model(torch.float32, fused=each).to(device, weights) for each in (False, True)
+        )
+        exact = both_modes(copy.deepcopy(stock).double(), x.double())
         with torch.autocast(device, torch.bfloat16, enabled=autocast), mk.use_backend("triton"):
-            stock, fused = (
-                train_step(make_model(torch.float32, fused=each).to(device, weights), x.to(weights))
-                for each in (False, True)
-            )
-        return fused, stock, train_step(exact, x.double())
+            return both_modes(fused, x.to(weights)), both_modes(stock, x.to(weights)), exact
 
     generator = torch.Generator().manual_seed(0)
     size = (2, 3, RESOLUTION, RESOLUTION)

@@ -26,6 +26,7 @@ pytest.importorskip("triton")
 
 from moat_kernels.ops.triton_support.traffic import record_passes
 from moat_kernels.ops.window_attention.triton import backend as triton_backend
+from moat_kernels.ops.window_attention.triton import launch_table
 
 WHOLE = WindowAttentionDescription(heads=2, head_dim=16)
 SMALL = (1, 4, 5)
@@ -106,6 +107,12 @@ def test_the_tables_gradient_for_any_number_of_partial_sums(
     qkv, table = make_inputs(description, (5, 3, 3), device=device)
     expected = run("reference", qkv, table, description, torch.float64)
     check(run("triton", qkv, table, description), expected)
+
+
+@pytest.mark.parametrize(("width", "slots"), [(1, 1), (5, 5), (7, 8), (12, 16), (14, 16), (20, 20)])
+def test_slots_of_a_windows_row(width: int, slots: int) -> None:
+    """A power of 2 where it leaves no more than a quarter of them empty."""
+    assert launch_table.row_slots(width) == slots
 
 
 def test_a_window_of_several_blocks_adds_to_one_sum(
