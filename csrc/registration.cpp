@@ -6,7 +6,7 @@
 
 #include <string>
 
-#include "cpu/common/isa_name.h"
+#include "cpu/common/isa_facts.h"
 #include "cpu/host/attention_half_eval.h"
 #include "cpu/host/dispatch.h"
 #include "cpu/host/frozen.h"
@@ -27,6 +27,8 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
   using namespace moat_kernels::cpu;
   const auto define = [&](const std::string& schema) { library.def(schema.c_str()); };
   define("cpu_isa() -> str");
+  // Whether frozen models multiply in a dtype; of others the products are in float32.
+  define("cpu_multiplies(ScalarType dtype) -> bool");
   // Give back memory that cpu/host/recycled_memory.h and cpu/host/scratch.h keep. -> bytes
   define("cpu_release_memory() -> int");
   define("cpu_release_scratch() -> int");
@@ -52,10 +54,12 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
       "Tensor statistics, float eps, bool frozen) -> (Tensor, Tensor)");
   // Models frozen for inference; csrc/cpu/host/frozen.cpp explains. -> a step and its packed
   // weights.
-  define("cpu_freeze_stem(" + stem + ", float eps) -> (Tensor, Tensor)");
-  define("cpu_freeze_mbconv(" + block + ", " + block_settings + ") -> (Tensor, Tensor)");
-  define("cpu_freeze_attention_half(" + half +
-         ", int heads, int head_dim, float scale, float eps) -> (Tensor, Tensor)");
+  define("cpu_freeze_stem(" + stem + ", float eps, ScalarType dtype) -> (Tensor, Tensor)");
+  define("cpu_freeze_mbconv(" + block + ", " + block_settings +
+         ", ScalarType dtype) -> (Tensor, Tensor)");
+  define(
+      "cpu_freeze_attention_half(" + half +
+      ", int heads, int head_dim, float scale, float eps, ScalarType dtype) -> (Tensor, Tensor)");
   define("cpu_freeze_head(" + schema_of<HeadTensors>() + ", float eps) -> (Tensor, Tensor)");
   define("cpu_freeze_for_maps(Tensor step, " + schema_of<Placement>() +
          ", Tensor? position_table) -> (Tensor, Tensor)");

@@ -16,12 +16,18 @@ from moat_kernels.models import MOAT, FusedStem, endpoints
 from moat_kernels.modules import FusedInvertedBottleneck
 from moat_kernels.ops.common.backends import warn_once
 from moat_kernels.ops.common.spatial import in_format_of
-from moat_kernels.ops.frozen import CannotFreeze, FrozenSequence, FrozenStep
+from moat_kernels.ops.frozen import (
+    DTYPES,
+    CannotFreeze,
+    FrozenSequence,
+    FrozenStep,
+    multiplies,
+)
 
 Module = TypeVar("Module", bound="FrozenModule")
 
 
-def freeze(model: nn.Module) -> nn.Module:
+def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     """A copy of `model` for inference on a CPU: the same outputs, up to rounding, in less time.
 
     Each MOAT inside, or `model` itself, becomes a FrozenMOAT, and fused blocks elsewhere become
@@ -31,18 +37,26 @@ def freeze(model: nn.Module) -> nn.Module:
     it, save it, and freeze again. Frozen parts have no parameters and an empty state_dict, stay in
     eval mode and in their dtype, give no gradients and cannot be pickled.
 
+    dtype: float32, bfloat16 or float16, in which frozen parts keep what they compute from one layer
+    to the next, and in which they multiply where the CPU can: in bfloat16 with AVX512_BF16, and
+    everything else in float32. Sums, norms, GELU and softmax stay in float32. Inputs and outputs
+    keep the dtype of `model`, which is also what None stands for.
+
     Blocks that cannot be frozen (hooked, replaced, on another device, of a dtype or a kind that the
     native kernels do not cover, `fuse`d ones of other packages) are copied, and a FallbackWarning
-    tells why. Raises ValueError if `model` is in training mode or holds nothing that can be frozen,
-    TypeError if it is no module.
+    tells why, as one does where the CPU multiplies in float32 only. Raises ValueError if `model` is
+    in training mode or holds nothing that can be frozen, or for another dtype, and TypeError if
+    `model` is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
     if model.training:
         raise ValueError("model must be in eval mode to be frozen: call model.eval() first")
+    if dtype not in (None, *DTYPES):
+        raise ValueError(f"dtype must be None or one of {DTYPES}, got {dtype!r}")
     frozen: dict[int, Any] = {}
     left: dict[str, list[str]] = {}
-    _freeze_inside(model, "", frozen, left)
+    _freeze_inside(model, "", dtype, frozen, left)
     reasons = [
         f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {reason}"
         for reason, paths in left.items()
@@ -52,21 +66,31 @@ def freeze(model: nn.Module) -> nn.Module:
         raise ValueError(f"nothing in model can be frozen: {found}")
     for reason in reasons:
         warn_once(f"freeze: {reason}; left as it is")
+    for maps in {dtype or part.sequence.dtype for part in frozen.values()}:
+        if not multiplies(maps):
+            warn_once(
+                f"freeze: this CPU does not multiply {maps}, so frozen modules multiply in float32; "
+                "dtype=torch.float32 takes less time and more memory"
+            )
     return copy.deepcopy(model, frozen)
 
 
 def _freeze_inside(
-    module: nn.Module, path: str, frozen: dict[int, Any], left: dict[str, list[str]]
+    module: nn.Module,
+    path: str,
+    dtype: torch.dtype | None,
+    frozen: dict[int, Any],
+    left: dict[str, list[str]],
 ) -> None:
     """Collect what replaces modules, by id, and by reason the paths of those left."""
-    kind: Callable[[Any], FrozenModule] | None = None
+    kind: Callable[[Any, torch.dtype | None], FrozenModule] | None = None
     if isinstance(module, MOAT):
         kind = FrozenMOAT
     elif isinstance(module, FusedStem | FusedInvertedBottleneck):
         kind = FrozenBlock
     if kind is not None:
         try:
-            frozen[id(module)] = kind(module)
+            frozen[id(module)] = kind(module, dtype)
             return
         except CannotFreeze as obstacle:
             if kind is FrozenBlock:
@@ -77,7 +101,7 @@ def _freeze_inside(
         left.setdefault(reason, []).append(path or type(module).__name__)
         return
     for name, child in module.named_children():
-        _freeze_inside(child, f"{path}.{name}" if path else name, frozen, left)
+        _freeze_inside(child, f"{path}.{name}" if path else name, dtype, frozen, left)
 
 
 class FrozenModule(nn.Module):
@@ -109,8 +133,10 @@ class FrozenModule(nn.Module):
 class FrozenBlock(FrozenModule):
     """A FusedMBConv, FusedMOATBlock or stem as it was when frozen; see `freeze`."""
 
-    def __init__(self, block: FusedInvertedBottleneck | FusedStem) -> None:
-        steps = block.frozen_steps()
+    def __init__(
+        self, block: FusedInvertedBottleneck | FusedStem, maps: torch.dtype | None = None
+    ) -> None:
+        steps = block.frozen_steps(maps)
         super().__init__(steps)
         self._kept = [len(steps) - 1]
         self._keeps_format = not isinstance(block, FusedStem)
@@ -124,8 +150,8 @@ class FrozenBlock(FrozenModule):
 class FrozenMOAT(FrozenModule):
     """A MOAT as it was when frozen; called like it, with the same results. See `freeze`."""
 
-    def __init__(self, model: MOAT) -> None:
-        stages, head = model.frozen_stages(), model.frozen_head()
+    def __init__(self, model: MOAT, maps: torch.dtype | None = None) -> None:
+        stages, head = model.frozen_stages(maps), model.frozen_head(maps)
         super().__init__([step for stage in stages for step in stage] + head)
         self.features_only = model.features_only
         self.num_features = model.num_features

@@ -83,8 +83,11 @@ class FusedStem(Stem):
         super().__init__(width, in_channels)
         self.recompute = recompute
 
-    def frozen_steps(self) -> list[FrozenStep]:
-        """What inference computes, its weights packed as they are now. Raises CannotFreeze."""
+    def frozen_steps(self, maps: torch.dtype | None = None) -> list[FrozenStep]:
+        """What inference computes, its weights packed as they are now. Raises CannotFreeze.
+
+        maps: the dtype of the output and of products; None: that of the weights.
+        """
         check_runs_as_made(self, (FusedStem,))
         try:
             first, norm, tensors, second = self.read()
@@ -92,7 +95,7 @@ class FusedStem(Stem):
             raise CannotFreeze(str(obstacle)) from obstacle
         if not norm.frozen:
             raise CannotFreeze("a norm that measures the batch")
-        return [stem_step(first, tensors, norm.eps, second)]
+        return [stem_step(first, tensors, norm.eps, second, maps)]
 
     def read(self) -> tuple[list[Tensor | None], Norm, NormParameters, list[Tensor | None]]:
         """Weight and bias of the first convolution, the norm, those of the second. Or NotCovered.
@@ -261,10 +264,10 @@ class MOAT(nn.Module):
             return self.forward_head(self.forward_features(x))
         return endpoints(self.forward_stages(x), not is_traced(x) and x.is_contiguous())
 
-    def frozen_stages(self) -> list[list[FrozenStep]]:
+    def frozen_stages(self, maps: torch.dtype | None = None) -> list[list[FrozenStep]]:
         """What inference computes in the stem and each stage, its weights packed as they are now.
 
-        Raises CannotFreeze.
+        maps: the dtype of the maps and of products; None: that of the weights. Raises CannotFreeze.
         """
         check_runs_as_made(self, (MOAT,))
         steps: list[list[FrozenStep]] = []
@@ -273,10 +276,10 @@ class MOAT(nn.Module):
             for block in _blocks_of(stage):
                 if not isinstance(block, FusedStem | FusedInvertedBottleneck):
                     raise CannotFreeze(f"a {type(block).__name__} among its blocks")
-                steps[-1] += block.frozen_steps()
+                steps[-1] += block.frozen_steps(maps)
         return steps
 
-    def frozen_head(self) -> list[FrozenStep]:
+    def frozen_head(self, maps: torch.dtype | None = None) -> list[FrozenStep]:
         """The same of the classifier; no step for a backbone. Raises CannotFreeze."""
         norm, linear = self.final_layer_norm, self.logits_head
         if norm is None:
@@ -287,7 +290,7 @@ class MOAT(nn.Module):
         tensors = [
             tensor_of(module, part) for module in (norm, linear) for part in ("weight", "bias")
         ]
-        return [head_step(tensors, norm.eps)]
+        return [head_step(tensors, norm.eps, maps)]
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone.

@@ -91,8 +91,11 @@ class FusedInvertedBottleneck(reference.MBConvBlock):
             drop_path_scale=None if drop_path is None else drop_path.scale(x),
         )
 
-    def frozen_steps(self) -> list[FrozenStep]:
-        """What inference computes, its weights packed as they are now. Raises CannotFreeze."""
+    def frozen_steps(self, maps: torch.dtype | None = None) -> list[FrozenStep]:
+        """What inference computes, its weights packed as they are now. Raises CannotFreeze.
+
+        maps: the dtype of the maps and of products; None: that of the weights.
+        """
         check_runs_as_made(self, (FusedMBConv, FusedMOATBlock))
         if self._drops():
             raise CannotFreeze("its drop path drops")
@@ -102,7 +105,7 @@ class FusedInvertedBottleneck(reference.MBConvBlock):
             raise CannotFreeze(str(obstacle)) from obstacle
         parameters = bottleneck.parameters
         description = resolve_frozen(bottleneck.description, parameters, training=True)
-        return [mbconv_step(parameters, description)]
+        return [mbconv_step(parameters, description, maps)]
 
     def _drops(self) -> bool:
         """Whether drop path draws, or is replaced by something that might."""
@@ -184,13 +187,14 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
             return record_call(self, x)
         return self.attention_half(self.inverted_bottleneck(x))
 
-    def frozen_steps(self) -> list[FrozenStep]:
-        steps = super().frozen_steps()
+    def frozen_steps(self, maps: torch.dtype | None = None) -> list[FrozenStep]:
+        steps = super().frozen_steps(maps)
         if not self._is_one_pass():
             raise CannotFreeze("its attention is hooked or was replaced")
         norm, attention = self.attention_norm, self.attention
         check_normalized_shape(norm, self.shrink_conv.weight.shape[0])
-        half = attention_half_step(self._attention_tensors(), norm.eps, attention.description)
+        tensors = self._attention_tensors()
+        half = attention_half_step(tensors, norm.eps, attention.description, maps)
         return [*steps, half]
 
     def attention_half(self, y: Tensor) -> Tensor:

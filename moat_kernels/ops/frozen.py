@@ -5,7 +5,8 @@ csrc/cpu/host/frozen.cpp has their side.
 A step is a stem, an inverted bottleneck, an attention half or a classifier with fixed statistics.
 The other ops take plain weights, which they fold and pack in every call; a step keeps what was
 folded and packed when it was made, and refers to nothing else. A `FrozenSequence` computes all its
-steps in one native call.
+steps in one native call. Between the steps the maps may have another dtype than the model, in which
+the steps multiply, too, where the CPU can.
 """
 
 from __future__ import annotations
@@ -43,6 +44,9 @@ Size = tuple[int, int, int]  # C, H, W of a map
 _MOST_SIZES = 16
 
 
+# Of models that can be frozen, and of the maps between their steps.
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
 _NO_PADDING = BlockPadding()
 
 
@@ -67,7 +71,8 @@ class FrozenStep:
     """A step for maps of any size.
 
     native, packed: the step and its weights as the native ops take them.
-    dtype: of the maps.
+    dtype: of the tensors that it was made of.
+    reads: the dtype of its input; a stem reads float32 whatever it writes.
     place: (C, H, W) of the maps it reads -> the placement.
     position_table: of an attention half that has one.
     """
@@ -75,6 +80,7 @@ class FrozenStep:
     native: Tensor
     packed: Tensor
     dtype: torch.dtype
+    reads: torch.dtype
     place: Callable[[Size], Placement]
     position_table: Tensor | None = None
 
@@ -98,35 +104,44 @@ def stem_step(
     norm: NormParameters,
     eps: float,
     second: Sequence[Tensor | None],
+    maps: torch.dtype | None = None,
 ) -> FrozenStep:
-    """The stem; arguments as of `stem.stem`. Raises CannotFreeze."""
+    """The stem; arguments as of `stem.stem`. Raises CannotFreeze.
+
+    maps: as of all steps, the dtype of the maps and of products; None: that of the tensors.
+    """
     tensors = [*first, *norm[:4], *second]
-    dtype = _dtype_of(tensors, (torch.float32,))
+    dtype = _dtype_of(tensors)
     weight = first[0]
     if weight is None or weight.dim() != 4 or not stem.fits(weight.shape[1], first, norm, second):
         raise CannotFreeze("a stem that the native kernel does not cover")
     channels = weight.shape[0]
-    native, packed = torch.ops.moat_kernels.cpu_freeze_stem.default(*tensors, eps)
+    native, packed = torch.ops.moat_kernels.cpu_freeze_stem.default(*tensors, eps, maps or dtype)
     return FrozenStep(
         native,
         packed,
         dtype,
+        torch.float32,
         lambda size: Placement((channels, (size[1] + 1) // 2, (size[2] + 1) // 2)),
     )
 
 
 @torch.no_grad()
-def mbconv_step(parameters: MBConvParameters, description: MBConvDescription) -> FrozenStep:
+def mbconv_step(
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    maps: torch.dtype | None = None,
+) -> FrozenStep:
     """The inverted bottleneck; arguments as of `mbconv`. Raises CannotFreeze."""
     tensors = block_tensors(parameters)
-    dtype = _dtype_of(tensors, cpu_backend.DTYPES)
+    dtype = _dtype_of(tensors)
     if not all_frozen(description):
         raise CannotFreeze("a batch norm that measures its batch")
     reason = cpu_backend.unsupported(parameters.expand_weight.new_empty(0), parameters, description)
     if reason:
         raise CannotFreeze(reason)
     native, packed = torch.ops.moat_kernels.cpu_freeze_mbconv.default(
-        *tensors, *block_settings(description)
+        *tensors, *block_settings(description), maps or dtype
     )
     channels = parameters.project_weight.shape[0]
 
@@ -142,53 +157,73 @@ def mbconv_step(parameters: MBConvParameters, description: MBConvDescription) ->
         )
         return Placement(output, padding)
 
-    return FrozenStep(native, packed, dtype, place)
+    return FrozenStep(native, packed, dtype, maps or dtype, place)
 
 
 @torch.no_grad()
 def attention_half_step(
-    tensors: Sequence[Tensor | None], eps: float, description: WindowAttentionDescription
+    tensors: Sequence[Tensor | None],
+    eps: float,
+    description: WindowAttentionDescription,
+    maps: torch.dtype | None = None,
 ) -> FrozenStep:
     """The attention half; arguments as of `attention_half.attention_half`. Raises CannotFreeze."""
-    dtype = _dtype_of(tensors, attention_half.DTYPES)
+    dtype = _dtype_of(tensors)
     *_, proj_weight, _, table = tensors
     channels = 0 if proj_weight is None else proj_weight.shape[0]
     if not attention_half.fits(channels, tensors, description):
         raise CannotFreeze("an attention that the native kernel does not cover")
     native, packed = torch.ops.moat_kernels.cpu_freeze_attention_half.default(
-        *tensors, description.heads, description.head_dim, description.scale_or_default(), eps
+        *tensors,
+        description.heads,
+        description.head_dim,
+        description.scale_or_default(),
+        eps,
+        maps or dtype,
     )
     return FrozenStep(
         native,
         packed,
         dtype,
+        maps or dtype,
         lambda size: Placement(size, window=description.window_for(*size[1:])),
         None if table is None else table.float().clone(),
     )
 
 
 @torch.no_grad()
-def head_step(tensors: Sequence[Tensor | None], eps: float) -> FrozenStep:
+def head_step(
+    tensors: Sequence[Tensor | None], eps: float, maps: torch.dtype | None = None
+) -> FrozenStep:
     """Mean of the pixels, layer norm, linear layer: [B, C, H, W] -> [B, classes].
 
     tensors: weight [C] and bias of the norm, weight [classes, C] and bias of the linear layer;
-        without its weight the norm is the result. Raises CannotFreeze.
+        without its weight the norm is the result. Its products and result are in float32.
+        Raises CannotFreeze.
     """
-    dtype = _dtype_of(tensors, (torch.float32,))
+    dtype = _dtype_of(tensors)
     if tensors[0] is None:
         raise CannotFreeze("a norm without weights")
     if tensors[2] is not None and not tensors[2].numel():
         raise CannotFreeze("a classifier without classes")
     native, packed = torch.ops.moat_kernels.cpu_freeze_head.default(*tensors, eps)
-    return FrozenStep(native, packed, dtype, Placement)
+    return FrozenStep(native, packed, dtype, maps or dtype, Placement)
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether steps with maps in `dtype` multiply in it on this CPU, and not in float32."""
+    return torch.ops.moat_kernels.cpu_multiplies.default(dtype)
 
 
 class FrozenSequence:
-    """Steps one after the other. Copies share it, as it never changes; it cannot be pickled."""
+    """Steps one after the other. Copies share it, as it never changes; it cannot be pickled.
+
+    dtype: of its input and results, that of the tensors that the steps were made of.
+    """
 
     def __init__(self, steps: Sequence[FrozenStep]) -> None:
         self._steps = tuple(steps)
-        self.dtype = steps[0].dtype
+        self.dtype, self._reads = steps[0].dtype, steps[0].reads
         if any(step.dtype != self.dtype for step in steps):
             raise CannotFreeze("tensors of several dtypes")
         # By C, H, W of x: the native steps, and the tensors that they read.
@@ -215,7 +250,8 @@ class FrozenSequence:
             self._refuse(x)
         if plan is None:
             plan = self._plan(x)
-        return torch.ops.moat_kernels.cpu_frozen_forward.default(x, *plan, kept)
+        results = torch.ops.moat_kernels.cpu_frozen_forward.default(x.to(self._reads), *plan, kept)
+        return [result.to(self.dtype) for result in results]
 
     def _plan(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
         if x.dim() != 4:
@@ -254,8 +290,8 @@ class FrozenSequence:
         )
 
 
-def _dtype_of(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -> torch.dtype:
-    """The dtype of plain CPU tensors. Raises CannotFreeze unless all have one of `dtypes`."""
+def _dtype_of(tensors: Sequence[Tensor | None]) -> torch.dtype:
+    """The dtype of plain CPU tensors. Raises CannotFreeze unless all have the same of DTYPES."""
     status = backend_status()["cpu"]
     if not status.usable:
         raise CannotFreeze(status.reason)
@@ -265,7 +301,7 @@ def _dtype_of(tensors: Sequence[Tensor | None], dtypes: Sequence[torch.dtype]) -
             raise CannotFreeze(f"a {type(tensor).__name__} among its tensors")
         if tensor.device.type != "cpu":
             raise CannotFreeze(f"tensors on {tensor.device}")
-        if tensor.dtype not in dtypes:
+        if tensor.dtype not in DTYPES:
             raise CannotFreeze(f"tensors of {tensor.dtype}")
     if len({tensor.dtype for tensor in given}) > 1:
         raise CannotFreeze("tensors of several dtypes")

@@ -23,6 +23,7 @@ struct AttentionHalf : WindowAttention {
   int64_t position_width;
   const void* y;
   void* result;
+  Product product;
   // Consecutive windows are computed together: their tokens are the rows of a unit.
   int64_t windows_per_unit;
 };
@@ -39,8 +40,9 @@ struct AttentionUnit {
 //   attention_half_resize     position_table -> a head of bias_table
 //   attention_half_pack_head, attention_half_pack_panel
 //                             the weights of a head, or of a panel of proj's outputs -> packed
-//   attention_half_normalize  rows first to last of a unit of y -> normalized [rows, channels]
-//   attention_half_attend     normalized -> a head's columns of attended [rows, attended columns],
+//   attention_half_normalize  rows first to last of a unit of y -> normalized [rows, words of the
+//                             channels] (isa/product.h)
+//   attention_half_attend     normalized -> a head's columns of attended [rows, attended words],
 //                             for one of some equal blocks of the unit's rows
 //   attention_half_project    attended, y -> a panel of the result's columns for a block of rows
 //
@@ -49,7 +51,8 @@ MOAT_KERNELS_DECLARE_PER_ISA(
     int64_t attention_half_head_size(const AttentionHalf& problem);
     int64_t attention_half_panel_size(const AttentionHalf& problem);
     int64_t attention_half_panels(const AttentionHalf& problem);
-    int64_t attention_half_attended_columns(const AttentionHalf& problem);
+    int64_t attention_half_normalized_words(const AttentionHalf& problem);
+    int64_t attention_half_attended_words(const AttentionHalf& problem);
     int64_t attention_half_scratch_size(const AttentionHalf& problem);
     void attention_half_resize(const AttentionHalf& problem, int64_t head, float* bias_table);
     void attention_half_pack_head(const AttentionHalf& problem, int64_t head, float* packed);

@@ -3,6 +3,7 @@
 #include <cstdint>
 
 #include "cpu/common/per_isa.h"
+#include "cpu/common/types.h"
 
 namespace moat_kernels::cpu {
 
@@ -15,8 +16,9 @@ struct HeadProblem {
   const float* norm_bias = nullptr;
   const float* weight = nullptr;  // [classes, channels]
   const float* bias = nullptr;    // or null
-  const float* x = nullptr;       // [batch, pixels, channels]
-  float* output = nullptr;        // [batch, classes or channels]
+  const void* x = nullptr;        // [batch, pixels, channels]
+  ElementType x_type = ElementType::float32;
+  float* output = nullptr;  // [batch, classes or channels]
 };
 
 }  // namespace moat_kernels::cpu

@@ -41,6 +41,7 @@ struct MBConvProblem {
   ElementType x_type = ElementType::float32;
   void* output = nullptr;
   ElementType output_type = ElementType::float32;
+  Product product = Product::float32;
 
   BatchNorm pre_norm, expand_norm, depthwise_norm, project_norm;
   Convolution expand, depthwise, project, shortcut;

@@ -31,6 +31,9 @@
   namespace avx512 {                      \
   __VA_ARGS__                             \
   }                                       \
+  namespace avx512_bf16 {                 \
+  __VA_ARGS__                             \
+  }                                       \
   }
 
 #else

@@ -4,6 +4,7 @@
 
 #include "cpu/common/layers.h"
 #include "cpu/common/per_isa.h"
+#include "cpu/common/types.h"
 
 namespace moat_kernels::cpu {
 
@@ -14,10 +15,12 @@ struct StemProblem {
   int64_t channels = 0, out_height = 0, out_width = 0, top = 0, left = 0;
   const float* x = nullptr;
   int64_t image_stride = 0, channel_stride = 0, row_stride = 0, column_stride = 0;  // of x, floats
-  Convolution first;        // [channels, in_channels, 3, 3]
-  BatchNorm norm;           // of its output
-  Convolution second;       // [channels, channels, 3, 3]
-  float* output = nullptr;  // [batch, out_height, out_width, channels]
+  Convolution first;       // [channels, in_channels, 3, 3]
+  BatchNorm norm;          // of its output
+  Convolution second;      // [channels, channels, 3, 3]
+  void* output = nullptr;  // [batch, out_height, out_width, channels]
+  ElementType output_type = ElementType::float32;
+  Product product = Product::float32;  // of the second convolution
 };
 
 }  // namespace moat_kernels::cpu

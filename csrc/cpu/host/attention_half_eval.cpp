@@ -105,7 +105,7 @@ struct Run {
   bool packs = false;  // weights where they are used, as nothing else uses them
 
   PackedLayout layout;
-  int64_t panels, attended_columns, scratch_size;
+  int64_t panels, normalized_words, attended_words, scratch_size;
   // Offsets in the call's scratch memory, in floats.
   int64_t own_packed = 0, table = 0, buffers = 0, rows = 0;
   int64_t size = 0;
@@ -116,7 +116,8 @@ struct Run {
       : problem(call), given(given), workers(thread_count()), layout(packed_layout(call)) {
     divide_work();
     panels = MOAT_KERNELS_DISPATCH(attention_half_panels)(problem);
-    attended_columns = MOAT_KERNELS_DISPATCH(attention_half_attended_columns)(problem);
+    normalized_words = MOAT_KERNELS_DISPATCH(attention_half_normalized_words)(problem);
+    attended_words = MOAT_KERNELS_DISPATCH(attention_half_attended_words)(problem);
     scratch_size = MOAT_KERNELS_DISPATCH(attention_half_scratch_size)(problem);
     if (shares) divide_units();
     own_packed = take(packs || given ? 0 : layout.norm_weight);
@@ -153,7 +154,7 @@ struct Run {
   }
 
   int64_t most_rows() const { return problem.windows_per_unit * most_tokens(problem); }
-  int64_t unit_floats() const { return most_rows() * (problem.channels + attended_columns); }
+  int64_t unit_floats() const { return most_rows() * (normalized_words + attended_words); }
 
   AttentionUnit unit_at(int64_t index) const {
     const int64_t first = index * problem.windows_per_unit;
@@ -163,7 +164,7 @@ struct Run {
   // The rows of the unit or worker `index`.
   float* normalized(int64_t index) const { return memory + rows + index * unit_floats(); }
   float* attended(int64_t index) const {
-    return normalized(index) + most_rows() * problem.channels;
+    return normalized(index) + most_rows() * normalized_words;
   }
   float* scratch(int64_t worker) const { return memory + buffers + worker * scratch_size; }
   const float* packed_head(int64_t head) const {

@@ -14,7 +14,10 @@ Isa widest_supported() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-    return avx512 ? Isa::avx512 : Isa::avx2;
+    const bool narrow =
+        __builtin_cpu_supports("avx512bf16") && __builtin_cpu_supports("avx512vnni");
+    if (avx512) return narrow ? Isa::avx512_bf16 : Isa::avx512;
+    return Isa::avx2;
   }
 #endif
   return Isa::baseline;
@@ -24,8 +27,9 @@ Isa parse(const std::string& name) {
   if (name == "baseline") return Isa::baseline;
   if (name == "avx2") return Isa::avx2;
   if (name == "avx512") return Isa::avx512;
+  if (name == "avx512_bf16") return Isa::avx512_bf16;
   throw std::runtime_error(std::string(kVariable) + "='" + name +
-                           "' is unknown; it may be baseline, avx2 or avx512");
+                           "' is unknown; it may be baseline, avx2, avx512 or avx512_bf16");
 }
 
 Isa resolve() {

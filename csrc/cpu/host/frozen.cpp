@@ -1,7 +1,8 @@
 // Ops for models that are frozen for inference. cpu_freeze_* turn a stem, an inverted bottleneck,
 // an attention half or a head into a step, whose weights are folded and packed once, and
-// cpu_frozen_forward computes a sequence of steps. (The ops that take plain weights fold and pack
-// them in every call, so that they cannot be out of date.)
+// cpu_frozen_forward computes a sequence of steps. dtype: of the maps between the steps and, where
+// the CPU multiplies in it, of what products read; else these are in float32. (The ops that take
+// plain weights fold and pack them in every call, so that they cannot be out of date.)
 
 #include "cpu/host/frozen.h"
 
@@ -11,7 +12,9 @@
 #include <cstring>
 #include <type_traits>
 
+#include "cpu/common/isa_facts.h"
 #include "cpu/host/attention_half_eval.h"
+#include "cpu/host/dispatch.h"
 #include "cpu/host/head_eval.h"
 #include "cpu/host/mbconv_eval.h"
 #include "cpu/host/recycled_memory.h"
@@ -63,12 +66,24 @@ Tensor pack(const Problem& problem, const Tensor& like) {
   return packed;
 }
 
+Product product_of(ScalarType dtype) {
+  const bool narrow = dtype == ScalarType::BFloat16;
+  const Product product = narrow ? Product::bfloat16 : Product::float32;
+  return MOAT_KERNELS_DISPATCH(isa_multiplies)(product) ? product : Product::float32;
+}
+
+bool multiplies(ScalarType dtype) {
+  return dtype == ScalarType::Float || product_of(dtype) != Product::float32;
+}
+
 // -> a step for maps of any size (see freeze_for_maps), and its packed weights.
-std::tuple<Tensor, Tensor> freeze_stem(const StemTensors& tensors, double eps) {
+std::tuple<Tensor, Tensor> freeze_stem(const StemTensors& tensors, double eps, ScalarType dtype) {
   const StemTensors kept = readable(tensors);
   Step step = {};
   step.kind = StepKind::stem;
   step.stem = read_stem(kept, eps);
+  step.stem.output_type = element_type("dtype", dtype);
+  step.stem.product = product_of(dtype);
   const Tensor& like = *kept.conv_0_weight;
   const Tensor packed = pack<StemEval>(step.stem, like);
   step.stem.first = step.stem.second = {};
@@ -76,13 +91,15 @@ std::tuple<Tensor, Tensor> freeze_stem(const StemTensors& tensors, double eps) {
   return {to_bytes(step, like), packed};
 }
 
-std::tuple<Tensor, Tensor> freeze_mbconv(const BlockTensors& tensors,
-                                         const BlockSettings& settings) {
+std::tuple<Tensor, Tensor> freeze_mbconv(const BlockTensors& tensors, const BlockSettings& settings,
+                                         ScalarType dtype) {
   const BlockTensors kept = readable(tensors);
   Step step = {};
   step.kind = StepKind::mbconv;
   MBConvProblem& problem = step.mbconv;
   problem = read_block(kept, settings);
+  problem.output_type = element_type("dtype", dtype);
+  problem.product = product_of(dtype);
   const Tensor& like = *kept.expand_weight;
   const Tensor packed = pack<MBConvEval>(problem, like);
   problem.expand = problem.depthwise = problem.project = problem.shortcut = {};
@@ -92,12 +109,15 @@ std::tuple<Tensor, Tensor> freeze_mbconv(const BlockTensors& tensors,
 }
 
 std::tuple<Tensor, Tensor> freeze_attention_half(const AttentionHalfTensors& tensors, int64_t heads,
-                                                 int64_t head_dim, double scale, double eps) {
+                                                 int64_t head_dim, double scale, double eps,
+                                                 ScalarType dtype) {
   const AttentionHalfTensors kept = readable(tensors);
   Step step = {};
   step.kind = StepKind::attention_half;
   AttentionHalf& problem = step.attention_half;
   problem = read_attention_half(kept, heads, head_dim, scale, eps);
+  problem.element = element_type("dtype", dtype);
+  problem.product = product_of(dtype);
   const Tensor& like = *kept.qkv_weight;
   const Tensor packed = pack<AttentionHalfEval>(problem, like);
   problem.norm_weight = problem.norm_bias = problem.qkv_weight = problem.qkv_bias = nullptr;
@@ -186,19 +206,19 @@ class Sequence {
     problem.batch = size_.batch;
     StemEval eval(problem, take_packed(StemEval::packed_size(problem)));
     eval.read(maps_);
-    const Tensor output = make_output(output_map(problem), keeps);
+    const Tensor output = make_output(output_map(problem), scalar_type(problem.output_type), keeps);
     run(
-        output, [&](float* scratch) { eval.compute(data_of(output), scratch); },
+        output, [&](float* scratch) { eval.compute(output.mutable_data_ptr(), scratch); },
         [&] { return eval.scratch_size(); });
   }
 
   void compute(MBConvProblem problem, bool keeps) {
     expect(problem.in_channels, problem.height, problem.width);
     problem.batch = size_.batch;
-    problem.x_type = problem.output_type = element_type("x", maps_.scalar_type());
-    problem.x = readable_maps();
+    problem.x_type = problem.output_type;
+    problem.x = readable_maps(problem.x_type);
     const float* packed = take_packed(MBConvEval::packed_size(problem));
-    const Tensor output = make_output(output_map(problem), keeps);
+    const Tensor output = make_output(output_map(problem), maps_.scalar_type(), keeps);
     problem.output = output.mutable_data_ptr();
     const MBConvEval eval(problem, packed);
     run(
@@ -209,15 +229,14 @@ class Sequence {
   void compute(AttentionHalf problem, bool keeps) {
     expect(problem.channels, problem.height, problem.width);
     problem.batch = size_.batch;
-    problem.element = element_type("x", maps_.scalar_type());
-    problem.y = readable_maps();
+    problem.y = readable_maps(problem.element);
     const float* packed = take_packed(AttentionHalfEval::packed_size(problem));
     const float* table = nullptr;
     if (problem.position_height > 0) {
       const int64_t places = (2 * problem.window_height - 1) * (2 * problem.window_width - 1);
       table = take_packed(problem.heads * places);
     }
-    const Tensor output = make_output(size_, keeps);
+    const Tensor output = make_output(size_, maps_.scalar_type(), keeps);
     problem.result = output.mutable_data_ptr();
     const AttentionHalfEval eval(problem, packed, table);
     run(
@@ -227,10 +246,10 @@ class Sequence {
 
   void compute(HeadProblem problem) {
     expect(problem.channels, size_.height, size_.width);
-    STD_TORCH_CHECK(maps_.scalar_type() == ScalarType::Float, "a head reads float32");
     problem.batch = size_.batch;
     problem.pixels = size_.height * size_.width;
-    problem.x = static_cast<const float*>(readable_maps());
+    problem.x_type = element_type("x", maps_.scalar_type());
+    problem.x = readable_maps(problem.x_type);
     const HeadEval eval(problem, take_packed(HeadEval::packed_size(problem)));
     const Tensor output =
         torch::stable::new_empty(maps_, {problem.batch, eval.columns()}, ScalarType::Float);
@@ -252,7 +271,9 @@ class Sequence {
   }
 
   // Results of steps are dense already, whatever shape their memory has.
-  const void* readable_maps() {
+  const void* readable_maps(ElementType type) {
+    STD_TORCH_CHECK(element_type("x", maps_.scalar_type()) == type, "the step reads ",
+                    name_of(scalar_type(type)), ", got ", name_of(maps_.scalar_type()));
     if (first_) {
       maps_ = torch::stable::contiguous(maps_, torch::headeronly::MemoryFormat::ChannelsLast);
     }
@@ -260,12 +281,11 @@ class Sequence {
     return maps_.const_data_ptr();
   }
 
-  Tensor make_output(const MapSize& size, bool keeps) {
+  Tensor make_output(const MapSize& size, ScalarType type, bool keeps) {
     first_ = false;
     size_ = size;
-    if (keeps) return empty_maps(maps_, size, maps_.scalar_type());
-    return recycled_tensor(maps_, {size.batch * size.channels * size.height * size.width},
-                           maps_.scalar_type());
+    if (keeps) return empty_maps(maps_, size, type);
+    return recycled_tensor(maps_, {size.batch * size.channels * size.height * size.width}, type);
   }
 
   template <class Compute, class ScratchSize>
@@ -305,6 +325,10 @@ std::vector<Tensor> frozen_forward(const Tensor& x, const Tensor& steps,
 
 }  // namespace
 }  // namespace moat_kernels::cpu
+
+STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CompositeExplicitAutograd, library) {
+  library.impl("cpu_multiplies", TORCH_BOX(&moat_kernels::cpu::multiplies));
+}
 
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CPU, library) {
   using namespace moat_kernels;

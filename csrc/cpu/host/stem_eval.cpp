@@ -76,7 +76,7 @@ int64_t StemEval::worker_size() const {
   return MOAT_KERNELS_DISPATCH(stem_eval_scratch_size)(problem_);
 }
 
-void StemEval::compute(float* output, float* scratch) {
+void StemEval::compute(void* output, float* scratch) {
   problem_.output = output;
   const float* packed = packed_;
   if (!packed) {
@@ -103,7 +103,7 @@ Tensor stem_eval(const Tensor& x, const StemTensors& tensors, double eps) {
   StemEval eval(problem, nullptr);
   eval.read(x);
   const Scratch memory(x, eval.scratch_size());
-  eval.compute(data_of(output), memory.data());
+  eval.compute(output.mutable_data_ptr(), memory.data());
   return output;
 }
 

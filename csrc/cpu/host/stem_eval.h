@@ -35,7 +35,7 @@ class StemEval {
   StemEval(const StemProblem& problem, const float* packed) : problem_(problem), packed_(packed) {}
   void read(const Tensor& x);  // any strides
   int64_t scratch_size() const;
-  void compute(float* output, float* scratch);
+  void compute(void* output, float* scratch);
 
  private:
   int64_t worker_size() const;

@@ -42,6 +42,11 @@ inline ElementType element_type(const char* name, ScalarType type) {
   return ElementType::float16;
 }
 
+inline ScalarType scalar_type(ElementType type) {
+  if (type == ElementType::float32) return ScalarType::Float;
+  return type == ElementType::bfloat16 ? ScalarType::BFloat16 : ScalarType::Half;
+}
+
 // The data of a contiguous tensor of this type and these sizes, on the CPU.
 inline const void* checked_data(const char* name, const char* part, const Tensor& tensor,
                                 ScalarType type, const int64_t* sizes, size_t count) {

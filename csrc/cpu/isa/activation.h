@@ -38,29 +38,45 @@ constexpr float kGeluRange = 5.6f;
 // max(x, 0), but NaN for -infinity, which GELU in PyTorch multiplies by Phi(x) = 0.
 [[gnu::always_inline]] inline Vec gelu_relu(Vec x) { return minimum(absolute(x), x + absolute(x)); }
 
-// x * Phi(x), count vectors at once to hide latencies. Absolute error 4.8e-7 (one unit in the last
-// place at |x| = 4; PyTorch's own: 3.8e-7). The minimax fit of degree 6 to Phi(-t)^(1/16), weighted
-// by its effect on the product, has 2.4e-7 of it.
-template <int count>
-[[gnu::always_inline]] inline void gelu(Vec (&x)[count]) {
-  constexpr float kRoot[7] = {0.957604408f,    -0.0477672964f,   -0.0178059563f,  -0.00134401256f,
-                              0.000658403849f, -3.52191528e-05f, -1.17588206e-06f};
+// relu(x) - t q(t)^(2^squarings) with t = min(|x|, range), count vectors at once to hide latencies.
+template <int squarings, int degree, int count>
+[[gnu::always_inline]] inline void gelu_by_root(const float (&root)[degree + 1], float range,
+                                                Vec (&x)[count]) {
   Vec t[count];
   Vec q[count];
   unroll<count>([&](auto i) __attribute__((always_inline)) {
-    t[i] = minimum(broadcast(kGeluRange), absolute(x[i]));
-    q[i] = broadcast(kRoot[6]);
+    t[i] = minimum(broadcast(range), absolute(x[i]));
+    q[i] = broadcast(root[degree]);
   });
-  unroll<6>([&](auto k) __attribute__((always_inline)) {
+  unroll<degree>([&](auto k) __attribute__((always_inline)) {
     unroll<count>([&](auto i) __attribute__((always_inline)) {
-      q[i] = fma(q[i], t[i], broadcast(kRoot[5 - k]));
+      q[i] = fma(q[i], t[i], broadcast(root[degree - 1 - k]));
     });
   });
-  unroll<4>([&](auto) __attribute__((always_inline)) {
+  unroll<squarings>([&](auto) __attribute__((always_inline)) {
     unroll<count>([&](auto i) __attribute__((always_inline)) { q[i] = q[i] * q[i]; });
   });
   unroll<count>([&](auto i)
                     __attribute__((always_inline)) { x[i] = gelu_relu(x[i]) - t[i] * q[i]; });
+}
+
+// x * Phi(x). Absolute error 4.8e-7 (one unit in the last place at |x| = 4; PyTorch's own: 3.8e-7).
+// The minimax fit of degree 6 to Phi(-t)^(1/16), weighted by its effect on the product, has 2.4e-7
+// of it.
+template <int count>
+[[gnu::always_inline]] inline void gelu(Vec (&x)[count]) {
+  constexpr float kRoot[7] = {0.957604408f,    -0.0477672964f,   -0.0178059563f,  -0.00134401256f,
+                              0.000658403849f, -3.52191528e-05f, -1.17588206e-06f};
+  gelu_by_root<4, 6, count>(kRoot, kGeluRange, x);
+}
+
+// The same of results that are rounded to 16 or 8 bits: with an error below 2^-11 of the result,
+// an eighth of what bfloat16 rounds by, plus 2^-15. The fit of degree 4 to Phi(-t)^(1/8).
+template <int count>
+[[gnu::always_inline]] inline void rounded_gelu(Vec (&x)[count]) {
+  constexpr float kRoot[5] = {0.916699572f, -0.0890805349f, -0.0368491522f, 0.00318264685f,
+                              0.000417200844f};
+  gelu_by_root<3, 4, count>(kRoot, 5.0f, x);
 }
 
 struct ValueAndSlope {
@@ -107,11 +123,15 @@ struct ValueAndSlope {
 // NaN stays NaN.
 [[gnu::always_inline]] inline Vec relu(Vec x) { return maximum(Vec{}, x); }
 
-// count vectors through an activation, in place.
-template <Activation kind, int count>
+// count vectors through an activation, in place. Element: what the results are rounded to.
+template <Activation kind, int count, class Element = float>
 [[gnu::always_inline]] inline void activate(Vec (&x)[count]) {
   if constexpr (kind == Activation::gelu) {
-    gelu<count>(x);
+    if constexpr (sizeof(Element) < sizeof(float)) {
+      rounded_gelu<count>(x);
+    } else {
+      gelu<count>(x);
+    }
   } else if constexpr (kind != Activation::identity) {
     unroll<count>([&](auto i) __attribute__((always_inline)) {
       if constexpr (kind == Activation::gelu_tanh) x[i] = gelu_tanh_and_slope(x[i]).value;

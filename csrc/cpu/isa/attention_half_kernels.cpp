@@ -14,14 +14,14 @@ namespace {
 
 enum Part { kQueries, kKeys, kValues, kParts };
 
-// Floats of a token in a matrix of one head.
-int64_t row_length(const AttentionHalf& problem) { return round_up(problem.head_dim, kWidth); }
+// Columns of a head's queries, keys, values and results, of which the last may not exist.
+int64_t head_columns(const AttentionHalf& problem) { return round_up(problem.head_dim, kWidth); }
 
-// The packed weights of a head hold for each part its panels, [channels][kPanel] each, and the
-// biases; those of a panel of proj [attended columns][kPanel] and the biases.
+// The packed weights of a head hold for each part its panels, [words of the channels][kPanel] each,
+// and the biases; those of a panel of proj [attended words][kPanel] and the biases.
 int64_t part_columns(const AttentionHalf& problem) { return round_up(problem.head_dim, kPanel); }
 int64_t part_size(const AttentionHalf& problem) {
-  return part_columns(problem) * (problem.channels + 1);
+  return part_columns(problem) * (attention_half_normalized_words(problem) + 1);
 }
 
 int64_t most_rows_of_unit(const AttentionHalf& problem) {
@@ -57,8 +57,9 @@ void for_rows(const AttentionHalf& problem, const AttentionUnit& unit, int64_t f
 // One thread's working memory.
 struct Buffers {
   float* weights;           // of a head or a panel of proj, if the caller has not packed them
-  float* matrices[kParts];  // [rows][row_length]; packing the keys pads them to a whole panel
+  float* matrices[kParts];  // [rows][head_columns]; packing the keys pads them to a whole panel
   float* keys;              // K^T of a window in panels
+  float* values;            // V of a window in words, where these are of several tokens
   float* scores;
   float* maxima;
   float* strips;
@@ -75,8 +76,9 @@ Buffers buffers_in(float* memory, const AttentionHalf& problem) {
   buffers.weights =
       scratch.take(larger(attention_half_head_size(problem), attention_half_panel_size(problem)));
   for (float*& matrix : buffers.matrices)
-    matrix = scratch.take((rows + kPanel) * row_length(problem));
-  buffers.keys = scratch.take(tokens * row_length(problem));
+    matrix = scratch.take((rows + kPanel) * head_columns(problem));
+  buffers.keys = scratch.take(tokens * head_columns(problem));
+  buffers.values = scratch.take(tokens * head_columns(problem));
   buffers.scores = scratch.take(kBlockTiles * kRows * tokens);
   buffers.maxima = scratch.take(kBlockTiles * kRows * kWidth);
   buffers.strips = scratch.take(problem.bias_table ? largest_strips(problem).size() : 0);
@@ -86,14 +88,49 @@ Buffers buffers_in(float* memory, const AttentionHalf& problem) {
   return buffers;
 }
 
-// Rows first to last of a unit's queries, keys or values of one head.
+// Rows first to last of a unit's queries, keys or values of one head, as floats.
+template <class Kind>
 void make_part(const AttentionHalf& problem, Part part, const float* packed,
                const float* normalized, int64_t first, int64_t last, const Buffers& buffers) {
   const float* weights = packed + part * part_size(problem);
-  gemm(last - first, problem.head_dim, problem.channels,
-       {normalized + first * problem.channels, problem.channels, 1}, weights,
-       problem.channels * kPanel, kPanel, buffers.matrices[part] + first * row_length(problem),
-       row_length(problem), false, weights + part_columns(problem) * problem.channels);
+  const int64_t words = attention_half_normalized_words(problem);
+  const int64_t columns = head_columns(problem);
+  gemm<Kind>(last - first, problem.head_dim, words, {normalized + first * words, words, 1}, weights,
+             words * kPanel, kPanel, buffers.matrices[part] + first * columns, columns, false,
+             weights + part_columns(problem) * words);
+}
+
+// Rows first to last of queries or keys [rows][head_columns] -> [rows][row_words], in place.
+template <class Kind>
+void round_rows(const AttentionHalf& problem, int64_t first, int64_t last, float* matrix) {
+  if constexpr (Kind::kPerWord > 1) {
+    const int64_t columns = head_columns(problem);
+    const int64_t words = row_words<Kind>(problem.head_dim);
+    for (int64_t row = first; row < last; ++row) {
+      to_words<Kind>(matrix + row * columns, columns, matrix + row * words);
+      for (int64_t i = words_of<Kind>(columns); i < words; ++i) matrix[row * words + i] = 0.0f;
+    }
+  }
+}
+
+// Rows of values [tokens][head_columns] in words of kPerWord tokens: where they lie, or in `words`.
+template <class Kind>
+const float* join_rows(const AttentionHalf& problem, const float* values, int64_t tokens,
+                       float* words) {
+  constexpr int kPerWord = Kind::kPerWord;
+  if constexpr (kPerWord == 1) return values;
+  const int64_t columns = head_columns(problem);
+  for (int64_t token = 0; token < tokens; token += kPerWord) {
+    float* to = words + token / kPerWord * columns;
+    for (int64_t column = 0; column < columns; column += kWidth) {
+      Vec rows[kPerWord];
+      unroll<kPerWord>([&](auto i) __attribute__((always_inline)) {
+        rows[i] = token + i < tokens ? load(values + (token + i) * columns + column) : Vec{};
+      });
+      store(to + column, Kind::word_of(rows));
+    }
+  }
+  return words;
 }
 
 // out = y + result [rows][kPanel] for rows first to last and `columns` channels from `column` on.
@@ -115,15 +152,19 @@ int64_t attention_half_head_size(const AttentionHalf& problem) {
 }
 
 int64_t attention_half_panel_size(const AttentionHalf& problem) {
-  return (attention_half_attended_columns(problem) + 1) * kPanel;
+  return (attention_half_attended_words(problem) + 1) * kPanel;
 }
 
 int64_t attention_half_panels(const AttentionHalf& problem) {
   return divide_up(problem.channels, kPanel);
 }
 
-int64_t attention_half_attended_columns(const AttentionHalf& problem) {
-  return problem.heads * row_length(problem);
+int64_t attention_half_normalized_words(const AttentionHalf& problem) {
+  return words_of(problem.product, problem.channels);
+}
+
+int64_t attention_half_attended_words(const AttentionHalf& problem) {
+  return problem.heads * words_of(problem.product, head_columns(problem));
 }
 
 int64_t attention_half_scratch_size(const AttentionHalf& problem) {
@@ -163,6 +204,7 @@ void attention_half_resize(const AttentionHalf& problem, int64_t head, float* bi
 
 void attention_half_pack_head(const AttentionHalf& problem, int64_t head, float* packed) {
   const int64_t columns = part_columns(problem);
+  const int64_t words = attention_half_normalized_words(problem);
   for (int64_t part = 0; part < kParts; ++part) {
     const int64_t first = (part * problem.heads + head) * problem.head_dim;
     // Queries come out in units of ln 2, as the exponentials are powers of 2.
@@ -170,12 +212,14 @@ void attention_half_pack_head(const AttentionHalf& problem, int64_t head, float*
     float scale[kPanel];
     for (float& value : scale) value = factor;
     float* weights = packed + part * part_size(problem);
-    for (int64_t column = 0; column < columns; column += kPanel) {
-      pack_panel(problem.qkv_weight + (first + column) * problem.channels, problem.channels,
-                 problem.head_dim - column, problem.channels, scale, nullptr,
-                 weights + column * problem.channels);
-    }
-    float* bias = weights + columns * problem.channels;
+    with_product(problem.product, [&](auto kind) {
+      for (int64_t column = 0; column < columns; column += kPanel) {
+        pack_words<decltype(kind)>(problem.qkv_weight + (first + column) * problem.channels,
+                                   problem.channels, smaller(problem.head_dim - column, kPanel),
+                                   problem.channels, scale, nullptr, weights + column * words);
+      }
+    });
+    float* bias = weights + columns * words;
     for (int64_t i = 0; i < columns; ++i) {
       bias[i] = problem.qkv_bias && i < problem.head_dim ? problem.qkv_bias[first + i] * factor : 0;
     }
@@ -185,12 +229,18 @@ void attention_half_pack_head(const AttentionHalf& problem, int64_t head, float*
 void attention_half_pack_panel(const AttentionHalf& problem, int64_t panel, float* packed) {
   const int64_t first = panel * kPanel;
   const int64_t depth = problem.heads * problem.head_dim;
-  const int64_t padding = row_length(problem) - problem.head_dim;
+  const int64_t words = words_of(problem.product, head_columns(problem));
   for (int64_t head = 0; head < problem.heads; ++head) {
-    pack_panel(problem.proj_weight + first * depth + head * problem.head_dim, depth,
-               problem.channels - first, problem.head_dim, nullptr, nullptr, packed);
-    packed += problem.head_dim * kPanel;
-    for (int64_t i = 0; i < padding * kPanel; ++i) *packed++ = 0.0f;
+    with_product(problem.product, [&](auto kind) {
+      pack_words<decltype(kind)>(problem.proj_weight + first * depth + head * problem.head_dim,
+                                 depth, smaller(problem.channels - first, kPanel), problem.head_dim,
+                                 nullptr, nullptr, packed);
+    });
+    for (int64_t i = words_of(problem.product, problem.head_dim) * kPanel; i < words * kPanel;
+         ++i) {
+      packed[i] = 0.0f;
+    }
+    packed += words * kPanel;
   }
   for (int64_t i = first; i < first + kPanel; ++i) {
     *packed++ = problem.proj_bias && i < problem.channels ? problem.proj_bias[i] : 0.0f;
@@ -199,31 +249,37 @@ void attention_half_pack_panel(const AttentionHalf& problem, int64_t panel, floa
 
 void attention_half_normalize(const AttentionHalf& problem, const AttentionUnit& unit,
                               int64_t first, int64_t last, float* normalized) {
+  const int64_t words = attention_half_normalized_words(problem);
   with_elements(problem.element, problem.y, [&](auto* y) {
     for_rows(problem, unit, first, last, [&](int64_t row, int64_t offset) {
-      float* to = normalized + row * problem.channels;
-      widen(y + offset, problem.channels, to);
-      normalize_row(problem.channels, problem.eps, problem.norm_weight, problem.norm_bias, to);
+      with_product(problem.product, [&](auto kind) {
+        using Kind = decltype(kind);
+        auto* to = elements_of<Kind>(normalized + row * words);
+        normalize_row(problem.channels, problem.eps, problem.norm_weight, problem.norm_bias,
+                      y + offset, to);
+        for (int64_t i = problem.channels; i < words * Kind::kPerWord; ++i) to[i] = {};
+      });
     });
   });
 }
 
-void attention_half_attend(const AttentionHalf& problem, const AttentionUnit& unit, int64_t head,
-                           int64_t block, int64_t blocks, const float* packed,
-                           const float* normalized, float* scratch, float* attended) {
-  const Buffers buffers = buffers_in(scratch, problem);
-  if (!packed) {
-    attention_half_pack_head(problem, head, buffers.weights);
-    packed = buffers.weights;
-  }
+namespace {
+
+template <class Kind>
+void attend(const AttentionHalf& problem, const AttentionUnit& unit, int64_t head, int64_t block,
+            int64_t blocks, const float* packed, const float* normalized, const Buffers& buffers,
+            float* attended) {
   const int64_t rows = rows_of(problem, unit);
   const int64_t first = rows * block / blocks;
   const int64_t last = rows * (block + 1) / blocks;
-  make_part(problem, kQueries, packed, normalized, first, last, buffers);
-  make_part(problem, kKeys, packed, normalized, 0, rows, buffers);
-  make_part(problem, kValues, packed, normalized, 0, rows, buffers);
-  const int64_t length = row_length(problem);
-  const int64_t stride = attention_half_attended_columns(problem);
+  make_part<Kind>(problem, kQueries, packed, normalized, first, last, buffers);
+  make_part<Kind>(problem, kKeys, packed, normalized, 0, rows, buffers);
+  make_part<Kind>(problem, kValues, packed, normalized, 0, rows, buffers);
+  round_rows<Kind>(problem, first, last, buffers.matrices[kQueries]);
+  round_rows<Kind>(problem, 0, rows, buffers.matrices[kKeys]);
+  const int64_t length = row_words<Kind>(problem.head_dim);
+  const int64_t columns = head_columns(problem);
+  const int64_t stride = attention_half_attended_words(problem) * Kind::kPerWord;
   BiasStrips strips;
   // From the last window to the first: padding the keys of one overwrites those of the next.
   int64_t start = rows;
@@ -236,24 +292,42 @@ void attention_half_attend(const AttentionHalf& problem, const AttentionUnit& un
       strips.list_runs(buffers.runs);
       strips.expand(problem, problem.bias_table + head * table_size(problem), buffers.strips);
     }
+    const float* values = join_rows<Kind>(problem, buffers.matrices[kValues] + start * columns,
+                                          tokens, buffers.values);
     with_head_dim(problem.head_dim, [&](auto head_dim) {
-      pack_rows(buffers.matrices[kKeys] + start * length, tokens, head_dim, buffers.keys);
-      const HeadForward<decltype(head_dim)> attention = {
+      pack_rows<Kind>(buffers.matrices[kKeys] + start * length, tokens, head_dim, buffers.keys);
+      const HeadForward<decltype(head_dim), Kind> attention = {
           head_dim,
           tokens,
           problem.bias_table ? buffers.strips : nullptr,
           buffers.runs,
           buffers.matrices[kQueries] + start * length,
           buffers.keys,
-          buffers.matrices[kValues] + start * length,
+          values,
           buffers.scores,
           buffers.maxima,
           nullptr,
-          attended + start * stride + head * length,
+          elements_of<Kind>(attended) + start * stride + head * columns,
           stride};
       attention.attend(larger(first - start, 0), smaller(last - start, tokens));
     });
   }
+}
+
+}  // namespace
+
+void attention_half_attend(const AttentionHalf& problem, const AttentionUnit& unit, int64_t head,
+                           int64_t block, int64_t blocks, const float* packed,
+                           const float* normalized, float* scratch, float* attended) {
+  const Buffers buffers = buffers_in(scratch, problem);
+  if (!packed) {
+    attention_half_pack_head(problem, head, buffers.weights);
+    packed = buffers.weights;
+  }
+  with_product(problem.product, [&](auto kind) {
+    attend<decltype(kind)>(problem, unit, head, block, blocks, packed, normalized, buffers,
+                           attended);
+  });
 }
 
 void attention_half_project(const AttentionHalf& problem, const AttentionUnit& unit, int64_t panel,
@@ -267,11 +341,14 @@ void attention_half_project(const AttentionHalf& problem, const AttentionUnit& u
     attention_half_pack_panel(problem, panel, buffers.weights);
     packed = buffers.weights;
   }
-  const int64_t depth = attention_half_attended_columns(problem);
+  const int64_t depth = attention_half_attended_words(problem);
   const int64_t column = panel * kPanel;
   const int64_t columns = smaller(problem.channels - column, kPanel);
-  gemm(last - first, columns, depth, {attended + first * depth, depth, 1}, packed, depth * kPanel,
-       kPanel, buffers.result, kPanel, false, packed + depth * kPanel);
+  with_product(problem.product, [&](auto kind) {
+    gemm<decltype(kind)>(last - first, columns, depth, {attended + first * depth, depth, 1}, packed,
+                         depth * kPanel, kPanel, buffers.result, kPanel, false,
+                         packed + depth * kPanel);
+  });
   with_elements(problem.element, problem.y, [&](auto* y) {
     add_rows(problem, unit, first, last, column, columns, buffers.result, y);
   });

@@ -14,10 +14,10 @@ constexpr int kRun = 4;
 
 // One run of outputs for kWidth channels. pixel, row: floats from one pixel, row of `in` to the
 // next.
-template <int stride, int outputs, Activation kind>
+template <int stride, int outputs, Activation kind, class Element>
 [[gnu::always_inline]] inline void depthwise_run(const float* in, int64_t pixel, int64_t row,
-                                                 const Vec (&weights)[kTaps], Vec bias, float* out,
-                                                 int64_t out_pixel) {
+                                                 const Vec (&weights)[kTaps], Vec bias,
+                                                 Element* out, int64_t out_pixel) {
   constexpr int kColumns = (outputs - 1) * stride + 3;
   Vec sums[outputs];
   unroll<outputs>([&](auto x) __attribute__((always_inline)) { sums[x] = bias; });
@@ -33,21 +33,21 @@ template <int stride, int outputs, Activation kind>
       });
     });
   });
-  activate<kind, outputs>(sums);
+  activate<kind, outputs, Element>(sums);
   unroll<outputs>([&](auto x)
                       __attribute__((always_inline)) { store(out + x * out_pixel, sums[x]); });
 }
 
 // `rows` rows of `columns` outputs for `channels` channels, a multiple of kWidth. pixel, row:
-// floats from one pixel, row of `in` to the next; out_pixel: from one pixel of `out` to the next,
-// whose rows follow one another. weights: [9][channels].
+// floats from one pixel, row of `in` to the next; out_pixel: elements from one pixel of `out` to
+// the next, whose rows follow one another. weights: [9][channels].
 struct DepthwiseShape {
   int64_t rows, columns, channels, pixel, row, out_pixel;
 };
 
-template <int stride, Activation kind>
+template <int stride, Activation kind, class Element>
 inline void depthwise_rows(const DepthwiseShape& shape, const float* in, const float* weights,
-                           const float* bias, float* out) {
+                           const float* bias, Element* out) {
   const int64_t pixel = shape.pixel;
   const int64_t out_pixel = shape.out_pixel;
   for (int64_t y = 0; y < shape.rows; ++y) {
@@ -58,7 +58,7 @@ inline void depthwise_rows(const DepthwiseShape& shape, const float* in, const f
       });
       const Vec start = load(bias + channel);
       const float* line = in + y * stride * shape.row + channel;
-      float* result = out + y * shape.columns * out_pixel + channel;
+      Element* result = out + y * shape.columns * out_pixel + channel;
       int64_t x = 0;
       for (; x + kRun <= shape.columns; x += kRun) {
         depthwise_run<stride, kRun, kind>(line + x * stride * pixel, pixel, shape.row, taps, start,
@@ -73,8 +73,9 @@ inline void depthwise_rows(const DepthwiseShape& shape, const float* in, const f
 }
 
 // The same with stride (1 or 2) and activation known at run time.
+template <class Element>
 inline void depthwise(const DepthwiseShape& shape, int64_t stride, Activation activation,
-                      const float* in, const float* weights, const float* bias, float* out) {
+                      const float* in, const float* weights, const float* bias, Element* out) {
   with_activation(activation, [&](auto kind) __attribute__((always_inline)) {
     constexpr Activation kKind = decltype(kind)::value;
     if (stride == 1) {

@@ -5,9 +5,10 @@
 // zeros), so that the inner loop reads it in order. The micro-kernel holds a block of kRows x
 // kPanel of C in registers: 12 of the 16 that AVX2 has. Each step of depth loads two vectors of B,
 // broadcasts kRows elements of A and does 12 fused multiply-adds, which is what the FMA units can
-// take while the loads stay below their own limit.
+// take while the loads stay below their own limit. All sizes along the depth are in words
+// (product.h), which in float are elements.
 
-#include "cpu/isa/simd.h"
+#include "cpu/isa/product.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
@@ -20,7 +21,7 @@ inline int64_t panelled(int64_t columns) { return round_up(columns, kPanel); }
 // Panels of B beyond this depth would not stay in a 32 KB L1 cache beside the rows of A.
 constexpr int64_t kDepth = 384;
 
-// A matrix by its strides in floats.
+// A matrix by its strides in words.
 struct Strided {
   const float* data;
   int64_t row_stride;
@@ -34,7 +35,7 @@ struct Ahead {
   const float* end;
 };
 
-constexpr int64_t kLineFloats = 16;
+constexpr int64_t kLineWords = 16;
 constexpr int kIntoL2 = 2;  // of the prefetch instruction: what it asks for is too much for L1
 
 // What a product reads after a piece of a panel of packed B, which is `depth` of `panel_depth`
@@ -46,22 +47,23 @@ inline Ahead after_piece(const float* piece, int64_t depth, int64_t panel_depth,
 }
 
 // One step of depth: c += a[0 .. rows) * b.
-template <int rows, int vectors>
+template <class Kind, int rows, int vectors>
 [[gnu::always_inline]] inline void multiply_step(const float* a, const float* a3,
                                                  int64_t row_stride, const float* b,
                                                  Vec (&c)[rows][vectors]) {
   Vec panel[vectors];
   unroll<vectors>([&](auto j) __attribute__((always_inline)) { panel[j] = load(b + j * kWidth); });
   unroll<rows>([&](auto i) __attribute__((always_inline)) {
-    const Vec factor = broadcast(i < 3 ? a[i * row_stride] : a3[(i - 3) * row_stride]);
-    unroll<vectors>(
-        [&](auto j) __attribute__((always_inline)) { c[i][j] = fma(factor, panel[j], c[i][j]); });
+    const Vec factor = Kind::broadcast_word(i < 3 ? a + i * row_stride : a3 + (i - 3) * row_stride);
+    unroll<vectors>([&](auto j) __attribute__((always_inline)) {
+      c[i][j] = Kind::multiply_add(factor, panel[j], c[i][j]);
+    });
   });
 }
 
-// c += A B for one block of rows and `vectors` vectors of columns of a panel. b_stride: floats from
+// c += A B for one block of rows and `vectors` vectors of columns of a panel. b_stride: words from
 // one step of depth to the next in B, kPanel if B is packed.
-template <int rows, int vectors>
+template <class Kind, int rows, int vectors>
 [[gnu::always_inline]] inline void multiply(Strided a, const float* b, int64_t b_stride,
                                             int64_t depth, Vec (&result)[rows][vectors],
                                             Ahead& ahead) {
@@ -73,10 +75,11 @@ template <int rows, int vectors>
   const float* a3 = a.data + 3 * a.row_stride;
   if (a.depth_stride == 1 && b_stride == kPanel) {
     // Beyond the end it asks for one line again and again, which costs next to nothing.
-    const int64_t line = ahead.next < ahead.end ? kLineFloats : 0;
+    const int64_t line = ahead.next < ahead.end ? kLineWords : 0;
     for (int64_t k = depth / 4; k > 0; --k) {
       unroll<4>([&](auto step) __attribute__((always_inline)) {
-        multiply_step<rows, vectors>(a0 + step, a3 + step, a.row_stride, b + step * kPanel, c);
+        multiply_step<Kind, rows, vectors>(a0 + step, a3 + step, a.row_stride, b + step * kPanel,
+                                           c);
       });
       __builtin_prefetch(ahead.next, 0, kIntoL2);
       ahead.next += line;
@@ -90,7 +93,7 @@ template <int rows, int vectors>
     depth %= 4;
   }
   for (; depth > 0; --depth) {
-    multiply_step<rows, vectors>(a0, a3, a.row_stride, b, c);
+    multiply_step<Kind, rows, vectors>(a0, a3, a.row_stride, b, c);
     a0 += a.depth_stride;
     a3 += a.depth_stride;
     b += b_stride;
@@ -147,9 +150,10 @@ template <class Function>
 }
 
 // C[rows x columns] (+)= A B. C is read only if `accumulate`, and written, with its columns rounded
-// up to a vector, to c[row * c_stride + column]. panel_stride: floats from one panel of B to the
+// up to a vector, to c[row * c_stride + column]. panel_stride: words from one panel of B to the
 // next; depth_stride: from one step of depth to the next in a panel. bias: where C is not read,
 // each row starts from it, if it is not null; as many floats as columns are written.
+template <class Kind = FloatProduct>
 inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b,
                  int64_t panel_stride, int64_t depth_stride, float* c, int64_t c_stride,
                  bool accumulate, const float* bias = nullptr) {
@@ -177,7 +181,8 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const 
         }
         const Strided rows_of_a = {a.data + row * a.row_stride + first * a.depth_stride,
                                    a.row_stride, a.depth_stride};
-        multiply<kBlockRows, kBlockVectors>(rows_of_a, panel, depth_stride, count, sums, ahead);
+        multiply<Kind, kBlockRows, kBlockVectors>(rows_of_a, panel, depth_stride, count, sums,
+                                                  ahead);
         unroll<kBlockRows * kBlockVectors>([&](auto i) __attribute__((always_inline)) {
           constexpr int r = i / kBlockVectors;
           constexpr int v = i % kBlockVectors;
@@ -189,7 +194,8 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const 
 }
 
 // destination[depth][kPanel] = source[column][depth]^T, columns beyond `columns` zero, element
-// (column, k) times column_scale[column] * depth_scale[k]; either scale may be null.
+// (column, k) times column_scale[column] * depth_scale[k]; either scale may be null. Without both
+// words are moved as they are, whatever they hold.
 inline void pack_panel(const float* source, int64_t source_stride, int64_t columns, int64_t depth,
                        const float* column_scale, const float* depth_scale, float* destination) {
   for (int64_t first = 0; first < kPanel; first += kWidth) {
@@ -202,10 +208,14 @@ inline void pack_panel(const float* source, int64_t source_stride, int64_t colum
           tile[i] = load(source + (first + i) * source_stride + k);
         });
         transpose(tile);
-        const Vec scale = column_scale ? load(column_scale + first) : broadcast(1.0f);
+        if (column_scale || depth_scale) {
+          const Vec scale = column_scale ? load(column_scale + first) : broadcast(1.0f);
+          unroll<kWidth>([&](auto i) __attribute__((always_inline)) {
+            tile[i] *= depth_scale ? scale * depth_scale[k + i] : scale;
+          });
+        }
         unroll<kWidth>([&](auto i) __attribute__((always_inline)) {
-          const Vec factor = depth_scale ? scale * depth_scale[k + i] : scale;
-          store(destination + (k + i) * kPanel + first, tile[i] * factor);
+          store(destination + (k + i) * kPanel + first, tile[i]);
         });
       }
     }
@@ -238,6 +248,32 @@ inline void pack(const float* source, int64_t source_stride, int64_t columns, in
     pack_panel(source + first * source_stride, source_stride, columns - first, depth,
                column_scale ? column_scale + first : nullptr, depth_scale, destination);
     destination += depth * kPanel;
+  }
+}
+
+// The same for products of a kind: [columns/kPanel][words of the depth][kPanel].
+template <class Kind>
+inline void pack_words(const float* source, int64_t source_stride, int64_t columns, int64_t depth,
+                       const float* column_scale, const float* depth_scale, float* destination) {
+  if constexpr (Kind::kPerWord == 1) {
+    pack(source, source_stride, columns, depth, column_scale, depth_scale, destination);
+    return;
+  }
+  constexpr int64_t kPerWord = Kind::kPerWord;
+  for (int64_t first = 0; first < columns; first += kPanel) {
+    for (int64_t word = 0; word < words_of<Kind>(depth); ++word) {
+      float values[kPerWord * kPanel] = {};
+      for (int64_t i = 0; i < smaller(kPanel, columns - first); ++i) {
+        for (int64_t k = word * kPerWord; k < smaller(depth, (word + 1) * kPerWord); ++k) {
+          float value = source[(first + i) * source_stride + k];
+          if (column_scale) value *= column_scale[first + i];
+          if (depth_scale) value *= depth_scale[k];
+          values[i * kPerWord + k % kPerWord] = value;
+        }
+      }
+      to_words<Kind>(values, kPerWord * kPanel, destination);
+      destination += kPanel;
+    }
   }
 }
 

@@ -48,15 +48,16 @@ void head_eval_pack(const HeadProblem& problem, float* packed) {
 
 void head_eval_pool(const HeadProblem& problem, const float* packed, int64_t image, float* pooled) {
   const int64_t channels = problem.channels;
-  const float* from = problem.x + image * problem.pixels * channels;
   float* row = pooled + image * channels;
   __builtin_memset(row, 0, static_cast<size_t>(channels) * sizeof(float));
-  for (int64_t pixel = 0; pixel < problem.pixels; ++pixel) {
-    add(from + pixel * channels, channels, row);
-  }
+  with_elements(problem.x_type, problem.x, [&](auto* x) __attribute__((always_inline)) {
+    x += image * problem.pixels * channels;
+    for (int64_t pixel = 0; pixel < problem.pixels; ++pixel)
+      add(x + pixel * channels, channels, row);
+  });
   const float factor = 1.0f / static_cast<float>(problem.pixels);
   for (int64_t i = 0; i < channels; ++i) row[i] *= factor;
-  normalize_row(channels, problem.eps, packed, packed + packed_head(problem).norm_bias, row);
+  normalize_row(channels, problem.eps, packed, packed + packed_head(problem).norm_bias, row, row);
 }
 
 void head_eval_classify(const HeadProblem& problem, const float* packed, const float* pooled,

@@ -5,8 +5,8 @@
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
 // The sum of function(value), which takes vectors and floats.
-template <class Function>
-inline float sum_over(const float* values, int64_t count, Function&& function) {
+template <class Element, class Function>
+inline float sum_over(const Element* values, int64_t count, Function&& function) {
   constexpr int kSums = 4;  // hide the latency of the additions
   Vec sums[kSums] = {};
   int64_t i = 0;
@@ -17,32 +17,38 @@ inline float sum_over(const float* values, int64_t count, Function&& function) {
   }
   for (; i + kWidth <= count; i += kWidth) sums[0] += function(load(values + i));
   float sum = sum_of_lanes((sums[0] + sums[1]) + (sums[2] + sums[3]));
-  for (; i < count; ++i) sum += function(values[i]);
+  float rest[kWidth];
+  widen(values + i, count - i, rest);
+  for (int64_t j = 0; i + j < count; ++j) sum += function(rest[j]);
   return sum;
 }
 
-// Layer norm of one row, in place. weight, bias: [channels] or null.
+// Layer norm of one row, which `to` may be. weight, bias: [channels] or null.
+template <class From, class To>
 inline void normalize_row(int64_t channels, float eps, const float* weight, const float* bias,
-                          float* row) {
+                          const From* from, To* to) {
   const float factor = 1.0f / static_cast<float>(channels);
-  const float mean = factor * sum_over(row, channels, [](auto value) { return value; });
-  const float variance = factor * sum_over(row, channels, [=](auto value) {
+  const float mean = factor * sum_over(from, channels, [](auto value) { return value; });
+  const float variance = factor * sum_over(from, channels, [=](auto value) {
                            const auto centred = value - mean;
                            return centred * centred;
                          });
   const float scale = 1.0f / __builtin_sqrtf(variance + eps);
   int64_t i = 0;
   for (; i + kWidth <= channels; i += kWidth) {
-    Vec value = (load(row + i) - mean) * scale;
+    Vec value = (load(from + i) - mean) * scale;
     if (weight) value *= load(weight + i);
     if (bias) value += load(bias + i);
-    store(row + i, value);
+    store(to + i, value);
   }
-  for (; i < channels; ++i) {
-    row[i] = (row[i] - mean) * scale;
-    if (weight) row[i] *= weight[i];
-    if (bias) row[i] += bias[i];
+  float rest[kWidth];
+  widen(from + i, channels - i, rest);
+  for (int64_t j = 0; i + j < channels; ++j) {
+    rest[j] = (rest[j] - mean) * scale;
+    if (weight) rest[j] *= weight[i + j];
+    if (bias) rest[j] += bias[i + j];
   }
+  narrow(rest, channels - i, to + i);
 }
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

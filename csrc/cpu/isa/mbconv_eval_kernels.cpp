@@ -28,20 +28,22 @@ PackedBlock block_weights(const MBConvProblem& problem, const float* packed, int
   return divide_block(problem, const_cast<float*>(packed_block(problem, packed, block)));
 }
 
-// sums [pixels][panelled C_out] (+)= stencil [pixels][kPitch] times a block's project weights.
+// sums [pixels][panelled C_out] (+)= stencil [pixels][kPitchOf<Kind>] times a block's project
+// weights.
+template <class Kind>
 void project(const MBConvProblem& problem, int64_t block, const float* stencil, int64_t pixels,
              const float* weights, bool accumulate, float* sums) {
-  const int64_t depth = block_valid(problem, block);
-  gemm(pixels, problem.out_channels, depth, {stencil, kPitch, 1}, weights, depth * kPanel, kPanel,
-       sums, panelled(problem.out_channels), accumulate);
+  const int64_t depth = block_words(problem, block);
+  gemm<Kind>(pixels, problem.out_channels, depth, {stencil, kPitchOf<Kind>, 1}, weights,
+             depth * kPanel, kPanel, sums, panelled(problem.out_channels), accumulate);
 }
 
 // Walks the strips of a task and calls done(first_row, last_row, sums) after each. The sums of a
 // strip are at sums_of(first_row).
-template <class SumsOf, class Done>
+template <class Kind, class SumsOf, class Done>
 void walk(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
           const Tiles& tiles, SumsOf&& sums_of, Done&& done) {
-  StripWalk strips(problem, tiles, task.image, task.images);
+  StripWalk<Kind> strips(problem, tiles, task.image, task.images);
   const int64_t step = strip_rows(problem);
   for (int64_t first = task.first_row; first < task.last_row; first += step) {
     const int64_t last = smaller(first + step, task.last_row);
@@ -52,12 +54,12 @@ void walk(const MBConvProblem& problem, const float* packed, const MBConvTask& t
     for (int64_t block = task.first_block; block < task.last_block; ++block) {
       PackedBlock weights = block_weights(problem, packed, block);
       if (task.packs) {
-        pack_block(problem, packed, block, tiles.weights);
+        pack_block<Kind>(problem, packed, block, tiles.weights);
         weights = divide_block(problem, tiles.weights);
       }
       strips.compute(block, weights, block - task.first_block, carries, tiles.stencil);
-      project(problem, block, tiles.stencil, pixels, weights.project, block > task.first_block,
-              sums);
+      project<Kind>(problem, block, tiles.stencil, pixels, weights.project,
+                    block > task.first_block, sums);
     }
     strips.has_carried = true;
     done(first, last, sums);
@@ -82,7 +84,9 @@ int64_t mbconv_eval_result_columns(const MBConvProblem& problem) {
 }
 
 int64_t mbconv_eval_gated_size(const MBConvProblem& problem) {
-  return block_count(problem) * problem.out_height * problem.out_width * kPitch;
+  int64_t pitch = 0;
+  with_product(problem.product, [&](auto kind) { pitch = kPitchOf<decltype(kind)>; });
+  return block_count(problem) * problem.out_height * problem.out_width * pitch;
 }
 
 int64_t mbconv_eval_gate_size(const MBConvProblem& problem) {
@@ -93,33 +97,43 @@ int64_t mbconv_eval_strip_rows(const MBConvProblem& problem) { return strip_rows
 
 bool mbconv_eval_groups(const MBConvProblem& problem) { return holds_whole_images(problem); }
 
-void mbconv_eval_fold(const MBConvProblem& problem, float* packed) { fold_shared(problem, packed); }
+void mbconv_eval_fold(const MBConvProblem& problem, float* packed) {
+  with_product(problem.product, [&](auto kind) { fold_shared<decltype(kind)>(problem, packed); });
+}
 
 void mbconv_eval_pack(const MBConvProblem& problem, int64_t block, float* packed) {
-  pack_block(problem, packed, block, const_cast<float*>(packed_block(problem, packed, block)));
+  float* memory = const_cast<float*>(packed_block(problem, packed, block));
+  with_product(problem.product,
+               [&](auto kind) { pack_block<decltype(kind)>(problem, packed, block, memory); });
 }
 
 void mbconv_eval_fused(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
                        float* scratch) {
   const Tiles tiles = carve(problem, scratch);
-  walk(
-      problem, packed, task, tiles, [&](int64_t) { return tiles.result; },
-      [&](int64_t first, int64_t last, float* sums) {
-        const int64_t size = (last - first) * problem.out_width * panelled(problem.out_channels);
-        for (int64_t i = 0; i < task.images; ++i) {
-          finish_rows(problem, packed, task.image + i, first, last, sums + i * size, tiles.pooled);
-        }
-      });
+  with_product(problem.product, [&](auto kind) {
+    using Kind = decltype(kind);
+    walk<Kind>(
+        problem, packed, task, tiles, [&](int64_t) { return tiles.result; },
+        [&](int64_t first, int64_t last, float* sums) {
+          const int64_t size = (last - first) * problem.out_width * panelled(problem.out_channels);
+          for (int64_t i = 0; i < task.images; ++i) {
+            finish_rows<Kind>(problem, packed, task.image + i, first, last, sums + i * size,
+                              tiles.pooled);
+          }
+        });
+  });
 }
 
 void mbconv_eval_bottleneck(const MBConvProblem& problem, const float* packed,
                             const MBConvTask& task, float* scratch, float* partial) {
   const Tiles tiles = carve(problem, scratch);
   const int64_t row = problem.out_width * panelled(problem.out_channels);
-  walk(
-      problem, packed, task, tiles,
-      [&](int64_t first) { return partial + (first - task.first_row) * row; },
-      [](int64_t, int64_t, float*) {});
+  with_product(problem.product, [&](auto kind) {
+    walk<decltype(kind)>(
+        problem, packed, task, tiles,
+        [&](int64_t first) { return partial + (first - task.first_row) * row; },
+        [](int64_t, int64_t, float*) {});
+  });
 }
 
 void mbconv_eval_finish(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
@@ -133,29 +147,34 @@ void mbconv_eval_finish(const MBConvProblem& problem, const float* packed, const
     for (int64_t part = 1; part < parts; ++part) {
       add(sums + part * part_stride, (last - first) * row, sums);
     }
-    finish_rows(problem, packed, task.image, first, last, sums, tiles.pooled);
+    with_product(problem.product, [&](auto kind) {
+      finish_rows<decltype(kind)>(problem, packed, task.image, first, last, sums, tiles.pooled);
+    });
   }
 }
 
-void mbconv_eval_stencil(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
-                         float* scratch, float* gated, float* sums) {
-  const Tiles tiles = carve(problem, scratch);
+namespace {
+
+template <class Kind>
+void make_gated(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
+                const Tiles& tiles, float* gated, float* sums) {
+  constexpr int64_t kGatedPitch = kPitchOf<Kind>;
   const int64_t pixels = problem.out_height * problem.out_width;
   const int64_t step = strip_rows(problem);
   clear(sums, mbconv_eval_gate_size(problem));
-  StripWalk strips(problem, tiles, task.image, 1);
+  StripWalk<Kind> strips(problem, tiles, task.image, 1);
   for (int64_t first = task.first_row; first < task.last_row; first += step) {
     const int64_t last = smaller(first + step, task.last_row);
     strips.enter(first, last);
     for (int64_t block = task.first_block; block < task.last_block; ++block) {
-      float* stencil = gated + (block * pixels + first * problem.out_width) * kPitch;
+      float* stencil = gated + (block * pixels + first * problem.out_width) * kGatedPitch;
       strips.compute(block, block_weights(problem, packed, block), block - task.first_block,
                      last < task.last_row, stencil);
       const int64_t count = (last - first) * problem.out_width;
       for (int64_t channel = 0; channel < block_channels(problem, block); channel += kWidth) {
         Vec sum = {};
         for (int64_t pixel = 0; pixel < count; ++pixel) {
-          sum += load(stencil + pixel * kPitch + channel);
+          sum += load(elements_of<Kind>(stencil + pixel * kGatedPitch) + channel);
         }
         float* total = sums + block * kBlock + channel;
         store(total, load(total) + sum);
@@ -163,6 +182,59 @@ void mbconv_eval_stencil(const MBConvProblem& problem, const float* packed, cons
     }
     strips.has_carried = true;
   }
+}
+
+// Rows of the project convolution's weights [C_out/kPanel][depth][kPanel] times a gate, as a
+// product reads them.
+template <class Kind>
+void gate_weights(const float* weights, int64_t panels, int64_t depth, const float* gate,
+                  float* words) {
+  constexpr int64_t kPerWord = Kind::kPerWord;
+  for (int64_t panel = 0; panel < panels; ++panel) {
+    for (int64_t k = 0; k < depth; k += kPerWord) {
+      unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+        Vec rows[kPerWord];
+        unroll<kPerWord>([&](auto i) __attribute__((always_inline)) {
+          const bool exists = k + i < depth;
+          const Vec row = exists ? load(weights + i * kPanel + v * kWidth) : Vec{};
+          rows[i] = exists ? row * gate[k + i] : row;
+        });
+        store(words + v * kWidth, Kind::word_of(rows));
+      });
+      weights += smaller(kPerWord, depth - k) * kPanel;
+      words += kPanel;
+    }
+  }
+}
+
+template <class Kind>
+void project_gated(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
+                   const Tiles& tiles, const float* gated, const float* gate) {
+  const int64_t pixels = problem.out_height * problem.out_width;
+  const int64_t step = strip_rows(problem);
+  for (int64_t first = task.first_row; first < task.last_row; first += step) {
+    const int64_t last = smaller(first + step, task.last_row);
+    for (int64_t block = 0; block < block_count(problem); ++block) {
+      // The gate scales rows of the weights: fewer numbers than pixels of the strip.
+      gate_weights<Kind>(block_weights(problem, packed, block).project,
+                         panelled(problem.out_channels) / kPanel, block_valid(problem, block),
+                         gate + block * kBlock, tiles.weights);
+      const float* stencil = gated + (block * pixels + first * problem.out_width) * kPitchOf<Kind>;
+      project<Kind>(problem, block, stencil, (last - first) * problem.out_width, tiles.weights,
+                    block > 0, tiles.result);
+    }
+    finish_rows<Kind>(problem, packed, task.image, first, last, tiles.result, tiles.pooled);
+  }
+}
+
+}  // namespace
+
+void mbconv_eval_stencil(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
+                         float* scratch, float* gated, float* sums) {
+  const Tiles tiles = carve(problem, scratch);
+  with_product(problem.product, [&](auto kind) {
+    make_gated<decltype(kind)>(problem, packed, task, tiles, gated, sums);
+  });
 }
 
 void mbconv_eval_gate(const MBConvProblem& problem, const float* sums, int64_t parts,
@@ -198,28 +270,9 @@ void mbconv_eval_gate(const MBConvProblem& problem, const float* sums, int64_t p
 void mbconv_eval_project(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
                          float* scratch, const float* gated, const float* gate) {
   const Tiles tiles = carve(problem, scratch);
-  const int64_t pixels = problem.out_height * problem.out_width;
-  const int64_t step = strip_rows(problem);
-  for (int64_t first = task.first_row; first < task.last_row; first += step) {
-    const int64_t last = smaller(first + step, task.last_row);
-    for (int64_t block = 0; block < block_count(problem); ++block) {
-      // The gate scales rows of the weights: fewer numbers than pixels of the strip.
-      const float* weights = block_weights(problem, packed, block).project;
-      const int64_t depth = block_valid(problem, block);
-      for (int64_t panel = 0; panel < panelled(problem.out_channels) / kPanel; ++panel) {
-        for (int64_t k = 0; k < depth; ++k) {
-          const int64_t at = (panel * depth + k) * kPanel;
-          const float factor = gate[block * kBlock + k];
-          for (int64_t i = 0; i < kPanel; i += kWidth) {
-            store(tiles.weights + at + i, load(weights + at + i) * factor);
-          }
-        }
-      }
-      project(problem, block, gated + (block * pixels + first * problem.out_width) * kPitch,
-              (last - first) * problem.out_width, tiles.weights, block > 0, tiles.result);
-    }
-    finish_rows(problem, packed, task.image, first, last, tiles.result, tiles.pooled);
-  }
+  with_product(problem.product, [&](auto kind) {
+    project_gated<decltype(kind)>(problem, packed, task, tiles, gated, gate);
+  });
 }
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

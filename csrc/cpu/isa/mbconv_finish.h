@@ -79,12 +79,14 @@ inline void take_shortcut(const MBConvProblem& problem, const Element* x, int64_
 
 // sums [pixels][panelled C_out] of the output rows [first, last) -> output. `pooled` is scratch for
 // [pixels][C_in].
+template <class Kind>
 inline void finish_rows(const MBConvProblem& problem, const float* packed, int64_t image,
                         int64_t first, int64_t last, float* sums, float* pooled) {
   const PackedLayout layout = packed_layout(problem);
   const int64_t columns = panelled(problem.out_channels);
   const int64_t pixels = (last - first) * problem.out_width;
   const float scale = problem.drop_path_scale ? problem.drop_path_scale[image] : 1.0f;
+  const int64_t words = input_words(problem);
   const bool projects = problem.residual && problem.projects_shortcut;
   const int64_t begin =
       (image * problem.out_height + first) * problem.out_width * problem.out_channels;
@@ -102,12 +104,18 @@ inline void finish_rows(const MBConvProblem& problem, const float* packed, int64
         take_shortcut(problem, x, first + pixel / problem.out_width, pixel % problem.out_width,
                       pooled + pixel * problem.in_channels, sums + pixel * columns);
       }
-      if (!projects) write(pixel);
+      if (projects) {
+        // Words take no more room, so that they follow one another before the next pixel.
+        to_words<Kind>(pooled + pixel * problem.in_channels, problem.in_channels,
+                       pooled + pixel * words);
+      } else {
+        write(pixel);
+      }
     }
   });
   if (!projects) return;
-  gemm(pixels, problem.out_channels, problem.in_channels, {pooled, problem.in_channels, 1},
-       packed + layout.shortcut, problem.in_channels * kPanel, kPanel, sums, columns, true);
+  gemm<Kind>(pixels, problem.out_channels, words, {pooled, words, 1}, packed + layout.shortcut,
+             words * kPanel, kPanel, sums, columns, true);
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
     scale_and_shift(packed + layout.shortcut_bias, 1.0f, columns, sums + pixel * columns);
     write(pixel);

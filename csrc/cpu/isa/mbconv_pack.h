@@ -1,11 +1,12 @@
 #pragma once
 
 // The weights of an inverted bottleneck with all batch norms folded in, packed block by block:
-//   expand      a1 W1 a0            [channels/kPanel][C_in][kPanel]
+//   expand      a1 W1 a0            [channels/kPanel][words of C_in][kPanel]
 //   its bias    a1 (W1 s0 + b - m1) + s1
 //   depthwise   a2 w                [9][channels]
 //   its bias    a2 (b - m2) + s2
-//   project     a3 W2               [C_out/kPanel][valid channels][kPanel]
+//   project     a3 W2               [C_out/kPanel][words of the valid channels][kPanel]
+// (words of the problem's product: product.h; but floats where a gate scales them at each call)
 // where a norm is x -> a x + s, or a (x - m) + s. A block is kBlock of the E channels. `channels`
 // of the last one are rounded up to whole panels with zeros; the project convolution does not read
 // those.
@@ -29,13 +30,21 @@ inline int64_t block_channels(const MBConvProblem& problem, int64_t block) {
   return round_up(block_valid(problem, block), kPanel);
 }
 
+// Words of a pixel of x, and of the channels of a block as the project convolution reads them.
+inline int64_t input_words(const MBConvProblem& problem) {
+  return words_of(problem.product, problem.in_channels);
+}
+inline int64_t block_words(const MBConvProblem& problem, int64_t block) {
+  return words_of(problem.product, block_valid(problem, block));
+}
+
 // Where things lie in the packed buffer, in floats. The blocks follow.
 struct PackedLayout {
   int64_t pre_scale, pre_shift;  // [C_in]
   int64_t project_scale;         // [C_out]
   int64_t project_bias;          // [panelled C_out]
   int64_t shortcut_bias;         // [panelled C_out]
-  int64_t shortcut;              // panels, [C_in] deep
+  int64_t shortcut;              // panels, words of [C_in] deep
   int64_t blocks;
 };
 
@@ -53,7 +62,7 @@ inline PackedLayout packed_layout(const MBConvProblem& problem) {
   layout.project_scale = take(problem.out_channels);
   layout.project_bias = take(out_columns);
   layout.shortcut_bias = take(out_columns);
-  layout.shortcut = take(problem.projects_shortcut ? out_columns * problem.in_channels : 0);
+  layout.shortcut = take(problem.projects_shortcut ? out_columns * input_words(problem) : 0);
   layout.blocks = end;
   return layout;
 }
@@ -68,14 +77,16 @@ struct PackedBlock {
 
 // Floats that one block takes.
 inline int64_t block_floats(const MBConvProblem& problem) {
-  return kBlock * (problem.in_channels + panelled(problem.out_channels) + 2 + 9);
+  const int64_t project =
+      problem.squeeze_excite.present ? kBlock : words_of(problem.product, kBlock);
+  return kBlock * (input_words(problem) + 2 + 9) + project * panelled(problem.out_channels);
 }
 
 // The parts of a block that lies in `memory`.
 inline PackedBlock divide_block(const MBConvProblem& problem, float* memory) {
   PackedBlock result;
   result.expand = memory;
-  result.expand_bias = result.expand + kBlock * problem.in_channels;
+  result.expand_bias = result.expand + kBlock * input_words(problem);
   result.depthwise = result.expand_bias + kBlock;
   result.depthwise_bias = result.depthwise + 9 * kBlock;
   result.project = result.depthwise_bias + kBlock;
@@ -97,6 +108,7 @@ inline ScaleAndShift fold_norm(const BatchNorm& norm, const float* bias, int64_t
 }
 
 // What all blocks share.
+template <class Kind>
 inline void fold_shared(const MBConvProblem& problem, float* packed) {
   const PackedLayout layout = packed_layout(problem);
   for (int64_t i = 0; i < problem.in_channels; ++i) {
@@ -114,8 +126,8 @@ inline void fold_shared(const MBConvProblem& problem, float* packed) {
         valid && problem.shortcut.bias ? problem.shortcut.bias[i] : 0.0f;
   }
   if (problem.projects_shortcut) {
-    pack(problem.shortcut.weight, problem.in_channels, problem.out_channels, problem.in_channels,
-         nullptr, nullptr, packed + layout.shortcut);
+    pack_words<Kind>(problem.shortcut.weight, problem.in_channels, problem.out_channels,
+                     problem.in_channels, nullptr, nullptr, packed + layout.shortcut);
   }
 }
 
@@ -134,6 +146,7 @@ inline float dot(const float* a, const float* b, int64_t count) {
 }
 
 // One block, to `memory`. packed: holds what fold_shared wrote.
+template <class Kind>
 inline void pack_block(const MBConvProblem& problem, const float* packed, int64_t block,
                        float* memory) {
   const PackedLayout layout = packed_layout(problem);
@@ -156,8 +169,8 @@ inline void pack_block(const MBConvProblem& problem, const float* packed, int64_
     scale[i] = folded.scale;
     to.expand_bias[i] = folded.shift;
   }
-  pack(expand, problem.in_channels, valid, problem.in_channels, scale, packed + layout.pre_scale,
-       to.expand);
+  pack_words<Kind>(expand, problem.in_channels, valid, problem.in_channels, scale,
+                   packed + layout.pre_scale, to.expand);
   for (int64_t i = 0; i < channels; ++i) {
     ScaleAndShift folded = {0.0f, 0.0f};
     if (i < valid) folded = fold_norm(problem.depthwise_norm, problem.depthwise.bias, first + i);
@@ -167,8 +180,15 @@ inline void pack_block(const MBConvProblem& problem, const float* packed, int64_
           i < valid ? problem.depthwise.weight[(first + i) * 9 + tap] * folded.scale : 0.0f;
     }
   }
-  pack(problem.project.weight + first, problem.wide_channels, problem.out_channels, valid,
-       packed + layout.project_scale, nullptr, to.project);
+  const float* project = problem.project.weight + first;
+  const float* project_scale = packed + layout.project_scale;
+  if (problem.squeeze_excite.present) {
+    pack(project, problem.wide_channels, problem.out_channels, valid, project_scale, nullptr,
+         to.project);
+  } else {
+    pack_words<Kind>(project, problem.wide_channels, problem.out_channels, valid, project_scale,
+                     nullptr, to.project);
+  }
 }
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

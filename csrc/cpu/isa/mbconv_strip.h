@@ -8,9 +8,12 @@
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
-// Floats from one pixel to the next in tiles of E channels. A stride of exactly kBlock floats would
-// map the pixels of a row to a quarter of the sets of an L1 cache.
-constexpr int64_t kPitch = kBlock + 16;
+// Words from one pixel to the next in tiles of E channels, which hold floats or what a product
+// reads. A stride of exactly kBlock floats would map the pixels of a row to a quarter of the sets
+// of an L1 cache.
+template <class Kind>
+constexpr int64_t kPitchOf = kBlock / Kind::kPerWord + 16;
+constexpr int64_t kPitch = kPitchOf<FloatProduct>;
 
 // What a tile of expanded rows may take of the L2 cache, in floats.
 constexpr int64_t kExpandedFloats = 40 * 1024;
@@ -51,14 +54,20 @@ inline bool holds_whole_images(const MBConvProblem& problem) {
 // Scratch memory of one worker.
 struct Tiles {
   float* expanded;  // [images][input rows of a strip][tile_columns][kPitch], zero outside the image
-  float* stencil;   // [images][output pixels of a strip][kPitch]
+  float* stencil;   // [images][output pixels of a strip][kPitchOf its product]
   float* carried;   // [blocks][carried_rows][tile_columns][kPitch]
-  float* input;     // [images][input pixels of a strip][C_in], unless x is float
-  float* pooled;    // [output pixels of a strip][C_in]
+  float* input;     // [images][input pixels of a strip][words of C_in], unless x can be read
+  float* pooled;    // [output pixels of a strip][C_in], floats or words
   float* result;    // [images][output pixels of a strip][panelled C_out]
   float* weights;   // one block's weights, where they are packed or scaled on the spot
   int32_t* offsets;  // [images][input pixels of a strip] -> their place in `expanded`
 };
+
+// Whether the pixels of x are what a product reads, as they lie in memory.
+inline bool reads_in_place(const MBConvProblem& problem) {
+  if (problem.product == Product::float32) return problem.x_type == ElementType::float32;
+  return problem.x_type == ElementType::bfloat16 && problem.in_channels % 2 == 0;
+}
 
 inline int64_t tiles_size(const MBConvProblem& problem, float* memory, Tiles* tiles) {
   const int64_t rows = strip_rows(problem);
@@ -77,8 +86,9 @@ inline int64_t tiles_size(const MBConvProblem& problem, float* memory, Tiles* ti
   result.stencil = take(images * pixels * kPitch);
   result.carried =
       take(rows < problem.out_height ? block_count(problem) * carried_rows(problem) * row : 0);
-  const bool widens = problem.x_type != ElementType::float32;
-  result.input = take(widens ? images * in_rows * problem.width * problem.in_channels : 0);
+  result.input = take(reads_in_place(problem) ? 0
+                                              : images * in_rows * problem.width *
+                                                    round_up(problem.in_channels, kWidth));
   result.pooled = take(problem.residual ? pixels * problem.in_channels : 0);
   result.result = take(images * pixels * panelled(problem.out_channels));
   result.weights = take(block_floats(problem));
@@ -88,30 +98,40 @@ inline int64_t tiles_size(const MBConvProblem& problem, float* memory, Tiles* ti
   return larger(end, problem.squeeze_excite.channels);
 }
 
-// `count` pixels of x from `pixel` of an image on, as float: in place if x is float, else converted
-// to `tile`.
-inline const float* float_pixels(const MBConvProblem& problem, int64_t image, int64_t pixel,
+// `count` pixels of x from `pixel` of an image on as a product reads them: in place, or converted
+// to `tile`, where each is a float before it is a word, one behind the other.
+template <class Kind>
+inline const float* input_pixels(const MBConvProblem& problem, int64_t image, int64_t pixel,
                                  int64_t count, float* tile) {
-  const int64_t first = (image * problem.height * problem.width + pixel) * problem.in_channels;
-  if (problem.x_type == ElementType::float32) return static_cast<const float*>(problem.x) + first;
+  const int64_t channels = problem.in_channels;
+  const int64_t first = (image * problem.height * problem.width + pixel) * channels;
+  const float* result = tile;
   with_elements(problem.x_type, problem.x, [&](auto* x) __attribute__((always_inline)) {
-    widen(x + first, count * problem.in_channels, tile);
+    if (reads_in_place(problem)) {
+      result = reinterpret_cast<const float*>(x + first);
+      return;
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      widen(x + first + i * channels, channels, tile);
+      to_words<Kind>(tile, channels, tile);
+      tile += words_of<Kind>(channels);
+    }
   });
-  return tile;
+  return result;
 }
 
-// expanded[offsets[p]] = act(x[p] W + bias) for `pixels` rows of x [pixels][C_in].
-template <Activation kind>
-inline void expand_pixels(const float* x, int64_t pixels, int64_t in_channels, int64_t channels,
+// expanded[offsets[p]] = act(x[p] W + bias) for `pixels` rows of x [pixels][words].
+template <class Kind, Activation kind>
+inline void expand_pixels(const float* x, int64_t pixels, int64_t words, int64_t channels,
                           const float* weights, const float* bias, const int32_t* offsets,
                           float* expanded) {
-  const int64_t pieces = larger(divide_up(in_channels, kDepth), 1);
+  const int64_t pieces = larger(divide_up(words, kDepth), 1);
   for (int64_t piece = 0; piece < pieces; ++piece) {
-    const int64_t first = in_channels * piece / pieces;
-    const int64_t depth = in_channels * (piece + 1) / pieces - first;
+    const int64_t first = words * piece / pieces;
+    const int64_t depth = words * (piece + 1) / pieces - first;
     for (int64_t column = 0; column < channels; column += kPanel) {
-      const float* panel = weights + column * in_channels + first * kPanel;
-      Ahead ahead = after_piece(panel, depth, in_channels, column + kPanel >= channels);
+      const float* panel = weights + column * words + first * kPanel;
+      Ahead ahead = after_piece(panel, depth, words, column + kPanel >= channels);
       for_row_blocks(pixels, [&](auto count, int64_t pixel) __attribute__((always_inline)) {
         constexpr int kCount = decltype(count)::value;
         float* out = expanded + column;
@@ -122,8 +142,8 @@ inline void expand_pixels(const float* x, int64_t pixels, int64_t in_channels, i
           sums[r][v] = piece == 0 ? load(bias + column + v * kWidth)
                                   : load(out + offsets[pixel + r] + v * kWidth);
         });
-        multiply<kCount, kVectors>({x + pixel * in_channels + first, in_channels, 1}, panel, kPanel,
-                                   depth, sums, ahead);
+        multiply<Kind, kCount, kVectors>({x + pixel * words + first, words, 1}, panel, kPanel,
+                                         depth, sums, ahead);
         const bool complete = piece == pieces - 1;
         unroll<(kCount + 1) / 2>([&](auto pair) __attribute__((always_inline)) {
           constexpr int kFirst = 2 * pair;
@@ -132,7 +152,7 @@ inline void expand_pixels(const float* x, int64_t pixels, int64_t in_channels, i
           unroll<kRowsHere * kVectors>([&](auto i) __attribute__((always_inline)) {
             values[i] = sums[kFirst + i / kVectors][i % kVectors];
           });
-          if (complete) activate<kind, kRowsHere * kVectors>(values);
+          if (complete) activate<kind, kRowsHere * kVectors, typename Kind::Element>(values);
           unroll<kRowsHere * kVectors>([&](auto i) __attribute__((always_inline)) {
             store(out + offsets[pixel + kFirst + i / kVectors] + (i % kVectors) * kWidth,
                   values[i]);
@@ -148,6 +168,7 @@ inline void clear(float* values, int64_t count) {
 }
 
 // A worker's way through consecutive strips of one image, or the one strip of several.
+template <class Kind>
 struct StripWalk {
   const MBConvProblem& problem;
   const Tiles& tiles;
@@ -178,7 +199,8 @@ struct StripWalk {
     expanded_rows.first = smaller(larger(fresh, 0), problem.height);
     expanded_rows.last = larger(smaller(tile_rows.last, problem.height), expanded_rows.first);
     const int64_t pixels = images * expanded_rows.count() * problem.width;
-    x = float_pixels(problem, image, expanded_rows.first * problem.width, pixels, tiles.input);
+    x = input_pixels<Kind>(problem, image, expanded_rows.first * problem.width, pixels,
+                           tiles.input);
     int32_t* offset = tiles.offsets;
     for (int64_t i = 0; i < images; ++i) {
       for (int64_t row = expanded_rows.first; row < expanded_rows.last; ++row) {
@@ -191,8 +213,8 @@ struct StripWalk {
     }
   }
 
-  // stencil[pixel][kPitch] of this strip for one block of E channels. carry_slot: the block's place
-  // among those that this worker computes.
+  // stencil[pixel][kPitchOf<Kind>] of this strip for one block of E channels. carry_slot: the
+  // block's place among those that this worker computes.
   void compute(int64_t block, const PackedBlock& weights, int64_t carry_slot, bool carries,
                float* stencil) {
     const int64_t channels = block_channels(problem, block);
@@ -211,20 +233,22 @@ struct StripWalk {
       }
     }
     with_activation(problem.expand_activation, [&](auto kind) __attribute__((always_inline)) {
-      expand_pixels<decltype(kind)::value>(x, images * expanded_rows.count() * problem.width,
-                                           problem.in_channels, channels, weights.expand,
-                                           weights.expand_bias, tiles.offsets, tiles.expanded);
+      expand_pixels<Kind, decltype(kind)::value>(
+          x, images * expanded_rows.count() * problem.width, input_words(problem), channels,
+          weights.expand, weights.expand_bias, tiles.offsets, tiles.expanded);
     });
     if (carries) {
       const int64_t first = tile_rows.count() - carried_rows(problem);
       __builtin_memcpy(carried, tiles.expanded + first * row_floats, carried_bytes);
     }
     const int64_t rows = (tile_rows.count() - 3) / problem.stride + 1;
-    const DepthwiseShape shape = {rows, problem.out_width, channels, kPitch, row_floats, kPitch};
+    constexpr int64_t kOutPitch = kPitchOf<Kind>;
+    const DepthwiseShape shape = {rows,   problem.out_width, channels,
+                                  kPitch, row_floats,        kOutPitch * Kind::kPerWord};
     for (int64_t i = 0; i < images; ++i) {
       depthwise(shape, problem.stride, problem.depthwise_activation,
                 tiles.expanded + i * tile_floats(), weights.depthwise, weights.depthwise_bias,
-                stencil + i * rows * problem.out_width * kPitch);
+                elements_of<Kind>(stencil + i * rows * problem.out_width * kOutPitch));
     }
   }
 };

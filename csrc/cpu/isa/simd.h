@@ -173,12 +173,32 @@ struct Float16 {
   return vec_of(load_half_bits(source) << 16);
 }
 
-// Rounds to nearest even; NaN stays NaN.
+// Rounds to nearest even; NaN stays NaN. The CPU's own instruction takes subnormals for zero.
 [[gnu::always_inline]] inline void store(BFloat16* destination, Vec value) {
+#if defined(__AVX512BF16__)
+  const __m256bh rounded = _mm512_cvtneps_pbh((__m512)value);
+  __builtin_memcpy(destination, &rounded, sizeof(rounded));
+#else
   const BitsVec bits = bits_of(value);
   const BitsVec rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16;
   store_half_bits(destination, (BitsVec)(value != value ? BitsVec{} + 0x7fc0u : rounded));
+#endif
 }
+
+#if defined(__AVX512BF16__)
+// sums[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] of vectors of BFloat16.
+[[gnu::always_inline]] inline Vec add_products(Vec a, Vec b, Vec sums) {
+  return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+}
+
+// even[0], odd[0], even[1], odd[1] ... as BFloat16.
+[[gnu::always_inline]] inline Vec interleave_rounded(Vec even, Vec odd) {
+  const auto rounded = [](Vec value) __attribute__((always_inline)) {
+    return __builtin_convertvector((HalfBitsVec)_mm512_cvtneps_pbh((__m512)value), BitsVec);
+  };
+  return vec_of(rounded(even) | (rounded(odd) << 16));
+}
+#endif
 
 [[gnu::always_inline]] inline Vec load(const Float16* source) {
   const BitsVec bits = load_half_bits(source);

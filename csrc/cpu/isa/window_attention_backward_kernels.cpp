@@ -108,9 +108,9 @@ struct HeadBackward {
         sums[r][v] = bias ? load(bias + runs[query + r] + key + v * kWidth) : Vec{};
       });
     });
-    multiply_rows<kSteps<HeadDim>, rows, vectors>(queries + query * row_length(), row_length(),
-                                                  packed_keys + key * head_dim, kPanel, head_dim,
-                                                  sums);
+    multiply_rows<FloatProduct, kSteps<HeadDim>, rows, vectors>(
+        queries + query * row_length(), row_length(), packed_keys + key * head_dim, kPanel,
+        head_dim, sums);
     unroll<rows>([&](auto r) __attribute__((always_inline)) {
       const float shift = log_sum_exp[query + r];
       unroll<vectors>([&](auto v) __attribute__((always_inline)) {
@@ -118,9 +118,9 @@ struct HeadBackward {
         sums[r][v] = broadcast(dots[query + r]);
       });
     });
-    multiply_rows<kSteps<HeadDim>, rows, vectors>(output_gradients + query * row_length(),
-                                                  row_length(), packed_values + key * head_dim,
-                                                  kPanel, head_dim, sums);
+    multiply_rows<FloatProduct, kSteps<HeadDim>, rows, vectors>(
+        output_gradients + query * row_length(), row_length(), packed_values + key * head_dim,
+        kPanel, head_dim, sums);
     const bool whole = key + vectors * kWidth <= tokens;
     unroll<rows>([&](auto r) __attribute__((always_inline)) {
       float* run = bias_gradients ? bias_gradients + runs[query + r] + key : nullptr;
@@ -185,7 +185,7 @@ struct HeadBackward {
       tiles.for_each(begin, end, [&](auto rows, int64_t query) __attribute__((always_inline)) {
         constexpr int kRowsHere = decltype(rows)::value;
         Vec sums[kRowsHere][kVectorsHere] = {};
-        multiply_rows<kSteps<HeadDim>, kRowsHere, kVectorsHere>(
+        multiply_rows<FloatProduct, kSteps<HeadDim>, kRowsHere, kVectorsHere>(
             score_gradients + (query - first) * scores_stride(), scores_stride(), keys + column,
             row_length(), tokens, sums);
         store_tile<kRowsHere, kVectorsHere>(queries + query * row_length() + column, sums);

@@ -31,9 +31,9 @@ template <int rows, class Function>
   });
 }
 
-// One head of one window. Rows of queries and values are head_dim rounded up to vectors; keys are
-// packed by pack_rows.
-template <class HeadDim>
+// One head of one window. Rows of queries are row_length words, the rest zeros; keys are packed by
+// pack_rows; rows of values are words of kPerWord tokens in value_columns columns.
+template <class HeadDim, class Kind = FloatProduct>
 struct HeadForward {
   HeadDim head_dim;
   int64_t tokens;
@@ -42,14 +42,15 @@ struct HeadForward {
   const float* queries;
   const float* keys;
   const float* values;
-  float* scores;       // One block of queries.
-  float* maxima;       // A vector per query of a block.
-  float* log_sum_exp;  // Per query, or null.
-  float* output;       // May be the queries.
+  float* scores;                   // One block of queries.
+  float* maxima;                   // A vector per query of a block.
+  float* log_sum_exp;              // Per query, or null.
+  typename Kind::Element* output;  // May be the queries.
   int64_t output_stride;
 
   int64_t scores_stride() const { return round_up(tokens, kPanel); }
-  [[gnu::always_inline]] int64_t row_length() const { return round_up(head_dim, kWidth); }
+  [[gnu::always_inline]] int64_t row_length() const { return row_words<Kind>(head_dim); }
+  [[gnu::always_inline]] int64_t value_columns() const { return round_up(head_dim, kWidth); }
 
   // scores = queries K^T + bias (in units of ln 2) for a panel of keys, and maxima per lane.
   template <int rows, int vectors>
@@ -60,8 +61,9 @@ struct HeadForward {
         sums[r][v] = bias ? load(bias + runs[query + r] + key + v * kWidth) : Vec{};
       });
     });
-    multiply_rows<kSteps<HeadDim>, rows, vectors>(queries + query * row_length(), row_length(),
-                                                  keys + key * head_dim, kPanel, head_dim, sums);
+    const int64_t depth = words_of<Kind>(head_dim);
+    multiply_rows<Kind, kSteps<HeadDim>, rows, vectors>(
+        queries + query * row_length(), row_length(), keys + key * depth, kPanel, depth, sums);
     const bool whole = key + vectors * kWidth <= tokens;
     unroll<rows>([&](auto r) __attribute__((always_inline)) {
       float* maximum_so_far = maxima + (row + r) * kWidth;
@@ -77,7 +79,8 @@ struct HeadForward {
     });
   }
 
-  // scores = 2^(scores - their largest); the sum of every row, and its log_sum_exp.
+  // scores = 2^(scores - their largest) as the product with the values reads them; the sum of every
+  // row, and its log_sum_exp.
   template <int rows>
   [[gnu::always_inline]] void exponentiate(int64_t query, int64_t row,
                                            float (&total)[kRowLanes]) const {
@@ -91,9 +94,9 @@ struct HeadForward {
     float* first = scores + row * scores_stride();
     for (int64_t key = 0; key < tokens; key += kWidth) {
       unroll<rows>([&](auto r) __attribute__((always_inline)) {
-        float* score = first + r * scores_stride() + key;
-        const Vec weights = exponential2(load(score) - largest[r]);
-        store(score, weights);
+        float* scores_of_row = first + r * scores_stride();
+        const Vec weights = exponential2(load(scores_of_row + key) - largest[r]);
+        store(elements_of<Kind>(scores_of_row) + key, weights);
         values_of_rows[r] += weights;
       });
     }
@@ -113,9 +116,9 @@ struct HeadForward {
     for_columns(head_dim, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
       constexpr int kVectorsHere = decltype(vectors)::value;
       Vec sums[rows][kVectorsHere] = {};
-      multiply_rows<kSteps<HeadDim>, rows, kVectorsHere>(scores + row * scores_stride(),
-                                                         scores_stride(), values + column,
-                                                         row_length(), tokens, sums);
+      multiply_rows<Kind, kSteps<HeadDim>, rows, kVectorsHere>(
+          scores + row * scores_stride(), scores_stride(), values + column, value_columns(),
+          words_of<Kind>(tokens), sums);
       unroll<rows>([&](auto r) __attribute__((always_inline)) {
         const float factor = 1.0f / total[r];
         unroll<kVectorsHere>([&](auto v) __attribute__((always_inline)) {

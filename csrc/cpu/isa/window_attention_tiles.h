@@ -91,8 +91,8 @@ template <class HeadDim, class Function>
 }
 
 // sums += A B for a tile of rows and vectors of columns, some steps of depth per iteration:
-// A[i, k] is a[i * row_stride + k], row k of B starts at b + k * b_stride.
-template <int steps, int rows, int vectors>
+// A[i, k] is a[i * row_stride + k], row k of B starts at b + k * b_stride; in words.
+template <class Kind, int steps, int rows, int vectors>
 [[gnu::always_inline]] inline void multiply_rows(const float* a, int64_t row_stride, const float* b,
                                                  int64_t b_stride, int64_t depth,
                                                  Vec (&sums)[rows][vectors]) {
@@ -106,17 +106,18 @@ template <int steps, int rows, int vectors>
   };
   for (int64_t k = depth / steps; k > 0; --k) {
     unroll<steps>([&](auto step) __attribute__((always_inline)) {
-      multiply_step<rows, vectors>(a + step, a3 + step, row_stride, b + step * b_stride, sums);
+      multiply_step<Kind, rows, vectors>(a + step, a3 + step, row_stride, b + step * b_stride,
+                                         sums);
     });
     advance(steps);
   }
   for (int64_t k = depth % steps; k > 0; --k) {
-    multiply_step<rows, vectors>(a, a3, row_stride, b, sums);
+    multiply_step<Kind, rows, vectors>(a, a3, row_stride, b, sums);
     advance(1);
   }
 }
 
-// The same with A transposed: A[i, k] is a[i + k * depth_stride].
+// The same of floats with A transposed: A[i, k] is a[i + k * depth_stride].
 template <int steps, int rows, int vectors>
 [[gnu::always_inline]] inline void multiply_columns(const float* a, int64_t depth_stride,
                                                     const float* b, int64_t b_stride, int64_t depth,
@@ -129,12 +130,12 @@ template <int steps, int rows, int vectors>
   for (int64_t k = depth / steps; k > 0; --k) {
     unroll<steps>([&](auto step) __attribute__((always_inline)) {
       const float* column = a + step * depth_stride;
-      multiply_step<rows, vectors>(column, column + 3, 1, b + step * b_stride, sums);
+      multiply_step<FloatProduct, rows, vectors>(column, column + 3, 1, b + step * b_stride, sums);
     });
     advance(steps);
   }
   for (int64_t k = depth % steps; k > 0; --k) {
-    multiply_step<rows, vectors>(a, a + 3, 1, b, sums);
+    multiply_step<FloatProduct, rows, vectors>(a, a + 3, 1, b, sums);
     advance(1);
   }
 }
@@ -305,12 +306,19 @@ struct HeadRows {
   }
 };
 
+// Words of a row of one head, rounded up to vectors.
+template <class Kind>
+[[gnu::always_inline]] inline int64_t row_words(int64_t head_dim) {
+  return round_up(words_of<Kind>(head_dim), kWidth);
+}
+
 // Packs the rows of one head, the matrix's padding included, into panels of its transpose.
+template <class Kind = FloatProduct>
 inline void pack_rows(float* matrix, int64_t tokens, int64_t head_dim, float* packed) {
-  const int64_t length = round_up(head_dim, kWidth);
+  const int64_t length = row_words<Kind>(head_dim);
   const int64_t padded = round_up(tokens, kPanel);
   for (int64_t i = tokens * length; i < padded * length; i += kWidth) store(matrix + i, Vec{});
-  pack(matrix, length, padded, head_dim, nullptr, nullptr, packed);
+  pack(matrix, length, padded, words_of<Kind>(head_dim), nullptr, nullptr, packed);
 }
 
 // Bias without a tokens x tokens tensor. For queries in column j of a window, strip j holds the
