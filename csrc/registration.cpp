@@ -37,6 +37,7 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
   const std::string block_settings = schema_of<BlockSettings>();
   const std::string stem = schema_of<StemTensors>();
   const std::string half = schema_of<AttentionHalfTensors>();
+  const std::string quantizations = schema_of<Quantizations>();
   define("cpu_mbconv_eval(Tensor x, " + block + ", Tensor? drop_path_scale, " + block_settings +
          ", " + schema_of<BlockPadding>() + ", ScalarType dtype) -> Tensor");
   define("cpu_stem_eval(Tensor x, " + stem + ", float eps) -> Tensor");
@@ -55,11 +56,11 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
   // Models frozen for inference; csrc/cpu/host/frozen.cpp explains. -> a step and its packed
   // weights.
   define("cpu_freeze_stem(" + stem + ", float eps, ScalarType dtype) -> (Tensor, Tensor)");
-  define("cpu_freeze_mbconv(" + block + ", " + block_settings +
-         ", ScalarType dtype) -> (Tensor, Tensor)");
-  define(
-      "cpu_freeze_attention_half(" + half +
-      ", int heads, int head_dim, float scale, float eps, ScalarType dtype) -> (Tensor, Tensor)");
+  define("cpu_freeze_mbconv(" + block + ", " + block_settings + ", ScalarType dtype, " +
+         quantizations + ") -> (Tensor, Tensor)");
+  define("cpu_freeze_attention_half(" + half +
+         ", int heads, int head_dim, float scale, float eps, ScalarType dtype, " + quantizations +
+         ") -> (Tensor, Tensor)");
   define("cpu_freeze_head(" + schema_of<HeadTensors>() + ", float eps) -> (Tensor, Tensor)");
   define("cpu_freeze_for_maps(Tensor step, " + schema_of<Placement>() +
          ", Tensor? position_table) -> (Tensor, Tensor)");

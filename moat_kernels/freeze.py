@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -12,22 +12,30 @@ import torch
 from torch import Tensor, nn
 
 from moat_kernels.adapters.fused import FusedModule
+from moat_kernels.calibration import LayerError, Observations, choose_int8, observe
 from moat_kernels.models import MOAT, FusedStem, endpoints
 from moat_kernels.modules import FusedInvertedBottleneck
-from moat_kernels.ops.common.backends import warn_once
+from moat_kernels.ops.common.backends import backend_status, warn_once
 from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.frozen import (
     DTYPES,
     CannotFreeze,
     FrozenSequence,
     FrozenStep,
+    Quantizations,
     multiplies,
 )
 
 Module = TypeVar("Module", bound="FrozenModule")
+# Of a block -> those of its steps.
+Quantize = Callable[[nn.Module], Sequence[Quantizations]]
 
 
-def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
+def freeze(
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    calibration: Iterable[Any] | None = None,
+) -> nn.Module:
     """A copy of `model` for inference on a CPU: the same outputs, up to rounding, in less time.
 
     Each MOAT inside, or `model` itself, becomes a FrozenMOAT, and fused blocks elsewhere become
@@ -37,26 +45,30 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     it, save it, and freeze again. Frozen parts have no parameters and an empty state_dict, stay in
     eval mode and in their dtype, give no gradients and cannot be pickled.
 
-    dtype: float32, bfloat16 or float16, in which frozen parts keep what they compute from one layer
-    to the next, and in which they multiply where the CPU can: in bfloat16 with AVX512_BF16, and
-    everything else in float32. Sums, norms, GELU and softmax stay in float32. Inputs and outputs
-    keep the dtype of `model`, which is also what None stands for.
+    dtype: what frozen parts multiply in, and keep what they compute in from one layer to the next.
+        None is the dtype of `model`, which inputs and outputs have in any case.
+        float32;
+        bfloat16, where the CPU multiplies it (AVX512_BF16), else its products are in float32;
+        float16, whose products are always in float32;
+        int8, where the CPU multiplies that and bfloat16 (AVX512_VNNI): the 1x1 convolutions and
+        linear layers of blocks, as far as their errors on the calibration allow, and the rest in
+        bfloat16; the frozen parts' `int8_report` says which. Values of operands are clamped to
+        what the calibration saw, so what is not finite is lost.
+        Sums, norms, GELU and softmax are always in float32 (sums of bytes in int32).
+    calibration: for int8, batches as `model` takes them: some dozens of images of the kind that it
+        will see, prepared in the same way.
 
     Blocks that cannot be frozen (hooked, replaced, on another device, of a dtype or a kind that the
     native kernels do not cover, `fuse`d ones of other packages) are copied, and a FallbackWarning
     tells why, as one does where the CPU multiplies in float32 only. Raises ValueError if `model` is
-    in training mode or holds nothing that can be frozen, or for another dtype, and TypeError if
-    `model` is no module.
+    in training mode or holds nothing that can be frozen, for another dtype, for int8 where the CPU
+    lacks it or without calibration; TypeError if `model` is no module.
     """
-    if not isinstance(model, nn.Module):
-        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
-    if model.training:
-        raise ValueError("model must be in eval mode to be frozen: call model.eval() first")
-    if dtype not in (None, *DTYPES):
-        raise ValueError(f"dtype must be None or one of {DTYPES}, got {dtype!r}")
+    _check_arguments(model, dtype, calibration)
     frozen: dict[int, Any] = {}
     left: dict[str, list[str]] = {}
-    _freeze_inside(model, "", dtype, frozen, left)
+    maps = torch.bfloat16 if dtype is torch.int8 else dtype
+    _freeze_inside(model, "", maps, frozen, left)
     reasons = [
         f"{paths[0]}{f' and {len(paths) - 1} more' if len(paths) > 1 else ''}: {reason}"
         for reason, paths in left.items()
@@ -64,21 +76,49 @@ def freeze(model: nn.Module, dtype: torch.dtype | None = None) -> nn.Module:
     if not frozen:
         found = "; ".join(reasons) or "it has no MOAT or fused block of this package"
         raise ValueError(f"nothing in model can be frozen: {found}")
+    if calibration is not None:
+        _quantize(model, calibration, frozen)
     for reason in reasons:
         warn_once(f"freeze: {reason}; left as it is")
-    for maps in {dtype or part.sequence.dtype for part in frozen.values()}:
-        if not multiplies(maps):
+    for used in {maps or part.sequence.dtype for part in frozen.values()}:
+        if not multiplies(used):
             warn_once(
-                f"freeze: this CPU does not multiply {maps}, so frozen modules multiply in float32; "
-                "dtype=torch.float32 takes less time and more memory"
+                f"freeze: this CPU does not multiply {used}, so frozen modules multiply in "
+                "float32; dtype=torch.float32 takes less time and more memory"
             )
     return copy.deepcopy(model, frozen)
+
+
+def _check_arguments(model: object, dtype: object, calibration: object) -> None:
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
+    if model.training:
+        raise ValueError("model must be in eval mode to be frozen: call model.eval() first")
+    if dtype not in (None, *DTYPES, torch.int8):
+        raise ValueError(f"dtype must be None, torch.int8 or one of {DTYPES}, got {dtype!r}")
+    if (dtype is torch.int8) != (calibration is not None):
+        raise ValueError("calibration must be given with dtype=torch.int8, and only with it")
+    if dtype is torch.int8 and not (backend_status()["cpu"].usable and multiplies(torch.int8)):
+        raise ValueError(
+            "dtype must be another than torch.int8, which needs the native kernels and a CPU with "
+            "AVX512_VNNI and AVX512_BF16"
+        )
+
+
+def _quantize(model: nn.Module, calibration: Iterable[Any], frozen: dict[int, Any]) -> None:
+    """Put what multiplies in int8 in the place of frozen parts."""
+    parts = [module for module in model.modules() if id(module) in frozen]
+    observations = observe(model, calibration, parts)
+    for module in parts:
+        kind = type(frozen[id(module)])
+        if observations.inputs[id(module)]:
+            frozen[id(module)] = kind(module, torch.bfloat16, observations)
 
 
 def _freeze_inside(
     module: nn.Module,
     path: str,
-    dtype: torch.dtype | None,
+    maps: torch.dtype | None,
     frozen: dict[int, Any],
     left: dict[str, list[str]],
 ) -> None:
@@ -90,7 +130,7 @@ def _freeze_inside(
         kind = FrozenBlock
     if kind is not None:
         try:
-            frozen[id(module)] = kind(module, dtype)
+            frozen[id(module)] = kind(module, maps)
             return
         except CannotFreeze as obstacle:
             if kind is FrozenBlock:
@@ -101,16 +141,56 @@ def _freeze_inside(
         left.setdefault(reason, []).append(path or type(module).__name__)
         return
     for name, child in module.named_children():
-        _freeze_inside(child, f"{path}.{name}" if path else name, dtype, frozen, left)
+        _freeze_inside(child, f"{path}.{name}" if path else name, maps, frozen, left)
+
+
+def _unquantized(_: nn.Module) -> Sequence[Quantizations]:
+    return ()
 
 
 class FrozenModule(nn.Module):
-    """What frozen modules share: steps with packed weights, and nothing that could change."""
+    """What frozen modules share: steps with packed weights, and nothing that could change.
 
-    def __init__(self, steps: list[FrozenStep]) -> None:
+    maps: see `freeze`. observations: if given, what multiplies in int8 is chosen by them.
+    int8_report: of each step that could multiply in int8 its error and whether it does; empty if
+        int8 was not asked for.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        maps: torch.dtype | None = None,
+        observations: Observations | None = None,
+    ) -> None:
         super().__init__()
+        stages = self._stages_of(module, maps, _unquantized)
+        steps = [step for stage in stages for step in stage]
+        self.int8_report: list[LayerError] = []
+        if observations is not None:
+
+            def alternative(dtype: torch.dtype, quantizations: Quantize) -> list[FrozenStep]:
+                return [
+                    step
+                    for stage in self._stages_of(module, dtype, quantizations)
+                    for step in stage
+                ]
+
+            steps, self.int8_report = choose_int8(
+                steps,
+                alternative(torch.bfloat16, observations.quantizations),
+                alternative(torch.float32, _unquantized),
+                observations.inputs[id(module)],
+            )
         self.sequence = FrozenSequence(steps)
+        # The steps that the stages end with.
+        self._ends = [end - 1 for end in accumulate(map(len, stages))]
         self.training = False
+
+    @staticmethod
+    def _stages_of(
+        module: Any, maps: torch.dtype | None, quantizations: Quantize
+    ) -> list[list[FrozenStep]]:
+        raise NotImplementedError
 
     def train(self: Module, mode: bool = True) -> Module:
         """Stays in eval mode, also inside a model that is trained."""
@@ -127,50 +207,71 @@ class FrozenModule(nn.Module):
         return self
 
     def extra_repr(self) -> str:
-        return f"{self.sequence.dtype}, {self.sequence.bytes / 2**20:.1f} MiB packed"
+        int8 = sum(layer.int8 for layer in self.int8_report)
+        report = f", int8 in {int8} of {len(self.int8_report)} layers" if self.int8_report else ""
+        return f"{self.sequence.dtype}, {self.sequence.bytes / 2**20:.1f} MiB packed{report}"
 
 
 class FrozenBlock(FrozenModule):
     """A FusedMBConv, FusedMOATBlock or stem as it was when frozen; see `freeze`."""
 
     def __init__(
-        self, block: FusedInvertedBottleneck | FusedStem, maps: torch.dtype | None = None
+        self,
+        block: FusedInvertedBottleneck | FusedStem,
+        maps: torch.dtype | None = None,
+        observations: Observations | None = None,
     ) -> None:
-        steps = block.frozen_steps(maps)
-        super().__init__(steps)
-        self._kept = [len(steps) - 1]
+        super().__init__(block, maps, observations)
         self._keeps_format = not isinstance(block, FusedStem)
+
+    @staticmethod
+    def _stages_of(
+        module: FusedInvertedBottleneck | FusedStem,
+        maps: torch.dtype | None,
+        quantizations: Quantize,
+    ) -> list[list[FrozenStep]]:
+        return [module.frozen_steps(maps, quantizations(module))]
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
-        (output,) = self.sequence.outputs(x, self._kept)
+        (output,) = self.sequence.outputs(x, self._ends)
         return in_format_of(output, x) if self._keeps_format else output
 
 
 class FrozenMOAT(FrozenModule):
     """A MOAT as it was when frozen; called like it, with the same results. See `freeze`."""
 
-    def __init__(self, model: MOAT, maps: torch.dtype | None = None) -> None:
-        stages, head = model.frozen_stages(maps), model.frozen_head(maps)
-        super().__init__([step for stage in stages for step in stage] + head)
+    def __init__(
+        self,
+        model: MOAT,
+        maps: torch.dtype | None = None,
+        observations: Observations | None = None,
+    ) -> None:
+        super().__init__(model, maps, observations)
         self.features_only = model.features_only
         self.num_features = model.num_features
         self.num_classes = None if model.features_only else model.num_classes
-        # The steps that the stem and the stages end with, and the last of all.
-        self._ends = [end - 1 for end in accumulate(map(len, stages))]
-        self._last = [self._ends[-1] + len(head)]
-        self._features = FrozenSequence([step for stage in stages for step in stage])
-        self._head = FrozenSequence(head) if head else None
+        features = self._ends[-2] + 1
+        self._last = self._ends[-1:]
+        self._features = self.sequence.part(0, features)
+        self._head = None if model.features_only else self.sequence.part(features, None)
+
+    @staticmethod
+    def _stages_of(
+        module: MOAT, maps: torch.dtype | None, quantizations: Quantize
+    ) -> list[list[FrozenStep]]:
+        """Those of stem and stages, then of the head, which may have none."""
+        return [*module.frozen_stages(maps, quantizations), module.frozen_head(maps)]
 
     @torch.compiler.disable
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """As MOAT.forward_stages: the raw outputs of the stem and the four stages."""
-        return self._features.outputs(x, self._ends)
+        return self._features.outputs(x, self._ends[:-1])
 
     @torch.compiler.disable
     def forward_features(self, x: Tensor) -> Tensor:
         """As MOAT.forward_features: the last stage's raw map."""
-        return self._features.outputs(x, self._ends[-1:])[0]
+        return self._features.outputs(x, self._ends[-2:-1])[0]
 
     @torch.compiler.disable
     def forward_head(self, x: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,13 @@ from moat_kernels.ops.common.checks import (
     check_positive_integer,
     check_positive_integers,
 )
-from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, head_step, stem_step
+from moat_kernels.ops.frozen import (
+    CannotFreeze,
+    FrozenStep,
+    Quantizations,
+    head_step,
+    stem_step,
+)
 from moat_kernels.ops.stem import api as stem
 from moat_kernels.reference import MBConvBlock, MOATBlock, SameConv2d, initialize
 from moat_kernels.tensor_access import child, is_parametrized, tensor_of
@@ -83,10 +89,13 @@ class FusedStem(Stem):
         super().__init__(width, in_channels)
         self.recompute = recompute
 
-    def frozen_steps(self, maps: torch.dtype | None = None) -> list[FrozenStep]:
+    def frozen_steps(
+        self, maps: torch.dtype | None = None, quantizations: Sequence[Quantizations] = ()
+    ) -> list[FrozenStep]:
         """What inference computes, its weights packed as they are now. Raises CannotFreeze.
 
-        maps: the dtype of the output and of products; None: that of the weights.
+        maps: the dtype of the output and of products; None: that of the weights. A stem has no
+            products in int8.
         """
         check_runs_as_made(self, (FusedStem,))
         try:
@@ -264,10 +273,16 @@ class MOAT(nn.Module):
             return self.forward_head(self.forward_features(x))
         return endpoints(self.forward_stages(x), not is_traced(x) and x.is_contiguous())
 
-    def frozen_stages(self, maps: torch.dtype | None = None) -> list[list[FrozenStep]]:
+    def frozen_stages(
+        self,
+        maps: torch.dtype | None = None,
+        quantizations: Callable[[nn.Module], Sequence[Quantizations]] = lambda _: (),
+    ) -> list[list[FrozenStep]]:
         """What inference computes in the stem and each stage, its weights packed as they are now.
 
-        maps: the dtype of the maps and of products; None: that of the weights. Raises CannotFreeze.
+        maps: the dtype of the maps and of products; None: that of the weights.
+        quantizations: of the steps of a block, if they are to multiply in int8.
+        Raises CannotFreeze.
         """
         check_runs_as_made(self, (MOAT,))
         steps: list[list[FrozenStep]] = []
@@ -276,7 +291,7 @@ class MOAT(nn.Module):
             for block in _blocks_of(stage):
                 if not isinstance(block, FusedStem | FusedInvertedBottleneck):
                     raise CannotFreeze(f"a {type(block).__name__} among its blocks")
-                steps[-1] += block.frozen_steps(maps)
+                steps[-1] += block.frozen_steps(maps, quantizations(block))
         return steps
 
     def frozen_head(self, maps: torch.dtype | None = None) -> list[FrozenStep]:

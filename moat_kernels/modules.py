@@ -29,6 +29,7 @@ from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.frozen import (
     CannotFreeze,
     FrozenStep,
+    Quantizations,
     attention_half_step,
     mbconv_step,
 )
@@ -91,10 +92,13 @@ class FusedInvertedBottleneck(reference.MBConvBlock):
             drop_path_scale=None if drop_path is None else drop_path.scale(x),
         )
 
-    def frozen_steps(self, maps: torch.dtype | None = None) -> list[FrozenStep]:
+    def frozen_steps(
+        self, maps: torch.dtype | None = None, quantizations: Sequence[Quantizations] = ()
+    ) -> list[FrozenStep]:
         """What inference computes, its weights packed as they are now. Raises CannotFreeze.
 
         maps: the dtype of the maps and of products; None: that of the weights.
+        quantizations: of each step, if they are to multiply in int8.
         """
         check_runs_as_made(self, (FusedMBConv, FusedMOATBlock))
         if self._drops():
@@ -105,7 +109,7 @@ class FusedInvertedBottleneck(reference.MBConvBlock):
             raise CannotFreeze(str(obstacle)) from obstacle
         parameters = bottleneck.parameters
         description = resolve_frozen(bottleneck.description, parameters, training=True)
-        return [mbconv_step(parameters, description, maps)]
+        return [mbconv_step(parameters, description, maps, *quantizations[:1])]
 
     def _drops(self) -> bool:
         """Whether drop path draws, or is replaced by something that might."""
@@ -187,14 +191,18 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
             return record_call(self, x)
         return self.attention_half(self.inverted_bottleneck(x))
 
-    def frozen_steps(self, maps: torch.dtype | None = None) -> list[FrozenStep]:
-        steps = super().frozen_steps(maps)
+    def frozen_steps(
+        self, maps: torch.dtype | None = None, quantizations: Sequence[Quantizations] = ()
+    ) -> list[FrozenStep]:
+        steps = super().frozen_steps(maps, quantizations)
         if not self._is_one_pass():
             raise CannotFreeze("its attention is hooked or was replaced")
         norm, attention = self.attention_norm, self.attention
         check_normalized_shape(norm, self.shrink_conv.weight.shape[0])
         tensors = self._attention_tensors()
-        half = attention_half_step(tensors, norm.eps, attention.description, maps)
+        half = attention_half_step(
+            tensors, norm.eps, attention.description, maps, *quantizations[1:]
+        )
         return [*steps, half]
 
     def attention_half(self, y: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import torch
 from torch import Tensor
@@ -50,6 +50,19 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _NO_PADDING = BlockPadding()
 
 
+class Quantization(NamedTuple):
+    """Numbers as bytes from 0 to 255: number = (byte - zero) * scale."""
+
+    scale: float
+    zero: int
+
+
+# What turns the two operands of a step's int8 products to bytes; csrc/cpu/host/frozen.h says which.
+Quantizations = tuple[Quantization, Quantization]
+
+_NOT_QUANTIZED: Quantizations = (Quantization(0.0, 0), Quantization(0.0, 0))
+
+
 class CannotFreeze(Exception):
     """Why the weights of a module cannot be packed once and for all."""
 
@@ -70,6 +83,8 @@ class Placement:
 class FrozenStep:
     """A step for maps of any size.
 
+    kind: of layer.
+    int8: whether it multiplies in int8.
     native, packed: the step and its weights as the native ops take them.
     dtype: of the tensors that it was made of.
     reads: the dtype of its input; a stem reads float32 whatever it writes.
@@ -77,6 +92,8 @@ class FrozenStep:
     position_table: of an attention half that has one.
     """
 
+    kind: str
+    int8: bool
     native: Tensor
     packed: Tensor
     dtype: torch.dtype
@@ -118,6 +135,8 @@ def stem_step(
     channels = weight.shape[0]
     native, packed = torch.ops.moat_kernels.cpu_freeze_stem.default(*tensors, eps, maps or dtype)
     return FrozenStep(
+        "stem",
+        False,
         native,
         packed,
         dtype,
@@ -131,8 +150,12 @@ def mbconv_step(
     parameters: MBConvParameters,
     description: MBConvDescription,
     maps: torch.dtype | None = None,
+    quantizations: Quantizations = _NOT_QUANTIZED,
 ) -> FrozenStep:
-    """The inverted bottleneck; arguments as of `mbconv`. Raises CannotFreeze."""
+    """The inverted bottleneck; arguments as of `mbconv`. Raises CannotFreeze.
+
+    quantizations: if given, it multiplies in int8, for which `maps` must be bfloat16.
+    """
     tensors = block_tensors(parameters)
     dtype = _dtype_of(tensors)
     if not all_frozen(description):
@@ -141,7 +164,11 @@ def mbconv_step(
     if reason:
         raise CannotFreeze(reason)
     native, packed = torch.ops.moat_kernels.cpu_freeze_mbconv.default(
-        *tensors, *block_settings(description), maps or dtype
+        *tensors,
+        *block_settings(description),
+        maps or dtype,
+        *quantizations[0],
+        *quantizations[1],
     )
     channels = parameters.project_weight.shape[0]
 
@@ -157,7 +184,9 @@ def mbconv_step(
         )
         return Placement(output, padding)
 
-    return FrozenStep(native, packed, dtype, maps or dtype, place)
+    int8 = quantizations is not _NOT_QUANTIZED
+    kind = "inverted bottleneck"
+    return FrozenStep(kind, int8, native, packed, dtype, maps or dtype, place)
 
 
 @torch.no_grad()
@@ -166,6 +195,7 @@ def attention_half_step(
     eps: float,
     description: WindowAttentionDescription,
     maps: torch.dtype | None = None,
+    quantizations: Quantizations = _NOT_QUANTIZED,
 ) -> FrozenStep:
     """The attention half; arguments as of `attention_half.attention_half`. Raises CannotFreeze."""
     dtype = _dtype_of(tensors)
@@ -180,8 +210,12 @@ def attention_half_step(
         description.scale_or_default(),
         eps,
         maps or dtype,
+        *quantizations[0],
+        *quantizations[1],
     )
     return FrozenStep(
+        "attention half",
+        quantizations is not _NOT_QUANTIZED,
         native,
         packed,
         dtype,
@@ -207,7 +241,7 @@ def head_step(
     if tensors[2] is not None and not tensors[2].numel():
         raise CannotFreeze("a classifier without classes")
     native, packed = torch.ops.moat_kernels.cpu_freeze_head.default(*tensors, eps)
-    return FrozenStep(native, packed, dtype, maps or dtype, Placement)
+    return FrozenStep("classifier", False, native, packed, dtype, maps or dtype, Placement)
 
 
 def multiplies(dtype: torch.dtype) -> bool:
@@ -233,6 +267,10 @@ class FrozenSequence:
     def bytes(self) -> int:
         """Of the packed weights."""
         return sum(step.packed.nbytes for step in self._steps)
+
+    def part(self, begin: int, end: int | None) -> FrozenSequence:
+        """Some of the steps, which are not copied."""
+        return FrozenSequence(self._steps[begin:end])
 
     def outputs(self, x: Tensor, kept: Sequence[int]) -> list[Tensor]:
         """The results of the steps that `kept` names, in ascending order; maps in channels_last.

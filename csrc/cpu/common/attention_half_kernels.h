@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cpu/common/per_isa.h"
+#include "cpu/common/quantization.h"
 #include "cpu/common/window_attention_kernels.h"
 
 namespace moat_kernels::cpu {
@@ -24,6 +25,8 @@ struct AttentionHalf : WindowAttention {
   const void* y;
   void* result;
   Product product;
+  // Of int8: what qkv and proj read.
+  Quantization norm_quantization, attended_quantization;
   // Consecutive windows are computed together: their tokens are the rows of a unit.
   int64_t windows_per_unit;
 };

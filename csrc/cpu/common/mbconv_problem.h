@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cpu/common/layers.h"
+#include "cpu/common/quantization.h"
 #include "cpu/common/types.h"
 
 namespace moat_kernels::cpu {
@@ -42,6 +43,8 @@ struct MBConvProblem {
   void* output = nullptr;
   ElementType output_type = ElementType::float32;
   Product product = Product::float32;
+  // Of int8: x and what the project convolution reads.
+  Quantization input_quantization, middle_quantization;
 
   BatchNorm pre_norm, expand_norm, depthwise_norm, project_norm;
   Convolution expand, depthwise, project, shortcut;

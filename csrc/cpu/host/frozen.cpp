@@ -66,13 +66,22 @@ Tensor pack(const Problem& problem, const Tensor& like) {
   return packed;
 }
 
+bool has_product(Product product) { return MOAT_KERNELS_DISPATCH(isa_multiplies)(product); }
+
 Product product_of(ScalarType dtype) {
-  const bool narrow = dtype == ScalarType::BFloat16;
-  const Product product = narrow ? Product::bfloat16 : Product::float32;
-  return MOAT_KERNELS_DISPATCH(isa_multiplies)(product) ? product : Product::float32;
+  const bool narrow = dtype == ScalarType::BFloat16 && has_product(Product::bfloat16);
+  return narrow ? Product::bfloat16 : Product::float32;
+}
+
+Product product_of(ScalarType dtype, const Quantizations& quantizations) {
+  if (!quantizations.given()) return product_of(dtype);
+  STD_TORCH_CHECK(dtype == ScalarType::BFloat16 && has_product(Product::int8),
+                  "int8 products need maps in bfloat16 and a CPU that has both");
+  return Product::int8;
 }
 
 bool multiplies(ScalarType dtype) {
+  if (dtype == ScalarType::Char) return has_product(Product::int8);
   return dtype == ScalarType::Float || product_of(dtype) != Product::float32;
 }
 
@@ -92,14 +101,16 @@ std::tuple<Tensor, Tensor> freeze_stem(const StemTensors& tensors, double eps, S
 }
 
 std::tuple<Tensor, Tensor> freeze_mbconv(const BlockTensors& tensors, const BlockSettings& settings,
-                                         ScalarType dtype) {
+                                         ScalarType dtype, const Quantizations& quantizations) {
   const BlockTensors kept = readable(tensors);
   Step step = {};
   step.kind = StepKind::mbconv;
   MBConvProblem& problem = step.mbconv;
   problem = read_block(kept, settings);
   problem.output_type = element_type("dtype", dtype);
-  problem.product = product_of(dtype);
+  problem.product = product_of(dtype, quantizations);
+  problem.input_quantization = quantizations.first();
+  problem.middle_quantization = quantizations.second();
   const Tensor& like = *kept.expand_weight;
   const Tensor packed = pack<MBConvEval>(problem, like);
   problem.expand = problem.depthwise = problem.project = problem.shortcut = {};
@@ -110,14 +121,17 @@ std::tuple<Tensor, Tensor> freeze_mbconv(const BlockTensors& tensors, const Bloc
 
 std::tuple<Tensor, Tensor> freeze_attention_half(const AttentionHalfTensors& tensors, int64_t heads,
                                                  int64_t head_dim, double scale, double eps,
-                                                 ScalarType dtype) {
+                                                 ScalarType dtype,
+                                                 const Quantizations& quantizations) {
   const AttentionHalfTensors kept = readable(tensors);
   Step step = {};
   step.kind = StepKind::attention_half;
   AttentionHalf& problem = step.attention_half;
   problem = read_attention_half(kept, heads, head_dim, scale, eps);
   problem.element = element_type("dtype", dtype);
-  problem.product = product_of(dtype);
+  problem.product = product_of(dtype, quantizations);
+  problem.norm_quantization = quantizations.first();
+  problem.attended_quantization = quantizations.second();
   const Tensor& like = *kept.qkv_weight;
   const Tensor packed = pack<AttentionHalfEval>(problem, like);
   problem.norm_weight = problem.norm_bias = problem.qkv_weight = problem.qkv_bias = nullptr;

@@ -22,4 +22,27 @@ struct Placement : Fields {
   }
 };
 
+// What turns the two operands of a step's int8 products to bytes (cpu/common/quantization.h): of an
+// inverted bottleneck x and what the project convolution reads, of an attention half what qkv and
+// proj read. Scales of zero: other products.
+struct Quantizations : Fields {
+  double first_scale = 0, first_zero = 0, second_scale = 0, second_zero = 0;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    field("first_scale", self.first_scale);
+    field("first_zero", self.first_zero);
+    field("second_scale", self.second_scale);
+    field("second_zero", self.second_zero);
+  }
+
+  bool given() const { return first_scale > 0 && second_scale > 0; }
+  Quantization first() const {
+    return {static_cast<float>(first_scale), static_cast<float>(first_zero)};
+  }
+  Quantization second() const {
+    return {static_cast<float>(second_scale), static_cast<float>(second_zero)};
+  }
+};
+
 }  // namespace moat_kernels::cpu

@@ -7,6 +7,7 @@
 #include "cpu/common/attention_half_kernels.h"
 
 #include "cpu/isa/layer_norm.h"
+#include "cpu/isa/pack_bytes.h"
 #include "cpu/isa/window_attention_head.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
@@ -18,10 +19,11 @@ enum Part { kQueries, kKeys, kValues, kParts };
 int64_t head_columns(const AttentionHalf& problem) { return round_up(problem.head_dim, kWidth); }
 
 // The packed weights of a head hold for each part its panels, [words of the channels][kPanel] each,
-// and the biases; those of a panel of proj [attended words][kPanel] and the biases.
+// and the biases; those of a panel of proj [attended words][kPanel] and the biases. Behind biases
+// lie the factors of bytes.
 int64_t part_columns(const AttentionHalf& problem) { return round_up(problem.head_dim, kPanel); }
 int64_t part_size(const AttentionHalf& problem) {
-  return part_columns(problem) * (attention_half_normalized_words(problem) + 1);
+  return part_columns(problem) * (attention_half_normalized_words(problem) + 2);
 }
 
 int64_t most_rows_of_unit(const AttentionHalf& problem) {
@@ -95,9 +97,11 @@ void make_part(const AttentionHalf& problem, Part part, const float* packed,
   const float* weights = packed + part * part_size(problem);
   const int64_t words = attention_half_normalized_words(problem);
   const int64_t columns = head_columns(problem);
+  const float* bias = weights + part_columns(problem) * words;
+  float* to = buffers.matrices[part] + first * columns;
   gemm<Kind>(last - first, problem.head_dim, words, {normalized + first * words, words, 1}, weights,
-             words * kPanel, kPanel, buffers.matrices[part] + first * columns, columns, false,
-             weights + part_columns(problem) * words);
+             words * kPanel, kPanel, to, columns, false, Kind::kScaled ? nullptr : bias);
+  to_numbers<Kind>(last - first, problem.head_dim, columns, bias + part_columns(problem), bias, to);
 }
 
 // Rows first to last of queries or keys [rows][head_columns] -> [rows][row_words], in place.
@@ -152,7 +156,7 @@ int64_t attention_half_head_size(const AttentionHalf& problem) {
 }
 
 int64_t attention_half_panel_size(const AttentionHalf& problem) {
-  return (attention_half_attended_words(problem) + 1) * kPanel;
+  return (attention_half_attended_words(problem) + 2) * kPanel;
 }
 
 int64_t attention_half_panels(const AttentionHalf& problem) {
@@ -212,39 +216,64 @@ void attention_half_pack_head(const AttentionHalf& problem, int64_t head, float*
     float scale[kPanel];
     for (float& value : scale) value = factor;
     float* weights = packed + part * part_size(problem);
-    with_product(problem.product, [&](auto kind) {
-      for (int64_t column = 0; column < columns; column += kPanel) {
-        pack_words<decltype(kind)>(problem.qkv_weight + (first + column) * problem.channels,
-                                   problem.channels, smaller(problem.head_dim - column, kPanel),
-                                   problem.channels, scale, nullptr, weights + column * words);
-      }
-    });
     float* bias = weights + columns * words;
     for (int64_t i = 0; i < columns; ++i) {
       bias[i] = problem.qkv_bias && i < problem.head_dim ? problem.qkv_bias[first + i] * factor : 0;
     }
+    with_product(problem.product, [&](auto kind) {
+      using Kind = decltype(kind);
+      for (int64_t column = 0; column < columns; column += kPanel) {
+        const int64_t count = smaller(problem.head_dim - column, kPanel);
+        const float* source = problem.qkv_weight + (first + column) * problem.channels;
+        float* panel = weights + column * words;
+        if constexpr (Kind::kScaled) {
+          pack_scaled(problem.norm_quantization, source, count, problem.channels, scale, nullptr,
+                      panel, bias + column, bias + columns + column);
+        } else {
+          pack_words<Kind>(source, problem.channels, count, problem.channels, scale, nullptr,
+                           panel);
+        }
+      }
+    });
   }
 }
 
 void attention_half_pack_panel(const AttentionHalf& problem, int64_t panel, float* packed) {
   const int64_t first = panel * kPanel;
   const int64_t depth = problem.heads * problem.head_dim;
-  const int64_t words = words_of(problem.product, head_columns(problem));
-  for (int64_t head = 0; head < problem.heads; ++head) {
-    with_product(problem.product, [&](auto kind) {
-      pack_words<decltype(kind)>(problem.proj_weight + first * depth + head * problem.head_dim,
-                                 depth, smaller(problem.channels - first, kPanel), problem.head_dim,
-                                 nullptr, nullptr, packed);
-    });
-    for (int64_t i = words_of(problem.product, problem.head_dim) * kPanel; i < words * kPanel;
-         ++i) {
-      packed[i] = 0.0f;
+  const int64_t words = attention_half_attended_words(problem);
+  const int64_t columns = smaller(problem.channels - first, kPanel);
+  const float* source = problem.proj_weight + first * depth;
+  float* bias = packed + words * kPanel;
+  for (int64_t i = 0; i < kPanel; ++i) {
+    bias[i] = problem.proj_bias && i < columns ? problem.proj_bias[first + i] : 0.0f;
+  }
+  for (int64_t i = 0; i < words * kPanel; ++i) packed[i] = 0.0f;
+  with_product(problem.product, [&](auto kind) {
+    using Kind = decltype(kind);
+    const int64_t head_words = words_of<Kind>(head_columns(problem)) * kPanel;
+    if constexpr (Kind::kScaled) {
+      for (int64_t i = 0; i < kPanel; ++i) {
+        if (i >= columns) continue;
+        const WeightColumn column = {source + i * depth, depth, 1.0f, nullptr};
+        const float scale = column.scale();
+        for (int64_t head = 0; head < problem.heads; ++head) {
+          const WeightColumn part = {column.source + head * problem.head_dim, problem.head_dim,
+                                     1.0f, nullptr};
+          part.pack(scale, i, packed + head * head_words);
+        }
+        const FactorAndShift number =
+            to_number(problem.attended_quantization, scale, column.sum(scale), bias[i]);
+        bias[i] = number.shift;
+        bias[kPanel + i] = number.factor;
+      }
+    } else {
+      for (int64_t head = 0; head < problem.heads; ++head) {
+        pack_words<Kind>(source + head * problem.head_dim, depth, columns, problem.head_dim,
+                         nullptr, nullptr, packed + head * head_words);
+      }
     }
-    packed += words * kPanel;
-  }
-  for (int64_t i = first; i < first + kPanel; ++i) {
-    *packed++ = problem.proj_bias && i < problem.channels ? problem.proj_bias[i] : 0.0f;
-  }
+  });
 }
 
 void attention_half_normalize(const AttentionHalf& problem, const AttentionUnit& unit,
@@ -256,7 +285,7 @@ void attention_half_normalize(const AttentionHalf& problem, const AttentionUnit&
         using Kind = decltype(kind);
         auto* to = elements_of<Kind>(normalized + row * words);
         normalize_row(problem.channels, problem.eps, problem.norm_weight, problem.norm_bias,
-                      y + offset, to);
+                      y + offset, typename Kind::Writer(to, problem.norm_quantization));
         for (int64_t i = problem.channels; i < words * Kind::kPerWord; ++i) to[i] = {};
       });
     });
@@ -275,9 +304,10 @@ void attend(const AttentionHalf& problem, const AttentionUnit& unit, int64_t hea
   make_part<Kind>(problem, kQueries, packed, normalized, first, last, buffers);
   make_part<Kind>(problem, kKeys, packed, normalized, 0, rows, buffers);
   make_part<Kind>(problem, kValues, packed, normalized, 0, rows, buffers);
-  round_rows<Kind>(problem, first, last, buffers.matrices[kQueries]);
-  round_rows<Kind>(problem, 0, rows, buffers.matrices[kKeys]);
-  const int64_t length = row_words<Kind>(problem.head_dim);
+  using Side = typename Kind::Side;
+  round_rows<Side>(problem, first, last, buffers.matrices[kQueries]);
+  round_rows<Side>(problem, 0, rows, buffers.matrices[kKeys]);
+  const int64_t length = row_words<Side>(problem.head_dim);
   const int64_t columns = head_columns(problem);
   const int64_t stride = attention_half_attended_words(problem) * Kind::kPerWord;
   BiasStrips strips;
@@ -292,11 +322,13 @@ void attend(const AttentionHalf& problem, const AttentionUnit& unit, int64_t hea
       strips.list_runs(buffers.runs);
       strips.expand(problem, problem.bias_table + head * table_size(problem), buffers.strips);
     }
-    const float* values = join_rows<Kind>(problem, buffers.matrices[kValues] + start * columns,
+    const float* values = join_rows<Side>(problem, buffers.matrices[kValues] + start * columns,
                                           tokens, buffers.values);
     with_head_dim(problem.head_dim, [&](auto head_dim) {
-      pack_rows<Kind>(buffers.matrices[kKeys] + start * length, tokens, head_dim, buffers.keys);
-      const HeadForward<decltype(head_dim), Kind> attention = {
+      pack_rows<Side>(buffers.matrices[kKeys] + start * length, tokens, head_dim, buffers.keys);
+      using Writer = typename Kind::Writer;
+      auto* out = elements_of<Kind>(attended) + start * stride + head * columns;
+      const HeadForward<decltype(head_dim), Side, Writer> attention = {
           head_dim,
           tokens,
           problem.bias_table ? buffers.strips : nullptr,
@@ -307,7 +339,7 @@ void attend(const AttentionHalf& problem, const AttentionUnit& unit, int64_t hea
           buffers.scores,
           buffers.maxima,
           nullptr,
-          elements_of<Kind>(attended) + start * stride + head * columns,
+          Writer(out, problem.attended_quantization),
           stride};
       attention.attend(larger(first - start, 0), smaller(last - start, tokens));
     });
@@ -344,10 +376,13 @@ void attention_half_project(const AttentionHalf& problem, const AttentionUnit& u
   const int64_t depth = attention_half_attended_words(problem);
   const int64_t column = panel * kPanel;
   const int64_t columns = smaller(problem.channels - column, kPanel);
+  const float* bias = packed + depth * kPanel;
   with_product(problem.product, [&](auto kind) {
-    gemm<decltype(kind)>(last - first, columns, depth, {attended + first * depth, depth, 1}, packed,
-                         depth * kPanel, kPanel, buffers.result, kPanel, false,
-                         packed + depth * kPanel);
+    using Kind = decltype(kind);
+    gemm<Kind>(last - first, columns, depth, {attended + first * depth, depth, 1}, packed,
+               depth * kPanel, kPanel, buffers.result, kPanel, false,
+               Kind::kScaled ? nullptr : bias);
+    to_numbers<Kind>(last - first, columns, kPanel, bias + kPanel, bias, buffers.result);
   });
   with_elements(problem.element, problem.y, [&](auto* y) {
     add_rows(problem, unit, first, last, column, columns, buffers.result, y);

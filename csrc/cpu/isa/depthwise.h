@@ -6,6 +6,7 @@
 // loads; the nine weights of kWidth channels stay in registers along a row.
 
 #include "cpu/isa/activation.h"
+#include "cpu/isa/product.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
@@ -14,10 +15,10 @@ constexpr int kRun = 4;
 
 // One run of outputs for kWidth channels. pixel, row: floats from one pixel, row of `in` to the
 // next.
-template <int stride, int outputs, Activation kind, class Element>
+template <int stride, int outputs, Activation kind, class Writer>
 [[gnu::always_inline]] inline void depthwise_run(const float* in, int64_t pixel, int64_t row,
-                                                 const Vec (&weights)[kTaps], Vec bias,
-                                                 Element* out, int64_t out_pixel) {
+                                                 const Vec (&weights)[kTaps], Vec bias, Writer out,
+                                                 int64_t out_pixel) {
   constexpr int kColumns = (outputs - 1) * stride + 3;
   Vec sums[outputs];
   unroll<outputs>([&](auto x) __attribute__((always_inline)) { sums[x] = bias; });
@@ -33,9 +34,9 @@ template <int stride, int outputs, Activation kind, class Element>
       });
     });
   });
-  activate<kind, outputs, Element>(sums);
+  activate<kind, outputs, typename Writer::Element>(sums);
   unroll<outputs>([&](auto x)
-                      __attribute__((always_inline)) { store(out + x * out_pixel, sums[x]); });
+                      __attribute__((always_inline)) { out.store(x * out_pixel, sums[x]); });
 }
 
 // `rows` rows of `columns` outputs for `channels` channels, a multiple of kWidth. pixel, row:
@@ -45,9 +46,9 @@ struct DepthwiseShape {
   int64_t rows, columns, channels, pixel, row, out_pixel;
 };
 
-template <int stride, Activation kind, class Element>
+template <int stride, Activation kind, class Writer>
 inline void depthwise_rows(const DepthwiseShape& shape, const float* in, const float* weights,
-                           const float* bias, Element* out) {
+                           const float* bias, Writer out) {
   const int64_t pixel = shape.pixel;
   const int64_t out_pixel = shape.out_pixel;
   for (int64_t y = 0; y < shape.rows; ++y) {
@@ -58,24 +59,24 @@ inline void depthwise_rows(const DepthwiseShape& shape, const float* in, const f
       });
       const Vec start = load(bias + channel);
       const float* line = in + y * stride * shape.row + channel;
-      Element* result = out + y * shape.columns * out_pixel + channel;
+      const Writer result = out.at(y * shape.columns * out_pixel + channel);
       int64_t x = 0;
       for (; x + kRun <= shape.columns; x += kRun) {
         depthwise_run<stride, kRun, kind>(line + x * stride * pixel, pixel, shape.row, taps, start,
-                                          result + x * out_pixel, out_pixel);
+                                          result.at(x * out_pixel), out_pixel);
       }
       for (; x < shape.columns; ++x) {
         depthwise_run<stride, 1, kind>(line + x * stride * pixel, pixel, shape.row, taps, start,
-                                       result + x * out_pixel, out_pixel);
+                                       result.at(x * out_pixel), out_pixel);
       }
     }
   }
 }
 
 // The same with stride (1 or 2) and activation known at run time.
-template <class Element>
+template <class Writer>
 inline void depthwise(const DepthwiseShape& shape, int64_t stride, Activation activation,
-                      const float* in, const float* weights, const float* bias, Element* out) {
+                      const float* in, const float* weights, const float* bias, Writer out) {
   with_activation(activation, [&](auto kind) __attribute__((always_inline)) {
     constexpr Activation kKind = decltype(kind)::value;
     if (stride == 1) {

@@ -50,7 +50,7 @@ inline Ahead after_piece(const float* piece, int64_t depth, int64_t panel_depth,
 template <class Kind, int rows, int vectors>
 [[gnu::always_inline]] inline void multiply_step(const float* a, const float* a3,
                                                  int64_t row_stride, const float* b,
-                                                 Vec (&c)[rows][vectors]) {
+                                                 typename Kind::Sum (&c)[rows][vectors]) {
   Vec panel[vectors];
   unroll<vectors>([&](auto j) __attribute__((always_inline)) { panel[j] = load(b + j * kWidth); });
   unroll<rows>([&](auto i) __attribute__((always_inline)) {
@@ -65,9 +65,10 @@ template <class Kind, int rows, int vectors>
 // one step of depth to the next in B, kPanel if B is packed.
 template <class Kind, int rows, int vectors>
 [[gnu::always_inline]] inline void multiply(Strided a, const float* b, int64_t b_stride,
-                                            int64_t depth, Vec (&result)[rows][vectors],
+                                            int64_t depth,
+                                            typename Kind::Sum (&result)[rows][vectors],
                                             Ahead& ahead) {
-  Vec c[rows][vectors];
+  typename Kind::Sum c[rows][vectors];
   unroll<rows * vectors>([&](auto i) __attribute__((always_inline)) {
     c[i / vectors][i % vectors] = result[i / vectors][i % vectors];
   });
@@ -152,7 +153,7 @@ template <class Function>
 // C[rows x columns] (+)= A B. C is read only if `accumulate`, and written, with its columns rounded
 // up to a vector, to c[row * c_stride + column]. panel_stride: words from one panel of B to the
 // next; depth_stride: from one step of depth to the next in a panel. bias: where C is not read,
-// each row starts from it, if it is not null; as many floats as columns are written.
+// each row starts from it, if it is not null; as many sums as columns are written.
 template <class Kind = FloatProduct>
 inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b,
                  int64_t panel_stride, int64_t depth_stride, float* c, int64_t c_stride,
@@ -169,14 +170,14 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const 
       for_row_blocks(rows, [&](auto block_rows, int64_t row) __attribute__((always_inline)) {
         constexpr int kBlockRows = decltype(block_rows)::value;
         float* block = c + row * c_stride + column;
-        Vec sums[kBlockRows][kBlockVectors] = {};
+        typename Kind::Sum sums[kBlockRows][kBlockVectors] = {};
         if (reads_c || bias) {
           const float* start = reads_c ? block : bias + column;
           const int64_t start_stride = reads_c ? c_stride : 0;
           unroll<kBlockRows * kBlockVectors>([&](auto i) __attribute__((always_inline)) {
             constexpr int r = i / kBlockVectors;
             constexpr int v = i % kBlockVectors;
-            sums[r][v] = load(start + r * start_stride + v * kWidth);
+            sums[r][v] = load_as<typename Kind::Sum>(start + r * start_stride + v * kWidth);
           });
         }
         const Strided rows_of_a = {a.data + row * a.row_stride + first * a.depth_stride,
@@ -255,6 +256,7 @@ inline void pack(const float* source, int64_t source_stride, int64_t columns, in
 template <class Kind>
 inline void pack_words(const float* source, int64_t source_stride, int64_t columns, int64_t depth,
                        const float* column_scale, const float* depth_scale, float* destination) {
+  static_assert(!Kind::kScaled, "pack_bytes");
   if constexpr (Kind::kPerWord == 1) {
     pack(source, source_stride, columns, depth, column_scale, depth_scale, destination);
     return;

@@ -57,7 +57,8 @@ void head_eval_pool(const HeadProblem& problem, const float* packed, int64_t ima
   });
   const float factor = 1.0f / static_cast<float>(problem.pixels);
   for (int64_t i = 0; i < channels; ++i) row[i] *= factor;
-  normalize_row(channels, problem.eps, packed, packed + packed_head(problem).norm_bias, row, row);
+  normalize_row(channels, problem.eps, packed, packed + packed_head(problem).norm_bias, row,
+                Rounded<float>(row));
 }
 
 void head_eval_classify(const HeadProblem& problem, const float* packed, const float* pooled,

@@ -1,6 +1,6 @@
 #pragma once
 
-#include "cpu/isa/simd.h"
+#include "cpu/isa/product.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
@@ -23,10 +23,10 @@ inline float sum_over(const Element* values, int64_t count, Function&& function)
   return sum;
 }
 
-// Layer norm of one row, which `to` may be. weight, bias: [channels] or null.
-template <class From, class To>
+// Layer norm of one row, which may be written where it is. weight, bias: [channels] or null.
+template <class From, class Writer>
 inline void normalize_row(int64_t channels, float eps, const float* weight, const float* bias,
-                          const From* from, To* to) {
+                          const From* from, Writer to) {
   const float factor = 1.0f / static_cast<float>(channels);
   const float mean = factor * sum_over(from, channels, [](auto value) { return value; });
   const float variance = factor * sum_over(from, channels, [=](auto value) {
@@ -39,7 +39,7 @@ inline void normalize_row(int64_t channels, float eps, const float* weight, cons
     Vec value = (load(from + i) - mean) * scale;
     if (weight) value *= load(weight + i);
     if (bias) value += load(bias + i);
-    store(to + i, value);
+    to.store(i, value);
   }
   float rest[kWidth];
   widen(from + i, channels - i, rest);
@@ -48,7 +48,7 @@ inline void normalize_row(int64_t channels, float eps, const float* weight, cons
     if (weight) rest[j] *= weight[i + j];
     if (bias) rest[j] += bias[i + j];
   }
-  narrow(rest, channels - i, to + i);
+  to.store_part(i, rest, channels - i);
 }
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

@@ -38,12 +38,21 @@ void project(const MBConvProblem& problem, int64_t block, const float* stencil, 
              depth * kPanel, kPanel, sums, panelled(problem.out_channels), accumulate);
 }
 
+// sums += part, both of a product.
+template <class Kind>
+void add_sums(const float* part, int64_t count, float* sums) {
+  using Sum = typename Kind::Sum;
+  for (int64_t i = 0; i < count; i += kWidth) {  // rows are whole panels
+    store(sums + i, load_as<Sum>(sums + i) + load_as<Sum>(part + i));
+  }
+}
+
 // Walks the strips of a task and calls done(first_row, last_row, sums) after each. The sums of a
 // strip are at sums_of(first_row).
 template <class Kind, class SumsOf, class Done>
 void walk(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
           const Tiles& tiles, SumsOf&& sums_of, Done&& done) {
-  StripWalk<Kind> strips(problem, tiles, task.image, task.images);
+  StripWalk<Kind, Kind> strips(problem, tiles, task.image, task.images);
   const int64_t step = strip_rows(problem);
   for (int64_t first = task.first_row; first < task.last_row; first += step) {
     const int64_t last = smaller(first + step, task.last_row);
@@ -85,7 +94,7 @@ int64_t mbconv_eval_result_columns(const MBConvProblem& problem) {
 
 int64_t mbconv_eval_gated_size(const MBConvProblem& problem) {
   int64_t pitch = 0;
-  with_product(problem.product, [&](auto kind) { pitch = kPitchOf<decltype(kind)>; });
+  with_side_product(problem.product, [&](auto kind) { pitch = kPitchOf<decltype(kind)>; });
   return block_count(problem) * problem.out_height * problem.out_width * pitch;
 }
 
@@ -144,10 +153,10 @@ void mbconv_eval_finish(const MBConvProblem& problem, const float* packed, const
   for (int64_t first = task.first_row; first < task.last_row; first += step) {
     const int64_t last = smaller(first + step, task.last_row);
     float* sums = partials + first * row;
-    for (int64_t part = 1; part < parts; ++part) {
-      add(sums + part * part_stride, (last - first) * row, sums);
-    }
     with_product(problem.product, [&](auto kind) {
+      for (int64_t part = 1; part < parts; ++part) {
+        add_sums<decltype(kind)>(sums + part * part_stride, (last - first) * row, sums);
+      }
       finish_rows<decltype(kind)>(problem, packed, task.image, first, last, sums, tiles.pooled);
     });
   }
@@ -155,14 +164,35 @@ void mbconv_eval_finish(const MBConvProblem& problem, const float* packed, const
 
 namespace {
 
+// totals[0 .. kPanel) += a stencil's pixels, of the channels from `channel` on.
 template <class Kind>
+void add_pixels(float* stencil, int64_t pixels, int64_t channel, float* totals) {
+  constexpr int kChains = 2;  // hide the latency of the additions
+  Vec sums[kChains][kVectors] = {};
+  const auto add_pixel = [&](int64_t pixel, Vec(&chain)[kVectors]) __attribute__((always_inline)) {
+    const auto* from = elements_of<Kind>(stencil + pixel * kPitchOf<Kind>) + channel;
+    unroll<kVectors>([&](auto v)
+                         __attribute__((always_inline)) { chain[v] += load(from + v * kWidth); });
+  };
+  int64_t pixel = 0;
+  for (; pixel + kChains <= pixels; pixel += kChains) {
+    unroll<kChains>([&](auto i) __attribute__((always_inline)) { add_pixel(pixel + i, sums[i]); });
+  }
+  if (pixel < pixels) add_pixel(pixel, sums[0]);
+  unroll<kVectors>([&](auto v) __attribute__((always_inline)) {
+    float* total = totals + v * kWidth;
+    store(total, load(total) + (sums[0][v] + sums[1][v]));
+  });
+}
+
+template <class Kind, class Next>
 void make_gated(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
                 const Tiles& tiles, float* gated, float* sums) {
-  constexpr int64_t kGatedPitch = kPitchOf<Kind>;
+  constexpr int64_t kGatedPitch = kPitchOf<Next>;
   const int64_t pixels = problem.out_height * problem.out_width;
   const int64_t step = strip_rows(problem);
   clear(sums, mbconv_eval_gate_size(problem));
-  StripWalk<Kind> strips(problem, tiles, task.image, 1);
+  StripWalk<Kind, Next> strips(problem, tiles, task.image, 1);
   for (int64_t first = task.first_row; first < task.last_row; first += step) {
     const int64_t last = smaller(first + step, task.last_row);
     strips.enter(first, last);
@@ -171,13 +201,8 @@ void make_gated(const MBConvProblem& problem, const float* packed, const MBConvT
       strips.compute(block, block_weights(problem, packed, block), block - task.first_block,
                      last < task.last_row, stencil);
       const int64_t count = (last - first) * problem.out_width;
-      for (int64_t channel = 0; channel < block_channels(problem, block); channel += kWidth) {
-        Vec sum = {};
-        for (int64_t pixel = 0; pixel < count; ++pixel) {
-          sum += load(elements_of<Kind>(stencil + pixel * kGatedPitch) + channel);
-        }
-        float* total = sums + block * kBlock + channel;
-        store(total, load(total) + sum);
+      for (int64_t channel = 0; channel < block_channels(problem, block); channel += kPanel) {
+        add_pixels<Next>(stencil, count, channel, sums + block * kBlock + channel);
       }
     }
     strips.has_carried = true;
@@ -232,8 +257,9 @@ void project_gated(const MBConvProblem& problem, const float* packed, const MBCo
 void mbconv_eval_stencil(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
                          float* scratch, float* gated, float* sums) {
   const Tiles tiles = carve(problem, scratch);
-  with_product(problem.product, [&](auto kind) {
-    make_gated<decltype(kind)>(problem, packed, task, tiles, gated, sums);
+  with_product(problem.product, [&](auto product) {
+    using Kind = decltype(product);
+    make_gated<Kind, typename Kind::Side>(problem, packed, task, tiles, gated, sums);
   });
 }
 
@@ -270,7 +296,7 @@ void mbconv_eval_gate(const MBConvProblem& problem, const float* sums, int64_t p
 void mbconv_eval_project(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
                          float* scratch, const float* gated, const float* gate) {
   const Tiles tiles = carve(problem, scratch);
-  with_product(problem.product, [&](auto kind) {
+  with_side_product(problem.product, [&](auto kind) {
     project_gated<decltype(kind)>(problem, packed, task, tiles, gated, gate);
   });
 }

@@ -79,6 +79,7 @@ inline void take_shortcut(const MBConvProblem& problem, const Element* x, int64_
 
 // sums [pixels][panelled C_out] of the output rows [first, last) -> output. `pooled` is scratch for
 // [pixels][C_in].
+// Kind: of the product that made the sums.
 template <class Kind>
 inline void finish_rows(const MBConvProblem& problem, const float* packed, int64_t image,
                         int64_t first, int64_t last, float* sums, float* pooled) {
@@ -86,7 +87,8 @@ inline void finish_rows(const MBConvProblem& problem, const float* packed, int64
   const int64_t columns = panelled(problem.out_channels);
   const int64_t pixels = (last - first) * problem.out_width;
   const float scale = problem.drop_path_scale ? problem.drop_path_scale[image] : 1.0f;
-  const int64_t words = input_words(problem);
+  using Side = typename Kind::Side;
+  const int64_t words = shortcut_words(problem);
   const bool projects = problem.residual && problem.projects_shortcut;
   const int64_t begin =
       (image * problem.out_height + first) * problem.out_width * problem.out_channels;
@@ -96,6 +98,7 @@ inline void finish_rows(const MBConvProblem& problem, const float* packed, int64
              out + begin + pixel * problem.out_channels);
     });
   };
+  to_numbers<Kind>(pixels, columns, columns, packed + layout.project_factor, nullptr, sums);
   with_elements(problem.x_type, problem.x, [&](auto* x) __attribute__((always_inline)) {
     x += image * problem.height * problem.width * problem.in_channels;
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {
@@ -106,7 +109,7 @@ inline void finish_rows(const MBConvProblem& problem, const float* packed, int64
       }
       if (projects) {
         // Words take no more room, so that they follow one another before the next pixel.
-        to_words<Kind>(pooled + pixel * problem.in_channels, problem.in_channels,
+        to_words<Side>(pooled + pixel * problem.in_channels, problem.in_channels,
                        pooled + pixel * words);
       } else {
         write(pixel);
@@ -114,7 +117,7 @@ inline void finish_rows(const MBConvProblem& problem, const float* packed, int64
     }
   });
   if (!projects) return;
-  gemm<Kind>(pixels, problem.out_channels, words, {pooled, words, 1}, packed + layout.shortcut,
+  gemm<Side>(pixels, problem.out_channels, words, {pooled, words, 1}, packed + layout.shortcut,
              words * kPanel, kPanel, sums, columns, true);
   for (int64_t pixel = 0; pixel < pixels; ++pixel) {
     scale_and_shift(packed + layout.shortcut_bias, 1.0f, columns, sums + pixel * columns);

@@ -6,13 +6,14 @@
 //   depthwise   a2 w                [9][channels]
 //   its bias    a2 (b - m2) + s2
 //   project     a3 W2               [C_out/kPanel][words of the valid channels][kPanel]
-// (words of the problem's product: product.h; but floats where a gate scales them at each call)
+// (words of the problem's product: product.h; but floats where a gate scales them at each call, and
+// bfloat16 in the shortcut of int8). Bytes have a factor per column beside the bias.
 // where a norm is x -> a x + s, or a (x - m) + s. A block is kBlock of the E channels. `channels`
 // of the last one are rounded up to whole panels with zeros; the project convolution does not read
 // those.
 
 #include "cpu/common/mbconv_problem.h"
-#include "cpu/isa/gemm.h"
+#include "cpu/isa/pack_bytes.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
@@ -30,12 +31,20 @@ inline int64_t block_channels(const MBConvProblem& problem, int64_t block) {
   return round_up(block_valid(problem, block), kPanel);
 }
 
+// What the project convolution is multiplied in: a gate is known too late for bytes.
+inline Product project_product(const MBConvProblem& problem) {
+  return problem.squeeze_excite.present ? side_of(problem.product) : problem.product;
+}
+
 // Words of a pixel of x, and of the channels of a block as the project convolution reads them.
 inline int64_t input_words(const MBConvProblem& problem) {
   return words_of(problem.product, problem.in_channels);
 }
 inline int64_t block_words(const MBConvProblem& problem, int64_t block) {
-  return words_of(problem.product, block_valid(problem, block));
+  return words_of(project_product(problem), block_valid(problem, block));
+}
+inline int64_t shortcut_words(const MBConvProblem& problem) {
+  return words_of(side_of(problem.product), problem.in_channels);
 }
 
 // Where things lie in the packed buffer, in floats. The blocks follow.
@@ -43,8 +52,10 @@ struct PackedLayout {
   int64_t pre_scale, pre_shift;  // [C_in]
   int64_t project_scale;         // [C_out]
   int64_t project_bias;          // [panelled C_out]
-  int64_t shortcut_bias;         // [panelled C_out]
-  int64_t shortcut;              // panels, words of [C_in] deep
+  int64_t project_factor;        // [panelled C_out] of bytes, and so the scales of the weights
+  int64_t project_weight_scale;
+  int64_t shortcut_bias;  // [panelled C_out]
+  int64_t shortcut;       // panels, words of [C_in] deep
   int64_t blocks;
 };
 
@@ -61,8 +72,11 @@ inline PackedLayout packed_layout(const MBConvProblem& problem) {
   layout.pre_shift = take(problem.in_channels);
   layout.project_scale = take(problem.out_channels);
   layout.project_bias = take(out_columns);
+  const bool bytes = project_product(problem) == Product::int8;
+  layout.project_factor = take(bytes ? out_columns : 0);
+  layout.project_weight_scale = take(bytes ? out_columns : 0);
   layout.shortcut_bias = take(out_columns);
-  layout.shortcut = take(problem.projects_shortcut ? out_columns * input_words(problem) : 0);
+  layout.shortcut = take(problem.projects_shortcut ? out_columns * shortcut_words(problem) : 0);
   layout.blocks = end;
   return layout;
 }
@@ -70,6 +84,7 @@ inline PackedLayout packed_layout(const MBConvProblem& problem) {
 struct PackedBlock {
   float* expand;
   float* expand_bias;
+  float* expand_factor;  // of bytes
   float* depthwise;
   float* depthwise_bias;
   float* project;
@@ -79,7 +94,7 @@ struct PackedBlock {
 inline int64_t block_floats(const MBConvProblem& problem) {
   const int64_t project =
       problem.squeeze_excite.present ? kBlock : words_of(problem.product, kBlock);
-  return kBlock * (input_words(problem) + 2 + 9) + project * panelled(problem.out_channels);
+  return kBlock * (input_words(problem) + 3 + 9) + project * panelled(problem.out_channels);
 }
 
 // The parts of a block that lies in `memory`.
@@ -87,7 +102,8 @@ inline PackedBlock divide_block(const MBConvProblem& problem, float* memory) {
   PackedBlock result;
   result.expand = memory;
   result.expand_bias = result.expand + kBlock * input_words(problem);
-  result.depthwise = result.expand_bias + kBlock;
+  result.expand_factor = result.expand_bias + kBlock;
+  result.depthwise = result.expand_factor + kBlock;
   result.depthwise_bias = result.depthwise + 9 * kBlock;
   result.project = result.depthwise_bias + kBlock;
   return result;
@@ -107,6 +123,22 @@ inline ScaleAndShift fold_norm(const BatchNorm& norm, const float* bias, int64_t
   return {scale, (offset - norm.mean[i]) * scale + (norm.bias ? norm.bias[i] : 0.0f)};
 }
 
+// The scale of the project convolution's bytes for output i, and what turns their sums to numbers.
+inline void fold_bytes(const MBConvProblem& problem, const PackedLayout& layout, int64_t i,
+                       ScaleAndShift folded, float* packed) {
+  FactorAndShift number = {0.0f, 0.0f};
+  float scale = 1.0f;
+  if (i < problem.out_channels) {
+    const WeightColumn column = {problem.project.weight + i * problem.wide_channels,
+                                 problem.wide_channels, folded.scale, nullptr};
+    scale = column.scale();
+    number = to_number(problem.middle_quantization, scale, column.sum(scale), folded.shift);
+  }
+  packed[layout.project_weight_scale + i] = scale;
+  packed[layout.project_factor + i] = number.factor;
+  packed[layout.project_bias + i] = number.shift;
+}
+
 // What all blocks share.
 template <class Kind>
 inline void fold_shared(const MBConvProblem& problem, float* packed) {
@@ -122,12 +154,16 @@ inline void fold_shared(const MBConvProblem& problem, float* packed) {
     if (valid) folded = fold_norm(problem.project_norm, problem.project.bias, i);
     if (valid) packed[layout.project_scale + i] = folded.scale;
     packed[layout.project_bias + i] = folded.shift;
+    if (project_product(problem) == Product::int8) {
+      fold_bytes(problem, layout, i, folded, packed);
+    }
     packed[layout.shortcut_bias + i] =
         valid && problem.shortcut.bias ? problem.shortcut.bias[i] : 0.0f;
   }
   if (problem.projects_shortcut) {
-    pack_words<Kind>(problem.shortcut.weight, problem.in_channels, problem.out_channels,
-                     problem.in_channels, nullptr, nullptr, packed + layout.shortcut);
+    pack_words<typename Kind::Side>(problem.shortcut.weight, problem.in_channels,
+                                    problem.out_channels, problem.in_channels, nullptr, nullptr,
+                                    packed + layout.shortcut);
   }
 }
 
@@ -169,8 +205,16 @@ inline void pack_block(const MBConvProblem& problem, const float* packed, int64_
     scale[i] = folded.scale;
     to.expand_bias[i] = folded.shift;
   }
-  pack_words<Kind>(expand, problem.in_channels, valid, problem.in_channels, scale,
-                   packed + layout.pre_scale, to.expand);
+  if constexpr (Kind::kScaled) {
+    for (int64_t i = 0; i < channels; i += kPanel) {
+      pack_scaled(problem.input_quantization, expand + i * problem.in_channels, valid - i,
+                  problem.in_channels, scale + i, packed + layout.pre_scale,
+                  to.expand + i * input_words(problem), to.expand_bias + i, to.expand_factor + i);
+    }
+  } else {
+    pack_words<Kind>(expand, problem.in_channels, valid, problem.in_channels, scale,
+                     packed + layout.pre_scale, to.expand);
+  }
   for (int64_t i = 0; i < channels; ++i) {
     ScaleAndShift folded = {0.0f, 0.0f};
     if (i < valid) folded = fold_norm(problem.depthwise_norm, problem.depthwise.bias, first + i);
@@ -185,6 +229,18 @@ inline void pack_block(const MBConvProblem& problem, const float* packed, int64_
   if (problem.squeeze_excite.present) {
     pack(project, problem.wide_channels, problem.out_channels, valid, project_scale, nullptr,
          to.project);
+  } else if constexpr (Kind::kScaled) {
+    const int64_t words = block_words(problem, block);
+    for (int64_t i = 0; i < panelled(problem.out_channels); ++i) {
+      float* panel = to.project + i / kPanel * words * kPanel;
+      if (i >= problem.out_channels) {
+        clear_column(valid, i % kPanel, panel);
+        continue;
+      }
+      const WeightColumn column = {project + i * problem.wide_channels, valid, project_scale[i],
+                                   nullptr};
+      column.pack(packed[layout.project_weight_scale + i], i % kPanel, panel);
+    }
   } else {
     pack_words<Kind>(project, problem.wide_channels, problem.out_channels, valid, project_scale,
                      nullptr, to.project);

@@ -66,7 +66,8 @@ struct Tiles {
 // Whether the pixels of x are what a product reads, as they lie in memory.
 inline bool reads_in_place(const MBConvProblem& problem) {
   if (problem.product == Product::float32) return problem.x_type == ElementType::float32;
-  return problem.x_type == ElementType::bfloat16 && problem.in_channels % 2 == 0;
+  return problem.product == Product::bfloat16 && problem.x_type == ElementType::bfloat16 &&
+         problem.in_channels % 2 == 0;
 }
 
 inline int64_t tiles_size(const MBConvProblem& problem, float* memory, Tiles* tiles) {
@@ -113,7 +114,7 @@ inline const float* input_pixels(const MBConvProblem& problem, int64_t image, in
     }
     for (int64_t i = 0; i < count; ++i) {
       widen(x + first + i * channels, channels, tile);
-      to_words<Kind>(tile, channels, tile);
+      to_words<Kind>(tile, channels, tile, problem.input_quantization);
       tile += words_of<Kind>(channels);
     }
   });
@@ -123,36 +124,57 @@ inline const float* input_pixels(const MBConvProblem& problem, int64_t image, in
 // expanded[offsets[p]] = act(x[p] W + bias) for `pixels` rows of x [pixels][words].
 template <class Kind, Activation kind>
 inline void expand_pixels(const float* x, int64_t pixels, int64_t words, int64_t channels,
-                          const float* weights, const float* bias, const int32_t* offsets,
-                          float* expanded) {
+                          const PackedBlock& weights, const int32_t* offsets, float* expanded) {
+  using Sum = typename Kind::Sum;
   const int64_t pieces = larger(divide_up(words, kDepth), 1);
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t first = words * piece / pieces;
     const int64_t depth = words * (piece + 1) / pieces - first;
     for (int64_t column = 0; column < channels; column += kPanel) {
-      const float* panel = weights + column * words + first * kPanel;
+      const float* panel = weights.expand + column * words + first * kPanel;
+      const float* bias = weights.expand_bias + column;
       Ahead ahead = after_piece(panel, depth, words, column + kPanel >= channels);
       for_row_blocks(pixels, [&](auto count, int64_t pixel) __attribute__((always_inline)) {
         constexpr int kCount = decltype(count)::value;
         float* out = expanded + column;
-        Vec sums[kCount][kVectors];
+        Sum sums[kCount][kVectors];
         unroll<kCount * kVectors>([&](auto i) __attribute__((always_inline)) {
           constexpr int r = i / kVectors;
           constexpr int v = i % kVectors;
-          sums[r][v] = piece == 0 ? load(bias + column + v * kWidth)
-                                  : load(out + offsets[pixel + r] + v * kWidth);
+          if (piece > 0) {
+            sums[r][v] = load_as<Sum>(out + offsets[pixel + r] + v * kWidth);
+          } else if constexpr (Kind::kScaled) {
+            sums[r][v] = Sum{};
+          } else {
+            sums[r][v] = load(bias + v * kWidth);
+          }
         });
         multiply<Kind, kCount, kVectors>({x + pixel * words + first, words, 1}, panel, kPanel,
                                          depth, sums, ahead);
-        const bool complete = piece == pieces - 1;
+        if (piece < pieces - 1) {
+          unroll<kCount * kVectors>([&](auto i) __attribute__((always_inline)) {
+            constexpr int r = i / kVectors;
+            constexpr int v = i % kVectors;
+            store(out + offsets[pixel + r] + v * kWidth, sums[r][v]);
+          });
+          return;
+        }
         unroll<(kCount + 1) / 2>([&](auto pair) __attribute__((always_inline)) {
           constexpr int kFirst = 2 * pair;
           constexpr int kRowsHere = kCount - kFirst < 2 ? 1 : 2;
           Vec values[kRowsHere * kVectors];
           unroll<kRowsHere * kVectors>([&](auto i) __attribute__((always_inline)) {
-            values[i] = sums[kFirst + i / kVectors][i % kVectors];
+            constexpr int v = i % kVectors;
+            const Sum sum = sums[kFirst + i / kVectors][v];
+            if constexpr (Kind::kScaled) {
+              values[i] =
+                  fma(__builtin_convertvector(sum, Vec),
+                      load(weights.expand_factor + column + v * kWidth), load(bias + v * kWidth));
+            } else {
+              values[i] = sum;
+            }
           });
-          if (complete) activate<kind, kRowsHere * kVectors, typename Kind::Element>(values);
+          activate<kind, kRowsHere * kVectors, typename Kind::Element>(values);
           unroll<kRowsHere * kVectors>([&](auto i) __attribute__((always_inline)) {
             store(out + offsets[pixel + kFirst + i / kVectors] + (i % kVectors) * kWidth,
                   values[i]);
@@ -167,8 +189,9 @@ inline void clear(float* values, int64_t count) {
   __builtin_memset(values, 0, static_cast<size_t>(count) * sizeof(float));
 }
 
-// A worker's way through consecutive strips of one image, or the one strip of several.
-template <class Kind>
+// A worker's way through consecutive strips of one image, or the one strip of several. Next: the
+// kind of product that reads the results.
+template <class Kind, class Next>
 struct StripWalk {
   const MBConvProblem& problem;
   const Tiles& tiles;
@@ -213,7 +236,7 @@ struct StripWalk {
     }
   }
 
-  // stencil[pixel][kPitchOf<Kind>] of this strip for one block of E channels. carry_slot: the
+  // stencil[pixel][kPitchOf<Next>] of this strip for one block of E channels. carry_slot: the
   // block's place among those that this worker computes.
   void compute(int64_t block, const PackedBlock& weights, int64_t carry_slot, bool carries,
                float* stencil) {
@@ -233,22 +256,23 @@ struct StripWalk {
       }
     }
     with_activation(problem.expand_activation, [&](auto kind) __attribute__((always_inline)) {
-      expand_pixels<Kind, decltype(kind)::value>(
-          x, images * expanded_rows.count() * problem.width, input_words(problem), channels,
-          weights.expand, weights.expand_bias, tiles.offsets, tiles.expanded);
+      expand_pixels<Kind, decltype(kind)::value>(x, images * expanded_rows.count() * problem.width,
+                                                 input_words(problem), channels, weights,
+                                                 tiles.offsets, tiles.expanded);
     });
     if (carries) {
       const int64_t first = tile_rows.count() - carried_rows(problem);
       __builtin_memcpy(carried, tiles.expanded + first * row_floats, carried_bytes);
     }
     const int64_t rows = (tile_rows.count() - 3) / problem.stride + 1;
-    constexpr int64_t kOutPitch = kPitchOf<Kind>;
+    constexpr int64_t kOutPitch = kPitchOf<Next>;
     const DepthwiseShape shape = {rows,   problem.out_width, channels,
-                                  kPitch, row_floats,        kOutPitch * Kind::kPerWord};
+                                  kPitch, row_floats,        kOutPitch * Next::kPerWord};
     for (int64_t i = 0; i < images; ++i) {
+      auto* out = elements_of<Next>(stencil + i * rows * problem.out_width * kOutPitch);
       depthwise(shape, problem.stride, problem.depthwise_activation,
                 tiles.expanded + i * tile_floats(), weights.depthwise, weights.depthwise_bias,
-                elements_of<Kind>(stencil + i * rows * problem.out_width * kOutPitch));
+                typename Next::Writer(out, problem.middle_quantization));
     }
   }
 };

@@ -105,7 +105,8 @@ void train_depthwise(const TrainShape& shape, int64_t image, int64_t block, cons
     float* out = place_of_pixels(z2, at, memory.strip);
     const DepthwiseShape stencil = {last - first, shape.out_width, kWideBlock,
                                     kTilePitch,   tile.row_floats, kWideBlock};
-    depthwise(stencil, shape.stride, Activation::identity, tile.data, taps, zeros, out);
+    depthwise(stencil, shape.stride, Activation::identity, tile.data, taps, zeros,
+              Rounded<float>(out));
     write_pixels(z2, at, pixels, out);
     if (!moments) continue;
     for (int group = 0; group < kGroups; ++group) {

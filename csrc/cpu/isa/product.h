@@ -1,17 +1,55 @@
 #pragma once
 
-// What products multiply. Their operands lie in memory in words of 32 bits: a float, or two numbers
-// in bfloat16 that are neighbours along the depth, the last of an odd depth beside a zero. A step
-// of depth multiplies a word of A with a vector of words of B, so whatever the type, a matrix has
-// the same layout in words and a product the same loops.
+// What products multiply. Their operands lie in memory in words of 32 bits: a float, two numbers in
+// bfloat16 or four bytes that are neighbours along the depth; what a depth lacks to whole words is
+// zero in B. A step of depth multiplies a word of A with a vector of words of B, so whatever the
+// type, a matrix has the same layout in words and a product the same loops.
+//
+// A kind of product has
+//   Element        of A and, but for bytes, of B
+//   Sum            vectors of sums
+//   Writer         writes vectors of floats as elements of A
+//   Side           the kind of the products beside those of the large layers: of attention's own,
+//                  of shortcuts, and of what a gate scales
 
+#include "cpu/common/quantization.h"
 #include "cpu/isa/simd.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
+// Fewer values than a vector, by a writer of whose place no more is written.
+template <class Writer>
+inline void write_part(Writer to, int64_t i, const float* values, int64_t count) {
+  typename Writer::Element rest[kWidth];
+  auto* const place = to.data + i;
+  to.data = rest;
+  to.store(0, load_part(values, count));
+  __builtin_memcpy(place, rest, static_cast<size_t>(count) * sizeof(*rest));
+}
+
+// Vectors of floats as elements of a type.
+template <class Type>
+struct Rounded {
+  using Element = Type;
+  Type* data;
+
+  Rounded(Type* data, Quantization = {}) : data(data) {}
+  Rounded at(int64_t first) const { return Rounded(data + first); }
+  [[gnu::always_inline]] void store(int64_t i, Vec value) const {
+    MOAT_KERNELS_ISA::store(data + i, value);
+  }
+  void store_part(int64_t i, const float* values, int64_t count) const {
+    write_part(*this, i, values, count);
+  }
+};
+
 struct FloatProduct {
   using Element = float;
+  using Sum = Vec;
+  using Writer = Rounded<float>;
+  using Side = FloatProduct;
   static constexpr int kPerWord = 1;
+  static constexpr bool kScaled = false;
 
   [[gnu::always_inline]] static Vec broadcast_word(const float* word) { return broadcast(*word); }
   [[gnu::always_inline]] static Vec multiply_add(Vec a, Vec b, Vec sums) { return fma(a, b, sums); }
@@ -20,14 +58,23 @@ struct FloatProduct {
 };
 
 #if defined(__AVX512BF16__)
+
+[[gnu::always_inline]] inline Vec broadcast_bits(const float* word) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, word, sizeof(bits));
+  return vec_of(BitsVec{} + bits);
+}
+
 struct BFloat16Product {
   using Element = BFloat16;
+  using Sum = Vec;
+  using Writer = Rounded<BFloat16>;
+  using Side = BFloat16Product;
   static constexpr int kPerWord = 2;
+  static constexpr bool kScaled = false;
 
   [[gnu::always_inline]] static Vec broadcast_word(const float* word) {
-    uint32_t bits;
-    __builtin_memcpy(&bits, word, sizeof(bits));
-    return vec_of(BitsVec{} + bits);
+    return broadcast_bits(word);
   }
   [[gnu::always_inline]] static Vec multiply_add(Vec a, Vec b, Vec sums) {
     return add_products(a, b, sums);
@@ -36,12 +83,50 @@ struct BFloat16Product {
     return interleave_rounded(rows[0], rows[1]);
   }
 };
+
+// Vectors of floats as bytes: value / scale + zero, rounded and clamped to 0 ... 255; NaN is 0.
+struct Quantized {
+  using Element = uint8_t;
+  uint8_t* data;
+  float factor, zero;
+
+  Quantized(uint8_t* data, Quantization to) : Quantized(data, 1.0f / to.scale, to.zero) {}
+  Quantized at(int64_t first) const { return Quantized(data + first, factor, zero); }
+  [[gnu::always_inline]] void store(int64_t i, Vec value) const {
+    store_bytes(data + i, maximum(fma(value, broadcast(factor), broadcast(zero)), Vec{}));
+  }
+  void store_part(int64_t i, const float* values, int64_t count) const {
+    write_part(*this, i, values, count);
+  }
+
+ private:
+  Quantized(uint8_t* data, float factor, float zero) : data(data), factor(factor), zero(zero) {}
+};
+
+// Bytes of A are unsigned, those of B signed, and sums are integers, which `factor` and `shift` of
+// the column turn into numbers.
+struct Int8Product {
+  using Element = uint8_t;
+  using Sum = IntVec;
+  using Writer = Quantized;
+  using Side = BFloat16Product;
+  static constexpr int kPerWord = 4;
+  static constexpr bool kScaled = true;
+
+  [[gnu::always_inline]] static Vec broadcast_word(const float* word) {
+    return broadcast_bits(word);
+  }
+  [[gnu::always_inline]] static IntVec multiply_add(Vec a, Vec b, IntVec sums) {
+    return add_products(a, b, sums);
+  }
+};
+
 #endif
 
 // Whether products of this kind are compiled for this instruction set.
-constexpr bool has_product(Product kind) {
+constexpr bool has_product([[maybe_unused]] Product kind) {
 #if defined(__AVX512BF16__)
-  return kind == Product::float32 || kind == Product::bfloat16;
+  return true;
 #else
   return kind == Product::float32;
 #endif
@@ -53,13 +138,24 @@ template <class Function>
                                                 Function&& function) {
 #if defined(__AVX512BF16__)
   if (kind == Product::bfloat16) return function(BFloat16Product{});
+  if (kind == Product::int8) return function(Int8Product{});
 #endif
   function(FloatProduct{});
 }
 
+// The same for the kind of the products at its side.
+template <class Function>
+[[gnu::always_inline]] inline void with_side_product(Product kind, Function&& function) {
+  with_product(kind, [&](auto product) __attribute__((always_inline)) {
+    function(typename decltype(product)::Side{});
+  });
+}
+
+inline Product side_of(Product kind) { return kind == Product::int8 ? Product::bfloat16 : kind; }
+
 // Words of `count` elements.
 inline int64_t words_of(Product kind, int64_t count) {
-  return kind == Product::bfloat16 ? divide_up(count, 2) : count;
+  return divide_up(count, kind == Product::int8 ? 4 : kind == Product::bfloat16 ? 2 : 1);
 }
 template <class Kind>
 [[gnu::always_inline]] inline int64_t words_of(int64_t count) {
@@ -74,10 +170,29 @@ template <class Kind>
 // words[0 .. words_of(count)) = values[0 .. count), the rest of the last word zero. `words` may be
 // where the values are, or before.
 template <class Kind>
-inline void to_words(const float* values, int64_t count, float* words) {
+inline void to_words(const float* values, int64_t count, float* words, Quantization to = {}) {
   auto* elements = elements_of<Kind>(words);
-  narrow(values, count, elements);
-  for (int64_t i = count; i % Kind::kPerWord; ++i) elements[i] = {};
+  const typename Kind::Writer writer(elements, to);
+  int64_t i = 0;
+  for (; i + kWidth <= count; i += kWidth) writer.store(i, load(values + i));
+  if (i < count) writer.store_part(i, values + i, count - i);
+  for (i = count; i % Kind::kPerWord; ++i) elements[i] = {};
+}
+
+// rows[row][0 .. columns), sums of a product with bytes, to numbers: sum * factor + shift of the
+// column; shift may be null.
+template <class Kind>
+inline void to_numbers(int64_t rows, int64_t columns, int64_t stride, const float* factor,
+                       const float* shift, float* sums) {
+  if constexpr (Kind::kScaled) {
+    for (int64_t row = 0; row < rows; ++row) {
+      for (int64_t i = 0; i < columns; i += kWidth) {
+        float* at = sums + row * stride + i;
+        const Vec sum = __builtin_convertvector(load_as<IntVec>(at), Vec);
+        store(at, fma(sum, load(factor + i), shift ? load(shift + i) : Vec{}));
+      }
+    }
+  }
 }
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

@@ -65,6 +65,17 @@ template <int count, class Function>
   __builtin_memcpy(destination, &value, sizeof(value));
 }
 
+// The same of memory that holds integers.
+template <class Vector>
+[[gnu::always_inline]] inline Vector load_as(const float* source) {
+  Vector value;
+  __builtin_memcpy(&value, source, sizeof(value));
+  return value;
+}
+[[gnu::always_inline]] inline void store(float* destination, IntVec value) {
+  __builtin_memcpy(destination, &value, sizeof(value));
+}
+
 // The first `count` elements of a vector; what is not loaded is zero.
 inline Vec load_part(const float* source, int64_t count) {
   if (count >= kWidth) return load(source);
@@ -189,6 +200,18 @@ struct Float16 {
 // sums[i] + a[2i] * b[2i] + a[2i + 1] * b[2i + 1] of vectors of BFloat16.
 [[gnu::always_inline]] inline Vec add_products(Vec a, Vec b, Vec sums) {
   return (Vec)_mm512_dpbf16_ps((__m512)sums, (__m512bh)a, (__m512bh)b);
+}
+
+// sums[i] + the products of four unsigned bytes of a and signed ones of b.
+[[gnu::always_inline]] inline IntVec add_products(Vec a, Vec b, IntVec sums) {
+  return (IntVec)_mm512_dpbusd_epi32((__m512i)sums, (__m512i)a, (__m512i)b);
+}
+
+// Rounded to nearest even; 255 above that. No value may be negative.
+[[gnu::always_inline]] inline void store_bytes(uint8_t* destination, Vec value) {
+  const __m512i rounded = _mm512_maskz_cvtps_epi32(0xffff, (__m512)value);
+  const __m128i bytes = _mm512_maskz_cvtusepi32_epi8(0xffff, rounded);
+  __builtin_memcpy(destination, &bytes, sizeof(bytes));
 }
 
 // even[0], odd[0], even[1], odd[1] ... as BFloat16.

@@ -35,7 +35,7 @@ int64_t input_row(const StemProblem& problem) {
 
 int64_t first_depth(const StemProblem& problem) { return kSide * problem.in_channels; }
 int64_t second_depth(const StemProblem& problem) {
-  return kSide * words_of(problem.product, middle_channels(problem));
+  return kSide * words_of(side_of(problem.product), middle_channels(problem));
 }
 
 // Pairs of output rows, which Winograd's transform takes together, are divided among strips: an
@@ -242,7 +242,7 @@ void stem_eval_pack(const StemProblem& problem, int64_t panel, float* packed) {
   pack_kernel<FloatProduct>(problem.first.weight, first, problem.channels, problem.in_channels,
                             problem.in_channels, scale, to.first);
   for (float& value : scale) value = 1.0f;
-  with_product(problem.product, [&](auto kind) {
+  with_side_product(problem.product, [&](auto kind) {
     pack_kernel<decltype(kind)>(problem.second.weight, first, problem.channels, problem.channels,
                                 middle_channels(problem), scale, to.second);
   });
@@ -309,7 +309,7 @@ void compute_strip(const StemProblem& problem, const float* packed, int64_t imag
 
 void stem_eval(const StemProblem& problem, const float* packed, int64_t image, int64_t strip,
                float* scratch) {
-  with_product(problem.product, [&](auto kind) {
+  with_side_product(problem.product, [&](auto kind) {
     compute_strip<decltype(kind)>(problem, packed, image, strip, scratch);
   });
 }

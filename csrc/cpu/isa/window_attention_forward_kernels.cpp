@@ -79,7 +79,7 @@ void attend_window(const WindowAttentionForward& problem, const Buffers& buffers
         buffers.scores,
         buffers.maxima,
         buffers.log_sum_exp,
-        queries,
+        Rounded<float>(queries),
         rows.row_length()};
     attention.attend(first, last);
     float* log_sum_exp = problem.log_sum_exp + (window.image * problem.heads + first_head + head) *

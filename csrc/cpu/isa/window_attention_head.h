@@ -33,7 +33,7 @@ template <int rows, class Function>
 
 // One head of one window. Rows of queries are row_length words, the rest zeros; keys are packed by
 // pack_rows; rows of values are words of kPerWord tokens in value_columns columns.
-template <class HeadDim, class Kind = FloatProduct>
+template <class HeadDim, class Kind = FloatProduct, class Writer = Rounded<float>>
 struct HeadForward {
   HeadDim head_dim;
   int64_t tokens;
@@ -42,10 +42,10 @@ struct HeadForward {
   const float* queries;
   const float* keys;
   const float* values;
-  float* scores;                   // One block of queries.
-  float* maxima;                   // A vector per query of a block.
-  float* log_sum_exp;              // Per query, or null.
-  typename Kind::Element* output;  // May be the queries.
+  float* scores;       // One block of queries.
+  float* maxima;       // A vector per query of a block.
+  float* log_sum_exp;  // Per query, or null.
+  Writer output;       // May be the queries.
   int64_t output_stride;
 
   int64_t scores_stride() const { return round_up(tokens, kPanel); }
@@ -122,7 +122,7 @@ struct HeadForward {
       unroll<rows>([&](auto r) __attribute__((always_inline)) {
         const float factor = 1.0f / total[r];
         unroll<kVectorsHere>([&](auto v) __attribute__((always_inline)) {
-          store(output + (query + r) * output_stride + column + v * kWidth, sums[r][v] * factor);
+          output.store((query + r) * output_stride + column + v * kWidth, sums[r][v] * factor);
         });
       });
     });

@@ -1,0 +1,188 @@
+"""What int8 needs to know of a model's values, observed on batches that the user gives.
+
+Every operand of an int8 product has one scale, for the whole tensor; weights have one per output
+channel. Which layers multiply in int8 is chosen by what each alone does to the model's result.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from moat_kernels import reference
+from moat_kernels.modules import FusedAttention, FusedMBConv, FusedMOATBlock
+from moat_kernels.ops.frozen import FrozenSequence, FrozenStep, Quantization, Quantizations
+
+# Values of an operand that are kept of each batch; their smallest and largest are exact.
+_KEPT_VALUES = 1 << 12
+# Shares of the whole range that bytes may span: values beyond it are clamped.
+_SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
+# Root mean square error of the results, over theirs, that int8 may add: twice what bfloat16
+# does to a MOAT by itself.
+_MOST_ERROR = 0.015
+_STOCK = {
+    FusedMBConv: reference.MBConvBlock,
+    FusedMOATBlock: reference.MOATBlock,
+    FusedAttention: reference.Attention,
+}
+
+
+def quantization_of(values: Tensor) -> Quantization:
+    """The bytes that come closest to `values`, in the mean square; a byte of them is exactly 0."""
+    values = values.double()
+    low, high = min(float(values.min()), 0.0), max(float(values.max()), 0.0)
+
+    def error(quantization: Quantization) -> float:
+        scale, zero = quantization
+        bytes_ = (values / scale).round().add(zero).clamp(0, 255)
+        return float(((bytes_ - zero) * scale - values).square().sum())
+
+    def span(share: float) -> Quantization:
+        scale = share * (high - low) / 255 or 1.0
+        return Quantization(scale, round(-share * low / scale))
+
+    return min(map(span, _SHARES), key=error)
+
+
+class Operand:
+    """Values that a layer read: a sample of each batch."""
+
+    def __init__(self) -> None:
+        self._samples: list[Tensor] = []
+
+    def add(self, values: Tensor) -> None:
+        flat = values.detach().flatten()
+        if not flat.numel():
+            return
+        if not torch.isfinite(flat).all():
+            raise ValueError("calibration gave values that are not finite inside the model")
+        # Evenly spaced with a step that is odd, so that no channel is left out.
+        step = flat.numel() // _KEPT_VALUES | 1
+        self._samples.append(torch.cat([flat[::step], torch.stack(flat.aminmax())]).float())
+
+    @property
+    def seen(self) -> bool:
+        return bool(self._samples)
+
+    def quantization(self) -> Quantization:
+        return quantization_of(torch.cat(self._samples))
+
+
+@dataclass
+class Observations:
+    """What calibration batches brought, by id of the modules of the model that was observed.
+
+    operands: of each block the operands of its int8 products, in pairs: the inverted bottleneck's,
+        and the attention half's where it has one.
+    inputs: of each module that was asked for.
+    """
+
+    operands: dict[int, list[tuple[Operand, Operand]]] = field(default_factory=dict)
+    inputs: dict[int, list[Tensor]] = field(default_factory=dict)
+
+    def quantizations(self, block: nn.Module) -> list[Quantizations]:
+        """Of each step of a block; none of one that no batch came to, or of another class."""
+        return [
+            (first.quantization(), second.quantization())
+            for first, second in self.operands.get(id(block), [])
+            if first.seen and second.seen
+        ]
+
+
+@torch.no_grad()
+def observe(model: nn.Module, batches: Iterable[Any], modules: Iterable[nn.Module]) -> Observations:
+    """Run the stock form of a copy of `model` on each batch; `modules`: whose inputs to keep.
+
+    Raises ValueError if there is no batch, or one from which blocks get values that are not finite.
+    """
+    observations = Observations()
+    memo: dict[int, Any] = {}
+    stock = copy.deepcopy(model, memo).eval()
+    for module in list(model.modules()):
+        if type(module) in (FusedMBConv, FusedMOATBlock):
+            observations.operands[id(module)] = _watch_block(memo[id(module)])
+    for module in modules:
+        kept = observations.inputs[id(module)] = []
+        _on_input(memo[id(module)], lambda x, kept=kept: kept.append(x.detach().clone()))
+    for module in stock.modules():
+        module.__class__ = _STOCK.get(type(module), type(module))
+    count = 0
+    for batch in batches:
+        stock(batch)
+        count += 1
+    if not count:
+        raise ValueError("calibration must hold at least one batch")
+    return observations
+
+
+class LayerError(NamedTuple):
+    """What int8 in one step alone does.
+
+    step: its kind and number. error: that int8 adds to the frozen module's results, root mean
+    square over theirs. int8: whether the frozen module multiplies in int8 there.
+    """
+
+    step: str
+    error: float
+    int8: bool
+
+
+def choose_int8(
+    plain: Sequence[FrozenStep],
+    quantized: Sequence[FrozenStep],
+    exact: Sequence[FrozenStep],
+    inputs: Sequence[Tensor],
+) -> tuple[list[FrozenStep], list[LayerError]]:
+    """Steps of `quantized` as far as _MOST_ERROR allows, the rest of `plain`; and why.
+
+    exact: the same in float32. Errors of several steps add in squares, so the worst are left out
+    until the rest fits.
+    """
+    last = [len(plain) - 1]
+
+    def results(steps: Sequence[FrozenStep]) -> Tensor:
+        sequence = FrozenSequence(steps)
+        return torch.cat([sequence.outputs(x, last)[0].flatten() for x in inputs]).double()
+
+    expected = results(exact)
+    scale = float(expected.square().mean()) or 1.0
+
+    def squared_error(steps: Sequence[FrozenStep]) -> float:
+        return float((results(steps) - expected).square().mean()) / scale
+
+    without = squared_error(plain)
+    added = {
+        index: max(squared_error([*plain[:index], step, *plain[index + 1 :]]) - without, 0.0)
+        for index, step in enumerate(quantized)
+        if step.int8
+    }
+    kept = sorted(added, key=added.__getitem__)
+    while sum(added[index] for index in kept) > _MOST_ERROR**2:
+        kept.pop()
+    report = [
+        LayerError(f"{plain[index].kind} {index}", error**0.5, index in kept)
+        for index, error in added.items()
+    ]
+    return [quantized[i] if i in kept else plain[i] for i in range(len(plain))], report
+
+
+def _watch_block(block: nn.Module) -> list[tuple[Operand, Operand]]:
+    pairs = [(block, block.shrink_conv)]
+    if isinstance(block, reference.MOATBlock):
+        pairs.append((block.attention.qkv, block.attention.proj))
+    found = []
+    for pair in pairs:
+        operands = (Operand(), Operand())
+        for module, operand in zip(pair, operands, strict=True):
+            _on_input(module, operand.add)
+        found.append(operands)
+    return found
+
+
+def _on_input(module: nn.Module, take: Callable[[Tensor], None]) -> None:
+    module.register_forward_pre_hook(lambda _, inputs: take(inputs[0]))
