@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from moat_kernels.ops.frozen import FrozenSequence, FrozenStep, Quantization, Qu
 _KEPT_VALUES = 1 << 12
 # Shares of the whole range that bytes may span: values beyond it are clamped.
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
-# Root mean square error of the results, over theirs, that int8 may add: twice what bfloat16
+# Root mean square error of the results, over theirs, that int8 may add: some twice of what bfloat16
 # does to a MOAT by itself.
 _MOST_ERROR = 0.015
 _STOCK = {
@@ -108,7 +109,7 @@ def observe(model: nn.Module, batches: Iterable[Any], modules: Iterable[nn.Modul
             observations.operands[id(module)] = _watch_block(memo[id(module)])
     for module in modules:
         kept = observations.inputs[id(module)] = []
-        _on_input(memo[id(module)], lambda x, kept=kept: kept.append(x.detach().clone()))
+        _on_input(memo[id(module)], partial(_keep, kept))
     for module in stock.modules():
         module.__class__ = _STOCK.get(type(module), type(module))
     count = 0
@@ -171,8 +172,12 @@ def choose_int8(
     return [quantized[i] if i in kept else plain[i] for i in range(len(plain))], report
 
 
-def _watch_block(block: nn.Module) -> list[tuple[Operand, Operand]]:
-    pairs = [(block, block.shrink_conv)]
+def _keep(kept: list[Tensor], x: Tensor) -> None:
+    kept.append(x.detach().clone())
+
+
+def _watch_block(block: reference.MBConvBlock) -> list[tuple[Operand, Operand]]:
+    pairs: list[tuple[nn.Module, nn.Module]] = [(block, block.shrink_conv)]
     if isinstance(block, reference.MOATBlock):
         pairs.append((block.attention.qkv, block.attention.proj))
     found = []

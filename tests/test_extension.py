@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.instruction_sets import INSTRUCTION_SETS
 from support.native import needs_extension
 
 from moat_kernels import extension
@@ -50,16 +51,17 @@ def run_with_isa(name: str) -> subprocess.CompletedProcess[str]:
 def test_the_widest_instruction_set_of_this_cpu_is_chosen() -> None:
     by_torch = {"AVX512": "avx512", "AVX2": "avx2"}
     expected = by_torch.get(torch.backends.cpu.get_cpu_capability(), "baseline")
+    if torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported():
+        expected = "avx512_bf16"
     assert run_with_isa("").stdout.strip() == expected
 
 
 @needs_extension
-@pytest.mark.parametrize("name", ["baseline", "avx2", "avx512"])
+@pytest.mark.parametrize("name", INSTRUCTION_SETS)
 def test_the_environment_chooses_an_instruction_set_that_the_cpu_has(name: str) -> None:
-    order = ["baseline", "avx2", "avx512"]
     widest = run_with_isa("").stdout.strip()
     result = run_with_isa(name)
-    if order.index(name) <= order.index(widest):
+    if INSTRUCTION_SETS.index(name) <= INSTRUCTION_SETS.index(widest):
         # The kernel reports the flags that it was compiled with, not what was asked for.
         assert result.stdout.strip() == name
     else:
@@ -69,7 +71,9 @@ def test_the_environment_chooses_an_instruction_set_that_the_cpu_has(name: str) 
 
 @needs_extension
 def test_an_unknown_instruction_set_is_refused() -> None:
-    message = "MOAT_KERNELS_CPU_ISA='avx3' is unknown; it may be baseline, avx2 or avx512"
+    message = (
+        "MOAT_KERNELS_CPU_ISA='avx3' is unknown; it may be baseline, avx2, avx512 or avx512_bf16"
+    )
     assert message in run_with_isa("avx3").stderr
 
 

@@ -23,10 +23,15 @@ FUNCTION = re.compile(r"^[0-9a-f]+ <(?P<name>.+)>:$")
 # the two older ones that do, are no instructions of user programs.) Mask registers are AVX-512's.
 AVX = re.compile(r"^\s+[0-9a-f]+:\t(\{\w+\} )?v[a-z0-9]+ ")
 AVX512 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b")
+BF16_OR_VNNI = re.compile(r"\t(\{\w+\} )?(vdpbf16ps|vcvtne2?ps2bf16|vpdp(bu|ws)sds?) ")
+# Mangled names hold the namespace with its length: moat_kernels::cpu::avx2::...
+AVX512_BF16_NAME = "11avx512_bf16"
+AVX512_NAME = rf"6avx512|{AVX512_BF16_NAME}"
+AVX2_NAME = rf"4avx2|{AVX512_NAME}"
 
 
 def instruction_sets_of_functions() -> dict[str, str]:
-    """The widest instruction set met in each function of the library: "", "avx2" or "avx512"."""
+    """The widest instruction set met in each function of the library: "" for none below."""
     from moat_kernels import _C
 
     command = ["objdump", "-d", "--no-show-raw-insn", _C.__file__]
@@ -36,26 +41,32 @@ def instruction_sets_of_functions() -> dict[str, str]:
         if match := FUNCTION.match(line):
             name = match["name"]
             found[name] = ""
-        elif AVX512.search(line):
+        elif BF16_OR_VNNI.search(line):
+            found[name] = "avx512_bf16"
+        elif found.get(name) != "avx512_bf16" and AVX512.search(line):
             found[name] = "avx512"
         elif not found.get(name) and AVX.match(line):
             found[name] = "avx2"
     return found
 
 
-def test_wide_instructions_stay_in_the_functions_of_their_instruction_set() -> None:
+@pytest.mark.parametrize(
+    ("sets", "allowed"),
+    [
+        (("avx2", "avx512", "avx512_bf16"), AVX2_NAME),
+        (("avx512", "avx512_bf16"), AVX512_NAME),
+        (("avx512_bf16",), AVX512_BF16_NAME),
+    ],
+)
+def test_wide_instructions_stay_in_the_functions_of_their_instruction_set(
+    sets: tuple[str, ...], allowed: str
+) -> None:
     """Also none in a template of std:: that the linker took from a wide object."""
     found = instruction_sets_of_functions()
-    # Mangled names hold the namespace with its length: moat_kernels::cpu::avx2::...
-    beyond_baseline = {
-        name for name, isa in found.items() if isa and not re.search("4avx2|6avx512", name)
-    }
-    beyond_avx2 = {name for name, isa in found.items() if isa == "avx512" and "6avx512" not in name}
-    assert not beyond_baseline
-    assert not beyond_avx2
+    assert not {name for name, isa in found.items() if isa in sets and not re.search(allowed, name)}
 
 
 def test_the_wide_instructions_are_there() -> None:
     found = instruction_sets_of_functions()
-    assert any(isa == "avx2" and "4avx2" in name for name, isa in found.items())
-    assert any(isa == "avx512" and "6avx512" in name for name, isa in found.items())
+    for isa, name in (("avx2", "4avx2"), ("avx512", "6avx512"), ("avx512_bf16", AVX512_BF16_NAME)):
+        assert any(found_isa == isa and name in function for function, found_isa in found.items())

@@ -9,7 +9,7 @@ import sys
 import pytest
 import torch
 
-INSTRUCTION_SETS = ["baseline", "avx2", "avx512"]
+INSTRUCTION_SETS = ["baseline", "avx2", "avx512", "avx512_bf16"]
 
 
 def run_tests_with(isa: str, file: str, selection: str) -> None:

@@ -54,6 +54,11 @@ LOW_PRECISION_FACTOR = 2.0
 # pixels in bfloat16: 2.1 units beyond twice stock's).
 LOW_PRECISION_ROUNDING = 1
 FOLDED_ROUNDING = 3
+# Error of models and blocks frozen in int8: `freeze` allows 0.015 on the calibration, root mean
+# square over the results'; the largest of single values, of other images and sizes, is some three
+# times that, and bfloat16's own comes on top.
+INT8_ERROR = 0.06
+
 # The same factor over eight inputs to a model that magnifies rounding at random: of one tensor
 # (0.7 to 2.0 by the interpreter, so many inputs tell it to a half), and in the median over all
 # (0.8 and 1.0).

@@ -1,0 +1,316 @@
+"""Models frozen in bfloat16, float16 and int8: as close to float64 as stock is in that dtype."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
+from support.native import needs_extension
+from support.small_model import CLASSES, make_model
+from support.tolerances import (
+    FOLDED_ROUNDING,
+    INT8_ERROR,
+    LOW_PRECISION_FACTOR,
+    relative_error,
+)
+from torch import Tensor, nn
+
+import moat_kernels as mk
+from moat_kernels.calibration import quantization_of
+from moat_kernels.freeze import FrozenBlock
+from moat_kernels.ops.frozen import FrozenSequence, mbconv_step, multiplies
+from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
+
+pytestmark = [
+    needs_extension,
+    pytest.mark.filterwarnings("ignore:freeze. this CPU does not multiply"),
+]
+
+HALVES = [torch.bfloat16, torch.float16]
+SIZES = [(64, 64), (33, 47), (1, 1)]
+OPTIONS = [
+    {},
+    {"num_classes": 0},
+    {"window_size": (None, None, 3, (2, 5))},
+    {"position_embedding": False, "pool_size": 3},
+    {"stem_width": 20, "widths": (24, 40, 56, 80), "num_classes": 37},
+    {"stem_width": 7, "widths": (5, 9, 35, 67)},
+]
+needs_int8 = pytest.mark.skipif(
+    not multiplies(torch.int8), reason="this CPU does not multiply int8 and bfloat16"
+)
+
+
+def make_eval_model(**options) -> mk.MOAT:
+    """In float32, with running statistics that are not those of a fresh model."""
+    model = make_model(torch.float32, **options)
+    return randomize_norms(model).eval()
+
+
+def randomize_norms(model: nn.Module) -> nn.Module:
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.normal_(module.running_mean, std=0.3)
+            nn.init.uniform_(module.running_var, 0.5, 2.0)
+    return model
+
+
+def images(*size: int) -> Tensor:
+    return torch.randn(size[0], 3, *size[1:])
+
+
+@torch.no_grad()
+def reference(model: nn.Module, x: Tensor, dtype: torch.dtype = torch.float64) -> Tensor:
+    """By stock operations in a dtype."""
+    with mk.use_backend("reference"):
+        return copy.deepcopy(model).to(dtype)(x.to(dtype)).double()
+
+
+def assert_close_for(dtype: torch.dtype, found: Tensor, model: nn.Module, x: Tensor) -> None:
+    """At most LOW_PRECISION_FACTOR times as far from float64 as stock in that dtype."""
+    exact = reference(model, x)
+    stock = relative_error(reference(model, x, dtype), exact)
+    allowed = LOW_PRECISION_FACTOR * stock + FOLDED_ROUNDING * torch.finfo(dtype).eps
+    assert relative_error(found.double(), exact) <= allowed
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ", ".join(options) or "plain")
+@torch.no_grad()
+def test_common_options(options: dict, dtype: torch.dtype) -> None:
+    model = make_eval_model(**options)
+    frozen = mk.freeze(model, dtype)
+    for size in SIZES:
+        for batch in (1, 5):
+            x = images(batch, *size)
+            found = frozen(x)
+            assert found.dtype == torch.float32
+            assert_close_for(dtype, found, model, x)
+            assert torch.equal(frozen(x.to(memory_format=torch.channels_last)), found)
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@torch.no_grad()
+def test_common_a_model_of_that_dtype_keeps_it(dtype: torch.dtype) -> None:
+    model = make_eval_model(features_only=True).to(dtype)
+    frozen = mk.freeze(model)
+    x = images(2, 48, 40).to(dtype)
+    for found, exact in zip(
+        frozen.forward_stages(x),
+        copy.deepcopy(model).double().forward_stages(x.double()),
+        strict=True,
+    ):
+        assert found.dtype == dtype
+        assert found.is_contiguous(memory_format=torch.channels_last)
+        assert relative_error(found.double(), exact) < 10 * torch.finfo(dtype).eps
+    with pytest.raises(TypeError, match=f"x must be {dtype} on the CPU"):
+        frozen(x.float())
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("channels", [(24, 24), (7, 13), (40, 72)])
+@pytest.mark.parametrize("kind", ["mbconv", "mbconv without SE", "moat"])
+@torch.no_grad()
+def test_common_single_blocks(
+    kind: str, channels: tuple[int, int], stride: int, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    options: dict = {"stride": stride}
+    if kind == "moat":
+        options |= {"head_dim": 12, "window_size": 3}
+        block: nn.Module = mk.FusedMOATBlock(*channels, **options)
+    else:
+        ratio = None if "without" in kind else 0.25
+        block = mk.FusedMBConv(*channels, **options, se_ratio=ratio)
+    block = randomize_norms(block).eval()
+    frozen = mk.freeze(block, dtype)
+    assert isinstance(frozen, FrozenBlock)
+    for x in (torch.randn(2, channels[0], 9, 13), torch.randn(1, channels[0], 5, 31)):
+        assert_close_for(dtype, frozen(x), block, x)
+
+
+@torch.no_grad()
+def test_common_gelu_is_rounded_well() -> None:
+    """An inverted bottleneck that is one GELU, for every number in bfloat16 up to 16."""
+    bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
+    x = bits.view(torch.bfloat16)
+    x = x[x.abs() <= 16].view(1, 1, 1, -1)
+    one = torch.ones(1, 1, 1, 1)
+    middle = torch.zeros(1, 1, 3, 3)
+    middle[..., 1, 1] = 1
+    parameters = MBConvParameters(one, middle, one)
+    description = MBConvDescription(
+        pre_norm=None,
+        expand_norm=None,
+        depthwise_norm=None,
+        depthwise_activation="identity",
+        residual=False,
+    )
+    step = mbconv_step(parameters, description, torch.bfloat16)
+    (found,) = FrozenSequence([step]).outputs(x.float(), [0])
+    exact = F.gelu(x.double())
+    rounding = torch.finfo(torch.bfloat16).eps / 2
+    assert ((found - exact).abs() <= 1.25 * rounding * exact.abs() + 2.0**-14).all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@torch.no_grad()
+def test_common_values_that_are_not_finite_stay_in_their_image(dtype: torch.dtype) -> None:
+    model = make_eval_model()
+    frozen = mk.freeze(model, dtype)
+    x = images(3, 64, 64)
+    clean = frozen(x)
+    for value in (float("nan"), float("inf")):
+        x[1, 0, 20, 30] = value
+        found = frozen(x)
+        assert torch.equal(found[[0, 2]], clean[[0, 2]])
+        assert found[1].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", HALVES)
+@torch.no_grad()
+def test_common_any_number_of_threads_and_empty_batches(dtype: torch.dtype) -> None:
+    frozen = mk.freeze(make_eval_model(), dtype)
+    x = images(3, 40, 56)
+    expected = frozen(x)
+    threads = torch.get_num_threads()
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            assert relative_error(frozen(x).double(), expected.double()) < 0.02
+            assert torch.equal(frozen(x), frozen(x))
+    finally:
+        torch.set_num_threads(threads)
+    assert frozen(x[:0]).shape == (0, CLASSES)
+
+
+def test_the_weights_take_half_and_less() -> None:
+    model = make_eval_model(stem_width=32, widths=(64, 96, 192, 256))
+    whole = mk.freeze(model).sequence.bytes
+    if not multiplies(torch.bfloat16):
+        pytest.skip("this CPU does not multiply bfloat16")
+    half = mk.freeze(model, torch.bfloat16).sequence.bytes
+    assert half < 0.55 * whole
+    in_bytes = mk.freeze(model, torch.int8, [images(2, 64, 64)])
+    assert in_bytes.sequence.bytes < half
+
+
+def test_a_cpu_without_the_instructions_is_told() -> None:
+    model = make_eval_model()
+    mk.ops.common.backends._warned.clear()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        mk.freeze(model, torch.float16)
+    assert "does not multiply torch.float16" in str(caught[0].message)
+
+
+# int8 -------------------------------------------------------------------------------------------
+
+
+@needs_int8
+@pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ", ".join(options) or "plain")
+@torch.no_grad()
+def test_int8_is_within_the_error_that_it_may_have(options: dict) -> None:
+    model = make_eval_model(**options)
+    calibration = [images(4, 64, 64) for _ in range(3)]
+    frozen = mk.freeze(model, torch.int8, calibration)
+    assert any(layer.int8 for layer in frozen.int8_report)
+    for size in ((64, 64), (33, 47), (96, 70)):
+        x = images(5, *size)
+        exact = reference(model, x)
+        difference = (frozen(x) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
+        assert float(difference) < INT8_ERROR, size
+
+
+@needs_int8
+@pytest.mark.parametrize("channels", [(24, 24), (7, 13), (40, 72)])
+@pytest.mark.parametrize("kind", ["mbconv", "mbconv without SE", "moat"])
+@torch.no_grad()
+def test_int8_blocks(kind: str, channels: tuple[int, int]) -> None:
+    torch.manual_seed(0)
+    if kind == "moat":
+        block: nn.Module = mk.FusedMOATBlock(*channels, head_dim=12, window_size=3)
+    else:
+        ratio = None if "without" in kind else 0.25
+        block = mk.FusedMBConv(*channels, se_ratio=ratio, stride=2)
+    block = randomize_norms(block).eval()
+    model = nn.Sequential(nn.Identity(), block).eval()
+    frozen = mk.freeze(model, torch.int8, [torch.randn(4, channels[0], 17, 15)])
+    for x in (torch.randn(2, channels[0], 9, 13), torch.randn(1, channels[0], 5, 31)):
+        exact = reference(model, x)
+        assert relative_error(frozen(x).double(), exact) < INT8_ERROR
+        assert torch.equal(frozen(x), frozen(x))
+
+
+@needs_int8
+@torch.no_grad()
+def test_int8_leaves_what_hurts_in_bfloat16() -> None:
+    """A channel a thousand times the others spoils the scale of a tensor."""
+    model = make_eval_model()
+    model.stages[2][0].attention_norm.weight[3] = 1000.0
+    model.stages[2][0].attention.qkv.weight[:, 3] /= 1000.0
+    frozen = mk.freeze(model, torch.int8, [images(4, 64, 64)])
+    in_int8 = {layer.step: layer.int8 for layer in frozen.int8_report}
+    assert not in_int8["attention half 4"]
+    assert sum(in_int8.values()) >= 3
+    assert f"int8 in {sum(in_int8.values())} of {len(in_int8)} layers" in repr(frozen)
+
+
+def test_what_int8_needs() -> None:
+    model = make_eval_model()
+    with pytest.raises(ValueError, match="calibration must be given"):
+        mk.freeze(model, torch.int8)
+    with pytest.raises(ValueError, match="only with it"):
+        mk.freeze(model, torch.bfloat16, calibration=[images(1, 32, 32)])
+    with pytest.raises(ValueError, match=r"dtype must be None, torch\.int8 or one of"):
+        mk.freeze(model, torch.float64)
+
+
+@needs_int8
+def test_calibrations_that_tell_nothing() -> None:
+    model = make_eval_model()
+    with pytest.raises(ValueError, match="at least one batch"):
+        mk.freeze(model, torch.int8, [])
+    spoilt = images(1, 32, 32)
+    spoilt[0, 0, 0, 0] = float("nan")
+    with pytest.raises(ValueError, match="not finite"):
+        mk.freeze(model, torch.int8, [spoilt])
+
+
+def test_common_int8_is_refused_where_the_cpu_lacks_it() -> None:
+    if multiplies(torch.int8):
+        pytest.skip("this CPU has it")
+    with pytest.raises(ValueError, match="AVX512_VNNI"):
+        mk.freeze(make_eval_model(), torch.int8, [images(1, 32, 32)])
+
+
+@needs_int8
+@torch.no_grad()
+def test_the_model_is_left_as_it_was() -> None:
+    model = make_eval_model()
+    before = copy.deepcopy(model.state_dict())
+    mk.freeze(model, torch.int8, [images(1, 32, 32)])
+    assert type(model.stages[2][0]) is mk.FusedMOATBlock
+    assert not model.stages[2][0]._forward_pre_hooks
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+
+
+def test_bytes_span_what_pays() -> None:
+    values = torch.cat([torch.linspace(-1, 1, 100000), torch.tensor([3.0])])
+    scale, zero = quantization_of(values)
+    assert 2 / 255 < scale < 4 / 255 and 0 <= zero <= 255
+    assert quantization_of(torch.zeros(3)).scale > 0
+    positive = quantization_of(torch.linspace(2, 6, 100))
+    assert positive.zero == 0
+
+
+@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
+def test_each_instruction_set(isa: str) -> None:
+    """The kernels as compiled for another instruction set, in a process of its own."""
+    run_tests_with(isa, __file__, "common")
