@@ -11,7 +11,7 @@ steps in one native call.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
 import torch
@@ -149,14 +149,22 @@ def mbconv_step(parameters: MBConvParameters, description: MBConvDescription) ->
 def attention_half_step(
     tensors: Sequence[Tensor | None], eps: float, description: WindowAttentionDescription
 ) -> FrozenStep:
-    """The attention half; arguments as of `attention_half.attention_half`. Raises CannotFreeze."""
+    """The attention half; arguments as of `attention_half.attention_half`. Raises CannotFreeze.
+
+    Its windows may also be those of a grid, which must divide the maps.
+    """
     dtype = _dtype_of(tensors, attention_half.DTYPES)
     *_, proj_weight, _, table = tensors
     channels = 0 if proj_weight is None else proj_weight.shape[0]
-    if not attention_half.fits(channels, tensors, description):
+    if not attention_half.fits(channels, tensors, replace(description, partition="window")):
         raise CannotFreeze("an attention that the native kernel does not cover")
     native, packed = torch.ops.moat_kernels.cpu_freeze_attention_half.default(
-        *tensors, description.heads, description.head_dim, description.scale_or_default(), eps
+        *tensors,
+        description.heads,
+        description.head_dim,
+        description.scale_or_default(),
+        eps,
+        description.partition == "grid",
     )
     return FrozenStep(
         native,

@@ -91,13 +91,16 @@ std::tuple<Tensor, Tensor> freeze_mbconv(const BlockTensors& tensors,
   return {to_bytes(step, like), packed};
 }
 
+// grid: whether a window's tokens are spread evenly over the map.
 std::tuple<Tensor, Tensor> freeze_attention_half(const AttentionHalfTensors& tensors, int64_t heads,
-                                                 int64_t head_dim, double scale, double eps) {
+                                                 int64_t head_dim, double scale, double eps,
+                                                 bool grid) {
   const AttentionHalfTensors kept = readable(tensors);
   Step step = {};
   step.kind = StepKind::attention_half;
   AttentionHalf& problem = step.attention_half;
   problem = read_attention_half(kept, heads, head_dim, scale, eps);
+  problem.grid = grid;
   const Tensor& like = *kept.qkv_weight;
   const Tensor packed = pack<AttentionHalfEval>(problem, like);
   problem.norm_weight = problem.norm_bias = problem.qkv_weight = problem.qkv_bias = nullptr;
