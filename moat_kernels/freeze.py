@@ -11,7 +11,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from moat_kernels.adapters.fused import FusedModule
+from moat_kernels.adapters import timm, torchvision, vit_pytorch
+from moat_kernels.adapters.base import Adapter, MBConvAdapter
+from moat_kernels.adapters.freezing import AttentionHalf, HalfReader, bottleneck_step
+from moat_kernels.adapters.fused import FusedModule, is_changed, stock_class
+from moat_kernels.adapters.reading import NotCovered, child_names, refuse_hooks
+from moat_kernels.adapters.registry import find_adapter
+from moat_kernels.inspection import interception
 from moat_kernels.models import MOAT, FusedStem, endpoints
 from moat_kernels.modules import FusedInvertedBottleneck
 from moat_kernels.ops.common.backends import warn_once
@@ -20,21 +26,25 @@ from moat_kernels.ops.frozen import CannotFreeze, FrozenSequence, FrozenStep
 
 Module = TypeVar("Module", bound="FrozenModule")
 
+_HALVES: tuple[HalfReader, ...] = (*timm.HALVES, *torchvision.HALVES, *vit_pytorch.HALVES)
+# Of the largest value: rounding of a block, tried out by weights and an input that are given.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
+
 
 def freeze(model: nn.Module) -> nn.Module:
     """A copy of `model` for inference on a CPU: the same outputs, up to rounding, in less time.
 
-    Each MOAT inside, or `model` itself, becomes a FrozenMOAT, and fused blocks elsewhere become
-    FrozenBlocks. Batch norms are folded into the weights and these laid out as the kernels read
-    them, now instead of in every call, and a whole MOAT runs in one native call. The rest of the
-    model is copied. The result shares nothing with `model`, which stays as it is: train that, load
-    it, save it, and freeze again. Frozen parts have no parameters and an empty state_dict, stay in
-    eval mode and in their dtype, give no gradients and cannot be pickled.
+    Each MOAT inside, or `model` itself, becomes a FrozenMOAT, fused blocks elsewhere become
+    FrozenBlocks, and transformer blocks whose attention `fuse` found FrozenTransformerBlocks. Batch
+    norms are folded into the weights and these laid out as the kernels read them, now instead of in
+    every call, and a whole MOAT runs in one native call. The rest of the model is copied. The
+    result shares nothing with `model`, which stays as it is: train that, load it, save it, and
+    freeze again. Frozen parts have no parameters and an empty state_dict, stay in eval mode and in
+    their dtype, give no gradients and cannot be pickled.
 
     Blocks that cannot be frozen (hooked, replaced, on another device, of a dtype or a kind that the
-    native kernels do not cover, `fuse`d ones of other packages) are copied, and a FallbackWarning
-    tells why. Raises ValueError if `model` is in training mode or holds nothing that can be frozen,
-    TypeError if it is no module.
+    native kernels do not cover) are copied, and a FallbackWarning tells why. Raises ValueError if
+    `model` is in training mode or holds nothing that can be frozen, TypeError if it is no module.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -48,10 +58,13 @@ def freeze(model: nn.Module) -> nn.Module:
         for reason, paths in left.items()
     ]
     if not frozen:
-        found = "; ".join(reasons) or "it has no MOAT or fused block of this package"
+        found = "; ".join(reasons) or "it has no MOAT or fused block"
         raise ValueError(f"nothing in model can be frozen: {found}")
     for reason in reasons:
         warn_once(f"freeze: {reason}; left as it is")
+    for form in list(frozen.values()):
+        if isinstance(form, FrozenTransformerBlock):
+            form.copy_branch(frozen)
     return copy.deepcopy(model, frozen)
 
 
@@ -59,25 +72,93 @@ def _freeze_inside(
     module: nn.Module, path: str, frozen: dict[int, Any], left: dict[str, list[str]]
 ) -> None:
     """Collect what replaces modules, by id, and by reason the paths of those left."""
-    kind: Callable[[Any], FrozenModule] | None = None
-    if isinstance(module, MOAT):
-        kind = FrozenMOAT
-    elif isinstance(module, FusedStem | FusedInvertedBottleneck):
-        kind = FrozenBlock
-    if kind is not None:
-        try:
-            frozen[id(module)] = kind(module)
+    try:
+        form = _frozen_form(module)
+    except (CannotFreeze, NotCovered) as obstacle:
+        if not isinstance(module, MOAT):
+            left.setdefault(str(obstacle), []).append(path or type(module).__name__)
             return
-        except CannotFreeze as obstacle:
-            if kind is FrozenBlock:
-                left.setdefault(str(obstacle), []).append(path or type(module).__name__)
-                return
-    elif isinstance(module, FusedModule):
-        reason = "a fused module of another package"
-        left.setdefault(reason, []).append(path or type(module).__name__)
+        form = None
+    if form is not None:
+        frozen[id(module)] = form
         return
     for name, child in module.named_children():
         _freeze_inside(child, f"{path}.{name}" if path else name, frozen, left)
+
+
+def _frozen_form(module: nn.Module) -> nn.Module | None:
+    """What takes the place of a module; None if only what is inside may be frozen.
+
+    Raises CannotFreeze or NotCovered.
+    """
+    if isinstance(module, MOAT):
+        return FrozenMOAT(module)
+    if isinstance(module, FusedStem | FusedInvertedBottleneck):
+        return FrozenBlock(module.frozen_steps(), not isinstance(module, FusedStem))
+    for reader in _HALVES:
+        if (attention := _fused_attention(reader, module)) is not None:
+            return _frozen_transformer_block(reader, module, attention)
+    if isinstance(module, FusedModule):
+        return FrozenBlock([_fused_step(module)])
+    return None
+
+
+def _fused_attention(reader: HalfReader, module: nn.Module) -> FusedModule | None:
+    """The attention that `fuse` found, if a module is a block that the reader is for."""
+    if stock_class(module).__name__ != reader.class_name:
+        return None
+    attention = getattr(module, reader.attention, None) if reader.attention else module
+    if isinstance(attention, FusedModule) and attention.adapter_key == reader.adapter_key:
+        return attention
+    return None
+
+
+def _checked_adapter(module: FusedModule) -> Adapter:
+    """The adapter of a module, if that runs as it was fused. Raises CannotFreeze or NotCovered."""
+    if is_changed(module):
+        raise CannotFreeze(f"it became a {type(module).__name__} after it was fused")
+    if reason := interception(module, "it"):
+        raise CannotFreeze(reason)
+    adapter = find_adapter(module.adapter_key)
+    adapter.check_structure(module)
+    return adapter
+
+
+def _fused_step(module: FusedModule) -> FrozenStep:
+    adapter = _checked_adapter(module)
+    if not isinstance(adapter, MBConvAdapter):
+        raise CannotFreeze("an attention without a block around it that is known")
+    return bottleneck_step(adapter.read(module))
+
+
+def _frozen_transformer_block(
+    reader: HalfReader, block: nn.Module, attention: FusedModule
+) -> FrozenTransformerBlock:
+    _checked_adapter(attention)
+    if reason := interception(block, "it"):
+        raise CannotFreeze(reason)
+    if unknown := child_names(block).symmetric_difference(reader.children):
+        raise NotCovered(f"unknown or missing {', '.join(sorted(unknown))}")
+    refuse_hooks(list(block.modules())[1:])
+    half = reader.read(block)
+    form = FrozenTransformerBlock(half, block)
+    _try_out(form, block, half.example(reader.leading))
+    return form
+
+
+@torch.no_grad()
+def _try_out(form: nn.Module, block: nn.Module, x: Tensor) -> None:
+    """Raise CannotFreeze unless both give the same: names may be those of changed code."""
+    try:
+        actual, expected = form(x).double(), block(x).double()
+    except Exception as error:
+        raise CannotFreeze(f"trying it out failed: {error}") from error
+    if actual.shape != expected.shape or not torch.allclose(
+        actual, expected, rtol=0.0, atol=_TOLERANCE[x.dtype] * float(expected.abs().max())
+    ):
+        raise CannotFreeze(
+            "its results differ from those of the code that its names are known from"
+        )
 
 
 class FrozenModule(nn.Module):
@@ -107,18 +188,58 @@ class FrozenModule(nn.Module):
 
 
 class FrozenBlock(FrozenModule):
-    """A FusedMBConv, FusedMOATBlock or stem as it was when frozen; see `freeze`."""
+    """A fused block or stem as it was when frozen; see `freeze`.
 
-    def __init__(self, block: FusedInvertedBottleneck | FusedStem) -> None:
-        steps = block.frozen_steps()
+    keeps_format: whether results have the memory format of x, or else are in channels_last.
+    """
+
+    def __init__(self, steps: list[FrozenStep], keeps_format: bool = True) -> None:
         super().__init__(steps)
         self._kept = [len(steps) - 1]
-        self._keeps_format = not isinstance(block, FusedStem)
+        self._keeps_format = keeps_format
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         (output,) = self.sequence.outputs(x, self._kept)
         return in_format_of(output, x) if self._keeps_format else output
+
+
+class FrozenTransformerBlock(nn.Module):
+    """Somebody's transformer block whose attention half is frozen; see `freeze`.
+
+    What follows that half are the block's own modules, under their names.
+    """
+
+    def __init__(self, half: AttentionHalf, block: nn.Module) -> None:
+        super().__init__()
+        self.attention_half = FrozenBlock([half.step()], keeps_format=False)
+        self._rows, self._branch, self._branch_rows = half.rows, half.branch, half.branch_rows
+        for name in half.branch:
+            self.add_module(name, getattr(block, name))
+        self.training = block.training
+
+    def copy_branch(self, copies: dict[int, Any]) -> None:
+        """Share nothing with the block any more. copies: of other modules, by id."""
+        for name in self._branch:
+            self.add_module(name, copy.deepcopy(getattr(self, name), copies))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention_half(self._as_maps(x))
+        if self._branch:
+            y = y.permute(0, 2, 3, 1) if self._branch_rows else y
+            branch = y
+            for name in self._branch:
+                branch = getattr(self, name)(branch)
+            y = y + branch
+            y = y.permute(0, 3, 1, 2) if self._branch_rows else y
+        return y.permute(0, 2, 3, 1).reshape(x.shape) if self._rows else in_format_of(y, x)
+
+    def _as_maps(self, x: Tensor) -> Tensor:
+        if not self._rows or not isinstance(x, Tensor):
+            return x
+        if x.dim() < 4:
+            raise ValueError(f"x must be [B, H, W, C], got {tuple(x.shape)}")
+        return x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2)
 
 
 class FrozenMOAT(FrozenModule):
