@@ -59,8 +59,8 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
   define("cpu_freeze_mbconv(" + block + ", " + block_settings + ", ScalarType dtype, " +
          quantizations + ") -> (Tensor, Tensor)");
   define("cpu_freeze_attention_half(" + half +
-         ", int heads, int head_dim, float scale, float eps, ScalarType dtype, " + quantizations +
-         ") -> (Tensor, Tensor)");
+         ", int heads, int head_dim, float scale, float eps, bool grid, ScalarType dtype, " +
+         quantizations + ") -> (Tensor, Tensor)");
   define("cpu_freeze_head(" + schema_of<HeadTensors>() + ", float eps) -> (Tensor, Tensor)");
   define("cpu_freeze_for_maps(Tensor step, " + schema_of<Placement>() +
          ", Tensor? position_table) -> (Tensor, Tensor)");

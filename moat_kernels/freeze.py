@@ -11,8 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from moat_kernels.adapters.fused import FusedModule
+from moat_kernels.adapters import timm, torchvision, vit_pytorch
+from moat_kernels.adapters.base import Adapter, MBConvAdapter
+from moat_kernels.adapters.freezing import AttentionHalf, HalfReader, bottleneck_step
+from moat_kernels.adapters.fused import FusedModule, is_changed, stock_class
+from moat_kernels.adapters.reading import NotCovered, child_names, refuse_hooks
+from moat_kernels.adapters.registry import find_adapter
 from moat_kernels.calibration import LayerError, Observations, choose_int8, observe
+from moat_kernels.inspection import interception
 from moat_kernels.models import MOAT, FusedStem, endpoints
 from moat_kernels.modules import FusedInvertedBottleneck
 from moat_kernels.ops.common.backends import backend_status, warn_once
@@ -27,6 +33,10 @@ from moat_kernels.ops.frozen import (
 )
 
 Module = TypeVar("Module", bound="FrozenModule")
+
+_HALVES: tuple[HalfReader, ...] = (*timm.HALVES, *torchvision.HALVES, *vit_pytorch.HALVES)
+# Of the largest value: rounding of a block, tried out by weights and an input that are given.
+_TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Of a block -> those of its steps.
 Quantize = Callable[[nn.Module], Sequence[Quantizations]]
 
@@ -38,12 +48,13 @@ def freeze(
 ) -> nn.Module:
     """A copy of `model` for inference on a CPU: the same outputs, up to rounding, in less time.
 
-    Each MOAT inside, or `model` itself, becomes a FrozenMOAT, and fused blocks elsewhere become
-    FrozenBlocks. Batch norms are folded into the weights and these laid out as the kernels read
-    them, now instead of in every call, and a whole MOAT runs in one native call. The rest of the
-    model is copied. The result shares nothing with `model`, which stays as it is: train that, load
-    it, save it, and freeze again. Frozen parts have no parameters and an empty state_dict, stay in
-    eval mode and in their dtype, give no gradients and cannot be pickled.
+    Each MOAT inside, or `model` itself, becomes a FrozenMOAT, fused blocks elsewhere become
+    FrozenBlocks, and transformer blocks whose attention `fuse` found FrozenTransformerBlocks. Batch
+    norms are folded into the weights and these laid out as the kernels read them, now instead of in
+    every call, and a whole MOAT runs in one native call. The rest of the model is copied. The
+    result shares nothing with `model`, which stays as it is: train that, load it, save it, and
+    freeze again. Frozen parts have no parameters and an empty state_dict, stay in eval mode and in
+    their dtype, give no gradients and cannot be pickled.
 
     dtype: what frozen parts multiply in, and keep what they compute in from one layer to the next.
         None is the dtype of `model`, which inputs and outputs have in any case.
@@ -59,10 +70,10 @@ def freeze(
         will see, prepared in the same way.
 
     Blocks that cannot be frozen (hooked, replaced, on another device, of a dtype or a kind that the
-    native kernels do not cover, `fuse`d ones of other packages) are copied, and a FallbackWarning
-    tells why, as one does where the CPU multiplies in float32 only. Raises ValueError if `model` is
-    in training mode or holds nothing that can be frozen, for another dtype, for int8 where the CPU
-    lacks it or without calibration; TypeError if `model` is no module.
+    native kernels do not cover) are copied, and a FallbackWarning tells why, as one does where the
+    CPU multiplies in float32 only. Raises ValueError if `model` is in training mode or holds
+    nothing that can be frozen, for another dtype, for int8 where the CPU lacks it or without
+    calibration; TypeError if `model` is no module.
     """
     _check_arguments(model, dtype, calibration)
     frozen: dict[int, Any] = {}
@@ -74,7 +85,7 @@ def freeze(
         for reason, paths in left.items()
     ]
     if not frozen:
-        found = "; ".join(reasons) or "it has no MOAT or fused block of this package"
+        found = "; ".join(reasons) or "it has no MOAT or fused block"
         raise ValueError(f"nothing in model can be frozen: {found}")
     if calibration is not None:
         _quantize(model, calibration, frozen)
@@ -86,6 +97,9 @@ def freeze(
                 f"freeze: this CPU does not multiply {used}, so frozen modules multiply in "
                 "float32; dtype=torch.float32 takes less time and more memory"
             )
+    for part in list(frozen.values()):
+        if isinstance(part, FrozenTransformerBlock):
+            part.copy_branch(frozen)
     return copy.deepcopy(model, frozen)
 
 
@@ -107,7 +121,9 @@ def _check_arguments(model: object, dtype: object, calibration: object) -> None:
 
 def _quantize(model: nn.Module, calibration: Iterable[Any], frozen: dict[int, Any]) -> None:
     """Put what multiplies in int8 in the place of frozen parts."""
-    parts = [module for module in model.modules() if id(module) in frozen]
+    parts = [
+        module for module in model.modules() if isinstance(frozen.get(id(module)), FrozenModule)
+    ]
     observations = observe(model, calibration, parts)
     for module in parts:
         kind = type(frozen[id(module)])
@@ -123,25 +139,91 @@ def _freeze_inside(
     left: dict[str, list[str]],
 ) -> None:
     """Collect what replaces modules, by id, and by reason the paths of those left."""
-    kind: Callable[[Any, torch.dtype | None], FrozenModule] | None = None
-    if isinstance(module, MOAT):
-        kind = FrozenMOAT
-    elif isinstance(module, FusedStem | FusedInvertedBottleneck):
-        kind = FrozenBlock
-    if kind is not None:
-        try:
-            frozen[id(module)] = kind(module, maps)
+    try:
+        form = _frozen_form(module, maps)
+    except (CannotFreeze, NotCovered) as obstacle:
+        if not isinstance(module, MOAT):
+            left.setdefault(str(obstacle), []).append(path or type(module).__name__)
             return
-        except CannotFreeze as obstacle:
-            if kind is FrozenBlock:
-                left.setdefault(str(obstacle), []).append(path or type(module).__name__)
-                return
-    elif isinstance(module, FusedModule):
-        reason = "a fused module of another package"
-        left.setdefault(reason, []).append(path or type(module).__name__)
+        form = None
+    if form is not None:
+        frozen[id(module)] = form
         return
     for name, child in module.named_children():
         _freeze_inside(child, f"{path}.{name}" if path else name, maps, frozen, left)
+
+
+def _frozen_form(module: nn.Module, maps: torch.dtype | None) -> nn.Module | None:
+    """What takes the place of a module; None if only what is inside may be frozen.
+
+    Raises CannotFreeze or NotCovered.
+    """
+    if isinstance(module, MOAT):
+        return FrozenMOAT(module, maps)
+    if isinstance(module, FusedStem | FusedInvertedBottleneck):
+        return FrozenBlock(module, maps)
+    for reader in _HALVES:
+        if (attention := _fused_attention(reader, module)) is not None:
+            return _frozen_transformer_block(reader, module, attention, maps)
+    return FrozenBlock(module, maps) if isinstance(module, FusedModule) else None
+
+
+def _fused_attention(reader: HalfReader, module: nn.Module) -> FusedModule | None:
+    """The attention that `fuse` found, if a module is a block that the reader is for."""
+    if stock_class(module).__name__ != reader.class_name:
+        return None
+    attention = getattr(module, reader.attention, None) if reader.attention else module
+    if isinstance(attention, FusedModule) and attention.adapter_key == reader.adapter_key:
+        return attention
+    return None
+
+
+def _checked_adapter(module: FusedModule) -> Adapter:
+    """The adapter of a module, if that runs as it was fused. Raises CannotFreeze or NotCovered."""
+    if is_changed(module):
+        raise CannotFreeze(f"it became a {type(module).__name__} after it was fused")
+    if reason := interception(module, "it"):
+        raise CannotFreeze(reason)
+    adapter = find_adapter(module.adapter_key)
+    adapter.check_structure(module)
+    return adapter
+
+
+def _fused_step(module: FusedModule, maps: torch.dtype | None) -> FrozenStep:
+    adapter = _checked_adapter(module)
+    if not isinstance(adapter, MBConvAdapter):
+        raise CannotFreeze("an attention without a block around it that is known")
+    return bottleneck_step(adapter.read(module), maps)
+
+
+def _frozen_transformer_block(
+    reader: HalfReader, block: nn.Module, attention: FusedModule, maps: torch.dtype | None
+) -> FrozenTransformerBlock:
+    _checked_adapter(attention)
+    if reason := interception(block, "it"):
+        raise CannotFreeze(reason)
+    if unknown := child_names(block).symmetric_difference(reader.children):
+        raise NotCovered(f"unknown or missing {', '.join(sorted(unknown))}")
+    refuse_hooks(list(block.modules())[1:])
+    half = reader.read(block)
+    form = FrozenTransformerBlock(half, block, maps)
+    _try_out(form, block, half.example(reader.leading), maps)
+    return form
+
+
+@torch.no_grad()
+def _try_out(form: nn.Module, block: nn.Module, x: Tensor, maps: torch.dtype | None) -> None:
+    """Raise CannotFreeze unless both give the same: names may be those of changed code."""
+    try:
+        actual, expected = form(x).double(), block(x).double()
+    except Exception as error:
+        raise CannotFreeze(f"trying it out failed: {error}") from error
+    if actual.shape != expected.shape or not torch.allclose(
+        actual, expected, rtol=0.0, atol=_TOLERANCE[maps or x.dtype] * float(expected.abs().max())
+    ):
+        raise CannotFreeze(
+            "its results differ from those of the code that its names are known from"
+        )
 
 
 def _unquantized(_: nn.Module) -> Sequence[Quantizations]:
@@ -158,7 +240,7 @@ class FrozenModule(nn.Module):
 
     def __init__(
         self,
-        module: nn.Module,
+        module: Any,
         maps: torch.dtype | None = None,
         observations: Observations | None = None,
     ) -> None:
@@ -213,11 +295,11 @@ class FrozenModule(nn.Module):
 
 
 class FrozenBlock(FrozenModule):
-    """A FusedMBConv, FusedMOATBlock or stem as it was when frozen; see `freeze`."""
+    """A fused block or stem as it was when frozen; see `freeze`."""
 
     def __init__(
         self,
-        block: FusedInvertedBottleneck | FusedStem,
+        block: FusedInvertedBottleneck | FusedStem | FusedModule,
         maps: torch.dtype | None = None,
         observations: Observations | None = None,
     ) -> None:
@@ -226,16 +308,77 @@ class FrozenBlock(FrozenModule):
 
     @staticmethod
     def _stages_of(
-        module: FusedInvertedBottleneck | FusedStem,
+        module: FusedInvertedBottleneck | FusedStem | FusedModule,
         maps: torch.dtype | None,
         quantizations: Quantize,
     ) -> list[list[FrozenStep]]:
+        if not isinstance(module, FusedInvertedBottleneck | FusedStem):
+            return [[_fused_step(module, maps)]]
         return [module.frozen_steps(maps, quantizations(module))]
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         (output,) = self.sequence.outputs(x, self._ends)
         return in_format_of(output, x) if self._keeps_format else output
+
+
+class FrozenAttentionHalf(FrozenModule):
+    """The attention half of somebody's transformer block; its results are in channels_last."""
+
+    @staticmethod
+    def _stages_of(
+        module: AttentionHalf, maps: torch.dtype | None, quantizations: Quantize
+    ) -> list[list[FrozenStep]]:
+        return [[module.step(maps)]]
+
+    @torch.compiler.disable
+    def forward(self, x: Tensor) -> Tensor:
+        return self.sequence.outputs(x, self._ends)[0]
+
+
+class FrozenTransformerBlock(nn.Module):
+    """Somebody's transformer block whose attention half is frozen; see `freeze`.
+
+    What follows that half are the block's own modules, under their names.
+    """
+
+    def __init__(
+        self, half: AttentionHalf, block: nn.Module, maps: torch.dtype | None = None
+    ) -> None:
+        super().__init__()
+        self.attention_half = FrozenAttentionHalf(half, maps)
+        self._rows, self._branch, self._branch_rows = half.rows, half.branch, half.branch_rows
+        for name in half.branch:
+            self.add_module(name, getattr(block, name))
+        self.training = block.training
+
+    @property
+    def sequence(self) -> FrozenSequence:
+        """That of the half."""
+        return self.attention_half.sequence
+
+    def copy_branch(self, copies: dict[int, Any]) -> None:
+        """Share nothing with the block any more. copies: of other modules, by id."""
+        for name in self._branch:
+            self.add_module(name, copy.deepcopy(getattr(self, name), copies))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.attention_half(self._as_maps(x))
+        if self._branch:
+            y = y.permute(0, 2, 3, 1) if self._branch_rows else y
+            branch = y
+            for name in self._branch:
+                branch = getattr(self, name)(branch)
+            y = y + branch
+            y = y.permute(0, 3, 1, 2) if self._branch_rows else y
+        return y.permute(0, 2, 3, 1).reshape(x.shape) if self._rows else in_format_of(y, x)
+
+    def _as_maps(self, x: Tensor) -> Tensor:
+        if not self._rows or not isinstance(x, Tensor):
+            return x
+        if x.dim() < 4:
+            raise ValueError(f"x must be [B, H, W, C], got {tuple(x.shape)}")
+        return x.reshape(-1, *x.shape[-3:]).permute(0, 3, 1, 2)
 
 
 class FrozenMOAT(FrozenModule):

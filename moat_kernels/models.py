@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moat_kernels.adapters.freezing import check_normalized_shape
 from moat_kernels.adapters.reading import NotCovered, read_norm
 from moat_kernels.inspection import (
     interception,
@@ -23,7 +24,6 @@ from moat_kernels.modules import (
     FusedInvertedBottleneck,
     FusedMBConv,
     FusedMOATBlock,
-    check_normalized_shape,
     check_runs_as_made,
 )
 from moat_kernels.normalization import BatchNorm2d, norm_tensors

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moat_kernels import reference
+from moat_kernels.adapters.freezing import bottleneck_step, check_normalized_shape
 from moat_kernels.adapters.reading import NotCovered, read_drop_path
 from moat_kernels.block_reading import read_block
 from moat_kernels.drop_path import DropPath
@@ -31,12 +32,10 @@ from moat_kernels.ops.frozen import (
     FrozenStep,
     Quantizations,
     attention_half_step,
-    mbconv_step,
 )
 from moat_kernels.ops.layer_norm import add_branch, branch_layer_norm, covers
 from moat_kernels.ops.mbconv import mbconv
 from moat_kernels.ops.mbconv.checks import RECOMPUTE_LEVELS
-from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.window_attention import window_attention
 from moat_kernels.tensor_access import child, is_parametrized, tensor_of
 from moat_kernels.tracing import is_traced, record_call
@@ -50,12 +49,6 @@ def check_runs_as_made(module: nn.Module, classes: tuple[type[nn.Module], ...]) 
         raise CannotFreeze(f"a {type(module).__name__} with code of its own")
     if reason := interception(module, "it"):
         raise CannotFreeze(reason)
-
-
-def check_normalized_shape(norm: nn.LayerNorm, channels: int) -> None:
-    """Raise CannotFreeze where a call of the norm would raise."""
-    if norm.normalized_shape != (channels,):
-        raise CannotFreeze(f"a layer norm over {norm.normalized_shape}")
 
 
 def refuse_scripting(module: nn.Module) -> NoReturn:
@@ -107,9 +100,7 @@ class FusedInvertedBottleneck(reference.MBConvBlock):
             bottleneck = read_block(self)
         except NotCovered as obstacle:
             raise CannotFreeze(str(obstacle)) from obstacle
-        parameters = bottleneck.parameters
-        description = resolve_frozen(bottleneck.description, parameters, training=True)
-        return [mbconv_step(parameters, description, maps, *quantizations[:1])]
+        return [bottleneck_step(bottleneck, maps, *quantizations[:1])]
 
     def _drops(self) -> bool:
         """Whether drop path draws, or is replaced by something that might."""

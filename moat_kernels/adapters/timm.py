@@ -14,6 +14,7 @@ from moat_kernels.adapters.base import (
     AttentionReading,
     MBConvAdapter,
 )
+from moat_kernels.adapters.freezing import AttentionHalf, HalfReader, refuse_drop_path
 from moat_kernels.adapters.reading import (
     Bottleneck,
     Gate,
@@ -251,6 +252,63 @@ class PartitionAttention2d(_PartitionAttention):
         return (torch.randn(1, channels, 2 * height, 3 * width, dtype=torch.float64),)
 
 
+def _read_half(
+    block: Any, attention: AttentionReading, map_size: tuple[int, int] | None, rows: bool
+) -> AttentionHalf:
+    """The half of a block whose children have the names that all of timm's have."""
+    inner = block.attn
+    refuse_dropout(inner.proj_drop, "the projection")
+    refuse_drop_path(block.drop_path1)
+    return AttentionHalf(
+        block.norm1,
+        inner.qkv,
+        inner.proj,
+        attention,
+        block.ls1,
+        map_size,
+        rows,
+        branch=("norm2", "mlp", "ls2", "drop_path2"),
+        branch_rows=rows,
+    )
+
+
+class TransformerBlock2d(HalfReader):
+    """CoAtNet's; `fuse` finds the attention in it."""
+
+    class_name = "TransformerBlock2d"
+    children = ("shortcut", *_PartitionAttention.children)
+    adapter_key = Attention2d().key
+    attention = "attn"
+
+    def read(self, block: Any) -> AttentionHalf:
+        if class_name(block.shortcut) != "Identity":
+            raise NotCovered("an attention half that changes the map's size")
+        bias = block.attn.rel_pos
+        map_size = None if bias is None else tuple(bias.window_size)
+        return _read_half(block, _read_attention(block.attn), map_size, rows=False)
+
+
+class _PartitionHalf(HalfReader):
+    """MaxViT's."""
+
+    children = _PartitionAttention.children
+    adapter: _PartitionAttention
+    rows: bool
+
+    def read(self, block: Any) -> AttentionHalf:
+        return _read_half(block, self.adapter.read(block), None, self.rows)
+
+
+class PartitionClHalf(_PartitionHalf):
+    adapter, rows = PartitionAttentionCl(), True
+    class_name, adapter_key = adapter.class_name, adapter.key
+
+
+class Partition2dHalf(_PartitionHalf):
+    adapter, rows = PartitionAttention2d(), False
+    class_name, adapter_key = adapter.class_name, adapter.key
+
+
 # Blocks of the same models that no op computes.
 UNFUSED = {"ConvNeXtBlock": "its norm is a layer norm, after the depthwise convolution"}
 
@@ -261,3 +319,5 @@ ADAPTERS = (
     Attention2d(),
     AttentionCl(),
 )
+
+HALVES = (TransformerBlock2d(), PartitionClHalf(), Partition2dHalf())

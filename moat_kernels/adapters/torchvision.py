@@ -13,6 +13,7 @@ from moat_kernels.adapters.base import (
     AttentionReading,
     MBConvAdapter,
 )
+from moat_kernels.adapters.freezing import AttentionHalf, HalfReader, refuse_drop_path
 from moat_kernels.adapters.reading import (
     Bottleneck,
     NotCovered,
@@ -141,15 +142,8 @@ class PartitionAttentionLayer(AttentionAdapter):
         self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any
     ) -> Tensor:
         (x,) = inputs
-        height, width = module.grid_size
-        if tuple(x.shape[2:]) != (height, width) or height % module.p or width % module.p:
-            raise NotCovered(f"a map of {tuple(x.shape[2:])}, not the layer's {module.grid_size}")
+        _check_map(module, tuple(x.shape[2:]))
         norm, inner, dropout = module.attn_layer
-        tokens = (module.p, module.p)
-        if module.partition_type == "grid":
-            tokens = (height // module.p, width // module.p)
-        if tokens != (inner.size, inner.size):
-            raise NotCovered(f"windows of {tokens}, not the {inner.size} of the bias table")
         x = x.permute(0, 2, 3, 1)
         rows = attention.attend(apply_linear(inner.to_qkv, norm(x)))
         attended = dropout(apply_linear(inner.merge, rows))
@@ -162,4 +156,41 @@ class PartitionAttentionLayer(AttentionAdapter):
         return (torch.randn(1, channels, *module.grid_size, dtype=torch.float64),)
 
 
+def _check_map(layer: Any, size: tuple[int, ...]) -> None:
+    """Raise NotCovered for maps that the layer does not take, or cuts into other windows."""
+    height, width = layer.grid_size
+    if size != (height, width) or height % layer.p or width % layer.p:
+        raise NotCovered(f"a map of {size}, not the layer's {layer.grid_size}")
+    tokens = (layer.p, layer.p)
+    if layer.partition_type == "grid":
+        tokens = (height // layer.p, width // layer.p)
+    window = layer.attn_layer[1].size
+    if tokens != (window, window):
+        raise NotCovered(f"windows of {tokens}, not the {window} of the bias table")
+
+
+class PartitionHalf(HalfReader):
+    class_name = PartitionAttentionLayer.class_name
+    children = PartitionAttentionLayer.children
+    adapter_key = PartitionAttentionLayer().key
+
+    def read(self, layer: Any) -> AttentionHalf:
+        attention = PartitionAttentionLayer().read(layer)
+        size = tuple(layer.grid_size)
+        _check_map(layer, size)
+        norm, inner, _ = layer.attn_layer
+        refuse_drop_path(layer.stochastic_dropout)
+        return AttentionHalf(
+            norm,
+            inner.to_qkv,
+            inner.merge,
+            attention,
+            map_size=size,
+            branch=("mlp_layer", "stochastic_dropout"),
+            branch_rows=True,
+        )
+
+
 ADAPTERS = (MBConv(), PartitionAttentionLayer(), RelativePositionalMultiHeadAttention())
+
+HALVES = (PartitionHalf(),)

@@ -13,6 +13,7 @@ from moat_kernels.adapters.base import (
     AttentionReading,
     MBConvAdapter,
 )
+from moat_kernels.adapters.freezing import AttentionHalf, HalfReader
 from moat_kernels.adapters.reading import (
     Bottleneck,
     Gate,
@@ -142,4 +143,30 @@ def _window(module: Any) -> tuple[int, int]:
     return size, size
 
 
+class ResidualHalf(HalfReader):
+    """The sum around the attention, whose norm is inside; its windows are maps of their own."""
+
+    class_name = "Residual"
+    children = ("fn",)
+    adapter_key = Attention().key
+    attention = "fn"
+    leading = (1, 1, 2)
+
+    def read(self, block: Any) -> AttentionHalf:
+        inner = block.fn
+        if tuple(map(class_name, inner.to_out)) != ("Linear", "Dropout"):
+            raise NotCovered("a projection of unknown structure")
+        refuse_dropout(inner.to_out[1], "the projection")
+        return AttentionHalf(
+            inner.norm,
+            inner.to_qkv,
+            inner.to_out[0],
+            Attention().read(inner),
+            map_size=_window(inner),
+            rows=True,
+        )
+
+
 ADAPTERS = (MBConvResidual(), MBConvSequential(), Attention())
+
+HALVES = (ResidualHalf(),)

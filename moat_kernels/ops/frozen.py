@@ -12,7 +12,7 @@ the steps multiply, too, where the CPU can.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
 import torch
@@ -197,11 +197,14 @@ def attention_half_step(
     maps: torch.dtype | None = None,
     quantizations: Quantizations = _NOT_QUANTIZED,
 ) -> FrozenStep:
-    """The attention half; arguments as of `attention_half.attention_half`. Raises CannotFreeze."""
+    """The attention half; arguments as of `attention_half.attention_half`. Raises CannotFreeze.
+
+    Its windows may also be those of a grid, which must divide the maps.
+    """
     dtype = _dtype_of(tensors)
     *_, proj_weight, _, table = tensors
     channels = 0 if proj_weight is None else proj_weight.shape[0]
-    if not attention_half.fits(channels, tensors, description):
+    if not attention_half.fits(channels, tensors, replace(description, partition="window")):
         raise CannotFreeze("an attention that the native kernel does not cover")
     native, packed = torch.ops.moat_kernels.cpu_freeze_attention_half.default(
         *tensors,
@@ -209,6 +212,7 @@ def attention_half_step(
         description.head_dim,
         description.scale_or_default(),
         eps,
+        description.partition == "grid",
         maps or dtype,
         *quantizations[0],
         *quantizations[1],

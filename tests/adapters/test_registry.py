@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import copy
 import pickle
 from pathlib import Path
 
 import pytest
 import torch
-from support.fusing import check_fused
+from support.fusing import check_fused, randomize
+from support.native import needs_extension
+from support.tolerances import BACKEND_OUTPUT, assert_close
 from torch import Tensor, nn
 
 import moat_kernels as mk
@@ -77,6 +80,17 @@ def test_a_users_block() -> None:
     assert report.fused[0].implementation == "my models"
     table = mk.supported_cases()
     assert "| my models | `InvertedResidual` | `mbconv` | all of them | |" in table
+
+
+@needs_extension
+@torch.no_grad()
+def test_a_users_block_is_frozen() -> None:
+    mk.register_adapter(InvertedResidualAdapter())
+    stock = randomize(InvertedResidual()).eval()
+    model = copy.deepcopy(stock).float()
+    mk.fuse(model)
+    x = torch.randn(2, 8, 5, 6)
+    assert_close(mk.freeze(model)(x), stock(x.double()), BACKEND_OUTPUT[torch.float32])
 
 
 def test_a_mistaken_adapter_is_found_out() -> None:

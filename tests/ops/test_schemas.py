@@ -75,7 +75,7 @@ ARGUMENTS = {
         *attention_half.Settings._fields,
         "eps",
     ),
-    "cpu_freeze_attention_half": (*ATTENTION_HALF, "heads", "head_dim", "scale", "eps"),
+    "cpu_freeze_attention_half": (*ATTENTION_HALF, "heads", "head_dim", "scale", "eps", "grid"),
     "cpu_freeze_head": ("norm_weight", "norm_bias", "head_weight", "head_bias", "eps"),
 }
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}

@@ -345,7 +345,7 @@ def frozen_attention_half(
     y: Tensor, tensors: Any, heads: int, head_dim: int, *others: Any
 ) -> Tensor:
     *window, scale, eps = others
-    frozen = OPS.cpu_freeze_attention_half(*tensors, heads, head_dim, scale, eps)
+    frozen = OPS.cpu_freeze_attention_half(*tensors, heads, head_dim, scale, eps, False)
     return run_frozen(y, frozen, tensors[-1], window=(window[0], window[1]))
 
 
@@ -356,7 +356,7 @@ def frozen_head(x: Tensor, tensors: list[Tensor | None], eps: float) -> Tensor:
 def frozen_calls() -> list[Call]:
     half = attention_half_arguments()
     y, tensors, heads, head_dim, *window, scale, eps = half
-    step, packed = OPS.cpu_freeze_attention_half(*tensors, heads, head_dim, scale, eps)
+    step, packed = OPS.cpu_freeze_attention_half(*tensors, heads, head_dim, scale, eps, False)
     placement = [24, 5, 6, *BlockPadding(), *window]
     placed, table = OPS.cpu_freeze_for_maps(step, *placement, tensors[-1])
 

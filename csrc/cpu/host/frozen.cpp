@@ -119,15 +119,17 @@ std::tuple<Tensor, Tensor> freeze_mbconv(const BlockTensors& tensors, const Bloc
   return {to_bytes(step, like), packed};
 }
 
+// grid: whether a window's tokens are spread evenly over the map.
 std::tuple<Tensor, Tensor> freeze_attention_half(const AttentionHalfTensors& tensors, int64_t heads,
                                                  int64_t head_dim, double scale, double eps,
-                                                 ScalarType dtype,
+                                                 bool grid, ScalarType dtype,
                                                  const Quantizations& quantizations) {
   const AttentionHalfTensors kept = readable(tensors);
   Step step = {};
   step.kind = StepKind::attention_half;
   AttentionHalf& problem = step.attention_half;
   problem = read_attention_half(kept, heads, head_dim, scale, eps);
+  problem.grid = grid;
   problem.element = element_type("dtype", dtype);
   problem.product = product_of(dtype, quantizations);
   problem.norm_quantization = quantizations.first();

@@ -1,0 +1,208 @@
+"""What of other people's blocks `freeze` packs: inverted bottlenecks and attention halves.
+
+`fuse` computes attention where it stands. A frozen step computes the norm before and the sum after
+it too, which lie in the block around: a `HalfReader` knows such a block, and says what it is made
+of. As it is known by names alone, `freeze` tries it out.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moat_kernels.adapters.base import AttentionReading
+from moat_kernels.adapters.reading import (
+    Bottleneck,
+    NotCovered,
+    class_name,
+    read_drop_path,
+    read_pointwise,
+)
+from moat_kernels.inspection import is_plain_tensor
+from moat_kernels.ops.frozen import (
+    CannotFreeze,
+    FrozenStep,
+    Placement,
+    Quantizations,
+    Size,
+    attention_half_step,
+    mbconv_step,
+)
+from moat_kernels.ops.mbconv.dispatch import resolve_frozen
+from moat_kernels.ops.window_attention import WindowAttentionDescription
+from moat_kernels.tensor_access import tensor_of
+
+
+def bottleneck_step(
+    bottleneck: Bottleneck, maps: torch.dtype | None, *quantizations: Quantizations
+) -> FrozenStep:
+    """An inverted bottleneck, its weights packed as they are now. Raises CannotFreeze.
+
+    maps, quantizations: as of `mbconv_step`; none: it multiplies in `maps`.
+    """
+    if bottleneck.drop_path is not None:
+        raise CannotFreeze("its drop path drops")
+    parameters = bottleneck.parameters
+    description = resolve_frozen(bottleneck.description, parameters, training=True)
+    return mbconv_step(parameters, description, maps, *quantizations)
+
+
+def check_normalized_shape(norm: nn.LayerNorm, channels: int) -> None:
+    """Raise CannotFreeze where a call of the norm would raise."""
+    if norm.normalized_shape != (channels,):
+        raise CannotFreeze(f"a layer norm over {norm.normalized_shape}")
+
+
+def refuse_drop_path(module: nn.Module) -> None:
+    """Raise NotCovered if a drop path drops anything now."""
+    if read_drop_path(module) is not None:
+        raise NotCovered("its drop path drops")
+
+
+@dataclass(frozen=True)
+class AttentionHalf:
+    """y = x + layer_scale(proj(attention(qkv(norm(x))))) of a block, and y + branch(y) after it.
+
+    norm: a layer norm over the channels. qkv, proj: linear layers or 1x1 convolutions.
+    map_size: of the only maps that the block takes; None: of all that its windows divide.
+    rows: whether the block reads [.., H, W, C]; else it reads [B, C, H, W].
+    branch: names of the block's children that make the branch, in turn; none: y is the result.
+    branch_rows: whether they read [B, H, W, C]; else they read [B, C, H, W].
+    """
+
+    norm: nn.Module
+    qkv: nn.Module
+    proj: nn.Module
+    attention: AttentionReading
+    layer_scale: nn.Module | None = None
+    map_size: tuple[int, int] | None = None
+    rows: bool = False
+    branch: tuple[str, ...] = ()
+    branch_rows: bool = False
+
+    @torch.no_grad()
+    def step(self, maps: torch.dtype | None) -> FrozenStep:
+        """The half, its weights packed as they are now. Raises CannotFreeze or NotCovered.
+
+        maps: as of `attention_half_step`.
+        """
+        norm, description = self.norm, self.attention.description
+        # Those of timm are subclasses of nn.LayerNorm of the same name, or for [B, C, H, W].
+        if not isinstance(norm, nn.LayerNorm) or class_name(norm) not in (
+            "LayerNorm",
+            "LayerNorm2d",
+        ):
+            raise NotCovered(f"{class_name(norm)} before its attention")
+        qkv, proj = _qkv(self.qkv, description), _scaled(self.proj, self.layer_scale)
+        check_normalized_shape(norm, len(proj[0]))
+        step = attention_half_step(
+            [
+                tensor_of(norm, "weight"),
+                tensor_of(norm, "bias"),
+                *qkv,
+                *proj,
+                self.attention.bias_table,
+            ],
+            norm.eps,
+            replace(description, qkv_layout="qkv_heads"),
+            maps,
+        )
+
+        return replace(step, place=_checked_place(step, description.window_size, self.map_size))
+
+    def example(self, leading: tuple[int, ...]) -> Tensor:
+        """A small input of the block. leading: the sizes before those of a map or of rows."""
+        window = self.attention.description.window_size
+        height, width = self.map_size or ((2 * window[0], 3 * window[1]) if window else (3, 4))
+        channels = len(tensor_of(self.proj, "weight"))
+        size = (height, width, channels) if self.rows else (channels, height, width)
+        x = torch.randn(*leading, *size, generator=torch.Generator().manual_seed(0), device="cpu")
+        return x.to(tensor_of(self.proj, "weight").dtype)
+
+
+class HalfReader(ABC):
+    """Reads the attention half of blocks of one class, whose attention was fused by an adapter.
+
+    class_name, children: of the blocks, all that they have. adapter_key: of the adapter.
+    attention: the name of the fused child; empty: the block itself is fused.
+    leading: the sizes before those of a map or of rows in what the block reads, for a trial.
+    """
+
+    class_name: str
+    children: tuple[str, ...]
+    adapter_key: str
+    attention: str = ""
+    leading: tuple[int, ...] = (1,)
+
+    @abstractmethod
+    def read(self, block: Any) -> AttentionHalf:
+        """The half as it is now. Raises NotCovered."""
+
+
+def _checked_place(
+    step: FrozenStep, window: tuple[int, int] | None, map_size: tuple[int, int] | None
+) -> Callable[[Size], Placement]:
+    """As the step's own, which knows nothing of what maps the block refuses."""
+
+    def place(size: Size) -> Placement:
+        _, height, width = size
+        if map_size is not None and (height, width) != map_size:
+            expected = " x ".join(map(str, map_size))
+            raise ValueError(f"x must be a map of {expected}, got {height} x {width}")
+        if window is not None and (height % window[0] or width % window[1]):
+            raise ValueError(
+                f"x must be a map that windows of {window[0]} x {window[1]} divide, "
+                f"got {height} x {width}"
+            )
+        return step.place(size)
+
+    return place
+
+
+def _refuse_subclasses(*tensors: Tensor | None) -> None:
+    """Raise NotCovered for tensors whose sums and views may be of another class than they."""
+    for tensor in tensors:
+        if not is_plain_tensor(tensor):
+            raise NotCovered(f"a {type(tensor).__name__} among its tensors")
+
+
+def _read_plain(module: nn.Module) -> tuple[Tensor, Tensor | None]:
+    """Weight [out, in] and bias of a linear layer or a 1x1 convolution. Raises NotCovered."""
+    weight, bias = read_pointwise(module)
+    _refuse_subclasses(weight, bias)
+    return weight.flatten(1), bias
+
+
+def _qkv(module: nn.Module, description: WindowAttentionDescription) -> list[Tensor | None]:
+    """Weight and bias with their rows in the order of "qkv_heads". Raises NotCovered."""
+    weight, bias = _read_plain(module)
+    heads, head_dim = description.heads, description.head_dim
+    if len(weight) != 3 * heads * head_dim:
+        raise NotCovered(f"qkv of {len(weight)} channels for {heads} heads of {head_dim}")
+    if description.qkv_layout == "qkv_heads":
+        return [weight, bias]
+    return [
+        None
+        if tensor is None
+        else tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
+        for tensor in (weight, bias)
+    ]
+
+
+def _scaled(module: nn.Module, layer_scale: nn.Module | None) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a linear layer and the layer scale after it. Raises NotCovered."""
+    weight, bias = _read_plain(module)
+    if layer_scale is None or class_name(layer_scale) == "Identity":
+        return weight, bias
+    if class_name(layer_scale) not in ("LayerScale", "LayerScale2d"):
+        raise NotCovered(f"{class_name(layer_scale)} after its attention")
+    factor = tensor_of(layer_scale, "gamma")
+    _refuse_subclasses(factor)
+    if factor.shape != weight.shape[:1]:
+        raise NotCovered(f"a layer scale {tuple(factor.shape)} of {len(weight)} channels")
+    return factor[:, None] * weight, None if bias is None else factor * bias
