@@ -101,5 +101,5 @@ def test_frozen_models_of_each_precision() -> None:
     assert found["failures"] == {
         "cpu frozen bfloat16": "ValueError: this CPU does not multiply bfloat16"
     }
-    images = [[1, 3, 64, 64]] * 16
+    images = [[1, 3, 64, 64]] * 64
     assert found["calibrated"] == [["torch.float32", []], ["torch.int8", images]]
