@@ -16,7 +16,8 @@ import torch
 from device import frozen_backends, own_backends
 from floor import Product, product_floors
 from interleaved import Comparison, Contender, Group, contenders_of
-from peers import RUNTIMES, checkpointed, compiled, make_peers
+from peers import checkpointed, compiled
+from runtimes import Served, available, make_runtime
 from shapes import (
     EVAL_BATCHES,
     EXPAND_RATIO,
@@ -34,6 +35,8 @@ FLOORS = product_floors()
 STOCK = {"stock": torch.contiguous_format, "stock channels_last": torch.channels_last}
 FUSED = own_backends()
 FROZEN = frozen_backends()
+# In float32, as the floors.
+RUNTIMES = available("OpenVINO float32", "ONNX Runtime", "torch.compile")
 LEVELS = ("auto", "none", "expand", "block")
 
 
@@ -130,15 +133,15 @@ def make_eval_group(block: Block, batch: int, names: Sequence[str]) -> Group:
     stock, make_fused, x = make_blocks(block, batch)
     stock.eval()
     sizes = product_sizes(block, batch)
-    peers = make_peers(names, stock, x)
+    served = Served(stock, x)
 
     def make(name: str) -> Contender:
         if name in FLOORS:
             return make_floor(FLOORS[name], sizes, training=False)
         if name in STOCK:
             return eval_contender(stock, x.contiguous(memory_format=STOCK[name]))
-        if name in peers:
-            return peers[name]
+        if name in RUNTIMES:
+            return make_runtime(name, served)
         fused = make_fused("auto").eval()
         return eval_contender(mk.freeze(fused) if name in FROZEN else fused, x, name.split()[0])
 
@@ -172,8 +175,8 @@ EVAL = [
     Comparison(
         f"mbconv eval {block} batch {batch}",
         partial(make_eval_group, block, batch),
-        contenders=(*FLOORS, *STOCK, *RUNTIMES, *FUSED, *FROZEN),
-        slow=("torch.compile",),
+        contenders=(*FLOORS, *STOCK, *RUNTIMES[:-1], *FUSED, *FROZEN),
+        slow=RUNTIMES[-1:],
         full=batch != EVAL_BATCHES[0],
     )
     for block in (*PLAIN_BLOCKS, *OTHER_BLOCKS)

@@ -1,77 +1,133 @@
 """Whole models: eval, and a training step (forward and backward), at the batches of shapes.py.
 
-OpenVINO and ONNX Runtime (peers.py) take part in eval where they are installed. They prepare
-weights once, as do torch.compile with its weights frozen and our frozen model (`freeze`).
+Runtimes (runtimes.py) take part in eval where they are installed. They prepare weights once, as
+does our frozen model (`freeze`). Beside its time stands what each computes: the largest error of
+its logits over the largest logit, against the stock model in float64.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from functools import partial
+from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 import pytest
 import torch
 from bench_mbconv import FROZEN, FUSED, LEVELS, STOCK
+from images import calibration_batches, measured_images
 from interleaved import Comparison, Contender, Group, contenders_of
-from peers import RUNTIMES, checkpoint_blocks, compiled, make_peers
+from peers import checkpoint_blocks, compiled
+from runtimes import RUNTIMES, Served, make_runtime
 from shapes import MODELS, Model
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import moat_kernels as mk
 
 QUICK_EVAL, QUICK_TRAINING = ("tiny_moat_0", "moat_0"), ("tiny_moat_0",)
+LOW_PRECISIONS = {f"{name} {dtype}": dtype for name in FROZEN for dtype in ("bfloat16", "int8")}
 
 
-def make_contender(
-    model: torch.nn.Module, x: Tensor, training: bool, backend: str | None = None
-) -> Contender:
-    """A forward pass without gradients, or forward and backward of a scalar loss."""
-
-    def forward() -> Tensor:
-        if backend is None:
-            return model(x).square().mean()
-        with mk.use_backend(backend):
-            return model(x).square().mean()
-
-    if not training:
-        return Contender(torch.no_grad()(forward))
-    state = (*model.parameters(), *model.buffers())
-    return Contender(
-        lambda: forward().backward(), lambda: model.zero_grad(set_to_none=True), forward, state
-    )
-
-
-def make_group(model: Model, batch: int, training: bool, names: Sequence[str]) -> Group:
-    """The contenders named, with the same weights and images."""
+def make_stock(model: Model) -> mk.MOAT:
     torch.manual_seed(0)
-    x = torch.randn(batch, 3, model.resolution, model.resolution)
+    return mk.create_model(model.name, fused=False, drop_path_rate=0.0)
+
+
+def make_fused(model: Model, stock: mk.MOAT, **options: Any) -> mk.MOAT:
+    """With the parameters of `stock`, shared: moat_4 fits once."""
+    fused = mk.create_model(model.name, drop_path_rate=0.0, **options)
+    fused.load_state_dict(stock.state_dict(), assign=True)
+    return fused.train(stock.training)
+
+
+def forward(model: nn.Module, x: Tensor, backend: str | None) -> Tensor:
+    if backend is None:
+        return model(x)
+    with mk.use_backend(backend):
+        return model(x)
+
+
+def make_eval_group(model: Model, batch: int, names: Sequence[str]) -> Group:
+    """The contenders named, with the same weights and images."""
+    x = measured_images(batch, model.resolution)
     channels_last = x.to(memory_format=torch.channels_last)
-    stock = mk.create_model(model.name, fused=False, drop_path_rate=0.0).train(training)
-    peers = {} if training else make_peers(names, stock, x)
+    calibration = calibration_batches(model.resolution)
+    stock = make_stock(model).eval()
+    served = Served(stock, x, calibration)
+    exact = cache(partial(exact_logits, stock, x))
+
+    def run(model: nn.Module, x: Tensor, backend: str | None = None) -> Contender:
+        return Contender(torch.no_grad()(partial(forward, model, x, backend)))
 
     def make(name: str) -> Contender:
-        if name in peers:
-            return peers[name]
+        if name in RUNTIMES:
+            return make_runtime(name, served)
         if name in STOCK:
-            return make_contender(stock, x.contiguous(memory_format=STOCK[name]), training)
-        if name == "stock checkpoint":
-            checkpointed = checkpoint_blocks(copy.deepcopy(stock))
-            return make_contender(checkpointed, channels_last, training)
-        if name == "torch.compile":
-            return make_contender(compiled(stock), channels_last, training)
-        backend, _, level = name.partition(" ")
-        recompute = level if training else "auto"
-        fused = mk.create_model(model.name, recompute=recompute, drop_path_rate=0.0)
-        fused.load_state_dict(stock.state_dict(), assign=True)  # moat_4 fits once
-        fused.train(training)
-        ours = mk.freeze(fused) if name in FROZEN else fused
-        return make_contender(ours, channels_last, training, backend)
+            return run(stock, x.contiguous(memory_format=STOCK[name]))
+        backend = name.split()[0]
+        fused = make_fused(model, stock)
+        if name == backend:
+            return run(fused, channels_last, backend)
+        return run(freeze(fused, LOW_PRECISIONS.get(name), calibration), channels_last, backend)
 
-    flops = (3 if training else 1) * batch * _flops(model)
-    return Group(names, make, flops)
+    def make_with_error(name: str) -> Contender:
+        contender = make(name)
+        return replace(
+            contender, facts=lambda: {"logit_error": largest_error(contender.call(), exact())}
+        )
+
+    return Group(names, make_with_error, batch * _flops(model))
+
+
+def freeze(model: mk.MOAT, precision: str | None, calibration: Sequence[Tensor]) -> nn.Module:
+    """precision: None is the model's own."""
+    if precision is None:
+        return mk.freeze(model)
+    if precision == "int8":
+        return mk.freeze(model, dtype=torch.int8, calibration=calibration)
+    return mk.freeze(model, dtype=getattr(torch, precision))
+
+
+@torch.no_grad()
+def exact_logits(stock: nn.Module, x: Tensor) -> Tensor:
+    """By the model in float64, image by image: a batch of them needs much memory."""
+    exact = copy.deepcopy(stock).double()
+    return torch.cat([exact(image) for image in x.double().split(1)])
+
+
+def largest_error(logits: Tensor, exact: Tensor) -> float:
+    """Over the largest logit."""
+    return ((logits - exact).abs().max() / exact.abs().max()).item()
+
+
+def make_training_group(model: Model, batch: int, names: Sequence[str]) -> Group:
+    """The contenders named, with the same weights and images: forward and backward of a scalar."""
+    x = measured_images(batch, model.resolution)
+    channels_last = x.to(memory_format=torch.channels_last)
+    stock = make_stock(model).train()
+
+    def run(model: nn.Module, x: Tensor, backend: str | None = None) -> Contender:
+        def loss() -> Tensor:
+            return forward(model, x, backend).square().mean()
+
+        state = (*model.parameters(), *model.buffers())
+        return Contender(
+            lambda: loss().backward(), lambda: model.zero_grad(set_to_none=True), loss, state
+        )
+
+    def make(name: str) -> Contender:
+        if name in STOCK:
+            return run(stock, x.contiguous(memory_format=STOCK[name]))
+        if name == "stock checkpoint":
+            return run(checkpoint_blocks(copy.deepcopy(stock)), channels_last)
+        if name == "torch.compile":
+            return run(compiled(stock), channels_last)
+        backend, level = name.split()
+        return run(make_fused(model, stock, recompute=level), channels_last, backend)
+
+    return Group(names, make, 3 * batch * _flops(model))
 
 
 def _flops(model: Model) -> float:
@@ -85,8 +141,8 @@ def _flops(model: Model) -> float:
 EVAL = [
     Comparison(
         f"model eval {model} batch {batch}",
-        partial(make_group, model, batch, False),
-        contenders=(*STOCK, "torch.compile", *RUNTIMES, *FUSED, *FROZEN),
+        partial(make_eval_group, model, batch),
+        contenders=(*STOCK, *RUNTIMES, *FUSED, *FROZEN, *LOW_PRECISIONS),
         full=model.name not in QUICK_EVAL or batch != model.eval_batches[0],
     )
     for model in MODELS
@@ -95,7 +151,7 @@ EVAL = [
 TRAINING = [
     Comparison(
         f"model training {model} batch {model.training_batch}",
-        partial(make_group, model, model.training_batch, True),
+        partial(make_training_group, model, model.training_batch),
         contenders=(
             *(*STOCK, "stock checkpoint", "torch auto"),
             *(f"{name} {level}" for level in LEVELS for name in FUSED[1:]),

@@ -10,7 +10,10 @@ from device import chosen, measured_dtype
 
 from moat_kernels.info import collect
 
-PEERS = ("openvino", "onnxruntime", "timm", "torchvision", "vit-pytorch")
+PEERS = (
+    *("openvino", "nncf", "onnxruntime", "zentorch"),
+    *("timm", "torchvision", "vit-pytorch"),
+)
 
 
 def facts() -> dict[str, Any]:

@@ -79,7 +79,12 @@ def describe(facts: dict[str, Any]) -> str:
     """The machine and the versions, in one line."""
     cpu, versions = facts["cpu"], facts["versions"]
     kernels = facts["extension"].get("instruction_set", "none")
-    peers = {"openvino": "OpenVINO", "onnxruntime": "ONNX Runtime"}
+    peers = {
+        "openvino": "OpenVINO",
+        "nncf": "NNCF",
+        "onnxruntime": "ONNX Runtime",
+        "zentorch": "zentorch",
+    }
     measured = facts.get("measured", {"is_gpu": False, "dtype": "float32"})
     gpu = f"on {measured['device']}" if is_gpu(facts) else "no GPU was used"
     installed = [f"{name} {versions[key]}" for key, name in peers.items() if versions.get(key)]

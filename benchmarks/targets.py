@@ -31,9 +31,8 @@ from shapes import ATTENTION_MAPS, LARGE_MODELS, MODELS, OTHER_BLOCKS, PLAIN_BLO
 BUILD = Path(__file__).parents[1] / "build"
 BENCHMARKS, MEASURED = BUILD / "benchmarks.json", BUILD / "targets.json"
 
-TIME, SAVED = "interleaved_ms", "saved_bytes"
+TIME, SAVED, ERROR = "interleaved_ms", "saved_bytes", "logit_error"
 STOCK = ("stock", "stock channels_last")
-RUNTIMES = ("OpenVINO", "ONNX Runtime", "torch.compile")
 
 
 @dataclass(frozen=True)
@@ -123,9 +122,53 @@ def attention_targets() -> list[Target]:
 
 # Raised once they were easy: docs/cpu_kernels.md says from what. Speedups of the variants that are
 # not named are the least.
+RUNTIMES = ("OpenVINO float32", "ONNX Runtime", "torch.compile")
 EVAL_SPEEDUPS, LEAST_EVAL_SPEEDUP = {"tiny_moat_0": 1.30, "moat_0": 1.15}, 1.10
+# Of frozen models in low precision, over OpenVINO as it comes and over float32.
+BFLOAT16_SPEEDUPS, LEAST_BFLOAT16_SPEEDUP = {"tiny_moat_0": 1.25, "moat_0": 1.15}, 1.10
+BFLOAT16_OVER_FLOAT32 = {"tiny_moat_0": 1.40, "moat_0": 1.60}
+INT8_SPEEDUP = 1.10
 TRAINING_SPEEDUPS, LEAST_TRAINING_SPEEDUP = {"tiny_moat_0": 1.9, "moat_0": 1.6}, 1.5
 SAVED_LIMITS = {"cpu auto": 0.40, "cpu expand": 0.22, "cpu block": 0.10}
+
+
+def low_precision_targets() -> list[Target]:
+    """Of the two smallest models at batch 1 and 8, of the others at batch 1."""
+    groups = {
+        f"model eval {model} batch {batch}": model.name
+        for batch in (1, 8)
+        for model in MODELS
+        if batch == 1 or model.name in BFLOAT16_OVER_FLOAT32
+    }
+
+    def speedup(group: str, ours: str, over: str, least: float) -> Target:
+        section = f"model eval, {ours}, speedup over {over}"
+        return Target(section, group, TIME, ours, (over,), at_least=least)
+
+    bfloat16, int8 = "cpu frozen bfloat16", "cpu frozen int8"
+    return [
+        *(
+            speedup(
+                *(group, bfloat16, "OpenVINO"),
+                BFLOAT16_SPEEDUPS.get(name, LEAST_BFLOAT16_SPEEDUP),
+            )
+            for group, name in groups.items()
+        ),
+        *(
+            speedup(group, bfloat16, "cpu frozen", BFLOAT16_OVER_FLOAT32[name])
+            for group, name in groups.items()
+            if name in BFLOAT16_OVER_FLOAT32
+        ),
+        *(speedup(group, int8, "OpenVINO int8", INT8_SPEEDUP) for group in groups),
+        *(
+            Target(
+                f"model eval, {int8}, logit error over that of OpenVINO int8",
+                *(group, ERROR, int8, ("OpenVINO int8",)),
+                at_most=1.0,
+            )
+            for group in groups
+        ),
+    ]
 
 
 def model_targets() -> list[Target]:
@@ -175,7 +218,7 @@ HOST_TARGET = Target(
     at_most=1.0,
 )
 TARGETS = [
-    *(*block_targets(), *attention_targets(), *model_targets()),
+    *(*block_targets(), *attention_targets(), *low_precision_targets(), *model_targets()),
     *(READING_TARGET, HOST_TARGET),
 ]
 COMPARISONS = {

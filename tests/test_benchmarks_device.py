@@ -188,7 +188,7 @@ def test_batches_and_rows_suit_the_device(contenders: dict[str, dict]) -> None:
         "model eval moat_0 224 batch 256",
         "model training tiny_moat_0 256 batch 64",
     } <= set(gpu["quick"])
-    of_cpus = {"cpu", "OpenVINO", "ONNX", "floor, oneDNN"}
+    of_cpus = {"cpu", "OpenVINO", "ONNX", "zentorch", "torch.compile bfloat16", "floor, oneDNN"}
     rows = {name for names in gpu["names"].values() for name in names}
     assert not [name for name in rows if name.split()[0] in of_cpus or name in of_cpus]
     assert {"triton", "triton auto", "torch.compile", "floor"} <= rows
