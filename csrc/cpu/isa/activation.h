@@ -38,10 +38,14 @@ constexpr float kGeluRange = 5.6f;
 // max(x, 0), but NaN for -infinity, which GELU in PyTorch multiplies by Phi(x) = 0.
 [[gnu::always_inline]] inline Vec gelu_relu(Vec x) { return minimum(absolute(x), x + absolute(x)); }
 
-// relu(x) - t q(t)^(2^squarings) with t = min(|x|, range), count vectors at once to hide latencies.
-template <int squarings, int degree, int count>
+// NaN stays NaN.
+[[gnu::always_inline]] inline Vec relu(Vec x) { return maximum(Vec{}, x); }
+
+// positive(x) - t q(t)^(2^squarings) with t = min(|x|, range), count vectors at once to hide
+// latencies.
+template <int squarings, int degree, int count, class Positive>
 [[gnu::always_inline]] inline void gelu_by_root(const float (&root)[degree + 1], float range,
-                                                Vec (&x)[count]) {
+                                                Vec (&x)[count], Positive&& positive) {
   Vec t[count];
   Vec q[count];
   unroll<count>([&](auto i) __attribute__((always_inline)) {
@@ -57,7 +61,7 @@ template <int squarings, int degree, int count>
     unroll<count>([&](auto i) __attribute__((always_inline)) { q[i] = q[i] * q[i]; });
   });
   unroll<count>([&](auto i)
-                    __attribute__((always_inline)) { x[i] = gelu_relu(x[i]) - t[i] * q[i]; });
+                    __attribute__((always_inline)) { x[i] = positive(x[i]) - t[i] * q[i]; });
 }
 
 // x * Phi(x). Absolute error 4.8e-7 (one unit in the last place at |x| = 4; PyTorch's own: 3.8e-7).
@@ -67,16 +71,17 @@ template <int count>
 [[gnu::always_inline]] inline void gelu(Vec (&x)[count]) {
   constexpr float kRoot[7] = {0.957604408f,    -0.0477672964f,   -0.0178059563f,  -0.00134401256f,
                               0.000658403849f, -3.52191528e-05f, -1.17588206e-06f};
-  gelu_by_root<4, 6, count>(kRoot, kGeluRange, x);
+  gelu_by_root<4, 6, count>(kRoot, kGeluRange, x, gelu_relu);
 }
 
 // The same of results that are rounded to 16 or 8 bits: with an error below 2^-11 of the result,
-// an eighth of what bfloat16 rounds by, plus 2^-15. The fit of degree 4 to Phi(-t)^(1/8).
+// an eighth of what bfloat16 rounds by, plus 2^-15. The fit of degree 4 to Phi(-t)^(1/8). The
+// smallest result, and not NaN, is that of -infinity.
 template <int count>
 [[gnu::always_inline]] inline void rounded_gelu(Vec (&x)[count]) {
   constexpr float kRoot[5] = {0.916699572f, -0.0890805349f, -0.0368491522f, 0.00318264685f,
                               0.000417200844f};
-  gelu_by_root<3, 4, count>(kRoot, 5.0f, x);
+  gelu_by_root<3, 4, count>(kRoot, 5.0f, x, relu);
 }
 
 struct ValueAndSlope {
@@ -119,9 +124,6 @@ struct ValueAndSlope {
   const Vec slope = kScale * (1.0f + 3.0f * kCubic * square);
   return {x * gate, gate + x * gate * (1.0f - gate) * slope};
 }
-
-// NaN stays NaN.
-[[gnu::always_inline]] inline Vec relu(Vec x) { return maximum(Vec{}, x); }
 
 // count vectors through an activation, in place. Element: what the results are rounded to.
 template <Activation kind, int count, class Element = float>

@@ -3,9 +3,8 @@
 // A strip of rows of the first convolution's output stays in cache; memory moves x and the output
 // once. On maps [row][column][channel] the three pixels that a row of a 3x3 kernel sees lie side by
 // side, so a convolution is three matrix products, whose rows overlap: no im2col copy. The second
-// one goes by Winograd's transform in float, two rows at a time, and only where that gives a value
-// that is not finite by these products. In bfloat16 it goes by the products, which take as long as
-// the transform and its products in float do.
+// one goes by Winograd's transform, two rows at a time, whose products alone are of the problem's
+// kind, and only where that gives a value that is not finite by these products, in float.
 
 #include "cpu/common/stem_eval_kernels.h"
 
@@ -34,9 +33,7 @@ int64_t input_row(const StemProblem& problem) {
 }
 
 int64_t first_depth(const StemProblem& problem) { return kSide * problem.in_channels; }
-int64_t second_depth(const StemProblem& problem) {
-  return kSide * words_of(side_of(problem.product), middle_channels(problem));
-}
+int64_t second_depth(const StemProblem& problem) { return kSide * middle_channels(problem); }
 
 // Pairs of output rows, which Winograd's transform takes together, are divided among strips: an
 // even number of these, for pairs of threads.
@@ -52,8 +49,8 @@ int64_t most_strip_rows(const StemProblem& problem) {
   return 2 * divide_up(row_pairs(problem), strip_count(problem));
 }
 
-// The weights of a panel of output channels: [kernel row][words of the depth][kPanel] of both
-// convolutions, the first one's floats, and their biases [kPanel].
+// The weights of a panel of output channels: [kernel row][depth][kPanel] of both convolutions, and
+// their biases [kPanel].
 struct PackedPanel {
   float *first, *first_bias, *second, *second_bias;
 };
@@ -76,25 +73,19 @@ PackedPanel packed_panel(const StemProblem& problem, const float* packed, int64_
   return packed_panel(problem, const_cast<float*>(packed), panel);
 }
 
-// to[kernel row][kernel column][word of channels][kPanel] = scale[out] * weight[out][channel][3][3]
-// for the kPanel outputs from `first` on; `padded` channels, those from `channels` on and outputs
-// from `outputs` on zero.
-template <class Kind>
+// to[kernel row][kernel column][channel][kPanel] = scale[out] * weight[out][channel][3][3] for the
+// kPanel outputs from `first` on; `padded` channels, those from `channels` on and outputs from
+// `outputs` on zero.
 void pack_kernel(const float* weight, int64_t first, int64_t outputs, int64_t channels,
                  int64_t padded, const float* scale, float* to) {
   for (int64_t row = 0; row < kSide; ++row) {
     for (int64_t column = 0; column < kSide; ++column) {
-      for (int64_t channel = 0; channel < padded; channel += Kind::kPerWord) {
-        float values[kPanel * Kind::kPerWord];
-        for (int64_t i = 0; i < kPanel * Kind::kPerWord; ++i) {
-          const int64_t output = i / Kind::kPerWord;
-          const int64_t input = channel + i % Kind::kPerWord;
-          const bool exists = input < channels && first + output < outputs;
-          const int64_t at = (((first + output) * channels + input) * kSide + row) * kSide + column;
-          values[i] = exists ? weight[at] * scale[output] : 0.0f;
+      for (int64_t channel = 0; channel < padded; ++channel) {
+        for (int64_t i = 0; i < kPanel; ++i) {
+          const bool exists = channel < channels && first + i < outputs;
+          const int64_t at = (((first + i) * channels + channel) * kSide + row) * kSide + column;
+          *to++ = exists ? weight[at] * scale[i] : 0.0f;
         }
-        to_words<Kind>(values, kPanel * Kind::kPerWord, to);
-        to += kPanel;
       }
     }
   }
@@ -115,16 +106,17 @@ void read_row(const StemProblem& problem, int64_t image, int64_t row, float* to)
   }
 }
 
-// sums += the products of `rows` pixels with a kernel. Pixels are `pixel_stride` words apart, the
+// sums += the products of `rows` pixels with a kernel. Pixels are `pixel_stride` floats apart, the
 // rows that the kernel sees `row_stride`.
-template <class Kind, int rows, int vectors>
+template <int rows, int vectors>
 [[gnu::always_inline]] inline void convolve(const float* from, int64_t pixel_stride,
                                             int64_t row_stride, const float* weights, int64_t depth,
                                             Vec (&sums)[rows][vectors]) {
   Ahead nothing = {weights, weights};
   for (int64_t row = 0; row < kSide; ++row) {
-    multiply<Kind, rows, vectors>({from + row * row_stride, pixel_stride, 1},
-                                  weights + row * depth * kPanel, kPanel, depth, sums, nothing);
+    multiply<FloatProduct, rows, vectors>({from + row * row_stride, pixel_stride, 1},
+                                          weights + row * depth * kPanel, kPanel, depth, sums,
+                                          nothing);
   }
 }
 
@@ -133,26 +125,32 @@ const float* transformed_weights(const StemProblem& problem, const float* packed
 }
 
 // The second convolution's kernels for one panel of outputs: see WinogradRows.
+template <class Kind>
 void pack_transformed(const StemProblem& problem, int64_t panel, float* transformed) {
-  const int64_t depth = middle_channels(problem);
-  const int64_t stride = round_up(depth, kPanel) * depth;
-  for (int64_t channel = 0; channel < depth; ++channel) {
-    for (int64_t i = 0; i < kPanel; ++i) {
-      const int64_t output = panel * kPanel + i;
-      const bool exists = channel < problem.channels && output < problem.channels;
-      constexpr float kNone[kSide * kSide] = {};
+  constexpr int64_t kPerWord = Kind::kPerWord;
+  constexpr int64_t kWordValues = kPanel * kPerWord;
+  const int64_t words = middle_channels(problem) / kPerWord;
+  for (int64_t word = 0; word < words; ++word) {
+    float points[kPoints * kWordValues] = {};
+    for (int64_t i = 0; i < kWordValues; ++i) {
+      const int64_t output = panel * kPanel + i / kPerWord;
+      const int64_t channel = word * kPerWord + i % kPerWord;
+      if (channel >= problem.channels || output >= problem.channels) continue;
       const float* kernel =
           problem.second.weight + (output * problem.channels + channel) * kSide * kSide;
-      transform_kernel(exists ? kernel : kNone, stride,
-                       transformed + (panel * depth + channel) * kPanel + i);
+      transform_kernel(kernel, kWordValues, points + i);
+    }
+    for (int64_t point = 0; point < kPoints; ++point) {
+      const int64_t place = (point * stem_eval_panels(problem) + panel) * words + word;
+      to_words<Kind>(points + point * kWordValues, kWordValues, transformed + place * kPanel);
     }
   }
 }
 
 // A row of the first convolution with norm and GELU, from three rows of x, for one panel.
-template <int vectors, class Element>
+template <int vectors>
 void first_convolution(const StemProblem& problem, const float* input, const PackedPanel& panel,
-                       Element* middle) {
+                       float* middle) {
   const int64_t pitch = middle_channels(problem);
   for_row_blocks(problem.out_width, [&](auto count, int64_t pixel) __attribute__((always_inline)) {
     constexpr int kCount = decltype(count)::value;
@@ -160,11 +158,10 @@ void first_convolution(const StemProblem& problem, const float* input, const Pac
     unroll<kCount * vectors>([&](auto i) __attribute__((always_inline)) {
       sums[i / vectors][i % vectors] = load(panel.first_bias + (i % vectors) * kWidth);
     });
-    convolve<FloatProduct, kCount, vectors>(input + 2 * pixel * problem.in_channels,
-                                            2 * problem.in_channels, input_row(problem),
-                                            panel.first, first_depth(problem), sums);
+    convolve<kCount, vectors>(input + 2 * pixel * problem.in_channels, 2 * problem.in_channels,
+                              input_row(problem), panel.first, first_depth(problem), sums);
     unroll<kCount>([&](auto i) __attribute__((always_inline)) {
-      activate<Activation::gelu, vectors, Element>(sums[i]);
+      gelu<vectors>(sums[i]);
       unroll<vectors>([&](auto v) __attribute__((always_inline)) {
         store(middle + (pixel + i) * pitch + v * kWidth, sums[i][v]);
       });
@@ -173,12 +170,10 @@ void first_convolution(const StemProblem& problem, const float* input, const Pac
 }
 
 // Two rows of the second convolution for one panel; `middle` starts at the row above.
-template <class Kind, int vectors>
+template <int vectors>
 void second_convolution(const StemProblem& problem, const float* middle, const PackedPanel& panel,
                         float* result) {
   const int64_t pitch = middle_channels(problem);
-  const int64_t words = pitch / Kind::kPerWord;
-  const int64_t row_words = middle_row(problem) / Kind::kPerWord;
   for (int64_t row = 0; row < 2; ++row) {
     for_row_blocks(
         problem.out_width, [&](auto count, int64_t pixel) __attribute__((always_inline)) {
@@ -188,8 +183,8 @@ void second_convolution(const StemProblem& problem, const float* middle, const P
           unroll<kCount * vectors>([&](auto i) __attribute__((always_inline)) {
             sums[i / vectors][i % vectors] = load(panel.second_bias + (i % vectors) * kWidth);
           });
-          convolve<Kind, kCount, vectors>(middle + row * row_words + pixel * words, words,
-                                          row_words, panel.second, second_depth(problem), sums);
+          convolve<kCount, vectors>(middle + row * middle_row(problem) + pixel * pitch, pitch,
+                                    middle_row(problem), panel.second, second_depth(problem), sums);
           unroll<kCount * vectors>([&](auto i) __attribute__((always_inline)) {
             constexpr int v = i % vectors;
             store(out + (i / vectors) * pitch + v * kWidth, sums[i / vectors][v]);
@@ -198,12 +193,11 @@ void second_convolution(const StemProblem& problem, const float* middle, const P
   }
 }
 
-template <class Kind>
 void convolve_rows(const StemProblem& problem, const float* packed, const float* middle,
                    float* result) {
   for_panels(
       middle_channels(problem), [&](auto vectors, int64_t channel) __attribute__((always_inline)) {
-        second_convolution<Kind, decltype(vectors)::value>(
+        second_convolution<decltype(vectors)::value>(
             problem, middle, packed_panel(problem, packed, channel / kPanel), result + channel);
       });
 }
@@ -215,9 +209,8 @@ int64_t stem_eval_panels(const StemProblem& problem) { return divide_up(problem.
 int64_t stem_eval_strips(const StemProblem& problem) { return strip_count(problem); }
 
 int64_t stem_eval_packed_size(const StemProblem& problem) {
-  const bool transforms = problem.product == Product::float32;
   return stem_eval_panels(problem) * panel_floats(problem) +
-         (transforms ? winograd_weights_size(middle_channels(problem)) : 0);
+         winograd_weights_size(problem.product, middle_channels(problem));
 }
 
 int64_t stem_eval_scratch_size(const StemProblem& problem) {
@@ -239,46 +232,41 @@ void stem_eval_pack(const StemProblem& problem, int64_t panel, float* packed) {
     to.first_bias[i] = folded.shift;
     to.second_bias[i] = exists && problem.second.bias ? problem.second.bias[first + i] : 0.0f;
   }
-  pack_kernel<FloatProduct>(problem.first.weight, first, problem.channels, problem.in_channels,
-                            problem.in_channels, scale, to.first);
+  pack_kernel(problem.first.weight, first, problem.channels, problem.in_channels,
+              problem.in_channels, scale, to.first);
   for (float& value : scale) value = 1.0f;
+  pack_kernel(problem.second.weight, first, problem.channels, problem.channels,
+              middle_channels(problem), scale, to.second);
+  float* transformed = packed + stem_eval_panels(problem) * panel_floats(problem);
   with_side_product(problem.product, [&](auto kind) {
-    pack_kernel<decltype(kind)>(problem.second.weight, first, problem.channels, problem.channels,
-                                middle_channels(problem), scale, to.second);
+    pack_transformed<decltype(kind)>(problem, panel, transformed);
   });
-  if (problem.product == Product::float32) {
-    pack_transformed(problem, panel, packed + stem_eval_panels(problem) * panel_floats(problem));
-  }
 }
 
-namespace {
-
-template <class Kind>
-void compute_strip(const StemProblem& problem, const float* packed, int64_t image, int64_t strip,
-                   float* scratch) {
+void stem_eval(const StemProblem& problem, const float* packed, int64_t image, int64_t strip,
+               float* scratch) {
   const int64_t strips = strip_count(problem);
   const int64_t first = 2 * (row_pairs(problem) * strip / strips);
   const int64_t last = smaller(2 * (row_pairs(problem) * (strip + 1) / strips), problem.out_height);
   const int64_t rows = last - first;
   const int64_t pitch = middle_channels(problem);
-  const int64_t row_words = middle_row(problem) / Kind::kPerWord;
   float* input = scratch;  // the three rows of x that a row of the first convolution sees
   float* middle = input + round_up(kSide * input_row(problem), 16);
   float* tiles = middle + (most_strip_rows(problem) + 2) * middle_row(problem);
   float* result = tiles + winograd_scratch_size(pitch);  // two rows
   float* bias = result + 2 * problem.out_width * pitch;
   for (int64_t row = 0; row < round_up(rows, 2) + 2; ++row) {
-    auto* line = elements_of<Kind>(middle + row * row_words);
+    float* line = middle + row * middle_row(problem);
     const int64_t y = first + row - 1;
     if (y < 0 || y >= problem.out_height) {
-      __builtin_memset(line, 0, static_cast<size_t>(row_words) * sizeof(float));
+      __builtin_memset(line, 0, static_cast<size_t>(middle_row(problem)) * sizeof(float));
       continue;
     }
     for (int64_t i = 0; i < kSide; ++i) {
       read_row(problem, image, 2 * y - problem.top + i, input + i * input_row(problem));
     }
-    for (int64_t i = 0; i < pitch; ++i) line[i] = {};
-    for (int64_t i = (problem.out_width + 1) * pitch; i < middle_row(problem); ++i) line[i] = {};
+    for (int64_t i = 0; i < pitch; ++i) line[i] = 0.0f;
+    for (int64_t i = (problem.out_width + 1) * pitch; i < middle_row(problem); ++i) line[i] = 0.0f;
     for_panels(pitch, [&](auto vectors, int64_t channel) __attribute__((always_inline)) {
       first_convolution<decltype(vectors)::value>(
           problem, input, packed_panel(problem, packed, channel / kPanel), line + pitch + channel);
@@ -291,11 +279,12 @@ void compute_strip(const StemProblem& problem, const float* packed, int64_t imag
   const WinogradRows pair = {problem.out_width, pitch, middle_row(problem),
                              transformed_weights(problem, packed)};
   for (int64_t row = 0; row < rows; row += 2) {
-    const float* from = middle + row * row_words;
-    constexpr bool kTransforms = Kind::kPerWord == 1;
-    if (!kTransforms || !winograd_rows(pair, from, bias, tiles, result)) {
-      convolve_rows<Kind>(problem, packed, from, result);
-    }
+    const float* from = middle + row * middle_row(problem);
+    bool finite = false;
+    with_side_product(problem.product, [&](auto kind) {
+      finite = winograd_rows<decltype(kind)>(pair, from, bias, tiles, result);
+    });
+    if (!finite) convolve_rows(problem, packed, from, result);
     with_elements(problem.output_type, problem.output, [&](auto* out) {
       out += (image * problem.out_height + first + row) * problem.out_width * problem.channels;
       for (int64_t pixel = 0; pixel < smaller(2, rows - row) * problem.out_width; ++pixel) {
@@ -303,15 +292,6 @@ void compute_strip(const StemProblem& problem, const float* packed, int64_t imag
       }
     });
   }
-}
-
-}  // namespace
-
-void stem_eval(const StemProblem& problem, const float* packed, int64_t image, int64_t strip,
-               float* scratch) {
-  with_side_product(problem.product, [&](auto kind) {
-    compute_strip<decltype(kind)>(problem, packed, image, strip, scratch);
-  });
 }
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

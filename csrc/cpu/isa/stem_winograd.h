@@ -13,8 +13,8 @@ namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 constexpr int64_t kPoints = 16;     // places of a transformed tile
 constexpr int64_t kMostTiles = 32;  // that are computed together
 
-// A pair of output rows. Pixels are `channels` floats apart, a multiple of kWidth; so are the rows
-// of the weights' panels, [kPoints][panels][channels][kPanel].
+// A pair of output rows. Pixels are `channels` floats apart, a multiple of kWidth; the weights are
+// [kPoints][panels][words of the channels][kPanel].
 struct WinogradRows {
   int64_t columns;  // of the output; the input has two more, and one beyond where they are odd
   int64_t channels;
@@ -26,8 +26,8 @@ struct WinogradRows {
 // one set of the L1 cache.
 inline int64_t point_stride(int64_t channels) { return kMostTiles * channels + 16; }
 
-inline int64_t winograd_weights_size(int64_t channels) {
-  return kPoints * round_up(channels, kPanel) * channels;
+inline int64_t winograd_weights_size(Product kind, int64_t channels) {
+  return kPoints * round_up(channels, kPanel) * words_of(side_of(kind), channels);
 }
 inline int64_t winograd_scratch_size(int64_t channels) {
   return 2 * kPoints * point_stride(channels);
@@ -67,13 +67,14 @@ inline void transform_kernel(const float* g, int64_t stride, float* to) {
   d3 = t3;
 }
 
-// The tiles [first, first + count) of a pair of rows -> transformed [kPoints][tile][channels].
+// The tiles [first, first + count) of a pair of rows -> transformed [kPoints][tile][words].
+template <class Kind>
 inline void transform_tiles(const WinogradRows& rows, const float* input, int64_t first,
                             int64_t count, float* transformed) {
   const int64_t stride = point_stride(rows.channels);
   for (int64_t tile = 0; tile < count; ++tile) {
     const float* from = input + 2 * (first + tile) * rows.channels;
-    float* to = transformed + tile * rows.channels;
+    const auto to = typename Kind::Writer(elements_of<Kind>(transformed)).at(tile * rows.channels);
     for (int64_t channel = 0; channel < rows.channels; channel += kWidth) {
       Vec d[4][4];
       unroll<16>([&](auto i) __attribute__((always_inline)) {
@@ -87,7 +88,7 @@ inline void transform_tiles(const WinogradRows& rows, const float* input, int64_
         transform_input(d[i][0], d[i][1], d[i][2], d[i][3]);
       });
       unroll<16>([&](auto i) __attribute__((always_inline)) {
-        store(to + i * stride + channel, d[i / 4][i % 4]);
+        to.store(i * stride * Kind::kPerWord + channel, d[i / 4][i % 4]);
       });
     }
   }
@@ -132,9 +133,11 @@ inline bool transform_back(const WinogradRows& rows, const float* products, int6
 // result [2][columns][channels] of a pair of rows; `input` starts a row above and a column before.
 // Returns whether all of it is finite: a value that is not would spread to pixels that do not see
 // it.
+template <class Kind>
 inline bool winograd_rows(const WinogradRows& rows, const float* input, const float* bias,
                           float* scratch, float* result) {
   const int64_t channels = rows.channels;
+  const int64_t words = words_of<Kind>(channels);
   const int64_t stride = point_stride(channels);
   float* transformed = scratch;
   float* products = scratch + kPoints * stride;
@@ -144,11 +147,11 @@ inline bool winograd_rows(const WinogradRows& rows, const float* input, const fl
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = tiles * group / groups;
     const int64_t count = tiles * (group + 1) / groups - first;
-    transform_tiles(rows, input, first, count, transformed);
+    transform_tiles<Kind>(rows, input, first, count, transformed);
     for (int64_t point = 0; point < kPoints; ++point) {
-      gemm(count, channels, channels, {transformed + point * stride, channels, 1},
-           rows.weights + point * round_up(channels, kPanel) * channels, channels * kPanel, kPanel,
-           products + point * stride, channels, false);
+      gemm<Kind>(count, channels, words, {transformed + point * stride, words, 1},
+                 rows.weights + point * round_up(channels, kPanel) * words, words * kPanel, kPanel,
+                 products + point * stride, channels, false);
     }
     finite &= transform_back(rows, products, first, count, bias, result);
   }
