@@ -11,7 +11,7 @@
 
 namespace moat_kernels::cpu {
 
-// E channels that a tile or a tensor of training holds together.
+// E channels that a tensor of training holds together.
 constexpr int64_t kWideChannels = 64;
 
 struct SqueezeExcite {

@@ -1,7 +1,7 @@
 // The inverted bottleneck with fixed statistics,
 //   output = shortcut(x) + s W2' (gate * act(dw3x3(act(x W1' + b1'), b2'))) + b3'
 // with every batch norm folded into its neighbour (mbconv_pack.h). For each strip of output rows
-// and each block of 64 of the E channels: expand into a tile, depthwise into a second tile, project
+// and each block of the E channels: expand into a tile, depthwise into a second tile, project
 // into a sum over the blocks; tiles and sum together take about half an L2 cache. Memory moves x
 // and the output once (each strip but the first reuses the last rows of the one before) and the
 // weights; of the E channels only squeeze-excite, which needs them twice, stores one image's.

@@ -16,7 +16,7 @@ constexpr int64_t kPitchOf = kBlock / Kind::kPerWord + 16;
 constexpr int64_t kPitch = kPitchOf<FloatProduct>;
 
 // What a tile of expanded rows may take of the L2 cache, in floats.
-constexpr int64_t kExpandedFloats = 40 * 1024;
+constexpr int64_t kExpandedFloats = 640 * kBlock;
 
 // The rows [first, last) of a map.
 struct Rows {
