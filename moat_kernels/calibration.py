@@ -21,7 +21,7 @@ from moat_kernels.ops.frozen import FrozenSequence, FrozenStep, Quantization, Qu
 
 # Values of an operand that are kept of each batch; their smallest and largest are exact.
 _KEPT_VALUES = 1 << 12
-# Shares of the whole range that bytes may span: values beyond it are clamped.
+# Shares of the range on either side of 0 that bytes may span: values beyond are clamped.
 _SHARES = (1.0, 0.95, 0.9, 0.85, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)
 # Root mean square error of the results, over theirs, that int8 may add: some twice of what bfloat16
 # does to a MOAT by itself.
@@ -43,11 +43,13 @@ def quantization_of(values: Tensor) -> Quantization:
         bytes_ = (values / scale).round().add(zero).clamp(0, 255)
         return float(((bytes_ - zero) * scale - values).square().sum())
 
-    def span(share: float) -> Quantization:
-        scale = share * (high - low) / 255 or 1.0
-        return Quantization(scale, round(-share * low / scale))
+    def span(low: float, high: float) -> Quantization:
+        scale = (high - low) / 255 or 1.0
+        return Quantization(scale, round(-low / scale))
 
-    return min(map(span, _SHARES), key=error)
+    high = min((share * high for share in _SHARES), key=lambda end: error(span(low, end)))
+    low = min((share * low for share in _SHARES), key=lambda end: error(span(end, high)))
+    return span(low, high)
 
 
 class Operand:
@@ -62,7 +64,7 @@ class Operand:
             return
         if not torch.isfinite(flat).all():
             raise ValueError("calibration gave values that are not finite inside the model")
-        # Evenly spaced with a step that is odd, so that no channel is left out.
+        # Evenly spaced, with an odd step, so that channels of an even number all have their turn.
         step = flat.numel() // _KEPT_VALUES | 1
         self._samples.append(torch.cat([flat[::step], torch.stack(flat.aminmax())]).float())
 

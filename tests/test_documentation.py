@@ -18,6 +18,7 @@ from support.peers import import_peer
 import moat_kernels
 from moat_kernels.adapters import registry
 from moat_kernels.extension import load_extension
+from moat_kernels.ops.frozen import multiplies
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted(
@@ -64,6 +65,9 @@ def reason_to_skip(note: str) -> str:
     assert needed != note, f"a note begins with 'needs' or 'not run,', got {note!r}"
     if needed == "the native kernels":
         return "" if load_extension().usable else f"native kernels {load_extension().reason}"
+    if needed == "the native kernels in int8":
+        usable = load_extension().usable and multiplies(torch.int8)
+        return "" if usable else "no native kernels, or a CPU that does not multiply int8"
     import_peer(needed)  # skips where it is missing
     return ""
 

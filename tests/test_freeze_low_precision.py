@@ -195,7 +195,7 @@ def test_the_weights_take_half_and_less() -> None:
     if not multiplies(torch.bfloat16):
         pytest.skip("this CPU does not multiply bfloat16")
     half = mk.freeze(model, torch.bfloat16).sequence.bytes
-    assert half < 0.55 * whole
+    assert half < 0.56 * whole
     in_bytes = mk.freeze(model, torch.int8, [images(2, 64, 64)])
     assert in_bytes.sequence.bytes < half
 
@@ -217,10 +217,10 @@ def test_a_cpu_without_the_instructions_is_told() -> None:
 @torch.no_grad()
 def test_int8_is_within_the_error_that_it_may_have(options: dict) -> None:
     model = make_eval_model(**options)
-    calibration = [images(4, 64, 64) for _ in range(3)]
-    frozen = mk.freeze(model, torch.int8, calibration)
+    sizes = ((64, 64), (33, 47), (96, 70))
+    frozen = mk.freeze(model, torch.int8, [images(8, *size) for size in sizes])
     assert any(layer.int8 for layer in frozen.int8_report)
-    for size in ((64, 64), (33, 47), (96, 70)):
+    for size in sizes:
         x = images(5, *size)
         exact = reference(model, x)
         difference = (frozen(x) - exact).square().mean().sqrt() / exact.square().mean().sqrt()
@@ -304,7 +304,8 @@ def test_the_model_is_left_as_it_was() -> None:
 def test_bytes_span_what_pays() -> None:
     values = torch.cat([torch.linspace(-1, 1, 100000), torch.tensor([3.0])])
     scale, zero = quantization_of(values)
-    assert 2 / 255 < scale < 4 / 255 and 0 <= zero <= 255
+    assert 2 / 255 < scale < 3.6 / 255
+    assert -zero * scale == pytest.approx(-1, abs=0.05)
     assert quantization_of(torch.zeros(3)).scale > 0
     positive = quantization_of(torch.linspace(2, 6, 100))
     assert positive.zero == 0

@@ -181,7 +181,7 @@ def test_scratch_memory_is_kept_within_bounds_and_freed_on_demand() -> None:
         block(torch.randn(1, 8, 32, 32))
         small = release_memory()
         block(torch.randn(1, 8, 600, 600))  # its gated map alone takes 44 MiB
-    assert 0 < small < 2**20
+    assert 0 < small < 2**21
     assert release_memory() == 0
 
 

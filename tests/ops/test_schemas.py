@@ -42,12 +42,14 @@ ATTENTION_HALF = (
     *("norm_weight", "norm_bias", "qkv_weight", "qkv_bias", "proj_weight", "proj_bias"),
     "position_table",
 )
+# Of `frozen.Quantizations`: two of a scale and a zero.
+QUANTIZATIONS = ("first_scale", "first_zero", "second_scale", "second_zero")
 ARGUMENTS = {
     "cpu_mbconv_eval": (
         *("x", *BLOCK_TENSORS, "drop_path_scale"),
         *(*BlockSettings._fields, *BlockPadding._fields, "dtype"),
     ),
-    "cpu_freeze_mbconv": (*BLOCK_TENSORS, *BlockSettings._fields),
+    "cpu_freeze_mbconv": (*BLOCK_TENSORS, *BlockSettings._fields, "dtype", *QUANTIZATIONS),
     "cpu_freeze_for_maps": (
         *("step", "channels", "height", "width", *BlockPadding._fields),
         *("window_height", "window_width", "position_table"),
@@ -68,14 +70,17 @@ ARGUMENTS = {
         *TRAINING,
     ),
     "cpu_stem_eval": ("x", *STEM, "eps"),
-    "cpu_freeze_stem": (*STEM, "eps"),
+    "cpu_freeze_stem": (*STEM, "eps", "dtype"),
     "cpu_attention_half_eval": (
         "y",
         *ATTENTION_HALF,
         *attention_half.Settings._fields,
         "eps",
     ),
-    "cpu_freeze_attention_half": (*ATTENTION_HALF, "heads", "head_dim", "scale", "eps", "grid"),
+    "cpu_freeze_attention_half": (
+        *(*ATTENTION_HALF, "heads", "head_dim", "scale", "eps", "grid", "dtype"),
+        *QUANTIZATIONS,
+    ),
     "cpu_freeze_head": ("norm_weight", "norm_bias", "head_weight", "head_bias", "eps"),
 }
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}

@@ -33,8 +33,10 @@ from support.wrong_arguments import Call, exact, in_float64, with_fields
 
 OPS = torch.ops.moat_kernels
 # These take no tensor.
-WITHOUT_TENSORS = ("cpu_isa", "cpu_release_memory", "cpu_release_scratch")
+WITHOUT_TENSORS = ("cpu_isa", "cpu_multiplies", "cpu_release_memory", "cpu_release_scratch")
 EPS = 1e-3
+# The dtype of a frozen step, and no quantisation.
+IN_FLOAT32 = (torch.float32, 0.0, 0.0, 0.0, 0.0)
 
 
 def randn(*sizes: int) -> Tensor:
@@ -332,20 +334,22 @@ def run_frozen(
 
 
 def frozen_stem(x: Tensor, tensors: list[Tensor | None], eps: float) -> Tensor:
-    return run_frozen(x, OPS.cpu_freeze_stem(*tensors, eps))
+    return run_frozen(x, OPS.cpu_freeze_stem(*tensors, eps, torch.float32))
 
 
 def frozen_mbconv(
     x: Tensor, tensors: list[Any], _: None, settings: list[Any], padding: list[int], __: Any
 ) -> Tensor:
-    return run_frozen(x, OPS.cpu_freeze_mbconv(*tensors, *settings), padding=padding)
+    return run_frozen(x, OPS.cpu_freeze_mbconv(*tensors, *settings, *IN_FLOAT32), padding=padding)
 
 
 def frozen_attention_half(
     y: Tensor, tensors: Any, heads: int, head_dim: int, *others: Any
 ) -> Tensor:
     *window, scale, eps = others
-    frozen = OPS.cpu_freeze_attention_half(*tensors, heads, head_dim, scale, eps, False)
+    frozen = OPS.cpu_freeze_attention_half(
+        *tensors, heads, head_dim, scale, eps, False, *IN_FLOAT32
+    )
     return run_frozen(y, frozen, tensors[-1], window=(window[0], window[1]))
 
 
@@ -356,7 +360,9 @@ def frozen_head(x: Tensor, tensors: list[Tensor | None], eps: float) -> Tensor:
 def frozen_calls() -> list[Call]:
     half = attention_half_arguments()
     y, tensors, heads, head_dim, *window, scale, eps = half
-    step, packed = OPS.cpu_freeze_attention_half(*tensors, heads, head_dim, scale, eps, False)
+    step, packed = OPS.cpu_freeze_attention_half(
+        *tensors, heads, head_dim, scale, eps, False, *IN_FLOAT32
+    )
     placement = [24, 5, 6, *BlockPadding(), *window]
     placed, table = OPS.cpu_freeze_for_maps(step, *placement, tensors[-1])
 
