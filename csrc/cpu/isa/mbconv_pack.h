@@ -17,8 +17,8 @@
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
-// With 32 registers and an L2 cache of 1 MiB or more fewer blocks pay: each reads and writes the sums
-// of all output channels.
+// With 32 registers and an L2 cache of 1 MiB or more fewer blocks pay: each reads and writes the
+// sums of all output channels.
 constexpr int64_t kBlock = kWidth == 16 ? 128 : 64;
 
 inline int64_t block_count(const MBConvProblem& problem) {
