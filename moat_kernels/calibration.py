@@ -153,6 +153,8 @@ def choose_int8(
         return torch.cat([sequence.outputs(x, last)[0].flatten() for x in inputs]).double()
 
     expected = results(exact)
+    if not torch.isfinite(expected).all():
+        raise ValueError("calibration gave results that are not finite")
     scale = float(expected.square().mean()) or 1.0
 
     def squared_error(steps: Sequence[FrozenStep]) -> float:

@@ -278,8 +278,11 @@ def test_calibrations_that_tell_nothing() -> None:
         mk.freeze(model, torch.int8, [])
     spoilt = images(1, 32, 32)
     spoilt[0, 0, 0, 0] = float("nan")
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="values that are not finite inside"):
         mk.freeze(model, torch.int8, [spoilt])
+    nn.init.constant_(model.logits_head.bias, float("inf"))
+    with pytest.raises(ValueError, match="results that are not finite"):
+        mk.freeze(model, torch.int8, [images(1, 32, 32)])
 
 
 def test_common_int8_is_refused_where_the_cpu_lacks_it() -> None:

@@ -254,6 +254,7 @@ void attention_half_pack_panel(const AttentionHalf& problem, int64_t panel, floa
     const int64_t head_words = words_of<Kind>(head_columns(problem)) * kPanel;
     if constexpr (Kind::kScaled) {
       for (int64_t i = 0; i < kPanel; ++i) {
+        bias[kPanel + i] = 0.0f;
         if (i >= columns) continue;
         const WeightColumn column = {source + i * depth, depth, 1.0f, nullptr};
         const float scale = column.scale();

@@ -48,7 +48,7 @@ inline void normalize_row(int64_t channels, float eps, const float* weight, cons
     if (weight) rest[j] *= weight[i + j];
     if (bias) rest[j] += bias[i + j];
   }
-  to.store_part(i, rest, channels - i);
+  write_part(to, i, rest, channels - i);
 }
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

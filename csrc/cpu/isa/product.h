@@ -38,9 +38,6 @@ struct Rounded {
   [[gnu::always_inline]] void store(int64_t i, Vec value) const {
     MOAT_KERNELS_ISA::store(data + i, value);
   }
-  void store_part(int64_t i, const float* values, int64_t count) const {
-    write_part(*this, i, values, count);
-  }
 };
 
 struct FloatProduct {
@@ -59,13 +56,16 @@ struct FloatProduct {
 
 #if defined(__AVX512BF16__)
 
-[[gnu::always_inline]] inline Vec broadcast_bits(const float* word) {
-  uint32_t bits;
-  __builtin_memcpy(&bits, word, sizeof(bits));
-  return vec_of(BitsVec{} + bits);
-}
+// Of words that are no floats.
+struct PackedWords {
+  [[gnu::always_inline]] static Vec broadcast_word(const float* word) {
+    uint32_t bits;
+    __builtin_memcpy(&bits, word, sizeof(bits));
+    return vec_of(BitsVec{} + bits);
+  }
+};
 
-struct BFloat16Product {
+struct BFloat16Product : PackedWords {
   using Element = BFloat16;
   using Sum = Vec;
   using Writer = Rounded<BFloat16>;
@@ -73,9 +73,6 @@ struct BFloat16Product {
   static constexpr int kPerWord = 2;
   static constexpr bool kScaled = false;
 
-  [[gnu::always_inline]] static Vec broadcast_word(const float* word) {
-    return broadcast_bits(word);
-  }
   [[gnu::always_inline]] static Vec multiply_add(Vec a, Vec b, Vec sums) {
     return add_products(a, b, sums);
   }
@@ -95,9 +92,6 @@ struct Quantized {
   [[gnu::always_inline]] void store(int64_t i, Vec value) const {
     store_bytes(data + i, maximum(fma(value, broadcast(factor), broadcast(zero)), Vec{}));
   }
-  void store_part(int64_t i, const float* values, int64_t count) const {
-    write_part(*this, i, values, count);
-  }
 
  private:
   Quantized(uint8_t* data, float factor, float zero) : data(data), factor(factor), zero(zero) {}
@@ -105,7 +99,7 @@ struct Quantized {
 
 // Bytes of A are unsigned, those of B signed, and sums are integers, which `factor` and `shift` of
 // the column turn into numbers.
-struct Int8Product {
+struct Int8Product : PackedWords {
   using Element = uint8_t;
   using Sum = IntVec;
   using Writer = Quantized;
@@ -113,9 +107,6 @@ struct Int8Product {
   static constexpr int kPerWord = 4;
   static constexpr bool kScaled = true;
 
-  [[gnu::always_inline]] static Vec broadcast_word(const float* word) {
-    return broadcast_bits(word);
-  }
   [[gnu::always_inline]] static IntVec multiply_add(Vec a, Vec b, IntVec sums) {
     return add_products(a, b, sums);
   }
@@ -175,7 +166,7 @@ inline void to_words(const float* values, int64_t count, float* words, Quantizat
   const typename Kind::Writer writer(elements, to);
   int64_t i = 0;
   for (; i + kWidth <= count; i += kWidth) writer.store(i, load(values + i));
-  if (i < count) writer.store_part(i, values + i, count - i);
+  if (i < count) write_part(writer, i, values + i, count - i);
   for (i = count; i % Kind::kPerWord; ++i) elements[i] = {};
 }
 
