@@ -50,6 +50,8 @@ inline constexpr const char* schema_type<bool> = "bool";
 template <>
 inline constexpr const char* schema_type<std::string> = "str";
 template <>
+inline constexpr const char* schema_type<ScalarType> = "ScalarType";
+template <>
 inline constexpr const char* schema_type<std::optional<Tensor>> = "Tensor?";
 
 struct SchemaWriter {

@@ -68,12 +68,12 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
   // Training; maps are [B, H, W, C]. csrc/cpu/host/mbconv_train*.cpp say what each op computes.
   const std::string bottleneck =
       ", " + schema_of<BottleneckTensors>() + ", " + schema_of<TrainSettings>() + ") -> ";
-  define("cpu_mbconv_train_front(Tensor x, Tensor? statistics, bool keep_z1, ScalarType dtype" +
-         bottleneck + "(Tensor, Tensor, Tensor, Tensor)");
+  define("cpu_mbconv_train_front(Tensor x, Tensor? statistics, bool keep_z1" + bottleneck +
+         "(Tensor, Tensor, Tensor, Tensor)");
   define("cpu_mbconv_train_pool(Tensor z2, Tensor statistics" + bottleneck + "Tensor");
   define(
       "cpu_mbconv_train_project(Tensor z2, Tensor statistics, Tensor? gate, "
-      "Tensor? drop_path_scale, Tensor? addend" +
+      "Tensor? drop_path_scale, Tensor? addend, ScalarType dtype" +
       bottleneck + "Tensor");
   define(
       "cpu_mbconv_train_backward_gated(Tensor grad, Tensor z2, Tensor statistics, Tensor gate, "

@@ -54,10 +54,10 @@ ARGUMENTS = {
         *("step", "channels", "height", "width", *BlockPadding._fields),
         *("window_height", "window_width", "position_table"),
     ),
-    "cpu_mbconv_train_front": ("x", "statistics", "keep_z1", "dtype", *TRAINING),
+    "cpu_mbconv_train_front": ("x", "statistics", "keep_z1", *TRAINING),
     "cpu_mbconv_train_pool": ("z2", "statistics", *TRAINING),
     "cpu_mbconv_train_project": (
-        *("z2", "statistics", "gate", "drop_path_scale", "addend"),
+        *("z2", "statistics", "gate", "drop_path_scale", "addend", "dtype"),
         *TRAINING,
     ),
     "cpu_mbconv_train_backward_gated": (

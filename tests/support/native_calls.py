@@ -223,7 +223,7 @@ def mbconv_eval_arguments() -> list[Any]:
     ]
 
 
-def training_calls() -> list[Call]:
+def training_calls(wide_dtype: torch.dtype) -> list[Call]:
     channels, wide, out = 16, 72, 24
     tensors = mbconv_tensors(channels, wide, out)[: BLOCK_TENSORS.index("project_norm_weight")]
     x, grad, gate, mean = (
@@ -252,27 +252,28 @@ def training_calls() -> list[Call]:
         pre_norm_mode="measured",
         expand_norm_mode="measured",
         depthwise_norm_mode="measured",
+        wide_dtype=wide_dtype,
     )
     fields = [tensors, list(settings)]
     front, gated_op = map(
         with_fields, (OPS.cpu_mbconv_train_front, OPS.cpu_mbconv_train_backward_gated)
     )
-    z1, z2, statistics, _ = front(x, None, True, torch.float32, *fields)
+    z1, z2, statistics, _ = front(x, None, True, *fields)
     gated, *_ = gated_op(grad, z2, statistics, gate, positive(2), *fields)
     backward = [grad, x, z1, z2, gated, gate, mean, statistics, positive(2)]
     plain = [grad, x, None, None, None, None, None, statistics, positive(2)]
     end = [randn(2, 5, 6, channels), True]
     arguments: dict[str, list[Any]] = {
-        "front": [x, statistics, True, torch.float32],
+        "front": [x, statistics, True],
         "pool": [z2, statistics],
-        "project": [z2, statistics, gate, positive(2), randn(2, 5, 6, out)],
+        "project": [z2, statistics, gate, positive(2), randn(2, 5, 6, out), torch.float32],
         "backward_gated": [grad, z2, statistics, gate, positive(2)],
         "backward": [*backward, *end],
         "backward, not gated": [*plain, *end],
     }
     return [
         Call(
-            f"cpu_mbconv_train_{name}",
+            f"cpu_mbconv_train_{name}, {wide_dtype}",
             with_fields(getattr(OPS, f"cpu_mbconv_train_{name.partition(',')[0]}")),
             [*given, *fields],
         )
@@ -410,7 +411,8 @@ def calls() -> list[Call]:
         *window_attention_calls(),
         *stem_calls(),
         Call("cpu_mbconv_eval", eval_call, mbconv_eval_arguments(), mbconv_eval_reference),
-        *training_calls(),
+        *training_calls(torch.float32),
+        *training_calls(torch.bfloat16),
         Call(
             "cpu_attention_half_eval",
             with_fields(OPS.cpu_attention_half_eval),

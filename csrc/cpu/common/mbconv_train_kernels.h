@@ -10,12 +10,17 @@ namespace moat_kernels::cpu {
 constexpr int64_t kTrainStripPixels = 128;
 
 // The passes of training, each over a part of the tensors. Wide tensors and vectors of E
-// coefficients are laid out as cpu/isa/wide.h says; rows are [pixels of all images][panelled
-// channels].
+// coefficients are laid out as cpu/isa/wide.h says. Narrow maps are what the modules give, of any
+// type, [pixels of all images][channels]; and what products read of them, in words
+// (cpu/isa/product.h):
+//   rows        [pixels][words of the panelled channels], along the channels
+//   row pairs   [images][words of the pixels][panelled channels], along the pixels; rows of float
+//               are their own
 struct TrainShape {
   int64_t batch, height, width, out_height, out_width, stride, top, left;
   int64_t in_channels, wide_channels, out_channels;
   Activation expand_activation, depthwise_activation;
+  Product product;  // float32 or bfloat16
 
   // Inlined always: one copy for all instruction sets would not do.
   [[gnu::always_inline]] int64_t in_pixels() const { return height * width; }
@@ -43,22 +48,30 @@ struct Wide {
   int64_t blocks, first;
 };
 
+// A map as a module has it.
+struct Map {
+  void* data;  // null: none
+  ElementType type;
+};
+
 // How dx is completed; see train_backward_expand_input.
 struct InputEnd {
   const float* rows;
   const float* factor;
   const float* offset;
-  const float* addend;
-  float* dx;
+  Map addend;
+  Map dx;
 };
 
 }  // namespace moat_kernels::cpu
 
 MOAT_KERNELS_DECLARE_PER_ISA(
-    // rows = (x - shift) * scale, zeros beyond `channels`; sums[C] += rows. shift, sums may be
-    // null.
-    void train_rows(const float* x, int64_t pixels, int64_t channels, const float* shift,
-                    float scale, float* rows, double* sums);
+    // rows of `pixels` pixels of (x - shift) * scale from `first` on, zeros beyond `channels`;
+    // sums[C] += rows. shift, sums may be null.
+    void train_rows(Product product, const Map& x, int64_t first, int64_t pixels, int64_t channels,
+                    const float* shift, float scale, float* rows, double* sums);
+    // Row pairs of `pixels` pixels that begin a word, of bfloat16; columns: panelled channels.
+    void train_row_pairs(const float* rows, int64_t pixels, int64_t columns, float* pairs);
     // constants[i] = sum of weight[i] * shift, over rows of weight [rows][C].
     void train_constants(const float* weight, int64_t rows, int64_t channels, const float* shift,
                          double* constants);
@@ -79,17 +92,17 @@ MOAT_KERNELS_DECLARE_PER_ISA(
     // addend and drop_path_scale may be null.
     void train_project(const TrainShape& shape, const PixelRange& range, const Wide& z2,
                        const ScaleShift& norm, const float* gate, const float* packed,
-                       const float* bias, const float* drop_path_scale, const float* addend,
-                       float* scratch, float* output);
+                       const float* bias, const float* drop_path_scale, const Map& addend,
+                       float* scratch, const Map& output);
 
     // One block over the images [first, last): g = grad W2, and with y = scale z2 + shift,
     //   plain: dy2 = g act'(y);  sums: dy2, dy2 * z2;  grad_weight [kWideBlock][panelled C_out] =
     //   act(y)^T grad
     //   gated: dy2 = g;  grad_gate[image] += g act(y);  grad_weight of gate * act(y)
     void train_backward_project(const TrainShape& shape, int64_t block, int64_t first, int64_t last,
-                                const float* grad_rows, const Wide& z2, const ScaleShift& norm,
-                                const float* gate, const float* packed, float* scratch,
-                                const Wide& dy2, float* grad_weight, double* sums,
+                                const float* grad_rows, const float* grad_pairs, const Wide& z2,
+                                const ScaleShift& norm, const float* gate, const float* packed,
+                                float* scratch, const Wide& dy2, float* grad_weight, double* sums,
                                 float* grad_gate);
     // dy2 = (gate dy2 + grad_mean) act'(scale z2 + shift) in place, of one image and block; sums as
     // above, over the image.
@@ -104,11 +117,11 @@ MOAT_KERNELS_DECLARE_PER_ISA(
                                   const float* weights, float* scratch, const Wide& dpre,
                                   double* sums, double* grad_weights);
     // dz1 = a dpre + b z1 + c in place of dpre; grad_weight [kWideBlock][panelled C_in] = dz1^T
-    // rows. One block over the images [first, last).
+    // rows, given as pairs. One block over the images [first, last).
     void train_backward_expand_weight(const TrainShape& shape, int64_t block, int64_t first,
                                       int64_t last, const Wide& dpre, const Wide& z1,
-                                      const Combination& factors, const float* rows, float* scratch,
-                                      float* grad_weight);
+                                      const Combination& factors, const float* pairs,
+                                      float* scratch, float* grad_weight);
     // sums [panelled C_in] (+)= dz1 W' over some blocks and, if `end` is given,
     // dx = sums + factor * rows + offset + addend (may be null).
     void train_backward_expand_input(const TrainShape& shape, const PixelRange& range,

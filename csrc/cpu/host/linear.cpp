@@ -81,10 +81,11 @@ Tensor linear_forward(const Tensor& x, const Tensor& weight, const std::optional
   const float* biases = float_data("bias", bias, {sizes.columns});
   const Tensor output = recycled_floats(x, shape_with(x, sizes.columns));
   const auto pack = MOAT_KERNELS_DISPATCH(pack_panels);
-  multiply_rows(
-      x, sizes, rows, biases, data_of(output), [&](int64_t first, int64_t count, float* packed) {
-        pack(weights + first * sizes.depth, sizes.depth, count, sizes.depth, nullptr, packed);
-      });
+  multiply_rows(x, sizes, rows, biases, data_of(output),
+                [&](int64_t first, int64_t count, float* packed) {
+                  pack(Product::float32, weights + first * sizes.depth, sizes.depth, count,
+                       sizes.depth, nullptr, packed);
+                });
   return output;
 }
 
@@ -142,7 +143,8 @@ std::tuple<Tensor, Tensor, Tensor> linear_backward(const Tensor& grad, const Ten
   const auto pack = MOAT_KERNELS_DISPATCH(pack_panels_transposed);
   multiply_rows(x, {sizes.rows, sizes.depth, sizes.columns}, gradient, nullptr, data_of(grad_input),
                 [&](int64_t first, int64_t count, float* packed) {
-                  pack(weights + first, sizes.depth, count, sizes.columns, nullptr, packed);
+                  pack(Product::float32, weights + first, sizes.depth, count, sizes.columns,
+                       nullptr, packed);
                 });
   return {grad_input, grad_weight, grad_bias};
 }

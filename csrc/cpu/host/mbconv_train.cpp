@@ -7,6 +7,7 @@
 #include <iterator>
 #include <tuple>
 
+#include "cpu/common/isa_facts.h"
 #include "cpu/host/dispatch.h"
 #include "cpu/host/moments.h"
 
@@ -55,6 +56,11 @@ TrainShape read_shape(const TrainSettings& settings) {
   shape.out_channels = settings.out_channels;
   shape.expand_activation = parse_activation(settings.expand_activation);
   shape.depthwise_activation = parse_activation(settings.depthwise_activation);
+  element_type("wide_dtype", settings.wide_dtype);
+  shape.product = settings.wide_dtype == ScalarType::BFloat16 &&
+                          MOAT_KERNELS_DISPATCH(isa_multiplies)(Product::bfloat16)
+                      ? Product::bfloat16
+                      : Product::float32;
   STD_TORCH_CHECK(shape.stride == 1 || shape.stride == 2, "stride must be 1 or 2, got ",
                   shape.stride);
   STD_TORCH_CHECK(shape.batch > 0, "mbconv: training needs at least one image");
@@ -135,6 +141,7 @@ TrainCall::TrainCall(const Tensor& like, const BottleneckTensors& tensors,
                      const TrainSettings& settings)
     : like(like),
       shape(checked_shape(tensors, settings)),
+      wide_type(settings.wide_dtype),
       workers(thread_count()),
       waves(wave_count(shape)),
       weights(read_weights(tensors, shape)),
@@ -170,12 +177,11 @@ Tensor TrainCall::wide_tensor(int64_t pixels, ScalarType type) const {
   return recycled_tensor(like, {shape.batch, shape.blocks(), pixels, kWideChannels}, type);
 }
 
-Wide TrainCall::wide_of(const char* name, const Tensor& tensor, int64_t pixels) const {
-  const ScalarType type = tensor.scalar_type();
-  const ElementType element = element_type(name, type);
+Wide TrainCall::wide_of(const char* name, const Tensor& tensor, int64_t pixels,
+                        ScalarType type) const {
   const int64_t sizes[] = {shape.batch, shape.blocks(), pixels, kWideChannels};
   checked_data(name, "", tensor, type, sizes, std::size(sizes));
-  return {tensor.mutable_data_ptr(), element, shape.blocks(), 0};
+  return {tensor.mutable_data_ptr(), element_type(name, type), shape.blocks(), 0};
 }
 
 double* TrainCall::statistics_of(const Tensor& statistics) const {
@@ -184,16 +190,17 @@ double* TrainCall::statistics_of(const Tensor& statistics) const {
 
 Tensor TrainCall::wave_buffer(int64_t pixels) const {
   const int64_t blocks = widest_wave(shape, waves);
-  return recycled_floats(like, {shape.batch, blocks, pixels, kWideChannels});
+  return recycled_tensor(like, {shape.batch, blocks, pixels, kWideChannels}, product_type());
 }
 
 Wide TrainCall::wave_of(const Tensor& buffer, const Blocks& blocks) const {
-  return {data_of(buffer), ElementType::float32, blocks.last - blocks.first, blocks.first};
+  return {buffer.mutable_data_ptr(), element_type("buffer", product_type()),
+          blocks.last - blocks.first, blocks.first};
 }
 
-Tensor TrainCall::make_rows(const float* maps, int64_t pixels, int64_t channels, const float* shift,
+Tensor TrainCall::make_rows(const Map& maps, int64_t pixels, int64_t channels, const float* shift,
                             const float* scales, float* sums) const {
-  const int64_t columns = panelled(channels);
+  const int64_t columns = words(panelled(channels));
   const Tensor result = recycled_floats(like, {shape.batch, pixels, columns});
   const int64_t strips = strip_count(shape.batch, pixels);
   std::vector<double> parts(sums ? shape.batch * strips * channels : 0);
@@ -201,7 +208,7 @@ Tensor TrainCall::make_rows(const float* maps, int64_t pixels, int64_t channels,
   for_each_task(shape.batch * strips, workers, [&](int64_t index, int64_t) {
     const PixelRange range = strip_at(index, strips, pixels);
     const int64_t first = range.image * pixels + range.first;
-    convert(maps + first * channels, range.last - range.first, channels, shift,
+    convert(shape.product, maps, first, range.last - range.first, channels, shift,
             scales ? scales[range.image] : 1.0f, data_of(result) + first * columns,
             sums ? parts.data() + index * channels : nullptr);
   });
@@ -215,14 +222,31 @@ Tensor TrainCall::make_rows(const float* maps, int64_t pixels, int64_t channels,
   return result;
 }
 
+Tensor TrainCall::pairs_of(const Tensor& rows, int64_t pixels, int64_t channels) const {
+  if (shape.product == Product::float32) return rows;
+  const int64_t columns = panelled(channels);
+  const Tensor pairs = recycled_floats(like, {shape.batch, words(pixels), columns});
+  constexpr int64_t kPixels = 64;  // of a task: whole words
+  const int64_t parts = (pixels + kPixels - 1) / kPixels;
+  const auto convert = MOAT_KERNELS_DISPATCH(train_row_pairs);
+  for_each_task(shape.batch * parts, workers, [&](int64_t index, int64_t) {
+    const int64_t image = index / parts;
+    const int64_t first = index % parts * kPixels;
+    convert(data_of(rows) + (image * pixels + first) * words(columns),
+            std::min(kPixels, pixels - first), columns,
+            data_of(pairs) + (image * words(pixels) + words(first)) * columns);
+  });
+  return pairs;
+}
+
 void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure) {
   const int64_t channels = shape.in_channels;
   const int64_t pixels = shape.in_pixels();
-  const float* data = float_data("x", x, {shape.batch, shape.height, shape.width, channels});
+  const Map data = map_of("x", x, {shape.batch, shape.height, shape.width, channels});
   double* input = input_statistics(shape, statistics);
   if (measure && (pre.measured() || expand_affine.measured())) {
     // All pixels as one row: a few long parts for every thread.
-    measure_moments(data, shape.batch * pixels, channels, kParts, workers, input);
+    measure_moments(data.data, data.type, shape.batch * pixels, channels, kParts, workers, input);
   } else if (measure) {
     // With fixed statistics no image may have a part in another's result.
     for (int64_t channel = 0; channel < channels; ++channel) {
@@ -236,15 +260,15 @@ void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure)
     store_scale(pre, channel, pre_scale, pre_shift);
   }
   rows = make_rows(data, pixels, channels, mean.data(), nullptr, nullptr);
-  packed_expand_ = recycled_floats(like, {shape.padded_wide() * channels});
+  packed_expand_ = recycled_floats(like, {shape.padded_wide() * words(channels)});
   const auto pack = MOAT_KERNELS_DISPATCH(pack_panels);
   const auto multiply = MOAT_KERNELS_DISPATCH(train_constants);
   for_each_task(shape.blocks(), workers, [&](int64_t block, int64_t) {
     const int64_t first = block * kWideChannels;
     const int64_t count = std::min(kWideChannels, shape.wide_channels - first);
     const float* part = weights.expand + first * channels;
-    pack(part, channels, count, channels, pre_scale.data(),
-         data_of(packed_expand_) + first * channels);
+    pack(shape.product, part, channels, count, channels, pre_scale.data(),
+         data_of(packed_expand_) + first * words(channels));
     multiply(part, count, channels, pre_shift.data(), expand_constant.data() + first);
   });
   const float* bias = weights.expand_bias;
@@ -351,10 +375,9 @@ Tensor batch_moments(const TrainCall& call, const double* statistics) {
 // earlier call nothing is measured, and the last two are empty.
 std::tuple<Tensor, Tensor, Tensor, Tensor> train_front(const Tensor& x,
                                                        const std::optional<Tensor>& given,
-                                                       bool keep_z1, ScalarType type,
+                                                       bool keep_z1,
                                                        const BottleneckTensors& tensors,
                                                        const TrainSettings& settings) {
-  element_type("dtype", type);
   TrainCall call(x, tensors, settings);
   const TrainShape& shape = call.shape;
   const Tensor statistics = given ? *given : doubles(x, call.statistics_size());
@@ -362,14 +385,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_front(const Tensor& x,
   const bool measure = !given;
   call.prepare_input(x, values, measure);
   const int64_t waves = call.waves;
-  const Tensor z1 =
-      keep_z1 ? call.wide_tensor(shape.in_pixels(), type) : call.wave_buffer(shape.in_pixels());
-  const Tensor z2 = call.wide_tensor(shape.out_pixels(), type);
-  const Wide output = call.wide_of("z2", z2, shape.out_pixels());
+  const Tensor z1 = keep_z1 ? call.wide_tensor(shape.in_pixels(), call.wide_type)
+                            : call.wave_buffer(shape.in_pixels());
+  const Tensor z2 = call.wide_tensor(shape.out_pixels(), call.wide_type);
+  const Wide output = call.wide_of("z2", z2, shape.out_pixels(), call.wide_type);
   for (int64_t wave = 0; wave < waves; ++wave) {
     const Blocks blocks = wave_at(shape, wave, waves);
-    const Wide middle =
-        keep_z1 ? call.wide_of("z1", z1, shape.in_pixels()) : call.wave_of(z1, blocks);
+    const Wide middle = keep_z1 ? call.wide_of("z1", z1, shape.in_pixels(), call.wide_type)
+                                : call.wave_of(z1, blocks);
     call.expand(blocks, middle, values, measure);
     call.fold_expand(blocks, values);
     call.depthwise(blocks, middle, output, values, measure);
@@ -383,7 +406,7 @@ Tensor train_pool(const Tensor& z2, const Tensor& statistics, const BottleneckTe
                   const TrainSettings& settings) {
   TrainCall call(z2, tensors, settings);
   const TrainShape& shape = call.shape;
-  const Wide in = call.wide_of("z2", z2, shape.out_pixels());
+  const Wide in = call.wide_of("z2", z2, shape.out_pixels(), call.wide_type);
   call.fold_depthwise(all_blocks(shape), call.statistics_of(statistics));
   const int64_t wide = shape.padded_wide();
   const Tensor means = recycled_floats(z2, {shape.batch, wide});
@@ -396,32 +419,33 @@ Tensor train_pool(const Tensor& z2, const Tensor& statistics, const BottleneckTe
 
 Tensor train_project(const Tensor& z2, const Tensor& statistics, const std::optional<Tensor>& gate,
                      const std::optional<Tensor>& drop_path_scale,
-                     const std::optional<Tensor>& addend, const BottleneckTensors& tensors,
-                     const TrainSettings& settings) {
+                     const std::optional<Tensor>& addend, ScalarType dtype,
+                     const BottleneckTensors& tensors, const TrainSettings& settings) {
+  const ElementType type = element_type("dtype", dtype);
   TrainCall call(z2, tensors, settings);
   const TrainShape& shape = call.shape;
   const int64_t pixels = shape.out_pixels();
   const int64_t channels = shape.out_channels;
-  const Wide in = call.wide_of("z2", z2, pixels);
+  const Wide in = call.wide_of("z2", z2, pixels, call.wide_type);
   call.fold_depthwise(all_blocks(shape), call.statistics_of(statistics));
   const float* gates = float_data("gate", gate, {shape.batch, shape.padded_wide()});
   const float* keep = float_data("drop_path_scale", drop_path_scale, {shape.batch});
-  const float* extra =
-      float_data("addend", addend, {shape.batch, shape.out_height, shape.out_width, channels});
-  const Tensor packed = recycled_floats(z2, {shape.padded_wide() * panelled(channels)});
+  const std::vector<int64_t> sizes = {shape.batch, shape.out_height, shape.out_width, channels};
+  const Map extra = map_of("addend", addend, sizes);
+  const Tensor packed = recycled_floats(z2, {call.words(shape.padded_wide()) * panelled(channels)});
   const auto pack = MOAT_KERNELS_DISPATCH(pack_panels);
   for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
     const int64_t first = block * kWideChannels;
-    pack(call.weights.project + first, shape.wide_channels, channels,
+    pack(shape.product, call.weights.project + first, shape.wide_channels, channels,
          std::min(kWideChannels, shape.wide_channels - first), nullptr,
-         data_of(packed) + first * panelled(channels));
+         data_of(packed) + call.words(first) * panelled(channels));
   });
-  const Tensor output =
-      recycled_floats(z2, {shape.batch, shape.out_height, shape.out_width, channels});
+  const Tensor output = recycled_tensor(z2, sizes, dtype);
+  const Map out = {output.mutable_data_ptr(), type};
   const auto compute = MOAT_KERNELS_DISPATCH(train_project);
   call.for_each_strip(pixels, [&](const PixelRange& range, float* scratch) {
     compute(shape, range, in, call.depthwise_norm(), gates, data_of(packed),
-            call.weights.project_bias, keep, extra, scratch, data_of(output));
+            call.weights.project_bias, keep, extra, scratch, out);
   });
   return output;
 }

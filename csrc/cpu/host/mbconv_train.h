@@ -28,6 +28,9 @@ struct TrainSettings : Fields {
   std::string expand_activation, depthwise_activation;
   double pre_norm_eps = 0, expand_norm_eps = 0, depthwise_norm_eps = 0;
   std::string pre_norm_mode, expand_norm_mode, depthwise_norm_mode;  // see parse_mode
+  // Of z1 and z2. In bfloat16, where the CPU multiplies it, so are all that products read and the
+  // gradients of wide tensors; else these are in float32.
+  ScalarType wide_dtype = ScalarType::Float;
 
   template <class Self, class Visit>
   static void visit(Self& self, const Visit& field) {
@@ -50,6 +53,7 @@ struct TrainSettings : Fields {
     field("pre_norm_mode", self.pre_norm_mode);
     field("expand_norm_mode", self.expand_norm_mode);
     field("depthwise_norm_mode", self.depthwise_norm_mode);
+    field("wide_dtype", self.wide_dtype);
   }
 };
 
@@ -83,7 +87,8 @@ inline PixelRange strip_at(int64_t index, int64_t strips, int64_t pixels) {
 inline int64_t wave_count(const TrainShape& shape) {
   constexpr int64_t kBytes = int64_t{8} << 20;
   const int64_t pixels = std::max(shape.in_pixels(), shape.out_pixels());
-  const int64_t block = shape.batch * pixels * kWideChannels * int64_t{sizeof(float)};
+  const int64_t block =
+      shape.batch * pixels * words_of(shape.product, kWideChannels) * int64_t{sizeof(float)};
   const int64_t fitting = std::clamp<int64_t>(kBytes / block, 1, shape.blocks());
   return (shape.blocks() + fitting - 1) / fitting;
 }
@@ -111,10 +116,11 @@ class TrainCall {
                  bool measure);
   void fold_depthwise(const Blocks& blocks, const double* statistics);
 
-  // rows = (grad or x - mean) * scale, [pixels][panelled]; sums [channels]: of its columns, or
-  // null.
-  Tensor make_rows(const float* maps, int64_t pixels, int64_t channels, const float* shift,
+  // Rows of (grad or x - mean) * scale; sums [channels]: of their columns, or null.
+  Tensor make_rows(const Map& maps, int64_t pixels, int64_t channels, const float* shift,
                    const float* scales, float* sums) const;
+  // Their row pairs, which may be the rows.
+  Tensor pairs_of(const Tensor& rows, int64_t pixels, int64_t channels) const;
 
   template <class Function>
   void for_each_plane(const Blocks& blocks, const Function& compute) const {
@@ -132,9 +138,9 @@ class TrainCall {
   }
 
   // The memory of a wide tensor of all blocks, and of one that holds the blocks of a wave at a
-  // time.
+  // time, which has what products read.
   Tensor wide_tensor(int64_t pixels, ScalarType type) const;
-  Wide wide_of(const char* name, const Tensor& tensor, int64_t pixels) const;
+  Wide wide_of(const char* name, const Tensor& tensor, int64_t pixels, ScalarType type) const;
   // Of statistics, [statistics_size()] in float64.
   double* statistics_of(const Tensor& statistics) const;
   Tensor wave_buffer(int64_t pixels) const;
@@ -148,21 +154,37 @@ class TrainCall {
   ScaleShift expand_norm() const { return {expand_scale_.data(), expand_shift_.data()}; }
   ScaleShift depthwise_norm() const { return {depthwise_scale_.data(), depthwise_shift_.data()}; }
 
+  int64_t words(int64_t elements) const { return words_of(shape.product, elements); }
+  ScalarType product_type() const {
+    return shape.product == Product::bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
+  }
+
   const Tensor& like;
   TrainShape shape;
+  ScalarType wide_type;  // of z1 and z2
   int64_t workers, waves;
   TrainWeights weights;
   Affine pre, expand_affine, depthwise_affine;
   std::vector<float> mean, pre_scale, pre_shift;  // of x, [C_in]
   std::vector<double> expand_constant;            // what z1 lacks: the convolution at the mean, [E]
   std::vector<float> taps;                        // [9][padded E]
-  Tensor rows;                                    // x - mean
+  Tensor rows;                                    // of x - mean
 
  private:
   int64_t scratch_size_;
   Tensor scratch_, packed_expand_;
   std::vector<float> expand_scale_, expand_shift_, depthwise_scale_, depthwise_shift_;  // padded E
 };
+
+// A map that a module gave; none if there is no tensor.
+inline Map map_of(const char* name, const std::optional<Tensor>& tensor,
+                  const std::vector<int64_t>& sizes) {
+  if (!tensor) return {nullptr, ElementType::float32};
+  const ScalarType type = tensor->scalar_type();
+  const ElementType element = element_type(name, type);
+  checked_data(name, "", *tensor, type, sizes.data(), sizes.size());
+  return {tensor->mutable_data_ptr(), element};
+}
 
 // Places in `statistics`.
 inline double* input_statistics(const TrainShape&, double* statistics) { return statistics; }

@@ -114,13 +114,13 @@ void for_each_group(const TrainCall& call, const Blocks& blocks, int64_t groups,
 
 // The gradient of the output, and by what it is multiplied.
 struct OutputGradient {
-  const float* maps;
+  Map maps;
   const float* scale;  // [images] or null
 
   OutputGradient(const TrainShape& shape, const Tensor& grad,
                  const std::optional<Tensor>& drop_path_scale)
-      : maps(float_data("grad", grad,
-                        {shape.batch, shape.out_height, shape.out_width, shape.out_channels})),
+      : maps(map_of("grad", grad,
+                    {shape.batch, shape.out_height, shape.out_width, shape.out_channels})),
         scale(float_data("drop_path_scale", drop_path_scale, {shape.batch})) {}
 };
 
@@ -135,13 +135,15 @@ class ProjectBackward {
     const TrainShape& shape = call.shape;
     rows_ = call.make_rows(grad.maps, shape.out_pixels(), shape.out_channels, nullptr, grad.scale,
                            data_of(grad_bias));
-    packed_ = recycled_floats(call.like, {shape.padded_wide() * shape.out_channels});
+    pairs_ = call.pairs_of(rows_, shape.out_pixels(), shape.out_channels);
+    const int64_t depth = call.words(shape.out_channels);
+    packed_ = recycled_floats(call.like, {shape.padded_wide() * depth});
     const auto pack = MOAT_KERNELS_DISPATCH(pack_panels_transposed);
     for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
       const int64_t first = block * kWideChannels;
-      pack(call.weights.project + first, shape.wide_channels,
+      pack(shape.product, call.weights.project + first, shape.wide_channels,
            std::min(kWideChannels, shape.wide_channels - first), shape.out_channels, nullptr,
-           data_of(packed_) + first * shape.out_channels);
+           data_of(packed_) + first * depth);
     });
   }
 
@@ -150,13 +152,14 @@ class ProjectBackward {
            NormBackward& norm, float* grad_gate) {
     const TrainShape& shape = call_.shape;
     const auto compute = MOAT_KERNELS_DISPATCH(train_backward_project);
-    for_each_group(call_, blocks, sums_.groups,
-                   [&](int64_t block, int64_t first, int64_t last, int64_t group, float* scratch) {
-                     compute(shape, block, first, last, data_of(rows_), z2, call_.depthwise_norm(),
-                             gate, data_of(packed_) + block * kWideChannels * shape.out_channels,
-                             scratch, dy2, sums_.at(group, block - blocks.first), norm.part(group),
-                             grad_gate);
-                   });
+    for_each_group(
+        call_, blocks, sums_.groups,
+        [&](int64_t block, int64_t first, int64_t last, int64_t group, float* scratch) {
+          compute(shape, block, first, last, data_of(rows_), data_of(pairs_), z2,
+                  call_.depthwise_norm(), gate,
+                  data_of(packed_) + block * kWideChannels * call_.words(shape.out_channels),
+                  scratch, dy2, sums_.at(group, block - blocks.first), norm.part(group), grad_gate);
+        });
     const auto finish = MOAT_KERNELS_DISPATCH(train_finish_project_weight);
     for_each_task(blocks.last - blocks.first, call_.workers, [&](int64_t index, int64_t) {
       const int64_t channel = (blocks.first + index) * kWideChannels;
@@ -171,7 +174,7 @@ class ProjectBackward {
  private:
   const TrainCall& call_;
   WeightSums sums_;
-  Tensor rows_, packed_;
+  Tensor rows_, pairs_, packed_;
 
  public:
   Tensor grad_weight, grad_bias;
@@ -180,9 +183,11 @@ class ProjectBackward {
 // The expand convolution's and pre_norm's backward, from the gradient of z1.
 class ExpandBackward {
  public:
-  ExpandBackward(const TrainCall& call, bool needs_input)
+  // input: x, for what its gradient is like.
+  ExpandBackward(const TrainCall& call, const Tensor& input, bool needs_input)
       : call_(call),
         sums_(call, group_count(call.shape, call.waves), call.shape.in_channels),
+        pairs_(call.pairs_of(call.rows, call.shape.in_pixels(), call.shape.in_channels)),
         products_(call.shape.blocks() * 2 * call.shape.in_channels),
         pre_weight_(call.shape.in_channels),
         pre_bias_(call.shape.in_channels),
@@ -191,19 +196,21 @@ class ExpandBackward {
         grad_weight(floats(call, {call.shape.wide_channels, call.shape.in_channels})) {
     if (!needs_input) return;
     const TrainShape& shape = call.shape;
-    packed_ = recycled_floats(call.like, {shape.padded_wide() * sums_.columns});
+    packed_ = recycled_floats(call.like, {call.words(shape.padded_wide()) * sums_.columns});
     const auto pack = MOAT_KERNELS_DISPATCH(pack_panels_transposed);
     for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {
       const int64_t first = block * kWideChannels;
-      pack(call.weights.expand + first * shape.in_channels, shape.in_channels, shape.in_channels,
-           std::min(kWideChannels, shape.wide_channels - first), call.pre_scale.data(),
-           data_of(*packed_) + first * sums_.columns);
+      pack(shape.product, call.weights.expand + first * shape.in_channels, shape.in_channels,
+           shape.in_channels, std::min(kWideChannels, shape.wide_channels - first),
+           call.pre_scale.data(), data_of(*packed_) + call.words(first) * sums_.columns);
     });
-    dx = floats(call, {shape.batch, shape.height, shape.width, shape.in_channels});
+    const ScalarType type = input.scalar_type();
+    dx = recycled_tensor(call.like, {shape.batch, shape.height, shape.width, shape.in_channels},
+                         type);
+    const bool in_place = type == ScalarType::Float && sums_.columns == shape.in_channels;
     sums_of_input_ =
-        sums_.columns == shape.in_channels
-            ? dx
-            : recycled_floats(call.like, {shape.batch * shape.in_pixels() * sums_.columns});
+        in_place ? dx
+                 : recycled_floats(call.like, {shape.batch * shape.in_pixels() * sums_.columns});
   }
 
   // dpre becomes the gradient of z1.
@@ -213,8 +220,8 @@ class ExpandBackward {
     const auto compute = MOAT_KERNELS_DISPATCH(train_backward_expand_weight);
     for_each_group(call_, blocks, sums_.groups,
                    [&](int64_t block, int64_t first, int64_t last, int64_t group, float* scratch) {
-                     compute(shape, block, first, last, dpre, z1, norm.factors(),
-                             data_of(call_.rows), scratch, sums_.at(group, block - blocks.first));
+                     compute(shape, block, first, last, dpre, z1, norm.factors(), data_of(pairs_),
+                             scratch, sums_.at(group, block - blocks.first));
                    });
     const bool measured = call_.expand_affine.measured();
     const auto finish = MOAT_KERNELS_DISPATCH(train_finish_expand_weight);
@@ -250,9 +257,11 @@ class ExpandBackward {
     }
   }
 
-  void add_input(const Blocks& blocks, const Wide& dz1, bool last, const float* addend) {
+  void add_input(const Blocks& blocks, const Wide& dz1, bool last, const Map& addend) {
     const InputEnd end = {data_of(call_.rows), slope_.data(), constant_.data(), addend,
-                          data_of(*dx)};
+                          map_of("dx", dx,
+                                 {call_.shape.batch, call_.shape.height, call_.shape.width,
+                                  call_.shape.in_channels})};
     const auto compute = MOAT_KERNELS_DISPATCH(train_backward_expand_input);
     call_.for_each_strip(call_.shape.in_pixels(), [&](const PixelRange& range, float*) {
       compute(call_.shape, range, blocks, dz1, data_of(*packed_), blocks.first > 0,
@@ -266,6 +275,7 @@ class ExpandBackward {
  private:
   const TrainCall& call_;
   WeightSums sums_;
+  Tensor pairs_;
   std::vector<double> products_;  // [blocks][2][C_in]
   std::vector<double> pre_weight_, pre_bias_;
   std::vector<float> slope_, constant_;
@@ -307,17 +317,18 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward_gated(
   TrainCall call(z2, tensors, settings);
   const TrainShape& shape = call.shape;
   call.waves = 1;
-  const Wide kept = call.wide_of("z2", z2, shape.out_pixels());
+  const Wide kept = call.wide_of("z2", z2, shape.out_pixels(), call.wide_type);
   const Blocks blocks = {0, shape.blocks()};
   call.fold_depthwise(blocks, call.statistics_of(statistics));
   const int64_t wide = shape.padded_wide();
   const float* gates = float_data("gate", gate, {shape.batch, wide});
-  const Tensor gradient = call.wide_tensor(shape.out_pixels(), ScalarType::Float);
+  const ScalarType type = call.product_type();
+  const Tensor gradient = call.wide_tensor(shape.out_pixels(), type);
   const Tensor grad_gate = float_zeros(call, {shape.batch, wide});
   ProjectBackward project(call, OutputGradient(shape, grad, drop_path_scale));
   NormBackward unused(shape, project.groups());
-  project.run(blocks, kept, gates, call.wide_of("gradient", gradient, shape.out_pixels()), unused,
-              data_of(grad_gate));
+  project.run(blocks, kept, gates, call.wide_of("gradient", gradient, shape.out_pixels(), type),
+              unused, data_of(grad_gate));
   return {gradient, project.grad_weight, project.grad_bias, grad_gate};
 }
 
@@ -340,9 +351,6 @@ std::vector<Tensor> train_backward(
   STD_TORCH_CHECK(gated_gradient.has_value() == gate.has_value() &&
                       gated_gradient.has_value() == grad_mean.has_value(),
                   "gated_gradient, gate and grad_mean come together");
-  if (gated_gradient) {  // overwritten in float32
-    check_memory("gated_gradient", "", *gated_gradient, DeviceType::CPU, ScalarType::Float);
-  }
   STD_TORCH_CHECK(statistics.has_value() || !call.measures(),
                   "statistics must be given: a norm measures its batch");
   std::vector<double> measured(statistics ? 0 : call.statistics_size());
@@ -354,9 +362,9 @@ std::vector<Tensor> train_backward(
   if (!gated_gradient) project.emplace(call, output_gradient);
   const float* gates = float_data("gate", gate, {shape.batch, shape.padded_wide()});
   const float* means = float_data("grad_mean", grad_mean, {shape.batch, shape.padded_wide()});
-  const float* extra =
-      float_data("addend", addend, {shape.batch, shape.height, shape.width, shape.in_channels});
-  ExpandBackward expand(call, needs_input);
+  const Map extra =
+      map_of("addend", addend, {shape.batch, shape.height, shape.width, shape.in_channels});
+  ExpandBackward expand(call, x, needs_input);
   NormBackward depthwise_norm(shape, gated_gradient ? shape.batch : project->groups());
   NormBackward expand_norm(shape, shape.batch);
   std::vector<double> grad_taps(shape.batch * 9 * shape.padded_wide());
@@ -368,14 +376,17 @@ std::vector<Tensor> train_backward(
   const Tensor dpre_buffer = call.wave_buffer(in_pixels);
   for (int64_t wave = 0; wave < call.waves; ++wave) {
     const Blocks blocks = wave_at(shape, wave, call.waves);
-    const Wide first = z1 ? call.wide_of("z1", *z1, in_pixels) : call.wave_of(*z1_buffer, blocks);
-    const Wide second = z2 ? call.wide_of("z2", *z2, out_pixels) : call.wave_of(*z2_buffer, blocks);
+    const Wide first =
+        z1 ? call.wide_of("z1", *z1, in_pixels, call.wide_type) : call.wave_of(*z1_buffer, blocks);
+    const Wide second =
+        z2 ? call.wide_of("z2", *z2, out_pixels, call.wide_type) : call.wave_of(*z2_buffer, blocks);
     if (!z1) call.expand(blocks, first, values, false);
     call.fold_expand(blocks, values);
     if (!z2) call.depthwise(blocks, first, second, values, false);
     call.fold_depthwise(blocks, values);
 
-    const Wide dy2 = gated_gradient ? call.wide_of("gated_gradient", *gated_gradient, out_pixels)
+    const Wide dy2 = gated_gradient ? call.wide_of("gated_gradient", *gated_gradient, out_pixels,
+                                                   call.product_type())
                                     : call.wave_of(*dy2_buffer, blocks);
     if (gated_gradient) {
       const auto compute = MOAT_KERNELS_DISPATCH(train_backward_gate);

@@ -38,15 +38,15 @@ std::pair<double, double> merge_moments(const double* moments, int64_t parts, in
 
 // Mean [C] and, after it, biased variance [C] of x [pixels][C]. The parts are of the same size but
 // for one pixel; results depend on their number, not on the threads.
-inline void measure_moments(const float* x, int64_t pixels, int64_t channels, int64_t parts,
-                            int64_t workers, double* statistics) {
+inline void measure_moments(const void* x, ElementType type, int64_t pixels, int64_t channels,
+                            int64_t parts, int64_t workers, double* statistics) {
   parts = std::min(pixels, parts);
   const auto first_of = [&](int64_t part) { return pixels * part / parts; };
   const auto count_of = [&](int64_t part) { return first_of(part + 1) - first_of(part); };
   std::vector<double> moments(parts * 2 * channels);
   const auto compute = MOAT_KERNELS_DISPATCH(channel_moments);
   for_each_task(parts, workers, [&](int64_t part, int64_t) {
-    compute(x + first_of(part) * channels, count_of(part), channels,
+    compute(x, type, first_of(part), count_of(part), channels,
             moments.data() + part * 2 * channels);
   });
   for (int64_t channel = 0; channel < channels; ++channel) {

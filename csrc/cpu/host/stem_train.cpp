@@ -113,7 +113,8 @@ std::tuple<Tensor, Tensor> stem_train_forward(const Tensor& z, const std::option
     std::copy_n(statistics_data(rows, *given), 2 * rows.channels, values);
   } else {
     // Parts that stay in cache: channels are measured some vectors at a time.
-    measure_moments(map, rows.pixels, rows.channels, rows.strips(), thread_count(), values);
+    measure_moments(map, ElementType::float32, rows.pixels, rows.channels, rows.strips(),
+                    thread_count(), values);
   }
   const Norm norm(rows, weight, bias, statistics, eps);
   const Tensor output = recycled_floats(z, rows.sizes);

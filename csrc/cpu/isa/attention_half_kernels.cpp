@@ -230,8 +230,7 @@ void attention_half_pack_head(const AttentionHalf& problem, int64_t head, float*
           pack_scaled(problem.norm_quantization, source, count, problem.channels, scale, nullptr,
                       panel, bias + column, bias + columns + column);
         } else {
-          pack_words<Kind>(source, problem.channels, count, problem.channels, scale, nullptr,
-                           panel);
+          pack<Kind>(source, problem.channels, count, problem.channels, scale, nullptr, panel);
         }
       }
     });
@@ -270,8 +269,8 @@ void attention_half_pack_panel(const AttentionHalf& problem, int64_t panel, floa
       }
     } else {
       for (int64_t head = 0; head < problem.heads; ++head) {
-        pack_words<Kind>(source + head * problem.head_dim, depth, columns, problem.head_dim,
-                         nullptr, nullptr, packed + head * head_words);
+        pack<Kind>(source + head * problem.head_dim, depth, columns, problem.head_dim, nullptr,
+                   nullptr, packed + head * head_words);
       }
     }
   });

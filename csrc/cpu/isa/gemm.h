@@ -194,11 +194,13 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const 
   }
 }
 
-// destination[depth][kPanel] = source[column][depth]^T, columns beyond `columns` zero, element
-// (column, k) times column_scale[column] * depth_scale[k]; either scale may be null. Without both
-// words are moved as they are, whatever they hold.
+// destination[words of the depth][kPanel] = source[column][depth]^T, columns beyond `columns` zero,
+// element (column, k) times column_scale[column] * depth_scale[k]; either scale may be null.
+// Without both words of a float are moved as they are, whatever they hold.
+template <class Kind = FloatProduct>
 inline void pack_panel(const float* source, int64_t source_stride, int64_t columns, int64_t depth,
                        const float* column_scale, const float* depth_scale, float* destination) {
+  constexpr int kPerWord = Kind::kPerWord;
   for (int64_t first = 0; first < kPanel; first += kWidth) {
     const int64_t valid = columns - first;
     int64_t k = 0;
@@ -215,26 +217,34 @@ inline void pack_panel(const float* source, int64_t source_stride, int64_t colum
             tile[i] *= depth_scale ? scale * depth_scale[k + i] : scale;
           });
         }
-        unroll<kWidth>([&](auto i) __attribute__((always_inline)) {
-          store(destination + (k + i) * kPanel + first, tile[i]);
+        unroll<kWidth / kPerWord>([&](auto word) __attribute__((always_inline)) {
+          Vec rows[kPerWord];
+          unroll<kPerWord>(
+              [&](auto i) __attribute__((always_inline)) { rows[i] = tile[word * kPerWord + i]; });
+          store(destination + (k / kPerWord + word) * kPanel + first, Kind::word_of(rows));
         });
       }
     }
-    for (; k < depth; ++k) {
-      for (int64_t i = 0; i < kWidth; ++i) {
-        float value = 0.0f;
-        if (i < valid) {
-          value = source[(first + i) * source_stride + k];
+    for (; k < depth; k += kPerWord) {
+      float values[kPerWord][kWidth] = {};
+      for (int64_t i = 0; i < smaller(valid, kWidth); ++i) {
+        for (int64_t j = 0; j < smaller(kPerWord, depth - k); ++j) {
+          float value = source[(first + i) * source_stride + k + j];
           if (column_scale) value *= column_scale[first + i];
-          if (depth_scale) value *= depth_scale[k];
+          if (depth_scale) value *= depth_scale[k + j];
+          values[j][i] = value;
         }
-        destination[k * kPanel + first + i] = value;
       }
+      Vec rows[kPerWord];
+      unroll<kPerWord>([&](auto i) __attribute__((always_inline)) { rows[i] = load(values[i]); });
+      store(destination + k / kPerWord * kPanel + first, Kind::word_of(rows));
     }
   }
 }
 
-// Panels of source[columns][depth]^T one after the other: [columns/kPanel][depth][kPanel].
+// Panels of source[columns][depth]^T one after the other:
+// [columns/kPanel][words of the depth][kPanel].
+template <class Kind = FloatProduct>
 inline void pack(const float* source, int64_t source_stride, int64_t columns, int64_t depth,
                  const float* column_scale, const float* depth_scale, float* destination) {
   for (int64_t first = 0; first < columns; first += kPanel) {
@@ -246,36 +256,9 @@ inline void pack(const float* source, int64_t source_stride, int64_t columns, in
         __builtin_prefetch(source + column * source_stride + k);
       }
     }
-    pack_panel(source + first * source_stride, source_stride, columns - first, depth,
-               column_scale ? column_scale + first : nullptr, depth_scale, destination);
-    destination += depth * kPanel;
-  }
-}
-
-// The same for products of a kind: [columns/kPanel][words of the depth][kPanel].
-template <class Kind>
-inline void pack_words(const float* source, int64_t source_stride, int64_t columns, int64_t depth,
-                       const float* column_scale, const float* depth_scale, float* destination) {
-  static_assert(!Kind::kScaled, "pack_bytes");
-  if constexpr (Kind::kPerWord == 1) {
-    pack(source, source_stride, columns, depth, column_scale, depth_scale, destination);
-    return;
-  }
-  constexpr int64_t kPerWord = Kind::kPerWord;
-  for (int64_t first = 0; first < columns; first += kPanel) {
-    for (int64_t word = 0; word < words_of<Kind>(depth); ++word) {
-      float values[kPerWord * kPanel] = {};
-      for (int64_t i = 0; i < smaller(kPanel, columns - first); ++i) {
-        for (int64_t k = word * kPerWord; k < smaller(depth, (word + 1) * kPerWord); ++k) {
-          float value = source[(first + i) * source_stride + k];
-          if (column_scale) value *= column_scale[first + i];
-          if (depth_scale) value *= depth_scale[k];
-          values[i * kPerWord + k % kPerWord] = value;
-        }
-      }
-      to_words<Kind>(values, kPerWord * kPanel, destination);
-      destination += kPanel;
-    }
+    pack_panel<Kind>(source + first * source_stride, source_stride, columns - first, depth,
+                     column_scale ? column_scale + first : nullptr, depth_scale, destination);
+    destination += words_of<Kind>(depth) * kPanel;
   }
 }
 

@@ -13,12 +13,14 @@ struct Moments {
   double sums[kFloats] = {};
   double squares[kFloats] = {};
 
-  void start(const float* values) {
+  template <class Element>
+  void start(const Element* values) {
     unroll<vectors>([&](auto i)
                         __attribute__((always_inline)) { shift[i] = load(values + i * kWidth); });
   }
 
-  void add(const float* values, int64_t pixels, int64_t pitch) {
+  template <class Element>
+  void add(const Element* values, int64_t pixels, int64_t pitch) {
     constexpr int64_t kFlush = 256;  // additions in float before double takes over
     for (int64_t first = 0; first < pixels; first += kFlush) {
       Vec sum[vectors] = {};

@@ -15,14 +15,16 @@ struct Lanes {
   Vec v[kLanes];
 };
 
-[[gnu::always_inline]] inline Lanes load_lanes(const float* source) {
+template <class Element>
+[[gnu::always_inline]] inline Lanes load_lanes(const Element* source) {
   Lanes lanes;
   unroll<kLanes>([&](auto i)
                      __attribute__((always_inline)) { lanes.v[i] = load(source + i * kWidth); });
   return lanes;
 }
 
-[[gnu::always_inline]] inline void store_lanes(float* destination, const Lanes& lanes) {
+template <class Element>
+[[gnu::always_inline]] inline void store_lanes(Element* destination, const Lanes& lanes) {
   unroll<kLanes>(
       [&](auto i) __attribute__((always_inline)) { store(destination + i * kWidth, lanes.v[i]); });
 }

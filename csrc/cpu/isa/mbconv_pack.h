@@ -163,9 +163,8 @@ inline void fold_shared(const MBConvProblem& problem, float* packed) {
         valid && problem.shortcut.bias ? problem.shortcut.bias[i] : 0.0f;
   }
   if (problem.projects_shortcut) {
-    pack_words<typename Kind::Side>(problem.shortcut.weight, problem.in_channels,
-                                    problem.out_channels, problem.in_channels, nullptr, nullptr,
-                                    packed + layout.shortcut);
+    pack<typename Kind::Side>(problem.shortcut.weight, problem.in_channels, problem.out_channels,
+                              problem.in_channels, nullptr, nullptr, packed + layout.shortcut);
   }
 }
 
@@ -214,8 +213,8 @@ inline void pack_block(const MBConvProblem& problem, const float* packed, int64_
                   to.expand + i * input_words(problem), to.expand_bias + i, to.expand_factor + i);
     }
   } else {
-    pack_words<Kind>(expand, problem.in_channels, valid, problem.in_channels, scale,
-                     packed + layout.pre_scale, to.expand);
+    pack<Kind>(expand, problem.in_channels, valid, problem.in_channels, scale,
+               packed + layout.pre_scale, to.expand);
   }
   for (int64_t i = 0; i < channels; ++i) {
     ScaleAndShift folded = {0.0f, 0.0f};
@@ -244,8 +243,8 @@ inline void pack_block(const MBConvProblem& problem, const float* packed, int64_
       column.pack(packed[layout.project_weight_scale + i], i % kPanel, panel);
     }
   } else {
-    pack_words<Kind>(project, problem.wide_channels, problem.out_channels, valid, project_scale,
-                     nullptr, to.project);
+    pack<Kind>(project, problem.wide_channels, problem.out_channels, valid, project_scale, nullptr,
+               to.project);
   }
 }
 

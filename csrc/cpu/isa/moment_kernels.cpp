@@ -8,8 +8,8 @@ namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 namespace {
 
 // moments of the channels from `channel` on, as far as whole groups of vectors reach.
-template <int vectors>
-int64_t moments_of_vectors(const float* x, int64_t pixels, int64_t channels, int64_t channel,
+template <int vectors, class Element>
+int64_t moments_of_vectors(const Element* x, int64_t pixels, int64_t channels, int64_t channel,
                            double* moments) {
   constexpr int64_t kFloats = Moments<vectors>::kFloats;
   for (; channel + kFloats <= channels; channel += kFloats) {
@@ -21,17 +21,21 @@ int64_t moments_of_vectors(const float* x, int64_t pixels, int64_t channels, int
   return channel;
 }
 
-}  // namespace
-
-void channel_moments(const float* x, int64_t pixels, int64_t channels, double* moments) {
+template <class Element>
+void moments_of(const Element* x, int64_t pixels, int64_t channels, double* moments) {
   int64_t channel = moments_of_vectors<kLanes>(x, pixels, channels, 0, moments);
   channel = moments_of_vectors<1>(x, pixels, channels, channel, moments);
   for (; channel < channels; ++channel) {
-    const double shift = static_cast<double>(x[channel]);
+    const auto value_at = [&](int64_t pixel) {
+      float value;
+      widen(x + pixel * channels + channel, 1, &value);
+      return static_cast<double>(value);
+    };
+    const double shift = value_at(0);
     double sum = 0.0;
     double square = 0.0;
     for (int64_t pixel = 0; pixel < pixels; ++pixel) {
-      const double value = static_cast<double>(x[pixel * channels + channel]) - shift;
+      const double value = value_at(pixel) - shift;
       sum += value;
       square += value * value;
     }
@@ -39,6 +43,15 @@ void channel_moments(const float* x, int64_t pixels, int64_t channels, double* m
     moments[channel] = shift + offset;
     moments[channels + channel] = square - offset * sum;
   }
+}
+
+}  // namespace
+
+void channel_moments(const void* x, ElementType type, int64_t first, int64_t pixels,
+                     int64_t channels, double* moments) {
+  with_elements(type, x, [&](auto* elements) __attribute__((always_inline)) {
+    moments_of(elements + first * channels, pixels, channels, moments);
+  });
 }
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

@@ -6,21 +6,31 @@ namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
 int64_t panelled_columns(int64_t columns) { return panelled(columns); }
 
-void pack_panels(const float* weight, int64_t stride, int64_t columns, int64_t depth,
-                 const float* scale, float* packed) {
-  pack(weight, stride, columns, depth, nullptr, scale, packed);
+void pack_panels(Product product, const float* weight, int64_t stride, int64_t columns,
+                 int64_t depth, const float* scale, float* packed) {
+  with_unscaled_product(product, [&](auto kind) __attribute__((always_inline)) {
+    pack<decltype(kind)>(weight, stride, columns, depth, nullptr, scale, packed);
+  });
 }
 
-void pack_panels_transposed(const float* weight, int64_t stride, int64_t columns, int64_t depth,
-                            const float* scale, float* packed) {
-  for (int64_t first = 0; first < columns; first += kWidth) {
-    const int64_t count = columns - first;
-    const Vec factor = scale ? load_part(scale + first, count) : broadcast(1.0f);
-    float* panel = packed + first / kPanel * depth * kPanel + first % kPanel;
-    for (int64_t k = 0; k < depth; ++k) {
-      store(panel + k * kPanel, load_part(weight + k * stride + first, count) * factor);
+void pack_panels_transposed(Product product, const float* weight, int64_t stride, int64_t columns,
+                            int64_t depth, const float* scale, float* packed) {
+  with_unscaled_product(product, [&](auto kind) __attribute__((always_inline)) {
+    using Kind = decltype(kind);
+    const int64_t words = words_of<Kind>(depth);
+    for (int64_t first = 0; first < columns; first += kWidth) {
+      const int64_t count = columns - first;
+      const Vec factor = scale ? load_part(scale + first, count) : broadcast(1.0f);
+      float* panel = packed + first / kPanel * words * kPanel + first % kPanel;
+      for_words<Kind>(0, depth, [&](int64_t k, auto rows) __attribute__((always_inline)) {
+        Vec values[Kind::kPerWord] = {};
+        unroll<rows>([&](auto i) __attribute__((always_inline)) {
+          values[i] = load_part(weight + (k + i) * stride + first, count) * factor;
+        });
+        store(panel + k / Kind::kPerWord * kPanel, Kind::word_of(values));
+      });
     }
-  }
+  });
 }
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

@@ -45,6 +45,7 @@ struct FloatProduct {
   using Sum = Vec;
   using Writer = Rounded<float>;
   using Side = FloatProduct;
+  static constexpr ElementType kElementType = ElementType::float32;
   static constexpr int kPerWord = 1;
   static constexpr bool kScaled = false;
 
@@ -70,6 +71,7 @@ struct BFloat16Product : PackedWords {
   using Sum = Vec;
   using Writer = Rounded<BFloat16>;
   using Side = BFloat16Product;
+  static constexpr ElementType kElementType = ElementType::bfloat16;
   static constexpr int kPerWord = 2;
   static constexpr bool kScaled = false;
 
@@ -134,6 +136,16 @@ template <class Function>
   function(FloatProduct{});
 }
 
+// The same for kinds without scales, which are those of training.
+template <class Function>
+[[gnu::always_inline]] inline void with_unscaled_product([[maybe_unused]] Product kind,
+                                                         Function&& function) {
+#if defined(__AVX512BF16__)
+  if (kind == Product::bfloat16) return function(BFloat16Product{});
+#endif
+  function(FloatProduct{});
+}
+
 // The same for the kind of the products at its side.
 template <class Function>
 [[gnu::always_inline]] inline void with_side_product(Product kind, Function&& function) {
@@ -145,12 +157,20 @@ template <class Function>
 inline Product side_of(Product kind) { return kind == Product::int8 ? Product::bfloat16 : kind; }
 
 // Words of `count` elements.
-inline int64_t words_of(Product kind, int64_t count) {
-  return divide_up(count, kind == Product::int8 ? 4 : kind == Product::bfloat16 ? 2 : 1);
-}
+using cpu::words_of;
 template <class Kind>
 [[gnu::always_inline]] inline int64_t words_of(int64_t count) {
   return divide_up(count, Kind::kPerWord);
+}
+
+// Calls function(first, Constant<count>) over the elements [first, last) that make up a word each;
+// the last may lack some. `first` is the beginning of a word.
+template <class Kind, class Function>
+[[gnu::always_inline]] inline void for_words(int64_t first, int64_t last, Function&& function) {
+  constexpr int kPerWord = Kind::kPerWord;
+  static_assert(kPerWord <= 2);
+  for (; first + kPerWord <= last; first += kPerWord) function(first, Constant<kPerWord>{});
+  if (kPerWord > 1 && first < last) function(first, Constant<1>{});
 }
 
 template <class Kind>

@@ -26,35 +26,55 @@ inline int64_t plane_offset(const Wide& wide, int64_t pixels, int64_t image, int
   return (image * wide.blocks + block - wide.first) * pixels * kWideBlock;
 }
 
-inline float* floats_of(const Wide& wide) { return static_cast<float*>(wide.data); }
-
-// `pixels` pixels from an offset on as floats: where they lie, or converted into `buffer`.
-inline const float* read_pixels(const Wide& wide, int64_t offset, int64_t pixels, float* buffer) {
-  if (wide.type == ElementType::float32) return floats_of(wide) + offset;
-  const void* data = wide.data;
-  with_elements(wide.type, data, [&](auto* elements) __attribute__((always_inline)) {
-    widen(elements + offset, pixels * kWideBlock, buffer);
-  });
-  return buffer;
+// Passes of a kind read and write its elements. Those of bfloat16 products have all wide tensors in
+// bfloat16; those of float take any type, which they convert in a buffer.
+template <class Kind>
+[[gnu::always_inline]] inline typename Kind::Element* elements_of(const Wide& wide) {
+  return static_cast<typename Kind::Element*>(wide.data);
 }
 
-// Where to write pixels as floats: their place, or `buffer`, from which write_pixels converts them.
-inline float* place_of_pixels(const Wide& wide, int64_t offset, float* buffer) {
-  return wide.type == ElementType::float32 ? floats_of(wide) + offset : buffer;
+// `pixels` pixels from an offset on: where they lie, or converted into `buffer`.
+template <class Kind>
+inline const typename Kind::Element* read_pixels(const Wide& wide, int64_t offset, int64_t pixels,
+                                                 float* buffer) {
+  if constexpr (Kind::kElementType == ElementType::float32) {
+    if (wide.type != ElementType::float32) {
+      const void* data = wide.data;
+      with_elements(wide.type, data, [&](auto* elements) __attribute__((always_inline)) {
+        widen(elements + offset, pixels * kWideBlock, buffer);
+      });
+      return buffer;
+    }
+  }
+  return elements_of<Kind>(wide) + offset;
 }
 
-inline void write_pixels(const Wide& wide, int64_t offset, int64_t pixels, const float* buffer) {
-  if (wide.type == ElementType::float32) return;
-  with_elements(wide.type, wide.data, [&](auto* elements) __attribute__((always_inline)) {
-    narrow(buffer, pixels * kWideBlock, elements + offset);
-  });
+// Where to write pixels: their place, or `buffer`, from which write_pixels converts them.
+template <class Kind>
+inline typename Kind::Element* place_of_pixels(const Wide& wide, int64_t offset, float* buffer) {
+  if constexpr (Kind::kElementType == ElementType::float32) {
+    if (wide.type != ElementType::float32) return buffer;
+  }
+  return elements_of<Kind>(wide) + offset;
 }
 
-// tile[pixel][kTilePitch] = act(scale * wide + shift) * factor for `pixels` pixels of one block;
-// factor may be null.
-template <Activation kind>
-inline void activate_pixels(const float* wide, int64_t pixels, const float* scale,
-                            const float* shift, const float* factor, float* tile) {
+template <class Kind>
+inline void write_pixels([[maybe_unused]] const Wide& wide, [[maybe_unused]] int64_t offset,
+                         [[maybe_unused]] int64_t pixels,
+                         [[maybe_unused]] const typename Kind::Element* buffer) {
+  if constexpr (Kind::kElementType == ElementType::float32) {
+    if (wide.type == ElementType::float32) return;
+    with_elements(wide.type, wide.data, [&](auto* elements) __attribute__((always_inline)) {
+      narrow(buffer, pixels * kWideBlock, elements + offset);
+    });
+  }
+}
+
+// to[pixel][pitch] = act(scale * wide + shift) * factor for `pixels` pixels of one block; factor
+// may be null. Element: what the results are rounded to, here or later.
+template <Activation kind, class Element, class Writer>
+inline void activate_pixels(const Element* wide, int64_t pixels, const float* scale,
+                            const float* shift, const float* factor, Writer to, int64_t pitch) {
   for_pixel_runs(pixels, [&](int64_t first, int64_t last) __attribute__((always_inline)) {
     for (int64_t lane = 0; lane < kWideBlock; lane += kLaneFloats) {
       const Lanes a = load_lanes(scale + lane);
@@ -65,21 +85,23 @@ inline void activate_pixels(const float* wide, int64_t pixels, const float* scal
         unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
           value.v[i] = fma(value.v[i], a.v[i], b.v[i]);
         });
-        activate<kind, kLanes>(value.v);
+        activate<kind, kLanes, Element>(value.v);
         if (factor) {
           unroll<kLanes>([&](auto i) __attribute__((always_inline)) { value.v[i] *= f.v[i]; });
         }
-        store_lanes(tile + pixel * kTilePitch + lane, value);
+        unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
+          to.store(pixel * pitch + lane + i * kWidth, value.v[i]);
+        });
       }
     }
   });
 }
 
-// tile[pixel] = a * first + b * second + c, for `pixels` pixels of one block; pitch: floats from
-// one pixel of the tile to the next. `copy`, which may be `first`, takes the same densely.
-inline void combine_pixels(const float* first, const float* second, int64_t pixels, const float* a,
-                           const float* b, const float* c, float* tile, int64_t pitch,
-                           float* copy = nullptr) {
+// Calls store(pixel, lane, values) with a * first + b * second + c of `pixels` pixels of one block.
+template <class Element, class Store>
+[[gnu::always_inline]] inline void combine_pixels(const Element* first, const Element* second,
+                                                  int64_t pixels, const float* a, const float* b,
+                                                  const float* c, Store&& store) {
   for_pixel_runs(pixels, [&](int64_t begin, int64_t end) __attribute__((always_inline)) {
     for (int64_t lane = 0; lane < kWideBlock; lane += kLaneFloats) {
       const Lanes wa = load_lanes(a + lane);
@@ -92,8 +114,7 @@ inline void combine_pixels(const float* first, const float* second, int64_t pixe
           const Vec base = fma(load(second + at + i * kWidth), wb.v[i], wc.v[i]);
           value.v[i] = fma(load(first + at + i * kWidth), wa.v[i], base);
         });
-        store_lanes(tile + pixel * pitch + lane, value);
-        if (copy) store_lanes(copy + at, value);
+        store(pixel, lane, value);
       }
     }
   });

@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from moat_kernels.ops.common.spatial import resolve_padding
@@ -85,6 +86,7 @@ class TrainSettings(NamedTuple):
     pre_norm_mode: str  # "absent", "frozen" or "measured"
     expand_norm_mode: str
     depthwise_norm_mode: str
+    wide_dtype: torch.dtype  # of the wide tensors that are kept
 
 
 def block_tensors(parameters: MBConvParameters) -> list[Tensor | None]:

@@ -86,15 +86,15 @@ def forward(
     updates: Mapping[str, RunningUpdate],
 ) -> Forward:
     """Compute the block, and save what `recompute` says beside the statistics."""
-    parameters = cast_weights(parameters, dtype)
     training = plain_training if description.project_norm is None else project_norm
     if recompute == "block" and all_frozen(description):
         # Faster than training's passes, and gives none of what those save.
-        output = evaluate(x, parameters, description, drop_path_scale, None)
+        output = evaluate(x, parameters, description, drop_path_scale, dtype)
         return Forward(output, {}, training.unmeasured(x, description))
-    result = training.forward(x, parameters, description, recompute, as_float(drop_path_scale))
-    output = result.output.to(_output_dtype(x, parameters, description))
-    return Forward(output, result.moments, result.saved)
+    output_dtype = _output_dtype(x, parameters, description, dtype)
+    return training.forward(
+        x, parameters, description, recompute, as_float(drop_path_scale), dtype, output_dtype
+    )
 
 
 def backward(
@@ -109,10 +109,9 @@ def backward(
     needed: frozenset[str],
 ) -> dict[str, Tensor]:
     """Gradients by name, of "x" and of the parameters in `needed` (and of some others)."""
-    parameters = cast_weights(parameters, dtype)
     training = plain_training if description.project_norm is None else project_norm
     return training.backward(
-        grad, x, parameters, description, as_float(drop_path_scale), saved, needed
+        grad, x, parameters, description, as_float(drop_path_scale), dtype, saved, needed
     )
 
 
@@ -132,19 +131,22 @@ def evaluate(
         *block_tensors(parameters),
         drop_path_scale,
         *settings,
-        _output_dtype(x, parameters, description),
+        _output_dtype(x, parameters, description, dtype),
     )
 
 
 def _output_dtype(
-    x: Tensor, parameters: MBConvParameters, description: MBConvDescription
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    dtype: torch.dtype | None,
 ) -> torch.dtype:
     """What adding the shortcut to the project convolution gives; they differ under autocast."""
-    dtype = parameters.project_weight.dtype
+    project = dtype or parameters.project_weight.dtype
     if not description.residual:
-        return dtype
+        return project
     shortcut = parameters.shortcut_weight
-    return torch.promote_types(dtype, x.dtype if shortcut is None else shortcut.dtype)
+    return torch.promote_types(project, x.dtype if shortcut is None else dtype or shortcut.dtype)
 
 
 register_fakes()

@@ -6,6 +6,7 @@ that its schema gives them.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from moat_kernels.ops.common.flops import register_flops
 from moat_kernels.ops.common.registration import register_fake
 from moat_kernels.ops.common.spatial import output_size
 from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE
-from moat_kernels.ops.mbconv.cpu.training import WIDE_CHANNELS, padded_wide
+from moat_kernels.ops.mbconv.cpu.training import WIDE_CHANNELS, padded_wide, product_dtype
 from moat_kernels.ops.mbconv.description import PARAMETER_NAMES, MBConvDescription
 from moat_kernels.ops.mbconv.flops import forward_flops
 
@@ -51,10 +52,10 @@ def _fake_front(given: SimpleNamespace) -> tuple[Tensor, ...]:
     if given.statistics is None:
         size = 2 * given.in_channels + 4 * given.wide_channels
     return (
-        _wide(x, given, in_pixels, given.dtype) if given.keep_z1 else x.new_empty(0),
-        _wide(x, given, given.out_height * given.out_width, given.dtype),
+        _wide(x, given, in_pixels, given.wide_dtype) if given.keep_z1 else x.new_empty(0),
+        _wide(x, given, given.out_height * given.out_width, given.wide_dtype),
         x.new_empty(size, dtype=torch.float64),
-        x.new_empty(size),
+        x.new_empty(size, dtype=torch.float32),
     )
 
 
@@ -65,28 +66,30 @@ def _fake_pool(given: SimpleNamespace) -> Tensor:
 
 def _fake_project(given: SimpleNamespace) -> Tensor:
     sizes = (given.batch, given.out_height, given.out_width, given.out_channels)
-    return given.statistics.new_empty(sizes, dtype=torch.float32)
+    return given.statistics.new_empty(sizes, dtype=given.dtype)
 
 
 def _fake_backward_gated(given: SimpleNamespace) -> tuple[Tensor, ...]:
+    floats = given.gate.new_empty
     return (
-        torch.empty_like(given.z2, dtype=torch.float32),
-        given.grad.new_empty(given.out_channels, given.wide_channels),
-        given.grad.new_empty(given.out_channels),
+        torch.empty_like(given.z2, dtype=product_dtype(given.wide_dtype)),
+        floats(given.out_channels, given.wide_channels),
+        floats(given.out_channels),
         torch.empty_like(given.gate),
     )
 
 
 def _fake_backward(given: SimpleNamespace) -> list[Tensor]:
     x, gated = given.x, given.gated_gradient is not None
+    floats = functools.partial(x.new_empty, dtype=torch.float32)
     channels, wide, out_channels = given.in_channels, given.wide_channels, given.out_channels
     return [
-        torch.empty_like(x) if given.needs_input else x.new_empty(0),
-        *(x.new_empty(wide, channels), x.new_empty(wide)),
-        *(x.new_empty(wide, 9), x.new_empty(wide)),
-        x.new_empty(0) if gated else x.new_empty(out_channels, wide),
-        x.new_empty(0) if gated else x.new_empty(out_channels),
-        *(x.new_empty(size) for size in (channels, channels, wide, wide, wide, wide)),
+        torch.empty_like(x) if given.needs_input else floats(0),
+        *(floats(wide, channels), floats(wide)),
+        *(floats(wide, 9), floats(wide)),
+        floats(0) if gated else floats(out_channels, wide),
+        floats(0) if gated else floats(out_channels),
+        *(floats(size) for size in (channels, channels, wide, wide, wide, wide)),
     ]
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import torch
 from torch import Tensor
 
 from moat_kernels.ops.mbconv.algebra.shortcut import scale_samples, shortcut, shortcut_backward
@@ -42,9 +43,13 @@ def forward(
     description: MBConvDescription,
     recompute: str,
     drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
+    output_dtype: torch.dtype,
 ) -> Forward:
     """Compute the block; saves the norm's input and statistics, then what the bottleneck saves."""
-    inner = bottleneck_training.forward(x, *_bottleneck(parameters, description), recompute, None)
+    inner = bottleneck_training.forward(
+        x, *_bottleneck(parameters, description), recompute, None, dtype, output_dtype
+    )
     norm = _norm(parameters, description)
     output = norm.forward(inner.output)
     if description.residual:
@@ -65,13 +70,14 @@ def backward(
     parameters: MBConvParameters,
     description: MBConvDescription,
     drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
     saved: list[Tensor],
     needed: frozenset[str],
 ) -> dict[str, Tensor]:
     """Gradients by name, of "x" and of the parameters in `needed` (and of some others)."""
     bottleneck = _bottleneck(parameters, description)
     if not saved[0].numel():  # see `unmeasured`
-        saved = forward(x, parameters, description, "block", None).saved
+        saved = forward(x, parameters, description, "block", None, dtype, x.dtype).saved
     norm = _norm(parameters, description)
     norm.needed = needed
     projected, *statistics = saved[:3]
@@ -80,7 +86,7 @@ def backward(
     grad_projected = norm.backward(grad_output, projected, True)
     assert grad_projected is not None
     gradients = bottleneck_training.backward(
-        grad_projected, x, *bottleneck, None, saved[3:], needed
+        grad_projected, x, *bottleneck, None, dtype, saved[3:], needed
     )
     gradients.update(norm.gradients)
     if description.residual:

@@ -13,8 +13,12 @@ one, or 0, so that samples with fixed statistics do not mix:
 Statistics of z1 and z2 are summed by the passes that write them: z1 around 0, which is then its
 mean, z2 around one of its values. Sums over all pixels are finished in float64. Every pass adds in
 an order that depends on the shape only, so results do not depend on the number of threads;
-squeeze-excite's small products and the shortcut, which are stock, may. z1 and z2 are kept in the
-dtype of the convolutions' weights; all arithmetic is in float32.
+squeeze-excite's small products and the shortcut, which are stock, may.
+
+z1 and z2 are kept in the dtype of the convolutions' weights, or autocast's. If that is bfloat16 and
+the CPU multiplies it, so are the operands of all products and the gradients of wide tensors, and
+weights are rounded once, where they are packed; sums, statistics, activations and the depthwise
+convolution are in float32, as everything else is elsewhere.
 """
 
 from __future__ import annotations
@@ -41,6 +45,7 @@ from moat_kernels.ops.mbconv.description import (
     MBConvParameters,
     Norm,
     NormParameters,
+    cast_weights,
 )
 
 # Channels that the kernels keep together; vectors of E channels are padded to a multiple.
@@ -78,14 +83,28 @@ def _in_float(parameters: MBConvParameters) -> MBConvParameters:
     return MBConvParameters(**fields)
 
 
+def product_dtype(wide_dtype: torch.dtype) -> torch.dtype:
+    """What products are multiplied in, of wide tensors in a dtype."""
+    narrow = wide_dtype == torch.bfloat16 and torch.ops.moat_kernels.cpu_multiplies(wide_dtype)
+    return torch.bfloat16 if narrow else torch.float32
+
+
 class Call:
-    """One call's tensors and numbers, shared by forward and backward."""
+    """One call's tensors and numbers, shared by forward and backward.
+
+    dtype: that of autocast, or None.
+    """
 
     def __init__(
-        self, x: Tensor, parameters: MBConvParameters, description: MBConvDescription
+        self,
+        x: Tensor,
+        parameters: MBConvParameters,
+        description: MBConvDescription,
+        dtype: torch.dtype | None,
     ) -> None:
-        self.x = x.permute(0, 2, 3, 1).contiguous().float()
-        self.wide_dtype = parameters.expand_weight.dtype
+        self.x = x.permute(0, 2, 3, 1).contiguous()
+        wide_dtype = parameters.expand_weight.dtype if dtype is None else dtype
+        self.product_dtype = product_dtype(wide_dtype)
         self.parameters = parameters = _in_float(parameters)
         batch, height, width, channels = self.x.shape
         stencil = Stencil.of(batch, height, width, description)
@@ -111,11 +130,23 @@ class Call:
             pre_norm_mode=_mode(description.pre_norm),
             expand_norm_mode=_mode(description.expand_norm),
             depthwise_norm_mode=_mode(description.depthwise_norm),
+            wide_dtype=wide_dtype,
         )
         tensors = bottleneck_tensors(parameters)
         self.settings = (
             *(None if tensor is None else tensor.contiguous() for tensor in tensors),
             *settings,
+        )
+
+    def shortcut_operands(self) -> tuple[Tensor, MBConvParameters]:
+        """x as a map, and the parameters: in one dtype if the shortcut has a weight."""
+        maps = self.x.permute(0, 3, 1, 2)
+        if self.parameters.shortcut_weight is None:
+            return maps, self.parameters
+        names = [name for name in WEIGHTS if name.startswith("shortcut_")]
+        return (
+            maps.to(self.product_dtype),
+            cast_weights(self.parameters, self.product_dtype, names),
         )
 
 
@@ -151,12 +182,14 @@ def forward(
     description: MBConvDescription,
     recompute: str,
     drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
+    output_dtype: torch.dtype,
 ) -> Forward:
-    """Compute the block, in float32, and save what `recompute` says beside the statistics."""
+    """Compute the block, and save what `recompute` says beside the statistics."""
     native = torch.ops.moat_kernels
-    call = Call(x, parameters, description)
+    call = Call(x, parameters, description, dtype)
     z1, z2, statistics, measured = native.cpu_mbconv_train_front(
-        call.x, None, recompute == "none", call.wide_dtype, *call.settings
+        call.x, None, recompute == "none", *call.settings
     )
     saved, gate = [statistics], None
     if description.squeeze_excite is not None:
@@ -167,10 +200,10 @@ def forward(
 
     addend = None
     if description.residual:
-        added = shortcut(call.x.permute(0, 3, 1, 2), call.parameters, description)
+        added = shortcut(*call.shortcut_operands(), description)
         addend = added.permute(0, 2, 3, 1).contiguous()
     output = native.cpu_mbconv_train_project(
-        z2, statistics, gate, drop_path_scale, addend, *call.settings
+        z2, statistics, gate, drop_path_scale, addend, output_dtype, *call.settings
     )
 
     channels = call.x.shape[3]
@@ -192,14 +225,15 @@ def backward(
     parameters: MBConvParameters,
     description: MBConvDescription,
     drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
     saved: list[Tensor],
     needed: frozenset[str],
 ) -> dict[str, Tensor]:
     """Gradients by name, of "x" and of the parameters in `needed` (and of some others)."""
     native = torch.ops.moat_kernels
-    call = Call(x, parameters, description)
+    call = Call(x, parameters, description, dtype)
     parameters, excite = call.parameters, description.squeeze_excite
-    grad = grad.permute(0, 2, 3, 1).contiguous().float()
+    grad = grad.permute(0, 2, 3, 1).contiguous()
     statistics = saved[0] if saved[0].numel() else None  # see `unmeasured`
     wide_tensors = saved[2 if excite else 1 :]
     z1 = wide_tensors[0] if len(wide_tensors) == 2 else None
@@ -210,7 +244,7 @@ def backward(
     if excite is not None:
         if z2 is None:
             z1, z2, measured, _ = native.cpu_mbconv_train_front(
-                call.x, statistics, True, call.wide_dtype, *call.settings
+                call.x, statistics, True, *call.settings
             )
             statistics = measured if statistics is None else statistics
         squeezed = (
@@ -228,8 +262,9 @@ def backward(
 
     shortcut_grad = None
     if description.residual:
-        maps = (grad.permute(0, 3, 1, 2), call.x.permute(0, 3, 1, 2))
-        view, others = shortcut_backward(*maps, parameters, description, needed)
+        maps, operands = call.shortcut_operands()
+        grad_maps = grad.permute(0, 3, 1, 2).to(maps.dtype)
+        view, others = shortcut_backward(grad_maps, maps, operands, description, needed)
         gradients |= others
         shortcut_grad = None if view is None else view.permute(0, 2, 3, 1).contiguous()
     results = native.cpu_mbconv_train_backward(
