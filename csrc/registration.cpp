@@ -98,8 +98,8 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
   // where they are not needed.
   define("cpu_linear_forward(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   define(
-      "cpu_linear_backward(Tensor grad, Tensor x, Tensor weight, bool needs_input, "
-      "bool needs_parameters) -> (Tensor, Tensor, Tensor)");
+      "cpu_linear_backward(Tensor grad, Tensor x, Tensor weight, ScalarType input_dtype, "
+      "bool needs_input, bool needs_parameters) -> (Tensor, Tensor, Tensor)");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CompositeExplicitAutograd, library) {

@@ -9,11 +9,19 @@ import torch
 import torch.nn.functional as F
 from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.native import needs_extension
-from support.tolerances import BACKEND_GRADIENT, BACKEND_OUTPUT, assert_close
+from support.tolerances import (
+    BACKEND_GRADIENT,
+    BACKEND_OUTPUT,
+    STORED_ROUNDING,
+    assert_close,
+)
 from torch import Tensor, nn
 
 from moat_kernels import use_backend
+from moat_kernels.extension import load_extension
 from moat_kernels.linear import apply_linear
+from moat_kernels.memory import saved_bytes
+from moat_kernels.ops.frozen import multiplies
 from moat_kernels.ops.linear.cpu import FEWEST_ROWS, backward, forward, unsupported
 
 pytestmark = needs_extension
@@ -51,10 +59,33 @@ def check(actual: list[Tensor], correct: list[Tensor]) -> None:
 @pytest.mark.parametrize(("rows", "depth", "columns"), SIZES)
 def test_products(rows: int, depth: int, columns: int) -> None:
     x, weight, bias, grad = make(rows, depth, columns)
-    actual = [forward(x, weight, bias), *backward(grad, x, weight, True, True)]
+    actual = [forward(x, weight, bias), *backward(grad, x, weight, x.dtype, True, True)]
     check(actual, expected(x, weight, bias, grad))
     without_bias = forward(x, weight, None)
     assert_close(without_bias, x.double() @ weight.double().t(), BACKEND_OUTPUT[torch.float32])
+
+
+BFLOAT16 = load_extension().usable and multiplies(torch.bfloat16)
+multiplies_bfloat16 = pytest.mark.skipif(not BFLOAT16, reason="the CPU does not multiply bfloat16")
+
+
+@multiplies_bfloat16
+@pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(("rows", "depth", "columns"), SIZES)
+def test_products_in_bfloat16(
+    rows: int, depth: int, columns: int, input_dtype: torch.dtype
+) -> None:
+    """Of operands in bfloat16 the sums are as exact as those of floats, before they are rounded."""
+    x, weight, bias, grad = (tensor.bfloat16() for tensor in make(rows, depth, columns))
+    weight, bias = weight.float(), bias.float()
+    output = forward(x, weight, bias)
+    gradients = backward(grad, x, weight, input_dtype, True, True)
+    correct = expected(x, weight, bias, grad)
+    assert output.dtype == torch.bfloat16 and gradients[0].dtype == input_dtype
+    rounding = STORED_ROUNDING[torch.bfloat16]
+    assert_close(output, correct[0], rounding, "output")
+    assert_close(gradients[0], correct[1], STORED_ROUNDING[input_dtype] + 5e-5, "x")
+    check([correct[0], correct[1], *gradients[1:]], correct)
 
 
 @pytest.mark.parametrize("isa", INSTRUCTION_SETS)
@@ -69,15 +100,18 @@ def test_maps_and_dense_copies_of_what_is_not_contiguous() -> None:
     columns = weight.t().contiguous().t()
     output = forward(map_of_x, columns, bias)
     assert output.shape == (2, 7, 5, 48)
-    gradients = backward(map_of_grad, map_of_x, columns, True, True)
+    gradients = backward(map_of_grad, map_of_x, columns, x.dtype, True, True)
     correct = expected(map_of_x.reshape(-1, 32), weight, bias, map_of_grad.reshape(-1, 48))
     check([output.flatten(0, 2), gradients[0].flatten(0, 2), *gradients[1:]], correct)
 
 
 def test_only_the_gradients_that_are_needed() -> None:
     x, weight, _, grad = make(20, 16, 32)
-    everything = backward(grad, x, weight, True, True)
-    sizes = [[t.numel() for t in backward(grad, x, weight, *needs)] for needs in ((1, 0), (0, 1))]
+    everything = backward(grad, x, weight, x.dtype, True, True)
+    sizes = [
+        [t.numel() for t in backward(grad, x, weight, x.dtype, *needs)]
+        for needs in ((True, False), (False, True))
+    ]
     full = [t.numel() for t in everything]
     assert sizes == [[full[0], 0, 0], [0, full[1], full[2]]]
 
@@ -93,15 +127,23 @@ def test_bad_values_reach_their_row_and_no_other(value: float) -> None:
 def test_results_do_not_depend_on_the_threads() -> None:
     x, weight, bias, grad = make(700, 64, 96)
     threads = torch.get_num_threads()
-    results = []
+    results: dict[torch.dtype, list[list[Tensor]]] = {}
     try:
         for count in (1, 2, 3):
             torch.set_num_threads(count)
-            results.append([forward(x, weight, bias), *backward(grad, x, weight, True, True)])
+            for dtype in (torch.float32, torch.bfloat16) if BFLOAT16 else (torch.float32,):
+                rows, gradient = x.to(dtype), grad.to(dtype)
+                results.setdefault(dtype, []).append(
+                    [
+                        forward(rows, weight, bias),
+                        *backward(gradient, rows, weight, torch.float32, True, True),
+                    ]
+                )
     finally:
         torch.set_num_threads(threads)
-    for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+    for first, *others in results.values():
+        for other in others:
+            assert all(torch.equal(a, b) for a, b in zip(first, other, strict=True))
 
 
 def name_of_backward(module: nn.Module, x: Tensor) -> str:
@@ -140,11 +182,33 @@ def test_everything_else_is_stock(module: nn.Module, x: Tensor) -> None:
     assert type(output.grad_fn).__name__ != "_LinearBackward"
 
 
-def test_hooked_and_changed_modules_and_autocast_are_stock() -> None:
+@multiplies_bfloat16
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
+def test_autocast(x_dtype: torch.dtype) -> None:
+    """The dtypes of stock, the same numbers up to rounding, and x is saved in bfloat16."""
+    module = nn.Linear(32, 64)
+    x = torch.randn(FEWEST_ROWS + 1, 32).to(x_dtype).requires_grad_()
+    grad = torch.randn(FEWEST_ROWS + 1, 64).bfloat16()
+    results = []
+    for compute in (apply_linear, lambda layer, rows: layer(rows)):
+        with torch.autocast("cpu", torch.bfloat16):
+            output = compute(module, x)
+        results.append([output, *torch.autograd.grad(output, (x, *module.parameters()), grad)])
+    names = [type(output[0].grad_fn).__name__ for output in results]
+    assert names[0] == "_LinearBackward" != names[1]
+    for name, actual, stock in zip(NAMES, *results, strict=True):
+        assert actual.dtype == stock.dtype, name
+        assert_close(actual, stock.double(), 4 * torch.finfo(torch.bfloat16).eps, name)
+    with torch.autocast("cpu", torch.bfloat16):
+        saved = saved_bytes(lambda: apply_linear(module, x), [x, *module.parameters()])
+    assert saved == (2 * x.numel() if x_dtype == torch.float32 else 0)
+    with torch.autocast("cpu", torch.float16):
+        assert "_Linear" not in name_of_backward(module, x)
+
+
+def test_hooked_and_changed_modules_are_stock() -> None:
     module, calls = nn.Linear(32, 64), []
     x = torch.randn(FEWEST_ROWS, 32)
-    with torch.autocast("cpu", torch.bfloat16):
-        assert apply_linear(module, x).dtype == torch.bfloat16
     module.register_forward_hook(lambda *_: calls.append(1))
     apply_linear(module, x)
     assert calls == [1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import threading
 from collections.abc import Callable
@@ -39,13 +40,13 @@ def evaluation() -> Work:
     return work
 
 
-def training() -> Work:
+def training(autocast: bool = False) -> Work:
     case = Case(MBConvDescription(), wide_channels=140)
     parameters = make_parameters(case, torch.float32)
     x = torch.randn(3, case.in_channels, 20, 19)
 
     def work() -> list[Tensor]:
-        with use_backend("cpu"):
+        with use_backend("cpu"), torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             return list(run(x, parameters, case.description, training=True).values())
 
     return work
@@ -90,6 +91,7 @@ def stem_training() -> Work:
 WORK = {
     "evaluation": evaluation,
     "training": training,
+    "training in bfloat16": functools.partial(training, autocast=True),
     "attention": attention,
     "attention_half": attention_half,
     "stem_training": stem_training,

@@ -54,9 +54,10 @@ def norm(channels: int) -> list[Tensor]:
 
 def linear_calls() -> list[Call]:
     x, weight, bias, grad = randn(3, 5, 32), randn(48, 32), randn(48), randn(3, 5, 48)
+    needs = [torch.float32, True, True]
     return [
         Call("cpu_linear_forward", OPS.cpu_linear_forward, [x, weight, bias], F.linear),
-        Call("cpu_linear_backward", OPS.cpu_linear_backward, [grad, x, weight, True, True]),
+        Call("cpu_linear_backward", OPS.cpu_linear_backward, [grad, x, weight, *needs]),
     ]
 
 

@@ -14,8 +14,8 @@ constexpr int64_t kTrainStripPixels = 128;
 // type, [pixels of all images][channels]; and what products read of them, in words
 // (cpu/isa/product.h):
 //   rows        [pixels][words of the panelled channels], along the channels
-//   row pairs   [images][words of the pixels][panelled channels], along the pixels; rows of float
-//               are their own
+//   row pairs   [images][words of the pixels][panelled channels], along the pixels (pair_rows);
+//               rows of float are their own
 struct TrainShape {
   int64_t batch, height, width, out_height, out_width, stride, top, left;
   int64_t in_channels, wide_channels, out_channels;
@@ -70,8 +70,6 @@ MOAT_KERNELS_DECLARE_PER_ISA(
     // sums[C] += rows. shift, sums may be null.
     void train_rows(Product product, const Map& x, int64_t first, int64_t pixels, int64_t channels,
                     const float* shift, float scale, float* rows, double* sums);
-    // Row pairs of `pixels` pixels that begin a word, of bfloat16; columns: panelled channels.
-    void train_row_pairs(const float* rows, int64_t pixels, int64_t columns, float* pairs);
     // constants[i] = sum of weight[i] * shift, over rows of weight [rows][C].
     void train_constants(const float* weight, int64_t rows, int64_t channels, const float* shift,
                          double* constants);

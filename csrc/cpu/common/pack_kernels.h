@@ -15,4 +15,7 @@ MOAT_KERNELS_DECLARE_PER_ISA(
     void pack_panels(Product product, const float* weight, int64_t stride, int64_t columns,
                      int64_t depth, const float* scale, float* packed);
     void pack_panels_transposed(Product product, const float* weight, int64_t stride,
-                                int64_t columns, int64_t depth, const float* scale, float* packed);)
+                                int64_t columns, int64_t depth, const float* scale, float* packed);
+    // Rows of bfloat16 [rows][columns], columns a multiple of 16, as words along the rows:
+    // [words of the rows][columns], the last of an odd number with zeros.
+    void pair_rows(const void* source, int64_t rows, int64_t columns, float* pairs);)

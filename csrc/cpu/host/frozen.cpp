@@ -12,11 +12,10 @@
 #include <cstring>
 #include <type_traits>
 
-#include "cpu/common/isa_facts.h"
 #include "cpu/host/attention_half_eval.h"
-#include "cpu/host/dispatch.h"
 #include "cpu/host/head_eval.h"
 #include "cpu/host/mbconv_eval.h"
+#include "cpu/host/products.h"
 #include "cpu/host/recycled_memory.h"
 #include "cpu/host/scratch.h"
 #include "cpu/host/stem_eval.h"
@@ -66,14 +65,7 @@ Tensor pack(const Problem& problem, const Tensor& like) {
   return packed;
 }
 
-bool has_product(Product product) { return MOAT_KERNELS_DISPATCH(isa_multiplies)(product); }
-
-Product product_of(ScalarType dtype) {
-  const bool narrow = dtype == ScalarType::BFloat16 && has_product(Product::bfloat16);
-  return narrow ? Product::bfloat16 : Product::float32;
-}
-
-Product product_of(ScalarType dtype, const Quantizations& quantizations) {
+Product quantized_product(ScalarType dtype, const Quantizations& quantizations) {
   if (!quantizations.given()) return product_of(dtype);
   STD_TORCH_CHECK(dtype == ScalarType::BFloat16 && has_product(Product::int8),
                   "int8 products need maps in bfloat16 and a CPU that has both");
@@ -108,7 +100,7 @@ std::tuple<Tensor, Tensor> freeze_mbconv(const BlockTensors& tensors, const Bloc
   MBConvProblem& problem = step.mbconv;
   problem = read_block(kept, settings);
   problem.output_type = element_type("dtype", dtype);
-  problem.product = product_of(dtype, quantizations);
+  problem.product = quantized_product(dtype, quantizations);
   problem.input_quantization = quantizations.first();
   problem.middle_quantization = quantizations.second();
   const Tensor& like = *kept.expand_weight;
@@ -131,7 +123,7 @@ std::tuple<Tensor, Tensor> freeze_attention_half(const AttentionHalfTensors& ten
   problem = read_attention_half(kept, heads, head_dim, scale, eps);
   problem.grid = grid;
   problem.element = element_type("dtype", dtype);
-  problem.product = product_of(dtype, quantizations);
+  problem.product = quantized_product(dtype, quantizations);
   problem.norm_quantization = quantizations.first();
   problem.attended_quantization = quantizations.second();
   const Tensor& like = *kept.qkv_weight;

@@ -7,9 +7,9 @@
 #include <iterator>
 #include <tuple>
 
-#include "cpu/common/isa_facts.h"
 #include "cpu/host/dispatch.h"
 #include "cpu/host/moments.h"
+#include "cpu/host/products.h"
 
 namespace moat_kernels::cpu {
 
@@ -57,10 +57,7 @@ TrainShape read_shape(const TrainSettings& settings) {
   shape.expand_activation = parse_activation(settings.expand_activation);
   shape.depthwise_activation = parse_activation(settings.depthwise_activation);
   element_type("wide_dtype", settings.wide_dtype);
-  shape.product = settings.wide_dtype == ScalarType::BFloat16 &&
-                          MOAT_KERNELS_DISPATCH(isa_multiplies)(Product::bfloat16)
-                      ? Product::bfloat16
-                      : Product::float32;
+  shape.product = product_of(settings.wide_dtype);
   STD_TORCH_CHECK(shape.stride == 1 || shape.stride == 2, "stride must be 1 or 2, got ",
                   shape.stride);
   STD_TORCH_CHECK(shape.batch > 0, "mbconv: training needs at least one image");
@@ -190,11 +187,12 @@ double* TrainCall::statistics_of(const Tensor& statistics) const {
 
 Tensor TrainCall::wave_buffer(int64_t pixels) const {
   const int64_t blocks = widest_wave(shape, waves);
-  return recycled_tensor(like, {shape.batch, blocks, pixels, kWideChannels}, product_type());
+  return recycled_tensor(like, {shape.batch, blocks, pixels, kWideChannels},
+                         operand_type(shape.product));
 }
 
 Wide TrainCall::wave_of(const Tensor& buffer, const Blocks& blocks) const {
-  return {buffer.mutable_data_ptr(), element_type("buffer", product_type()),
+  return {buffer.mutable_data_ptr(), element_type("buffer", operand_type(shape.product)),
           blocks.last - blocks.first, blocks.first};
 }
 
@@ -228,7 +226,7 @@ Tensor TrainCall::pairs_of(const Tensor& rows, int64_t pixels, int64_t channels)
   const Tensor pairs = recycled_floats(like, {shape.batch, words(pixels), columns});
   constexpr int64_t kPixels = 64;  // of a task: whole words
   const int64_t parts = (pixels + kPixels - 1) / kPixels;
-  const auto convert = MOAT_KERNELS_DISPATCH(train_row_pairs);
+  const auto convert = MOAT_KERNELS_DISPATCH(pair_rows);
   for_each_task(shape.batch * parts, workers, [&](int64_t index, int64_t) {
     const int64_t image = index / parts;
     const int64_t first = index % parts * kPixels;

@@ -155,9 +155,6 @@ class TrainCall {
   ScaleShift depthwise_norm() const { return {depthwise_scale_.data(), depthwise_shift_.data()}; }
 
   int64_t words(int64_t elements) const { return words_of(shape.product, elements); }
-  ScalarType product_type() const {
-    return shape.product == Product::bfloat16 ? ScalarType::BFloat16 : ScalarType::Float;
-  }
 
   const Tensor& like;
   TrainShape shape;

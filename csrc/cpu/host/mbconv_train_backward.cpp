@@ -10,6 +10,7 @@
 
 #include "cpu/host/dispatch.h"
 #include "cpu/host/mbconv_train.h"
+#include "cpu/host/products.h"
 
 namespace moat_kernels::cpu {
 namespace {
@@ -322,7 +323,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> train_backward_gated(
   call.fold_depthwise(blocks, call.statistics_of(statistics));
   const int64_t wide = shape.padded_wide();
   const float* gates = float_data("gate", gate, {shape.batch, wide});
-  const ScalarType type = call.product_type();
+  const ScalarType type = operand_type(shape.product);
   const Tensor gradient = call.wide_tensor(shape.out_pixels(), type);
   const Tensor grad_gate = float_zeros(call, {shape.batch, wide});
   ProjectBackward project(call, OutputGradient(shape, grad, drop_path_scale));
@@ -386,7 +387,7 @@ std::vector<Tensor> train_backward(
     call.fold_depthwise(blocks, values);
 
     const Wide dy2 = gated_gradient ? call.wide_of("gated_gradient", *gated_gradient, out_pixels,
-                                                   call.product_type())
+                                                   operand_type(shape.product))
                                     : call.wave_of(*dy2_buffer, blocks);
     if (gated_gradient) {
       const auto compute = MOAT_KERNELS_DISPATCH(train_backward_gate);

@@ -121,16 +121,6 @@ void train_rows(Product product, const Map& x, int64_t first, int64_t pixels, in
   });
 }
 
-void train_row_pairs(const float* rows, int64_t pixels, int64_t columns, float* pairs) {
-  const auto* row = reinterpret_cast<const uint16_t*>(rows);
-  for (int64_t pixel = 0; pixel < pixels; pixel += 2, row += 2 * columns, pairs += columns) {
-    for (int64_t i = 0; i < columns; i += kWidth) {
-      const BitsVec odd = pixel + 1 < pixels ? load_half_bits(row + columns + i) : BitsVec{};
-      store(pairs + i, vec_of(load_half_bits(row + i) | (odd << 16)));
-    }
-  }
-}
-
 void train_expand(const TrainShape& shape, const PixelRange& range, const Blocks& blocks,
                   const float* rows, const float* packed, float* scratch, const Wide& z1,
                   double* sums) {

@@ -33,4 +33,14 @@ void pack_panels_transposed(Product product, const float* weight, int64_t stride
   });
 }
 
+void pair_rows(const void* source, int64_t rows, int64_t columns, float* pairs) {
+  const auto* row = static_cast<const uint16_t*>(source);
+  for (int64_t i = 0; i < rows; i += 2, row += 2 * columns, pairs += columns) {
+    for (int64_t column = 0; column < columns; column += kWidth) {
+      const BitsVec odd = i + 1 < rows ? load_half_bits(row + columns + column) : BitsVec{};
+      store(pairs + column, vec_of(load_half_bits(row + column) | (odd << 16)));
+    }
+  }
+}
+
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moat_kernels.ops.common.autocast import autocast_dtype
 from moat_kernels.ops.common.backends import choose_backend, is_exporting
 from moat_kernels.ops.common.checks import check_devices
 from moat_kernels.ops.linear import cpu
@@ -19,11 +20,12 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if backend == "reference":
         check_devices("linear", x, {"weight": weight, "bias": bias})
         return F.linear(x, weight, bias)
+    dtype = autocast_dtype(x) or x.dtype
     if torch.is_grad_enabled() and any(
         t is not None and t.requires_grad for t in (x, weight, bias)
     ):
-        return _Linear.apply(x, weight, bias)
-    return cpu.forward(x, weight, bias)
+        return _Linear.apply(x, weight, bias, dtype)
+    return cpu.forward(x.to(dtype), weight, bias)
 
 
 def _choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
@@ -37,10 +39,14 @@ def _choose(x: Tensor, weight: Tensor, bias: Tensor | None) -> str:
 
 
 class _Linear(torch.autograd.Function):
-    """Saves x and the weight, as stock does."""
+    """Saves x, in the dtype that is multiplied, and the weight, as stock does."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None, dtype: torch.dtype
+    ) -> Tensor:
+        ctx.input_dtype = x.dtype
+        x = x.to(dtype)
         ctx.save_for_backward(x, weight)
         return cpu.forward(x, weight, bias)
 
@@ -48,7 +54,6 @@ class _Linear(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        needs_x, needs_weight, needs_bias = ctx.needs_input_grad
-        gradients = cpu.backward(grad, x, weight, needs_x, needs_weight or needs_bias)
-        needs = (needs_x, needs_weight, needs_bias)
-        return tuple(g if needed else None for g, needed in zip(gradients, needs, strict=True))
+        needs = ctx.needs_input_grad[:3]
+        gradients = cpu.backward(grad, x, weight, ctx.input_dtype, needs[0], any(needs[1:]))
+        return *(g if needed else None for g, needed in zip(gradients, needs, strict=True)), None
