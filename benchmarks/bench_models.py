@@ -103,14 +103,18 @@ def largest_error(logits: Tensor, exact: Tensor) -> float:
 
 
 def make_training_group(model: Model, batch: int, names: Sequence[str]) -> Group:
-    """The contenders named, with the same weights and images: forward and backward of a scalar."""
+    """The contenders named, with the same weights and images: forward and backward of a scalar.
+
+    Names that end in "bfloat16" are those before it under autocast.
+    """
     x = measured_images(batch, model.resolution)
     channels_last = x.to(memory_format=torch.channels_last)
     stock = make_stock(model).train()
 
-    def run(model: nn.Module, x: Tensor, backend: str | None = None) -> Contender:
+    def run(autocast: bool, model: nn.Module, x: Tensor, backend: str | None = None) -> Contender:
         def loss() -> Tensor:
-            return forward(model, x, backend).square().mean()
+            with torch.autocast(x.device.type, torch.bfloat16, enabled=autocast):
+                return forward(model, x, backend).float().square().mean()
 
         state = (*model.parameters(), *model.buffers())
         return Contender(
@@ -118,14 +122,16 @@ def make_training_group(model: Model, batch: int, names: Sequence[str]) -> Group
         )
 
     def make(name: str) -> Contender:
-        if name in STOCK:
-            return run(stock, x.contiguous(memory_format=STOCK[name]))
-        if name == "stock checkpoint":
-            return run(checkpoint_blocks(copy.deepcopy(stock)), channels_last)
-        if name == "torch.compile":
-            return run(compiled(stock), channels_last)
-        backend, level = name.split()
-        return run(make_fused(model, stock, recompute=level), channels_last, backend)
+        kind = name.removesuffix(" bfloat16")
+        train = partial(run, kind != name)
+        if kind in STOCK:
+            return train(stock, x.contiguous(memory_format=STOCK[kind]))
+        if kind == "stock checkpoint":
+            return train(checkpoint_blocks(copy.deepcopy(stock)), channels_last)
+        if kind == "torch.compile":
+            return train(compiled(stock), channels_last)
+        backend, level = kind.split()
+        return train(make_fused(model, stock, recompute=level), channels_last, backend)
 
     return Group(names, make, 3 * batch * _flops(model))
 
@@ -155,8 +161,9 @@ TRAINING = [
         contenders=(
             *(*STOCK, "stock checkpoint", "torch auto"),
             *(f"{name} {level}" for level in LEVELS for name in FUSED[1:]),
+            *("stock channels_last bfloat16", *(f"{name} auto bfloat16" for name in FUSED[1:])),
         ),
-        slow=("torch.compile", "torch expand", "torch block"),
+        slow=("torch.compile", "torch.compile bfloat16", "torch expand", "torch block"),
         full=model.name not in QUICK_TRAINING,
     )
     for model in MODELS

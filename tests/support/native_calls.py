@@ -135,6 +135,11 @@ def stem_calls() -> list[Call]:
             OPS.cpu_stem_train_backward,
             [randn(2, 4, 5, 24), z, weight, bias, statistics, EPS, False],
         ),
+        Call(
+            "cpu_stem_train_backward, bfloat16",
+            OPS.cpu_stem_train_backward,
+            [randn(2, 4, 5, 24).bfloat16(), z.bfloat16(), weight, bias, statistics, EPS, False],
+        ),
     ]
 
 

@@ -48,12 +48,6 @@ struct Wide {
   int64_t blocks, first;
 };
 
-// A map as a module has it.
-struct Map {
-  void* data;  // null: none
-  ElementType type;
-};
-
 // How dx is completed; see train_backward_expand_input.
 struct InputEnd {
   const float* rows;

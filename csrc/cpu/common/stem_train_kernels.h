@@ -4,6 +4,7 @@
 
 #include "cpu/common/norm_factors.h"
 #include "cpu/common/per_isa.h"
+#include "cpu/common/types.h"
 
 namespace moat_kernels::cpu {
 
@@ -19,15 +20,16 @@ struct StemNorm {
 
 }  // namespace moat_kernels::cpu
 
-// Norm and GELU in the stem's training. Maps [pixels][C] are seen as rows of `period` floats, a
-// common multiple of C and kStemGroup: each lane of a row is of one channel, whatever C is.
+// Norm and GELU in the stem's training. Maps [pixels][C], all of one type, are seen as rows of
+// `period` elements, a common multiple of C and kStemGroup: each lane of a row is of one channel,
+// whatever C is.
 MOAT_KERNELS_DECLARE_PER_ISA(
     // output = gelu(y)
-    void stem_train_forward(int64_t rows, int64_t period, const float* z, const StemNorm& norm,
-                            float* output);
+    void stem_train_forward(ElementType type, int64_t rows, int64_t period, const void* z,
+                            const StemNorm& norm, void* output);
     // With dy = grad gelu'(y): sums[0][period] += dy, sums[1][period] += dy (z - centre).
-    void stem_train_sums(int64_t rows, int64_t period, const float* z, const StemNorm& norm,
-                         const float* grad, double* sums);
+    void stem_train_sums(ElementType type, int64_t rows, int64_t period, const void* z,
+                         const StemNorm& norm, const void* grad, double* sums);
     // grad = a dy + b (z - centre) + c, in place.
-    void stem_train_backward(int64_t rows, int64_t period, const float* z, const StemNorm& norm,
-                             const Combination& factors, float* grad);)
+    void stem_train_backward(ElementType type, int64_t rows, int64_t period, const void* z,
+                             const StemNorm& norm, const Combination& factors, void* grad);)

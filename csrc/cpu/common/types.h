@@ -9,6 +9,12 @@ namespace moat_kernels::cpu {
 // Of maps in memory; arithmetic but for products is always in float.
 enum class ElementType { float32, bfloat16, float16 };
 
+// A map as a module has it; none if `data` is null.
+struct Map {
+  void* data;
+  ElementType type;
+};
+
 // What the operands of products are rounded to. The sums are in float, those of int8 in int32.
 enum class Product { float32, bfloat16, int8 };
 

@@ -240,7 +240,7 @@ Tensor TrainCall::pairs_of(const Tensor& rows, int64_t pixels, int64_t channels)
 void TrainCall::prepare_input(const Tensor& x, double* statistics, bool measure) {
   const int64_t channels = shape.in_channels;
   const int64_t pixels = shape.in_pixels();
-  const Map data = map_of("x", x, {shape.batch, shape.height, shape.width, channels});
+  const Map data = map_data("x", x, {shape.batch, shape.height, shape.width, channels});
   double* input = input_statistics(shape, statistics);
   if (measure && (pre.measured() || expand_affine.measured())) {
     // All pixels as one row: a few long parts for every thread.
@@ -429,7 +429,7 @@ Tensor train_project(const Tensor& z2, const Tensor& statistics, const std::opti
   const float* gates = float_data("gate", gate, {shape.batch, shape.padded_wide()});
   const float* keep = float_data("drop_path_scale", drop_path_scale, {shape.batch});
   const std::vector<int64_t> sizes = {shape.batch, shape.out_height, shape.out_width, channels};
-  const Map extra = map_of("addend", addend, sizes);
+  const Map extra = map_data("addend", addend, sizes);
   const Tensor packed = recycled_floats(z2, {call.words(shape.padded_wide()) * panelled(channels)});
   const auto pack = MOAT_KERNELS_DISPATCH(pack_panels);
   for_each_task(shape.blocks(), call.workers, [&](int64_t block, int64_t) {

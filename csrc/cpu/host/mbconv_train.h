@@ -173,16 +173,6 @@ class TrainCall {
   std::vector<float> expand_scale_, expand_shift_, depthwise_scale_, depthwise_shift_;  // padded E
 };
 
-// A map that a module gave; none if there is no tensor.
-inline Map map_of(const char* name, const std::optional<Tensor>& tensor,
-                  const std::vector<int64_t>& sizes) {
-  if (!tensor) return {nullptr, ElementType::float32};
-  const ScalarType type = tensor->scalar_type();
-  const ElementType element = element_type(name, type);
-  checked_data(name, "", *tensor, type, sizes.data(), sizes.size());
-  return {tensor->mutable_data_ptr(), element};
-}
-
 // Places in `statistics`.
 inline double* input_statistics(const TrainShape&, double* statistics) { return statistics; }
 inline double* expand_statistics(const TrainShape& shape, double* statistics) {

@@ -120,8 +120,8 @@ struct OutputGradient {
 
   OutputGradient(const TrainShape& shape, const Tensor& grad,
                  const std::optional<Tensor>& drop_path_scale)
-      : maps(map_of("grad", grad,
-                    {shape.batch, shape.out_height, shape.out_width, shape.out_channels})),
+      : maps(map_data("grad", grad,
+                      {shape.batch, shape.out_height, shape.out_width, shape.out_channels})),
         scale(float_data("drop_path_scale", drop_path_scale, {shape.batch})) {}
 };
 
@@ -260,9 +260,9 @@ class ExpandBackward {
 
   void add_input(const Blocks& blocks, const Wide& dz1, bool last, const Map& addend) {
     const InputEnd end = {data_of(call_.rows), slope_.data(), constant_.data(), addend,
-                          map_of("dx", dx,
-                                 {call_.shape.batch, call_.shape.height, call_.shape.width,
-                                  call_.shape.in_channels})};
+                          map_data("dx", dx,
+                                   {call_.shape.batch, call_.shape.height, call_.shape.width,
+                                    call_.shape.in_channels})};
     const auto compute = MOAT_KERNELS_DISPATCH(train_backward_expand_input);
     call_.for_each_strip(call_.shape.in_pixels(), [&](const PixelRange& range, float*) {
       compute(call_.shape, range, blocks, dz1, data_of(*packed_), blocks.first > 0,
@@ -364,7 +364,7 @@ std::vector<Tensor> train_backward(
   const float* gates = float_data("gate", gate, {shape.batch, shape.padded_wide()});
   const float* means = float_data("grad_mean", grad_mean, {shape.batch, shape.padded_wide()});
   const Map extra =
-      map_of("addend", addend, {shape.batch, shape.height, shape.width, shape.in_channels});
+      map_data("addend", addend, {shape.batch, shape.height, shape.width, shape.in_channels});
   ExpandBackward expand(call, x, needs_input);
   NormBackward depthwise_norm(shape, gated_gradient ? shape.batch : project->groups());
   NormBackward expand_norm(shape, shape.batch);

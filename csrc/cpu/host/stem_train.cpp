@@ -20,42 +20,56 @@
 namespace moat_kernels::cpu {
 namespace {
 
-constexpr int64_t kStripFloats = 16 << 10;  // of a map that a task takes: two maps fit the L2 cache
+// Of a map that a task takes: two maps fit the L2 cache.
+constexpr int64_t kStripElements = 16 << 10;
 
 // A map [B, H, W, C] as rows of a whole number of pixels and of groups of vectors.
 struct Rows {
   int64_t pixels, channels, period;
+  ElementType type;
   std::vector<int64_t> sizes;
 
   explicit Rows(const Tensor& map)
       : pixels(map.dim() == 4 ? map.size(0) * map.size(1) * map.size(2) : 0),
         channels(map.dim() == 4 ? map.size(3) : 0),
-        period(std::lcm(channels, kStemGroup)) {
-    STD_TORCH_CHECK(floats() > 0, "z must be a map [B, H, W, C] with at least one element, got ",
+        period(std::lcm(channels, kStemGroup)),
+        type(element_type("z", map.scalar_type())) {
+    STD_TORCH_CHECK(elements() > 0, "z must be a map [B, H, W, C] with at least one element, got ",
                     shape_of(map));
     sizes = {map.size(0), map.size(1), map.size(2), map.size(3)};
   }
-  int64_t floats() const { return pixels * channels; }
-  int64_t strip() const { return period * std::max<int64_t>(1, kStripFloats / period); }
-  int64_t strips() const { return (floats() + strip() - 1) / strip(); }
+  int64_t elements() const { return pixels * channels; }
+  int64_t bytes(int64_t count) const {
+    return type == ElementType::float32 ? 4 * count : 2 * count;
+  }
+  int64_t strip() const { return period * std::max<int64_t>(1, kStripElements / period); }
+  int64_t strips() const { return (elements() + strip() - 1) / strip(); }
+
+  // Of a tensor that is like z.
+  char* data(const char* name, const Tensor& map) const {
+    checked_data(name, "", map, scalar_type(type), sizes.data(), sizes.size());
+    return static_cast<char*>(map.mutable_data_ptr());
+  }
 };
 
 // Calls compute(strip, rows, z, other) for all strips of two maps, each from its place in them on.
 template <class Compute>
-void for_each_strip(const Rows& rows, const float* z, float* other, const Compute& compute) {
+void for_each_strip(const Rows& rows, const char* z, char* other, const Compute& compute) {
   for_each_task(rows.strips(), thread_count(), [&](int64_t index, int64_t) {
     const int64_t first = index * rows.strip();
-    const int64_t count = std::min(rows.strip(), rows.floats() - first);
-    compute(index, count / rows.period, z + first, other + first);
+    const int64_t count = std::min(rows.strip(), rows.elements() - first);
+    compute(index, count / rows.period, z + rows.bytes(first), other + rows.bytes(first));
     const int64_t rest = count % rows.period;
     if (rest == 0) return;
     // The last row may be cut short: it is computed in a whole one, whose other lanes are zero.
-    const int64_t last = first + count - rest;
-    std::vector<float> row(2 * rows.period);
-    std::copy_n(z + last, rest, row.data());
-    std::copy_n(other + last, rest, row.data() + rows.period);
-    compute(index, 1, row.data(), row.data() + rows.period);
-    std::copy_n(row.data() + rows.period, rest, other + last);
+    const int64_t last = rows.bytes(first + count - rest);
+    const int64_t part = rows.bytes(rest);
+    std::vector<char> row(2 * rows.bytes(rows.period));
+    char* second = row.data() + rows.bytes(rows.period);
+    std::copy_n(z + last, part, row.data());
+    std::copy_n(other + last, part, second);
+    compute(index, 1, row.data(), second);
+    std::copy_n(second, part, other + last);
   });
 }
 
@@ -100,28 +114,28 @@ class Norm {
   std::vector<float> centre_, scale_, shift_;
 };
 
-// z [B, H, W, C] -> gelu(norm(z)), and the statistics: mean and biased variance [2, C] in float64,
-// measured unless they are given.
+// z [B, H, W, C] -> gelu(norm(z)) in its dtype, and the statistics: mean and biased variance [2, C]
+// in float64, measured unless they are given.
 std::tuple<Tensor, Tensor> stem_train_forward(const Tensor& z, const std::optional<Tensor>& weight,
                                               const std::optional<Tensor>& bias,
                                               const std::optional<Tensor>& given, double eps) {
   const Rows rows(z);
-  const float* map = any_float_data("z", z, rows.sizes);
+  const char* map = rows.data("z", z);
   const Tensor statistics = torch::stable::new_empty(z, {2, rows.channels}, ScalarType::Double);
   double* values = static_cast<double*>(statistics.mutable_data_ptr());
   if (given) {
     std::copy_n(statistics_data(rows, *given), 2 * rows.channels, values);
   } else {
     // Parts that stay in cache: channels are measured some vectors at a time.
-    measure_moments(map, ElementType::float32, rows.pixels, rows.channels, rows.strips(),
-                    thread_count(), values);
+    measure_moments(map, rows.type, rows.pixels, rows.channels, rows.strips(), thread_count(),
+                    values);
   }
   const Norm norm(rows, weight, bias, statistics, eps);
-  const Tensor output = recycled_floats(z, rows.sizes);
+  const Tensor output = recycled_tensor(z, rows.sizes, z.scalar_type());
   const auto compute = MOAT_KERNELS_DISPATCH(stem_train_forward);
-  for_each_strip(rows, map, data_of(output),
-                 [&](int64_t, int64_t count, const float* from, float* to) {
-                   compute(count, rows.period, from, norm.lanes(), to);
+  for_each_strip(rows, map, rows.data("output", output),
+                 [&](int64_t, int64_t count, const char* from, char* to) {
+                   compute(rows.type, count, rows.period, from, norm.lanes(), to);
                  });
   return {output, statistics};
 }
@@ -133,14 +147,14 @@ std::tuple<Tensor, Tensor> stem_train_backward(const Tensor& grad, const Tensor&
                                                const std::optional<Tensor>& bias,
                                                const Tensor& statistics, double eps, bool frozen) {
   const Rows rows(z);
-  const float* map = any_float_data("z", z, rows.sizes);
-  any_float_data("grad", grad, rows.sizes);
+  const char* map = rows.data("z", z);
+  char* gradient_map = rows.data("grad", grad);
   const Norm norm(rows, weight, bias, statistics, eps);
   std::vector<double> sums(rows.strips() * 2 * rows.period);
   const auto add = MOAT_KERNELS_DISPATCH(stem_train_sums);
-  for_each_strip(rows, map, data_of(grad),
-                 [&](int64_t strip, int64_t count, const float* from, float* gradient) {
-                   add(count, rows.period, from, norm.lanes(), gradient,
+  for_each_strip(rows, map, gradient_map,
+                 [&](int64_t strip, int64_t count, const char* from, char* gradient) {
+                   add(rows.type, count, rows.period, from, norm.lanes(), gradient,
                        sums.data() + strip * 2 * rows.period);
                  });
   const Tensor grad_weight = recycled_floats(z, {rows.channels});
@@ -167,10 +181,11 @@ std::tuple<Tensor, Tensor> stem_train_backward(const Tensor& grad, const Tensor&
   const std::vector<float> c =
       spread(rows, [&](int64_t i) { return frozen ? 0.0 : gradients[i].constant; });
   const auto combine = MOAT_KERNELS_DISPATCH(stem_train_backward);
-  for_each_strip(
-      rows, map, data_of(grad), [&](int64_t, int64_t count, const float* from, float* gradient) {
-        combine(count, rows.period, from, norm.lanes(), {a.data(), b.data(), c.data()}, gradient);
-      });
+  for_each_strip(rows, map, gradient_map,
+                 [&](int64_t, int64_t count, const char* from, char* gradient) {
+                   combine(rows.type, count, rows.period, from, norm.lanes(),
+                           {a.data(), b.data(), c.data()}, gradient);
+                 });
   return {grad_weight, grad_bias};
 }
 

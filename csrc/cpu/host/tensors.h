@@ -63,6 +63,16 @@ inline const float* float_data(const char* name, const std::optional<Tensor>& te
       checked_data(name, part, *tensor, ScalarType::Float, sizes.begin(), sizes.size()));
 }
 
+// The same of any of the types that kernels know.
+inline Map map_data(const char* name, const std::optional<Tensor>& tensor,
+                    const std::vector<int64_t>& sizes) {
+  if (!tensor) return {nullptr, ElementType::float32};
+  const ScalarType type = tensor->scalar_type();
+  const ElementType element = element_type(name, type);
+  checked_data(name, "", *tensor, type, sizes.data(), sizes.size());
+  return {tensor->mutable_data_ptr(), element};
+}
+
 // Of a tensor of any number of axes.
 inline const float* any_float_data(const char* name, const Tensor& tensor,
                                    const std::vector<int64_t>& sizes) {

@@ -36,7 +36,8 @@ struct NormLanes {
 }
 
 // values = z - centre; dy = grad * gelu'(values * scale + shift)
-[[gnu::always_inline]] inline void centred_and_slope(const float* z, const float* grad,
+template <class Element>
+[[gnu::always_inline]] inline void centred_and_slope(const Element* z, const Element* grad,
                                                      const NormLanes& norm, Lanes& values,
                                                      Lanes& dy) {
   unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
@@ -46,27 +47,28 @@ struct NormLanes {
   });
 }
 
-}  // namespace
-
-void stem_train_forward(int64_t rows, int64_t period, const float* z, const StemNorm& norm,
-                        float* output) {
+template <class Element>
+void apply(int64_t rows, int64_t period, const void* z, const StemNorm& norm, Element* output) {
+  const auto* from = static_cast<const Element*>(z);
   for_groups(rows, period,
              [&](int64_t lane, int64_t offset, int64_t count) __attribute__((always_inline)) {
                const NormLanes coefficients = load_norm(norm, lane);
                for (int64_t row = 0; row < count; ++row, offset += period) {
-                 Lanes value = load_lanes(z + offset);
+                 Lanes value = load_lanes(from + offset);
                  unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
                    value.v[i] = fma(value.v[i] - coefficients.centre.v[i], coefficients.scale.v[i],
                                     coefficients.shift.v[i]);
                  });
-                 gelu<kLanes>(value.v);
+                 activate<Activation::gelu, kLanes, Element>(value.v);
                  store_lanes(output + offset, value);
                }
              });
 }
 
-void stem_train_sums(int64_t rows, int64_t period, const float* z, const StemNorm& norm,
-                     const float* grad, double* sums) {
+template <class Element>
+void add_sums(int64_t rows, int64_t period, const void* z, const StemNorm& norm,
+              const Element* grad, double* sums) {
+  const auto* from = static_cast<const Element*>(z);
   for_groups(rows, period,
              [&](int64_t lane, int64_t offset, int64_t count) __attribute__((always_inline)) {
                const NormLanes coefficients = load_norm(norm, lane);
@@ -75,7 +77,7 @@ void stem_train_sums(int64_t rows, int64_t period, const float* z, const StemNor
                for (int64_t row = 0; row < count; ++row, offset += period) {
                  Lanes values;
                  Lanes dy;
-                 centred_and_slope(z + offset, grad + offset, coefficients, values, dy);
+                 centred_and_slope(from + offset, grad + offset, coefficients, values, dy);
                  unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
                    sum.v[i] += dy.v[i];
                    product.v[i] = fma(dy.v[i], values.v[i], product.v[i]);
@@ -86,8 +88,10 @@ void stem_train_sums(int64_t rows, int64_t period, const float* z, const StemNor
              });
 }
 
-void stem_train_backward(int64_t rows, int64_t period, const float* z, const StemNorm& norm,
-                         const Combination& factors, float* grad) {
+template <class Element>
+void differentiate(int64_t rows, int64_t period, const void* z, const StemNorm& norm,
+                   const Combination& factors, Element* grad) {
+  const auto* from = static_cast<const Element*>(z);
   for_groups(rows, period,
              [&](int64_t lane, int64_t offset, int64_t count) __attribute__((always_inline)) {
                const NormLanes coefficients = load_norm(norm, lane);
@@ -97,13 +101,32 @@ void stem_train_backward(int64_t rows, int64_t period, const float* z, const Ste
                for (int64_t row = 0; row < count; ++row, offset += period) {
                  Lanes values;
                  Lanes dy;
-                 centred_and_slope(z + offset, grad + offset, coefficients, values, dy);
+                 centred_and_slope(from + offset, grad + offset, coefficients, values, dy);
                  unroll<kLanes>([&](auto i) __attribute__((always_inline)) {
                    dy.v[i] = fma(dy.v[i], a.v[i], fma(values.v[i], b.v[i], c.v[i]));
                  });
                  store_lanes(grad + offset, dy);
                }
              });
+}
+
+}  // namespace
+
+void stem_train_forward(ElementType type, int64_t rows, int64_t period, const void* z,
+                        const StemNorm& norm, void* output) {
+  with_elements(type, output, [&](auto* to) { apply(rows, period, z, norm, to); });
+}
+
+void stem_train_sums(ElementType type, int64_t rows, int64_t period, const void* z,
+                     const StemNorm& norm, const void* grad, double* sums) {
+  with_elements(type, grad,
+                [&](auto* gradient) { add_sums(rows, period, z, norm, gradient, sums); });
+}
+
+void stem_train_backward(ElementType type, int64_t rows, int64_t period, const void* z,
+                         const StemNorm& norm, const Combination& factors, void* grad) {
+  with_elements(type, grad,
+                [&](auto* gradient) { differentiate(rows, period, z, norm, factors, gradient); });
 }
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

@@ -34,11 +34,11 @@ def covers(
     Eager or exported; compilers do as well with stock operators.
     """
     if is_exporting():
-        return not needs_standard_operators() and _is_native(x, first, norm, second)
+        return not needs_standard_operators() and _is_native(x, first, norm, second, False)
     tensors = (x, *first, *norm[:4], *second)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         return False
-    return _is_plain_call(x) and _is_native(x, first, norm, second)
+    return _is_plain_call(x) and _is_native(x, first, norm, second, False)
 
 
 def covers_training(
@@ -56,7 +56,7 @@ def covers_training(
         norm.process_group is None
         and _is_plain_call(x)
         and x.numel() > 0
-        and _is_native(x, first, parameters, second)
+        and _is_native(x, first, parameters, second, True)
     )
 
 
@@ -70,12 +70,13 @@ def _is_native(
     first: Sequence[Tensor | None],
     norm: NormParameters,
     second: Sequence[Tensor | None],
+    training: bool,
 ) -> bool:
     backend = choose_backend(
         "stem",
         x.device,
         {"cpu": cpu},
-        lambda candidate: candidate.unsupported(x, first, norm, second),
+        lambda candidate: candidate.unsupported(x, first, norm, second, training),
         optional=True,
     )
     return backend != "reference"
@@ -105,8 +106,8 @@ def norm_gelu_conv(
 ) -> Tensor:
     """conv3x3(gelu(norm(z))): [B, C, H, W] -> [B, C, H, W]; updates the running statistics.
 
-    second: (weight [C, C, 3, 3], bias [C]). recompute: whether backward computes GELU's output
-    again instead of keeping it.
+    z: what the first convolution gave, under autocast in its dtype. second: (weight [C, C, 3, 3],
+    bias [C]). recompute: whether backward computes GELU's output again instead of keeping it.
     """
     running_mean, running_var = parameters.running_mean, parameters.running_var
     given = None
@@ -154,10 +155,10 @@ class _NormGeluConv(torch.autograd.Function):
         if activated is None:
             activated, _ = cpu.norm_gelu(rows, weight, bias, statistics, ctx.eps)
         needs = ctx.needs_input_grad[:5]
-        grad_activated, *conv_gradients = torch.ops.aten.convolution_backward(
+        grad_activated, *gradients = torch.ops.aten.convolution_backward(
             grad,
             activated.permute(0, 3, 1, 2),
-            conv_weight,
+            conv_weight.to(activated.dtype),
             bias_sizes=[conv_weight.shape[0]] if ctx.has_bias else None,
             stride=[1, 1],
             padding=[1, 1],
@@ -167,6 +168,7 @@ class _NormGeluConv(torch.autograd.Function):
             groups=1,
             output_mask=[any(needs[:3]), *needs[3:]],
         )
+        conv_gradients = [g if g is None else g.to(conv_weight.dtype) for g in gradients]
         if not any(needs[:3]):
             return *[None] * 3, *conv_gradients, *[None] * 3
         grad_rows = grad_activated.permute(0, 2, 3, 1).contiguous()

@@ -2,7 +2,8 @@
 
 Two 3x3 convolutions with TF SAME padding, the first of stride 2, with batch norm and GELU between.
 Without gradients and with fixed statistics that is one op, from the image to the output. In
-training batch norm and GELU are one op (csrc) between stock convolutions. Only float32 is covered.
+training batch norm and GELU are one op (csrc) between stock convolutions. Parameters and images are
+in float32; in training autocast may ask for maps in another dtype.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ def unsupported(
     first: Sequence[Tensor | None],
     norm: NormParameters,
     second: Sequence[Tensor | None],
+    training: bool,
 ) -> str:
     """Why this backend does not cover a call; empty: it does. Arguments as of `stem`."""
     if x.device.type != "cpu":
@@ -32,7 +34,7 @@ def unsupported(
     tensors = [x, *(tensor for tensor in (*first, *norm[:4], *second) if tensor is not None)]
     if any(t.dtype != torch.float32 or t.device != x.device for t in tensors):
         return "another dtype than float32, or several devices"
-    if autocast_dtype(x) is not None:
+    if not training and autocast_dtype(x) is not None:
         return "autocast"
     if x.dim() != 4 or min(x.shape[2:]) < 1:
         return f"x of {tuple(x.shape)}"
