@@ -402,7 +402,7 @@ def test_the_ops_name_what_they_cannot_read() -> None:
     z, statistics = torch.randn(2, 4, 4, 8), torch.ones(2, 8, dtype=torch.float64)
     with pytest.raises(RuntimeError, match="z must be a map"):
         forward(z[:0], None, None, None, EPS)
-    with pytest.raises(RuntimeError, match="z must be float32, got float64"):
+    with pytest.raises(RuntimeError, match="z must be float32, bfloat16 or float16, got float64"):
         forward(z.double(), None, None, None, EPS)
     with pytest.raises(RuntimeError, match=r"norm.weight must be \[8\], got \[7\]"):
         forward(z, torch.ones(7), None, None, EPS)

@@ -83,13 +83,17 @@ def test_a_bias_common_to_all_keys_changes_nothing(offset: float) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-@pytest.mark.parametrize("head_dim", [32, 5])
-@pytest.mark.parametrize("window", [None, (4, 5)], ids=str)
+@pytest.mark.parametrize("head_dim", [32, 5, 16, 40])
+@pytest.mark.parametrize(
+    ("shape", "window"),
+    [((3, 7, 9), None), ((3, 7, 9), (4, 5)), ((1, 15, 15), None)],
+    ids=["odd", "windows", "blocks of queries"],
+)
 def test_low_precision_is_as_close_to_float64_as_stock(
-    window, head_dim: int, dtype: torch.dtype
+    shape: tuple[int, int, int], window, head_dim: int, dtype: torch.dtype
 ) -> None:
     description = WindowAttentionDescription(2, head_dim, window)
-    qkv, table = make_inputs(description, (3, 7, 9), dtype=dtype)
+    qkv, table = make_inputs(description, shape, dtype=dtype)
     exact = run("reference", qkv, table, description, torch.float64)
     stock = run("reference", qkv, table, description, dtype)
     fused = run("cpu", qkv, table, description, dtype)

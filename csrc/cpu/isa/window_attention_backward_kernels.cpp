@@ -7,8 +7,10 @@
 // Reads qkv, the output, its gradient and log_sum_exp once, writes the gradient of qkv once. The
 // operands of one window and head stay in L2; P and dS exist for one block of queries at a time. A
 // few heads are read together, as their channels lie side by side and alone are too short to
-// stream.
+// stream. Maps in bfloat16 are multiplied in it where the CPU does, P and dS as well; the rest is
+// in floats.
 
+#include "cpu/common/pack_kernels.h"
 #include "cpu/common/window_attention_kernels.h"
 #include "cpu/isa/window_attention_tiles.h"
 
@@ -26,26 +28,34 @@ int64_t block_tiles(int64_t tokens) {
 
 // One thread's working memory.
 struct Buffers {
-  float* strips;  // Per head, as are the next seven.
+  float* strips;  // Per head, as are the next ones up to `dots`.
   float* strip_gradients;
-  float* queries;  // Then their gradients, as are the next two.
+  float* queries;  // Rows of floats, then their gradients, as are the next two.
   float* keys;
   float* output_gradients;  // Then the values' gradients.
   float* packed_keys;       // K^T and V^T in panels.
   float* packed_values;
+  // In words, where these are no floats; else the above. First of the rows, then of the tokens.
+  float* query_words;
+  float* output_gradient_words;
+  float* query_token_words;
+  float* key_token_words;
+  float* output_gradient_token_words;
   float* dots;  // -rowsum(G output).
   float* log_sum_exp;
   float* key_gradients;
   float* value_gradients;
-  float* weights;  // P and dS of a block of queries.
+  float* weights;  // P and dS of a block of queries; the second half for words of the queries.
   float* score_gradients;
   int32_t* runs;  // Where a query's bias starts in the strips.
+  int64_t scores_size;
   int64_t strips_size;
   int64_t matrix_size;
   int64_t tokens_size;
   int64_t size;
 };
 
+template <class Kind>
 Buffers buffers_in(float* memory, const WindowAttentionBackward& problem) {
   const int64_t tokens = round_up(most_tokens(problem), kPanel);
   const int64_t length = round_up(problem.head_dim, kWidth);
@@ -63,54 +73,72 @@ Buffers buffers_in(float* memory, const WindowAttentionBackward& problem) {
   for (float** matrix : matrices) {
     *matrix = scratch.take(heads * buffers.matrix_size);
   }
+  buffers.query_words = buffers.query_token_words = buffers.queries;
+  buffers.output_gradient_words = buffers.output_gradient_token_words = buffers.output_gradients;
+  buffers.key_token_words = buffers.keys;
+  if (Kind::kPerWord > 1) {
+    float** const words[] = {&buffers.query_words, &buffers.output_gradient_words,
+                             &buffers.query_token_words, &buffers.key_token_words,
+                             &buffers.output_gradient_token_words};
+    for (float** matrix : words) *matrix = scratch.take(heads * buffers.matrix_size);
+  }
   buffers.dots = scratch.take(heads * tokens);
   buffers.log_sum_exp = scratch.take(tokens);
   buffers.key_gradients = scratch.take(buffers.matrix_size);
   buffers.value_gradients = scratch.take(buffers.matrix_size);
-  buffers.weights = scratch.take(rows * tokens);
-  buffers.score_gradients = scratch.take(rows * tokens);
+  buffers.scores_size = rows * tokens;
+  buffers.weights = scratch.take(buffers.scores_size);
+  buffers.score_gradients = scratch.take(buffers.scores_size);
   buffers.runs = reinterpret_cast<int32_t*>(scratch.take(tokens));
   buffers.size = scratch.used;
   return buffers;
 }
 
-// One head of one window, its operands in scratch memory.
-template <class HeadDim>
+// One head of one window, its operands in scratch memory: `words` along the rows, `token_words`
+// along the tokens (cpu/isa/product.h).
+template <class HeadDim, class Kind>
 struct HeadBackward {
   HeadDim head_dim;
   int64_t tokens;
   const float* bias;      // In strips, or null.
   float* bias_gradients;  // The same.
   const int32_t* runs;    // Per query, where its bias starts in these.
-  float* queries;
-  const float* keys;
-  const float* output_gradients;
+  const float* query_words;
+  const float* query_token_words;
+  const float* key_token_words;
+  const float* output_gradient_words;
+  const float* output_gradient_token_words;
   const float* packed_keys;
   const float* packed_values;
   const float* dots;
   const float* log_sum_exp;
+  float* query_gradients;  // May be the queries.
   float* key_gradients;
   float* value_gradients;
   float* weights;
   float* score_gradients;
+  int64_t scores_size;
 
   int64_t scores_stride() const { return round_up(tokens, kPanel); }
   [[gnu::always_inline]] int64_t row_length() const { return round_up(head_dim, kWidth); }
 
-  // P and dS of some rows of a block and one panel of keys; dS is added to the strips' gradient.
+  // P and dS of some rows of a block and one panel of keys, in elements of what products read; dS
+  // is added to the strips' gradient.
   template <int rows, int vectors>
   [[gnu::always_inline]] void differentiate(int64_t query, int64_t row, int64_t key) const {
-    float* weight = weights + row * scores_stride() + key;
-    float* gradient = score_gradients + row * scores_stride() + key;
+    auto* weight = elements_of<Kind>(weights) + row * scores_stride() + key;
+    auto* gradient = elements_of<Kind>(score_gradients) + row * scores_stride() + key;
+    const int64_t depth = words_of<Kind>(head_dim);
+    const int64_t row_stride = row_words<Kind>(head_dim);
     Vec sums[rows][vectors];
     unroll<rows>([&](auto r) __attribute__((always_inline)) {
       unroll<vectors>([&](auto v) __attribute__((always_inline)) {
         sums[r][v] = bias ? load(bias + runs[query + r] + key + v * kWidth) : Vec{};
       });
     });
-    multiply_rows<FloatProduct, kSteps<HeadDim>, rows, vectors>(
-        queries + query * row_length(), row_length(), packed_keys + key * head_dim, kPanel,
-        head_dim, sums);
+    multiply_rows<Kind, kSteps<HeadDim>, rows, vectors>(query_words + query * row_stride,
+                                                        row_stride, packed_keys + key * depth,
+                                                        kPanel, depth, sums);
     unroll<rows>([&](auto r) __attribute__((always_inline)) {
       const float shift = log_sum_exp[query + r];
       unroll<vectors>([&](auto v) __attribute__((always_inline)) {
@@ -118,25 +146,33 @@ struct HeadBackward {
         sums[r][v] = broadcast(dots[query + r]);
       });
     });
-    multiply_rows<FloatProduct, kSteps<HeadDim>, rows, vectors>(
-        output_gradients + query * row_length(), row_length(), packed_values + key * head_dim,
-        kPanel, head_dim, sums);
+    multiply_rows<Kind, kSteps<HeadDim>, rows, vectors>(output_gradient_words + query * row_stride,
+                                                        row_stride, packed_values + key * depth,
+                                                        kPanel, depth, sums);
     const bool whole = key + vectors * kWidth <= tokens;
     unroll<rows>([&](auto r) __attribute__((always_inline)) {
       float* run = bias_gradients ? bias_gradients + runs[query + r] + key : nullptr;
       unroll<vectors>([&](auto v) __attribute__((always_inline)) {
         const int64_t place = r * scores_stride() + v * kWidth;
         Vec change = load(weight + place) * sums[r][v];
+        // What lies beyond the tokens would be added to the strips, and be part of the last word.
+        if (!whole) change = keep_lanes(change, tokens - key - v * kWidth, 0.0f);
         store(gradient + place, change);
-        if (bias_gradients) {
-          if (!whole) change = keep_lanes(change, tokens - key - v * kWidth, 0.0f);
-          store(run + v * kWidth, load(run + v * kWidth) + change);
-        }
+        if (bias_gradients) store(run + v * kWidth, load(run + v * kWidth) + change);
       });
     });
   }
 
-  // sums (+)= A^T B for all keys: A [count, tokens] is P or dS, B [count, head_dim] of the block.
+  // P or dS of `count` queries of a block as words along these.
+  const float* along_queries(float* scores, int64_t count) const {
+    if constexpr (Kind::kPerWord == 1) return scores;
+    float* words = scores + scores_size / Kind::kPerWord;
+    pair_rows(scores, count, scores_stride(), words);
+    return words;
+  }
+
+  // sums (+)= A^T B for all keys: A [count, tokens] is P or dS, B [count, head_dim] of the block,
+  // both in words along the queries.
   void add_transposed(const float* a, const float* b, int64_t count, bool accumulate,
                       float* sum) const {
     for_columns(head_dim, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
@@ -151,8 +187,8 @@ struct HeadBackward {
             sums[r][v] = accumulate ? load(tile + r * row_length() + v * kWidth) : Vec{};
           });
         });
-        multiply_columns<kSteps<HeadDim>, kRowsHere, kVectorsHere>(
-            a + key, scores_stride(), b + column, row_length(), count, sums);
+        multiply_columns<Kind, kSteps<HeadDim>, kRowsHere, kVectorsHere>(
+            a + key, scores_stride(), b + column, row_length(), words_of<Kind>(count), sums);
         store_tile<kRowsHere, kVectorsHere>(tile, sums);
       });
     });
@@ -167,7 +203,7 @@ struct HeadBackward {
     });
   }
 
-  // Everything that tiles begin to end of the queries contribute; their gradients take their place.
+  // Everything that tiles begin to end of the queries contribute.
   void add_block(RowTiles tiles, int64_t begin, int64_t end) const {
     const int64_t first = tiles.start(begin);
     const int64_t count = tiles.start(end) - first;
@@ -176,25 +212,27 @@ struct HeadBackward {
         differentiate<decltype(rows)::value, decltype(vectors)::value>(query, query - first, key);
       });
     });
-    add_transposed(weights, output_gradients + first * row_length(), count, begin > 0,
-                   value_gradients);
-    add_transposed(score_gradients, queries + first * row_length(), count, begin > 0,
-                   key_gradients);
+    const int64_t first_word = first / Kind::kPerWord * row_length();
+    add_transposed(along_queries(weights, count), output_gradient_token_words + first_word, count,
+                   begin > 0, value_gradients);
+    add_transposed(along_queries(score_gradients, count), query_token_words + first_word, count,
+                   begin > 0, key_gradients);
+    const int64_t stride = scores_stride() / Kind::kPerWord;
     for_columns(head_dim, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
       constexpr int kVectorsHere = decltype(vectors)::value;
       tiles.for_each(begin, end, [&](auto rows, int64_t query) __attribute__((always_inline)) {
         constexpr int kRowsHere = decltype(rows)::value;
         Vec sums[kRowsHere][kVectorsHere] = {};
-        multiply_rows<FloatProduct, kSteps<HeadDim>, kRowsHere, kVectorsHere>(
-            score_gradients + (query - first) * scores_stride(), scores_stride(), keys + column,
-            row_length(), tokens, sums);
-        store_tile<kRowsHere, kVectorsHere>(queries + query * row_length() + column, sums);
+        multiply_rows<Kind, kSteps<HeadDim>, kRowsHere, kVectorsHere>(
+            score_gradients + (query - first) * stride, stride, key_token_words + column,
+            row_length(), words_of<Kind>(tokens), sums);
+        store_tile<kRowsHere, kVectorsHere>(query_gradients + query * row_length() + column, sums);
       });
     });
   }
 
   void differentiate() const {
-    const RowTiles tiles = {tokens};
+    const RowTiles tiles = {tokens, Kind::kPerWord};
     const int64_t blocks = divide_up(tiles.count(), block_tiles(tokens));
     for (int64_t block = 0; block < blocks; ++block) {
       add_block(tiles, tiles.count() * block / blocks, tiles.count() * (block + 1) / blocks);
@@ -203,7 +241,7 @@ struct HeadBackward {
 };
 
 // Some heads of a window.
-template <class HeadDim>
+template <class HeadDim, class Kind>
 struct WindowBackward {
   const WindowAttentionBackward& problem;
   const Buffers& buffers;
@@ -224,29 +262,47 @@ struct WindowBackward {
       rows().read(problem.qkv, qkv_channel(part), problem.head_stride, 0, tokens, factor,
                   destination);
     };
+    const int64_t length = rows().row_length();
+    const auto to_words = [&](const float* from, float* to) {
+      rows_to_words<Kind>(from, tokens, length, head_dim, to);
+    };
+    const auto to_token_words = [&](const float* from, float* to) {
+      rows_to_token_words<Kind>(from, tokens, length, to);
+    };
     // The values' rows and the output's pass through the memory of others.
     float* values = buffers.output_gradients;
     float* outputs = buffers.keys;
     read_qkv(2, 1.0f, values);
-    pack_heads(values, buffers.packed_values);
+    for_heads([&](int64_t head) {
+      to_words(values + head, values + head);
+      pack_rows<Kind>(values + head, tokens, head_dim, buffers.packed_values + head);
+    });
     rows().read(problem.output, output_channel, head_dim, 0, tokens, 1.0f, outputs);
     rows().read(problem.output_gradient, output_channel, head_dim, 0, tokens, 1.0f,
                 buffers.output_gradients);
-    for (int64_t head = 0; head < heads; ++head) {
-      dot_rows(outputs + head * buffers.matrix_size,
-               buffers.output_gradients + head * buffers.matrix_size,
-               buffers.dots + head * buffers.tokens_size);
-    }
+    for_heads([&](int64_t head) {
+      dot_rows(outputs + head, buffers.output_gradients + head,
+               buffers.dots + head / buffers.matrix_size * buffers.tokens_size);
+      to_words(buffers.output_gradients + head, buffers.output_gradient_words + head);
+      to_token_words(buffers.output_gradients + head, buffers.output_gradient_token_words + head);
+    });
     read_qkv(1, 1.0f, buffers.keys);
-    pack_heads(buffers.keys, buffers.packed_keys);
+    for_heads([&](int64_t head) {
+      to_token_words(buffers.keys + head, buffers.key_token_words + head);
+      to_words(buffers.keys + head, buffers.keys + head);
+      pack_rows<Kind>(buffers.keys + head, tokens, head_dim, buffers.packed_keys + head);
+    });
     read_qkv(0, problem.scale * kLog2E, buffers.queries);
+    for_heads([&](int64_t head) {
+      to_words(buffers.queries + head, buffers.query_words + head);
+      to_token_words(buffers.queries + head, buffers.query_token_words + head);
+    });
   }
 
-  void pack_heads(float* matrices, float* packed) const {
-    for (int64_t head = 0; head < heads; ++head) {
-      pack_rows(matrices + head * buffers.matrix_size, window.tokens(), head_dim,
-                packed + head * buffers.matrix_size);
-    }
+  // Calls function(offset of its matrices) for each head.
+  template <class Function>
+  void for_heads(Function&& function) const {
+    for (int64_t head = 0; head < heads; ++head) function(head * buffers.matrix_size);
   }
 
   // -rowsum(outputs gradients)
@@ -270,23 +326,27 @@ struct WindowBackward {
       buffers.log_sum_exp[token] = log_sum_exp[row * problem.width + column];
     });
     const auto of_head = [&](float* matrices) { return matrices + head * buffers.matrix_size; };
-    HeadBackward<HeadDim>{
+    HeadBackward<HeadDim, Kind>{
         head_dim,
         tokens,
         problem.bias_table ? buffers.strips + head * buffers.strips_size : nullptr,
         problem.table_gradients ? buffers.strip_gradients + head * buffers.strips_size : nullptr,
         buffers.runs,
-        of_head(buffers.queries),
-        of_head(buffers.keys),
-        of_head(buffers.output_gradients),
+        of_head(buffers.query_words),
+        of_head(buffers.query_token_words),
+        of_head(buffers.key_token_words),
+        of_head(buffers.output_gradient_words),
+        of_head(buffers.output_gradient_token_words),
         of_head(buffers.packed_keys),
         of_head(buffers.packed_values),
         buffers.dots + head * buffers.tokens_size,
         buffers.log_sum_exp,
+        of_head(buffers.queries),
         buffers.key_gradients,
         buffers.value_gradients,
         buffers.weights,
-        buffers.score_gradients}
+        buffers.score_gradients,
+        buffers.scores_size}
         .differentiate();
     copy(buffers.key_gradients, of_head(buffers.keys));
     copy(buffers.value_gradients, of_head(buffers.output_gradients));
@@ -299,8 +359,8 @@ struct WindowBackward {
 
   void write_gradients() const {
     const auto write = [&](int64_t part, float factor, float* source) {
-      rows().write(problem.qkv_gradient, qkv_channel(part), problem.head_stride, 0, window.tokens(),
-                   factor, source);
+      rows().template write<FloatProduct>(problem.qkv_gradient, qkv_channel(part),
+                                          problem.head_stride, 0, window.tokens(), factor, source);
     };
     write(0, problem.scale, buffers.queries);
     // The queries carried scale * log2(e).
@@ -346,15 +406,10 @@ struct HeadStrips {
   }
 };
 
-}  // namespace
-
-int64_t window_attention_backward_scratch(const WindowAttentionBackward& problem) {
-  return buffers_in(nullptr, problem).size;
-}
-
-void window_attention_backward(const WindowAttentionBackward& problem, int64_t begin, int64_t end,
-                               float* scratch) {
-  const Buffers buffers = buffers_in(scratch, problem);
+template <class Kind>
+void compute_units(const WindowAttentionBackward& problem, int64_t begin, int64_t end,
+                   float* scratch) {
+  const Buffers buffers = buffers_in<Kind>(scratch, problem);
   const int64_t groups = divide_up(problem.heads, problem.heads_per_unit);
   for (int64_t unit = begin; unit < end; ++unit) {
     const int64_t chunk = unit / groups;
@@ -373,8 +428,8 @@ void window_attention_backward(const WindowAttentionBackward& problem, int64_t b
       const Window window = window_at(problem, index);
       if (problem.bias_table) strips.prepare(window);
       with_head_dim(problem.head_dim, [&](auto head_dim) {
-        const WindowBackward<decltype(head_dim)> backward = {problem,  buffers,    window,
-                                                             head_dim, first_head, heads};
+        const WindowBackward<decltype(head_dim), Kind> backward = {problem,  buffers,    window,
+                                                                   head_dim, first_head, heads};
         backward.load_operands();
         for (int64_t head = 0; head < heads; ++head) {
           backward.differentiate_head(head);
@@ -384,6 +439,23 @@ void window_attention_backward(const WindowAttentionBackward& problem, int64_t b
     }
     strips.finish();
   }
+}
+
+}  // namespace
+
+int64_t window_attention_backward_scratch(const WindowAttentionBackward& problem) {
+  int64_t size = 0;
+  with_unscaled_product(product_of(problem), [&](auto kind) {
+    size = buffers_in<decltype(kind)>(nullptr, problem).size;
+  });
+  return size;
+}
+
+void window_attention_backward(const WindowAttentionBackward& problem, int64_t begin, int64_t end,
+                               float* scratch) {
+  with_unscaled_product(product_of(problem), [&](auto kind) {
+    compute_units<decltype(kind)>(problem, begin, end, scratch);
+  });
 }
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA

@@ -5,6 +5,7 @@
 // Reads qkv and writes the output once. K^T and V of one window and head stay in L2 while its
 // queries pass by in blocks: their scores [24, tokens] are the only scores that exist. A few heads
 // are read together, as their channels lie side by side and alone are too short to stream.
+// Maps in bfloat16 are multiplied in it where the CPU does; scores, softmax and sums are floats.
 
 #include "cpu/common/window_attention_kernels.h"
 #include "cpu/isa/window_attention_head.h"
@@ -48,7 +49,7 @@ Buffers buffers_in(float* memory, const WindowAttentionForward& problem) {
 }
 
 // Queries first to last of some heads of a window.
-template <class HeadDim>
+template <class Kind, class HeadDim>
 void attend_window(const WindowAttentionForward& problem, const Buffers& buffers,
                    const Window& window, HeadDim head_dim, int64_t first_head, int64_t heads,
                    int64_t first, int64_t last) {
@@ -58,9 +59,11 @@ void attend_window(const WindowAttentionForward& problem, const Buffers& buffers
   // The keys' rows pass through the values' memory.
   rows.read(problem.qkv, channel + problem.part_stride, problem.head_stride, 0, tokens, 1.0f,
             buffers.values);
+  const int64_t length = rows.row_length();
   for (int64_t head = 0; head < heads; ++head) {
-    pack_rows(buffers.values + head * buffers.matrix_size, tokens, head_dim,
-              buffers.keys + head * buffers.matrix_size);
+    float* keys = buffers.values + head * buffers.matrix_size;
+    rows_to_words<Kind>(keys, tokens, length, head_dim, keys);
+    pack_rows<Kind>(keys, tokens, head_dim, buffers.keys + head * buffers.matrix_size);
   }
   rows.read(problem.qkv, channel + 2 * problem.part_stride, problem.head_stride, 0, tokens, 1.0f,
             buffers.values);
@@ -68,19 +71,24 @@ void attend_window(const WindowAttentionForward& problem, const Buffers& buffers
             buffers.queries);
   for (int64_t head = 0; head < heads; ++head) {
     float* const queries = buffers.queries + head * buffers.matrix_size;
-    const HeadForward<HeadDim> attention = {
+    float* const values = buffers.values + head * buffers.matrix_size;
+    rows_to_words<Kind>(queries + first * length, last - first, length, head_dim,
+                        queries + first * row_words<Kind>(head_dim));
+    rows_to_token_words<Kind>(values, tokens, length, values);
+    using Writer = Rounded<typename Kind::Element>;
+    const HeadForward<HeadDim, Kind, Writer> attention = {
         head_dim,
         tokens,
         problem.bias_table ? buffers.strips + head * buffers.strips_size : nullptr,
         buffers.runs,
         queries,
         buffers.keys + head * buffers.matrix_size,
-        buffers.values + head * buffers.matrix_size,
+        values,
         buffers.scores,
         buffers.maxima,
         buffers.log_sum_exp,
-        Rounded<float>(queries),
-        rows.row_length()};
+        Writer(elements_of<Kind>(queries)),
+        row_words<Kind>(head_dim) * Kind::kPerWord};
     attention.attend(first, last);
     float* log_sum_exp = problem.log_sum_exp + (window.image * problem.heads + first_head + head) *
                                                    problem.height * problem.width;
@@ -88,8 +96,8 @@ void attend_window(const WindowAttentionForward& problem, const Buffers& buffers
       log_sum_exp[row * problem.width + column] = buffers.log_sum_exp[token];
     });
   }
-  rows.write(problem.output, first_head * problem.head_dim, problem.head_dim, first, last, 1.0f,
-             buffers.queries);
+  rows.template write<Kind>(problem.output, first_head * problem.head_dim, problem.head_dim, first,
+                            last, 1.0f, buffers.queries);
 }
 
 }  // namespace
@@ -124,8 +132,11 @@ void window_attention_forward(const WindowAttentionForward& problem, int64_t beg
       }
       const int64_t first = window.tokens() * block / problem.query_blocks;
       const int64_t last = window.tokens() * (block + 1) / problem.query_blocks;
-      with_head_dim(problem.head_dim, [&](auto head_dim) {
-        attend_window(problem, buffers, window, head_dim, first_head, heads, first, last);
+      with_unscaled_product(product_of(problem), [&](auto kind) {
+        with_head_dim(problem.head_dim, [&](auto head_dim) {
+          attend_window<decltype(kind)>(problem, buffers, window, head_dim, first_head, heads,
+                                        first, last);
+        });
       });
     }
   }

@@ -117,8 +117,8 @@ template <class Kind, int steps, int rows, int vectors>
   }
 }
 
-// The same of floats with A transposed: A[i, k] is a[i + k * depth_stride].
-template <int steps, int rows, int vectors>
+// The same with A transposed: A[i, k] is a[i + k * depth_stride].
+template <class Kind, int steps, int rows, int vectors>
 [[gnu::always_inline]] inline void multiply_columns(const float* a, int64_t depth_stride,
                                                     const float* b, int64_t b_stride, int64_t depth,
                                                     Vec (&sums)[rows][vectors]) {
@@ -130,22 +130,26 @@ template <int steps, int rows, int vectors>
   for (int64_t k = depth / steps; k > 0; --k) {
     unroll<steps>([&](auto step) __attribute__((always_inline)) {
       const float* column = a + step * depth_stride;
-      multiply_step<FloatProduct, rows, vectors>(column, column + 3, 1, b + step * b_stride, sums);
+      multiply_step<Kind, rows, vectors>(column, column + 3, 1, b + step * b_stride, sums);
     });
     advance(steps);
   }
   for (int64_t k = depth % steps; k > 0; --k) {
-    multiply_step<FloatProduct, rows, vectors>(a, a + 3, 1, b, sums);
+    multiply_step<Kind, rows, vectors>(a, a + 3, 1, b, sums);
     advance(1);
   }
 }
 
-// Rows cut into tiles of at most kRows, as even as possible.
+// Rows cut into tiles of at most kRows, as even as possible; each begins with a multiple of `unit`,
+// a divisor of kRows.
 struct RowTiles {
   int64_t rows;
+  int64_t unit = 1;
 
   int64_t count() const { return divide_up(rows, kRows); }
-  int64_t start(int64_t tile) const { return rows * tile / count(); }
+  int64_t start(int64_t tile) const {
+    return smaller(divide_up(rows, unit) * tile / count() * unit, rows);
+  }
 
   // Calls function(Constant<rows>, first_row) for tiles begin to end.
   template <class Function>
@@ -241,6 +245,17 @@ inline int64_t pixel_offset(const AttentionMap& map, int64_t image, int64_t row,
   return image * map.batch_stride + row * map.row_stride + column * map.column_stride;
 }
 
+// Words of a row of one head, rounded up to vectors.
+template <class Kind>
+[[gnu::always_inline]] inline int64_t row_words(int64_t head_dim) {
+  return round_up(words_of<Kind>(head_dim), kWidth);
+}
+
+// What a map's elements are multiplied in.
+inline Product product_of(const WindowAttention& problem) {
+  return problem.element == ElementType::bfloat16 ? Product::bfloat16 : Product::float32;
+}
+
 // Matrices tokens x head_dim of some consecutive heads in scratch memory, one after the other:
 // row_length floats a row (head_dim rounded up to vectors, the rest zeros), matrix_size a head.
 template <class HeadDim>
@@ -279,37 +294,60 @@ struct HeadRows {
     });
   }
 
-  // The inverse of `read`, rounding; the source is destroyed.
+  // The inverse of `read`, rounding, from words of a kind: row_words<Kind> a row.
+  template <class Kind>
   void write(const AttentionMap& map, int64_t channel, int64_t head_stride, int64_t begin,
-             int64_t end, float factor, float* source) const {
+             int64_t end, float factor, const float* source) const {
     with_elements(problem.element, static_cast<void*>(map.data), [&](auto* elements) {
-      const int64_t length = row_length();
       for_tokens(window, begin, end, [&](int64_t token, int64_t row, int64_t column) {
         auto* destination = elements + pixel_offset(map, window.image, row, column) + channel;
-        float* from = source + token * length;
+        const float* words = source + token * row_words<Kind>(head_dim);
         for (int64_t head = 0; head < heads; ++head) {
-          if (length == head_dim) {
-            for (int64_t i = 0; i < length; i += kWidth) {
-              store(destination + i, load(from + i) * factor);
-            }
-          } else {
-            for (int64_t i = 0; i < length; i += kWidth) {
-              store(from + i, load(from + i) * factor);
-            }
-            narrow(from, head_dim, destination);
+          const auto* from = elements_of<Kind>(const_cast<float*>(words));
+          int64_t i = 0;
+          for (; i + kWidth <= head_dim; i += kWidth) {
+            store(destination + i, load(from + i) * factor);
+          }
+          if (i < head_dim) {
+            float rest[kWidth];
+            store(rest, load(from + i) * factor);
+            narrow(rest, head_dim - i, destination + i);
           }
           destination += head_stride;
-          from += matrix_size;
+          words += matrix_size;
         }
       });
     });
   }
 };
 
-// Words of a row of one head, rounded up to vectors.
+// Rows of one head [tokens][length] in floats become words of their own, or along the tokens:
+// [tokens][row_words] and [words of the tokens][length]. `words` may be where they are.
 template <class Kind>
-[[gnu::always_inline]] inline int64_t row_words(int64_t head_dim) {
-  return round_up(words_of<Kind>(head_dim), kWidth);
+inline void rows_to_words(const float* rows, int64_t tokens, int64_t length, int64_t head_dim,
+                          float* words) {
+  if (Kind::kPerWord == 1 && rows == words) return;
+  const int64_t row_length = row_words<Kind>(head_dim);
+  for (int64_t token = 0; token < tokens; ++token) {
+    auto* to = elements_of<Kind>(words + token * row_length);
+    int64_t i = 0;
+    for (; i < length; i += kWidth) store(to + i, load(rows + token * length + i));
+    for (; i < row_length * Kind::kPerWord; i += kWidth) store(to + i, Vec{});
+  }
+}
+
+template <class Kind>
+inline void rows_to_token_words(const float* rows, int64_t tokens, int64_t length, float* words) {
+  if (Kind::kPerWord == 1 && rows == words) return;
+  for_words<Kind>(0, tokens, [&](int64_t token, auto count) __attribute__((always_inline)) {
+    for (int64_t i = 0; i < length; i += kWidth) {
+      Vec values[Kind::kPerWord] = {};
+      unroll<count>([&](auto j) __attribute__((always_inline)) {
+        values[j] = load(rows + (token + j) * length + i);
+      });
+      store(words + token / Kind::kPerWord * length + i, Kind::word_of(values));
+    }
+  });
 }
 
 // Packs the rows of one head, the matrix's padding included, into panels of its transpose.
