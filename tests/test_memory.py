@@ -98,6 +98,20 @@ def test_whole_model_against_stock() -> None:
 
 
 @pytest.mark.skipif("cpu" not in BACKENDS, reason="no native kernels")
+@pytest.mark.parametrize("recompute", LIMITS)
+def test_autocast_saves_half(recompute: str) -> None:
+    """Of maps; statistics are in float64, and softmax's sums and each row's moments in float32."""
+    model = mk.create_model("tiny_moat_0", recompute=recompute, num_classes=10)
+    x = torch.randn(2, 3, 128, 128)
+    state = [*model.parameters(), *model.buffers()]
+    sizes = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            sizes.append(saved_bytes(lambda: model(x), state))
+    assert sizes[1] <= 0.53 * sizes[0]
+
+
+@pytest.mark.skipif("cpu" not in BACKENDS, reason="no native kernels")
 def test_counting_frees_what_was_saved() -> None:
     """Also where an operation saves its own output."""
     nodes = []

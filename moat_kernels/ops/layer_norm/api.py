@@ -11,11 +11,11 @@ from torch import Tensor
 from moat_kernels.ops.common.autocast import autocast_dtype
 from moat_kernels.ops.common.backends import choose_backend, is_exporting, requested_backend
 from moat_kernels.ops.common.registration import define_op, is_watched
-from moat_kernels.ops.layer_norm import reference
+from moat_kernels.ops.layer_norm import cpu, reference
 from moat_kernels.ops.layer_norm.contract import Backend
 from moat_kernels.ops.layer_norm.triton import backend as triton_backend
 
-BACKENDS: Mapping[str, Backend] = {"triton": triton_backend}
+BACKENDS: Mapping[str, Backend] = {"cpu": cpu, "triton": triton_backend}
 
 
 def _choose(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
@@ -26,7 +26,7 @@ def _choose(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
         x.device,
         BACKENDS,
         lambda candidate: candidate.unsupported(x, weight, bias),
-        optional=requested_backend() not in BACKENDS,
+        optional=requested_backend() != "triton",  # on a CPU stock does as well
     )
 
 
