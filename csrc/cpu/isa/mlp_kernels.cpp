@@ -15,8 +15,8 @@
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 namespace {
 
-// The deeper a block, the fewer times the sums over blocks are read and written.
-constexpr int64_t kBlockWords = kWidth == 16 ? 128 : 64;
+// Deeper blocks would read and write the sums over blocks fewer times, but gain nothing.
+constexpr int64_t kBlockWords = 64;
 // Words from one row to the next in a tile: a power of two would map rows to few sets of a cache.
 constexpr int64_t kTilePitch = kBlockWords + 16;
 
