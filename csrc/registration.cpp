@@ -13,6 +13,7 @@
 #include "cpu/host/head_eval.h"
 #include "cpu/host/mbconv_arguments.h"
 #include "cpu/host/mbconv_train.h"
+#include "cpu/host/mlp_eval.h"
 #include "cpu/host/scratch.h"
 #include "cpu/host/stem_eval.h"
 
@@ -61,6 +62,8 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
   define("cpu_freeze_attention_half(" + half +
          ", int heads, int head_dim, float scale, float eps, bool grid, ScalarType dtype, " +
          quantizations + ") -> (Tensor, Tensor)");
+  define("cpu_freeze_mlp(" + schema_of<MlpTensors>() +
+         ", str activation, float eps, ScalarType dtype) -> (Tensor, Tensor)");
   define("cpu_freeze_head(" + schema_of<HeadTensors>() + ", float eps) -> (Tensor, Tensor)");
   define("cpu_freeze_for_maps(Tensor step, " + schema_of<Placement>() +
          ", Tensor? position_table) -> (Tensor, Tensor)");

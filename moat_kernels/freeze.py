@@ -13,7 +13,12 @@ from torch import Tensor, nn
 
 from moat_kernels.adapters import timm, torchvision, vit_pytorch
 from moat_kernels.adapters.base import Adapter, MBConvAdapter
-from moat_kernels.adapters.freezing import AttentionHalf, HalfReader, bottleneck_step
+from moat_kernels.adapters.freezing import (
+    HalfReader,
+    MlpReader,
+    TransformerPart,
+    bottleneck_step,
+)
 from moat_kernels.adapters.fused import FusedModule, is_changed, stock_class
 from moat_kernels.adapters.reading import NotCovered, child_names, refuse_hooks
 from moat_kernels.adapters.registry import find_adapter
@@ -35,6 +40,7 @@ from moat_kernels.ops.frozen import (
 Module = TypeVar("Module", bound="FrozenModule")
 
 _HALVES: tuple[HalfReader, ...] = (*timm.HALVES, *torchvision.HALVES, *vit_pytorch.HALVES)
+_MLPS: tuple[MlpReader, ...] = vit_pytorch.MLPS
 # Of the largest value: rounding of a block, tried out by weights and an input that are given.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Of a block -> those of its steps.
@@ -49,12 +55,13 @@ def freeze(
     """A copy of `model` for inference on a CPU: the same outputs, up to rounding, in less time.
 
     Each MOAT inside, or `model` itself, becomes a FrozenMOAT, fused blocks elsewhere become
-    FrozenBlocks, and transformer blocks whose attention `fuse` found FrozenTransformerBlocks. Batch
-    norms are folded into the weights and these laid out as the kernels read them, now instead of in
-    every call, and a whole MOAT runs in one native call. The rest of the model is copied. The
-    result shares nothing with `model`, which stays as it is: train that, load it, save it, and
-    freeze again. Frozen parts have no parameters and an empty state_dict, stay in eval mode and in
-    their dtype, give no gradients and cannot be pickled.
+    FrozenBlocks, and transformer blocks whose attention `fuse` found FrozenTransformerBlocks, with
+    their MLPs where these are a layer norm, two linear layers and an activation. Batch norms are
+    folded into the weights and these laid out as the kernels read them, now instead of in every
+    call, and a whole MOAT runs in one native call. The rest of the model is copied. The result
+    shares nothing with `model`, which stays as it is: train that, load it, save it, and freeze
+    again. Frozen parts have no parameters and an empty state_dict, stay in eval mode and in their
+    dtype, give no gradients and cannot be pickled.
 
     dtype: what frozen parts multiply in, and keep what they compute in from one layer to the next.
         None is the dtype of `model`, which inputs and outputs have in any case.
@@ -149,8 +156,15 @@ def _freeze_inside(
     if form is not None:
         frozen[id(module)] = form
         return
+    before: nn.Module | None = None
     for name, child in module.named_children():
-        _freeze_inside(child, f"{path}.{name}" if path else name, maps, frozen, left)
+        if isinstance(frozen.get(id(before)), FrozenTransformerBlock):
+            mlp = _frozen_mlp(child, maps)
+            if mlp is not None:
+                frozen[id(child)] = mlp
+        if id(child) not in frozen:
+            _freeze_inside(child, f"{path}.{name}" if path else name, maps, frozen, left)
+        before = child
 
 
 def _frozen_form(module: nn.Module, maps: torch.dtype | None) -> nn.Module | None:
@@ -200,14 +214,42 @@ def _frozen_transformer_block(
     reader: HalfReader, block: nn.Module, attention: FusedModule, maps: torch.dtype | None
 ) -> FrozenTransformerBlock:
     _checked_adapter(attention)
+    _check_block(reader, block)
+    half = reader.read(block)
+    x = half.example(reader.leading)
+    try:
+        return _tried_out(half.with_mlp(reader.read_mlp(block)), block, x, maps)
+    except (CannotFreeze, NotCovered):  # the MLP then stays as it is
+        return _tried_out(half, block, x, maps)
+
+
+def _frozen_mlp(block: nn.Module, maps: torch.dtype | None) -> FrozenTransformerBlock | None:
+    """What takes the place of a block that is an MLP behind a frozen attention half."""
+    for reader in _MLPS:
+        if stock_class(block).__name__ == reader.class_name:
+            try:
+                _check_block(reader, block)
+                mlp = reader.read(block)
+                return _tried_out(mlp, block, mlp.example(reader.leading), maps)
+            except (CannotFreeze, NotCovered):
+                pass
+    return None
+
+
+def _check_block(reader: HalfReader | MlpReader, block: nn.Module) -> None:
+    """Raise unless the block is as the reader knows it."""
     if reason := interception(block, "it"):
         raise CannotFreeze(reason)
     if unknown := child_names(block).symmetric_difference(reader.children):
         raise NotCovered(f"unknown or missing {', '.join(sorted(unknown))}")
     refuse_hooks(list(block.modules())[1:])
-    half = reader.read(block)
-    form = FrozenTransformerBlock(half, block, maps)
-    _try_out(form, block, half.example(reader.leading), maps)
+
+
+def _tried_out(
+    part: TransformerPart, block: nn.Module, x: Tensor, maps: torch.dtype | None
+) -> FrozenTransformerBlock:
+    form = FrozenTransformerBlock(part, block, maps)
+    _try_out(form, block, x, maps)
     return form
 
 
@@ -322,14 +364,17 @@ class FrozenBlock(FrozenModule):
         return in_format_of(output, x) if self._keeps_format else output
 
 
-class FrozenAttentionHalf(FrozenModule):
-    """The attention half of somebody's transformer block; its results are in channels_last."""
+class FrozenHalves(FrozenModule):
+    """The attention half of somebody's transformer block, its MLP, or both, in one native call.
+
+    Its results are in channels_last.
+    """
 
     @staticmethod
     def _stages_of(
-        module: AttentionHalf, maps: torch.dtype | None, quantizations: Quantize
+        module: TransformerPart, maps: torch.dtype | None, quantizations: Quantize
     ) -> list[list[FrozenStep]]:
-        return [[module.step(maps)]]
+        return [module.steps(maps)]
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
@@ -337,25 +382,25 @@ class FrozenAttentionHalf(FrozenModule):
 
 
 class FrozenTransformerBlock(nn.Module):
-    """Somebody's transformer block whose attention half is frozen; see `freeze`.
+    """Somebody's transformer block whose halves, or one of them, are frozen; see `freeze`.
 
-    What follows that half are the block's own modules, under their names.
+    An MLP that is not is made of the block's own modules, under their names.
     """
 
     def __init__(
-        self, half: AttentionHalf, block: nn.Module, maps: torch.dtype | None = None
+        self, part: TransformerPart, block: nn.Module, maps: torch.dtype | None = None
     ) -> None:
         super().__init__()
-        self.attention_half = FrozenAttentionHalf(half, maps)
-        self._rows, self._branch, self._branch_rows = half.rows, half.branch, half.branch_rows
-        for name in half.branch:
+        self.halves = FrozenHalves(part, maps)
+        self._rows, self._branch, self._branch_rows = part.rows, part.branch, part.branch_rows
+        for name in part.branch:
             self.add_module(name, getattr(block, name))
         self.training = block.training
 
     @property
     def sequence(self) -> FrozenSequence:
-        """That of the half."""
-        return self.attention_half.sequence
+        """That of the halves."""
+        return self.halves.sequence
 
     def copy_branch(self, copies: dict[int, Any]) -> None:
         """Share nothing with the block any more. copies: of other modules, by id."""
@@ -363,7 +408,7 @@ class FrozenTransformerBlock(nn.Module):
             self.add_module(name, copy.deepcopy(getattr(self, name), copies))
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.attention_half(self._as_maps(x))
+        y = self.halves(self._as_maps(x))
         if self._branch:
             y = y.permute(0, 2, 3, 1) if self._branch_rows else y
             branch = y

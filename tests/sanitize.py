@@ -20,6 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 KERNEL_TESTS = [
     "tests/test_freeze.py",
     "tests/test_freeze_low_precision.py",
+    "tests/adapters/test_freeze_mlp.py",
     "tests/ops/test_attention_half.py",
     "tests/ops/test_linear_cpu.py",
     "tests/ops/test_mbconv_cpu.py",

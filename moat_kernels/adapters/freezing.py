@@ -1,4 +1,4 @@
-"""What of other people's blocks `freeze` packs: inverted bottlenecks and attention halves.
+"""What of other people's blocks `freeze` packs: inverted bottlenecks, attention halves and MLPs.
 
 `fuse` computes attention where it stands. A frozen step computes the norm before and the sum after
 it too, which lie in the block around: a `HalfReader` knows such a block, and says what it is made
@@ -20,6 +20,7 @@ from moat_kernels.adapters.reading import (
     Bottleneck,
     NotCovered,
     class_name,
+    read_activation,
     read_drop_path,
     read_pointwise,
 )
@@ -32,6 +33,7 @@ from moat_kernels.ops.frozen import (
     Size,
     attention_half_step,
     mbconv_step,
+    mlp_step,
 )
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.window_attention import WindowAttentionDescription
@@ -64,15 +66,72 @@ def refuse_drop_path(module: nn.Module) -> None:
         raise NotCovered("its drop path drops")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TransformerPart(ABC):
+    """What of a transformer block, or of one half of it, steps compute, and what they do not.
+
+    rows: whether the block reads [.., H, W, C]; else it reads [B, C, H, W].
+    branch: names of the block's children that make the branch of y + branch(y), where y is the
+        steps' result, in turn; none: y is the block's result.
+    branch_rows: whether they read [B, H, W, C]; else they read [B, C, H, W].
+    """
+
+    rows: bool = False
+    branch: tuple[str, ...] = ()
+    branch_rows: bool = False
+
+    @abstractmethod
+    def steps(self, maps: torch.dtype | None) -> list[FrozenStep]:
+        """The steps, their weights packed as they are now. Raises CannotFreeze or NotCovered.
+
+        maps: as of `attention_half_step`.
+        """
+
+    @abstractmethod
+    def example(self, leading: tuple[int, ...]) -> Tensor:
+        """A small input of the block. leading: the sizes before those of a map or of rows."""
+
+    def _example(self, leading: tuple[int, ...], height: int, width: int, like: Tensor) -> Tensor:
+        """like: a tensor of as many rows as the maps have channels."""
+        channels = len(like)
+        size = (height, width, channels) if self.rows else (channels, height, width)
+        x = torch.randn(*leading, *size, generator=torch.Generator().manual_seed(0), device="cpu")
+        return x.to(like.dtype)
+
+
 @dataclass(frozen=True)
-class AttentionHalf:
-    """y = x + layer_scale(proj(attention(qkv(norm(x))))) of a block, and y + branch(y) after it.
+class Mlp(TransformerPart):
+    """y + layer_scale(fc2(activation(fc1(norm(y))))).
+
+    norm: a layer norm over the channels. fc1, fc2: linear layers or 1x1 convolutions.
+    """
+
+    norm: nn.Module
+    fc1: nn.Module
+    activation: nn.Module
+    fc2: nn.Module
+    layer_scale: nn.Module | None = None
+
+    @torch.no_grad()
+    def steps(self, maps: torch.dtype | None) -> list[FrozenStep]:
+        activation = read_activation(self.activation)
+        norm = _check_layer_norm(self.norm, "MLP")
+        fc1, fc2 = _read_plain(self.fc1), _scaled(self.fc2, self.layer_scale, "MLP")
+        check_normalized_shape(norm, len(fc2[0]))
+        tensors = [tensor_of(norm, "weight"), tensor_of(norm, "bias"), *fc1, *fc2]
+        return [mlp_step(tensors, activation, norm.eps, maps)]
+
+    def example(self, leading: tuple[int, ...]) -> Tensor:
+        return self._example(leading, 3, 4, tensor_of(self.fc2, "weight"))
+
+
+@dataclass(frozen=True)
+class AttentionHalf(TransformerPart):
+    """y = x + layer_scale(proj(attention(qkv(norm(x))))) of a block, and maybe the MLP after it.
 
     norm: a layer norm over the channels. qkv, proj: linear layers or 1x1 convolutions.
     map_size: of the only maps that the block takes; None: of all that its windows divide.
-    rows: whether the block reads [.., H, W, C]; else it reads [B, C, H, W].
-    branch: names of the block's children that make the branch, in turn; none: y is the result.
-    branch_rows: whether they read [B, H, W, C]; else they read [B, C, H, W].
+    mlp: where a step computes it; else it is the branch.
     """
 
     norm: nn.Module
@@ -81,24 +140,16 @@ class AttentionHalf:
     attention: AttentionReading
     layer_scale: nn.Module | None = None
     map_size: tuple[int, int] | None = None
-    rows: bool = False
-    branch: tuple[str, ...] = ()
-    branch_rows: bool = False
+    mlp: Mlp | None = None
+
+    def steps(self, maps: torch.dtype | None) -> list[FrozenStep]:
+        return [self._attention_step(maps), *(self.mlp.steps(maps) if self.mlp else [])]
 
     @torch.no_grad()
-    def step(self, maps: torch.dtype | None) -> FrozenStep:
-        """The half, its weights packed as they are now. Raises CannotFreeze or NotCovered.
-
-        maps: as of `attention_half_step`.
-        """
-        norm, description = self.norm, self.attention.description
-        # Those of timm are subclasses of nn.LayerNorm of the same name, or for [B, C, H, W].
-        if not isinstance(norm, nn.LayerNorm) or class_name(norm) not in (
-            "LayerNorm",
-            "LayerNorm2d",
-        ):
-            raise NotCovered(f"{class_name(norm)} before its attention")
-        qkv, proj = _qkv(self.qkv, description), _scaled(self.proj, self.layer_scale)
+    def _attention_step(self, maps: torch.dtype | None) -> FrozenStep:
+        norm, description = _check_layer_norm(self.norm, "attention"), self.attention.description
+        qkv = _qkv(self.qkv, description)
+        proj = _scaled(self.proj, self.layer_scale, "attention")
         check_normalized_shape(norm, len(proj[0]))
         step = attention_half_step(
             [
@@ -115,14 +166,14 @@ class AttentionHalf:
 
         return replace(step, place=_checked_place(step, description.window_size, self.map_size))
 
+    def with_mlp(self, mlp: Mlp) -> AttentionHalf:
+        """The same block without a branch."""
+        return replace(self, mlp=mlp, branch=())
+
     def example(self, leading: tuple[int, ...]) -> Tensor:
-        """A small input of the block. leading: the sizes before those of a map or of rows."""
         window = self.attention.description.window_size
         height, width = self.map_size or ((2 * window[0], 3 * window[1]) if window else (3, 4))
-        channels = len(tensor_of(self.proj, "weight"))
-        size = (height, width, channels) if self.rows else (channels, height, width)
-        x = torch.randn(*leading, *size, generator=torch.Generator().manual_seed(0), device="cpu")
-        return x.to(tensor_of(self.proj, "weight").dtype)
+        return self._example(leading, height, width, tensor_of(self.proj, "weight"))
 
 
 class HalfReader(ABC):
@@ -141,7 +192,26 @@ class HalfReader(ABC):
 
     @abstractmethod
     def read(self, block: Any) -> AttentionHalf:
-        """The half as it is now. Raises NotCovered."""
+        """The half as it is now, without the MLP. Raises NotCovered."""
+
+    def read_mlp(self, block: Any) -> Mlp:
+        """What the branch of such a block computes, as it is now. Raises NotCovered."""
+        raise NotCovered("a block without an MLP")
+
+
+class MlpReader(ABC):
+    """Reads blocks of one class that are an MLP with the sum around it.
+
+    class_name, children, leading: as of a `HalfReader`.
+    """
+
+    class_name: str
+    children: tuple[str, ...]
+    leading: tuple[int, ...] = (1,)
+
+    @abstractmethod
+    def read(self, block: Any) -> Mlp:
+        """The MLP as it is now. Raises NotCovered."""
 
 
 def _checked_place(
@@ -162,6 +232,14 @@ def _checked_place(
         return step.place(size)
 
     return place
+
+
+def _check_layer_norm(norm: nn.Module, before: str) -> nn.LayerNorm:
+    """The norm, if it is one over channels. Raises NotCovered."""
+    # Those of timm are subclasses of nn.LayerNorm of the same name, or for [B, C, H, W].
+    if not isinstance(norm, nn.LayerNorm) or class_name(norm) not in ("LayerNorm", "LayerNorm2d"):
+        raise NotCovered(f"{class_name(norm)} before its {before}")
+    return norm
 
 
 def _refuse_subclasses(*tensors: Tensor | None) -> None:
@@ -194,13 +272,15 @@ def _qkv(module: nn.Module, description: WindowAttentionDescription) -> list[Ten
     ]
 
 
-def _scaled(module: nn.Module, layer_scale: nn.Module | None) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of a linear layer and the layer scale after it. Raises NotCovered."""
+def _scaled(
+    module: nn.Module, layer_scale: nn.Module | None, what: str
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the last layer of `what`, and of the scale after it. Raises NotCovered."""
     weight, bias = _read_plain(module)
     if layer_scale is None or class_name(layer_scale) == "Identity":
         return weight, bias
     if class_name(layer_scale) not in ("LayerScale", "LayerScale2d"):
-        raise NotCovered(f"{class_name(layer_scale)} after its attention")
+        raise NotCovered(f"{class_name(layer_scale)} after its {what}")
     factor = tensor_of(layer_scale, "gamma")
     _refuse_subclasses(factor)
     if factor.shape != weight.shape[:1]:

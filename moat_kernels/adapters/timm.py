@@ -14,7 +14,7 @@ from moat_kernels.adapters.base import (
     AttentionReading,
     MBConvAdapter,
 )
-from moat_kernels.adapters.freezing import AttentionHalf, HalfReader, refuse_drop_path
+from moat_kernels.adapters.freezing import AttentionHalf, HalfReader, Mlp, refuse_drop_path
 from moat_kernels.adapters.reading import (
     Bottleneck,
     Gate,
@@ -266,13 +266,34 @@ def _read_half(
         attention,
         block.ls1,
         map_size,
-        rows,
+        rows=rows,
         branch=("norm2", "mlp", "ls2", "drop_path2"),
         branch_rows=rows,
     )
 
 
-class TransformerBlock2d(HalfReader):
+# Of its MLPs: the children, of which the dropouts are named so.
+_MLPS = {
+    "Mlp": ("fc1", "act", "drop1", "norm", "fc2", "drop2"),
+    "ConvMlp": ("fc1", "norm", "act", "drop", "fc2"),
+}
+
+
+class _Half(HalfReader):
+    def read_mlp(self, block: Any) -> Mlp:
+        mlp = block.mlp
+        if child_names(mlp) != set(_MLPS.get(class_name(mlp), ())):
+            raise NotCovered(f"MLP {class_name(mlp)} of unknown structure")
+        if class_name(mlp.norm) != "Identity":
+            raise NotCovered("an MLP with a norm inside")
+        for name in child_names(mlp):
+            if name.startswith("drop"):
+                refuse_dropout(getattr(mlp, name), "the MLP")
+        refuse_drop_path(block.drop_path2)
+        return Mlp(block.norm2, mlp.fc1, mlp.act, mlp.fc2, block.ls2)
+
+
+class TransformerBlock2d(_Half):
     """CoAtNet's; `fuse` finds the attention in it."""
 
     class_name = "TransformerBlock2d"
@@ -288,7 +309,7 @@ class TransformerBlock2d(HalfReader):
         return _read_half(block, _read_attention(block.attn), map_size, rows=False)
 
 
-class _PartitionHalf(HalfReader):
+class _PartitionHalf(_Half):
     """MaxViT's."""
 
     children = _PartitionAttention.children

@@ -13,7 +13,7 @@ from moat_kernels.adapters.base import (
     AttentionReading,
     MBConvAdapter,
 )
-from moat_kernels.adapters.freezing import AttentionHalf, HalfReader, refuse_drop_path
+from moat_kernels.adapters.freezing import AttentionHalf, HalfReader, Mlp, refuse_drop_path
 from moat_kernels.adapters.reading import (
     Bottleneck,
     NotCovered,
@@ -23,6 +23,7 @@ from moat_kernels.adapters.reading import (
     read_drop_path,
     read_gate,
     read_swin_table,
+    refuse_dropout,
 )
 from moat_kernels.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
@@ -189,6 +190,14 @@ class PartitionHalf(HalfReader):
             branch=("mlp_layer", "stochastic_dropout"),
             branch_rows=True,
         )
+
+    def read_mlp(self, layer: Any) -> Mlp:
+        if len(layer.mlp_layer) != 5:
+            raise NotCovered("an MLP of unknown structure")
+        norm, fc1, activation, fc2, dropout = layer.mlp_layer
+        refuse_dropout(dropout, "the MLP")
+        refuse_drop_path(layer.stochastic_dropout)
+        return Mlp(norm, fc1, activation, fc2)
 
 
 ADAPTERS = (MBConv(), PartitionAttentionLayer(), RelativePositionalMultiHeadAttention())

@@ -13,7 +13,7 @@ from moat_kernels.adapters.base import (
     AttentionReading,
     MBConvAdapter,
 )
-from moat_kernels.adapters.freezing import AttentionHalf, HalfReader
+from moat_kernels.adapters.freezing import AttentionHalf, HalfReader, Mlp, MlpReader
 from moat_kernels.adapters.reading import (
     Bottleneck,
     Gate,
@@ -167,6 +167,26 @@ class ResidualHalf(HalfReader):
         )
 
 
+class ResidualMlp(MlpReader):
+    """The sum around the MLP that follows an attention."""
+
+    class_name = "Residual"
+    children = ("fn",)
+    leading = (1, 1, 2)
+
+    def read(self, block: Any) -> Mlp:
+        if class_name(block.fn) != "FeedForward" or child_names(block.fn) != {"net"}:
+            raise NotCovered(f"a sum around {class_name(block.fn)}")
+        if len(block.fn.net) != 6:
+            raise NotCovered("an MLP of unknown structure")
+        norm, fc1, activation, first, fc2, second = block.fn.net
+        for dropout in (first, second):
+            refuse_dropout(dropout, "the MLP")
+        return Mlp(norm, fc1, activation, fc2, rows=True)
+
+
 ADAPTERS = (MBConvResidual(), MBConvSequential(), Attention())
 
 HALVES = (ResidualHalf(),)
+
+MLPS = (ResidualMlp(),)

@@ -2,7 +2,8 @@
 
 csrc/cpu/host/frozen.cpp has their side.
 
-A step is a stem, an inverted bottleneck, an attention half or a classifier with fixed statistics.
+A step is a stem, an inverted bottleneck, an attention half, an MLP or a classifier with fixed
+statistics.
 The other ops take plain weights, which they fold and pack in every call; a step keeps what was
 folded and packed when it was made, and refers to nothing else. A `FrozenSequence` computes all its
 steps in one native call. Between the steps the maps may have another dtype than the model, in which
@@ -227,6 +228,34 @@ def attention_half_step(
         lambda size: Placement(size, window=description.window_for(*size[1:])),
         None if table is None else table.float().clone(),
     )
+
+
+@torch.no_grad()
+def mlp_step(
+    tensors: Sequence[Tensor | None],
+    activation: str,
+    eps: float,
+    maps: torch.dtype | None = None,
+) -> FrozenStep:
+    """y + fc2(activation(fc1(norm(y)))) of each pixel of [B, C, H, W]. Raises CannotFreeze.
+
+    tensors: weight [C] and bias of the norm, weight [hidden, C] and bias of fc1, weight [C, hidden]
+        and bias of fc2. Only the last two weights must be given.
+    activation: as of `MBConvDescription`.
+    """
+    dtype = _dtype_of(tensors)
+    fc1, fc2 = tensors[2], tensors[4]
+    if fc1 is None or fc2 is None or fc1.dim() != 2 or fc2.dim() != 2 or not fc1.numel():
+        raise CannotFreeze("an MLP without weights")
+    hidden, channels = fc1.shape
+    norm, middle, end = (channels,), (hidden,), (channels,)
+    shapes = (norm, norm, (hidden, channels), middle, (channels, hidden), end)
+    if any(t is not None and t.shape != shape for t, shape in zip(tensors, shapes, strict=True)):
+        raise CannotFreeze("an MLP whose layers do not fit together")
+    native, packed = torch.ops.moat_kernels.cpu_freeze_mlp.default(
+        *tensors, activation, eps, maps or dtype
+    )
+    return FrozenStep("MLP", False, native, packed, dtype, maps or dtype, Placement)
 
 
 @torch.no_grad()

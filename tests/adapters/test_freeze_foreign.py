@@ -37,12 +37,12 @@ max_vit = import_peer("vit_pytorch.max_vit")
 timm = import_peer("timm")
 
 STRIDED = "an attention half that changes the map's size"
-# name -> (blocks that are frozen, transformer blocks whose attention half is, reasons for the rest)
+# name -> (blocks that are frozen, transformer blocks or halves of them, reasons for the rest)
 MODELS: dict[str, tuple[int, int, set[str]]] = {
     "timm coatnet": (2, 0, {STRIDED}),
     "timm maxvit tf": (4, 8, set()),
     "torchvision maxvit": (3, 6, set()),
-    "vit-pytorch maxvit": (3, 6, set()),
+    "vit-pytorch maxvit": (3, 12, set()),
     "RooKichenn": (0, 0, {"order 'depthwise_first'"}),
     "Apple": (4, 0, {"an attention without a block around it that is known"}),
     "changzy00": (4, 0, {"an attention without a block around it that is known"}),
@@ -129,6 +129,7 @@ def fused_copy(stock: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
         {"rel_pos_type": ""},
         {"head_first": False, "attn_bias": False},
         {"init_values": 0.3},
+        {"act_layer": "silu", "expand_ratio": 2.5},
     ],
     ids=str,
 )
@@ -225,26 +226,34 @@ def test_a_frozen_model_keeps_the_weights_that_it_was_made_of() -> None:
     assert qkv() is None
 
 
+def with_norm_inside(block: nn.Module) -> nn.Module:
+    """An MLP that no step computes, so that the block keeps it."""
+    block.mlp.norm = nn.LayerNorm(block.mlp.fc1.out_features)
+    return block
+
+
 def test_what_is_not_frozen_keeps_its_names_and_trains() -> None:
-    model = fused_copy(make_foreign_model("timm maxvit tf").eval())
+    model = make_foreign_model("timm maxvit tf").eval()
+    with_norm_inside(model.stages[0].blocks[0].attn_grid)
+    model = fused_copy(model)
     frozen = mk.freeze(model)
     kept = frozen.state_dict()
     assert kept.keys() < model.state_dict().keys()
     assert "stages.0.blocks.0.attn_grid.mlp.fc1.weight" in kept
-    assert not any(".conv." in name or ".attn." in name for name in kept)
+    assert not any(".conv." in name or ".attn_block." in name or ".attn." in name for name in kept)
     block = frozen.train().stages[0].blocks[0]
-    assert block.attn_grid.mlp.training and not block.attn_grid.attention_half.training
+    assert block.attn_grid.mlp.training and not block.attn_grid.halves.training
     with pytest.raises(RuntimeError, match="x requires grad"):
         frozen(torch.randn(1, 3, RESOLUTION, RESOLUTION))
 
 
 @torch.no_grad()
 def test_copies_share_the_weights_and_pickles_are_refused() -> None:
-    frozen = mk.freeze(fused_copy(make_layer("grid")))
+    frozen = mk.freeze(fused_copy(with_norm_inside(make_partition())))
     clone = copy.deepcopy(frozen)
-    assert clone.attention_half.sequence is frozen.attention_half.sequence
-    assert clone.mlp_layer[1].weight is not frozen.mlp_layer[1].weight
-    x = torch.randn(2, 16, 6, 6)
+    assert clone.halves.sequence is frozen.halves.sequence
+    assert clone.mlp.fc1.weight is not frozen.mlp.fc1.weight
+    x = torch.randn(2, 4, 6, 16)
     assert torch.equal(clone(x), frozen(x))
     with pytest.raises(TypeError, match="freeze it again"):
         pickle.dumps(frozen)

@@ -81,6 +81,10 @@ ARGUMENTS = {
         *(*ATTENTION_HALF, "heads", "head_dim", "scale", "eps", "grid", "dtype"),
         *QUANTIZATIONS,
     ),
+    "cpu_freeze_mlp": (
+        *("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
+        *("activation", "eps", "dtype"),
+    ),
     "cpu_freeze_head": ("norm_weight", "norm_bias", "head_weight", "head_bias", "eps"),
 }
 TYPES = {"int": int, "float": float, "str": str, "bool": bool}

@@ -319,6 +319,13 @@ def attention_half_arguments() -> list[Any]:
     return [randn(2, channels, 5, 6), tensors, heads, head_dim, 4, 4, 0.25, 1e-5]
 
 
+def mlp_reference(y: Tensor, tensors: list[Tensor | None], activation: str, eps: float) -> Tensor:
+    weight, bias, fc1, fc1_bias, fc2, fc2_bias = tensors
+    rows = F.layer_norm(y.permute(0, 2, 3, 1), y.shape[1:2], weight, bias, eps)
+    hidden = getattr(F, activation)(F.linear(rows, fc1, fc1_bias))
+    return y + F.linear(hidden, fc2, fc2_bias).permute(0, 3, 1, 2)
+
+
 def head_reference(x: Tensor, tensors: list[Tensor | None], eps: float) -> Tensor:
     weight, bias, matrix, matrix_bias = tensors
     pooled = F.layer_norm(x.mean((2, 3)), x.shape[1:2], weight, bias, eps)
@@ -360,6 +367,10 @@ def frozen_attention_half(
     return run_frozen(y, frozen, tensors[-1], window=(window[0], window[1]))
 
 
+def frozen_mlp(y: Tensor, tensors: list[Tensor | None], activation: str, eps: float) -> Tensor:
+    return run_frozen(y, OPS.cpu_freeze_mlp(*tensors, activation, eps, torch.float32))
+
+
 def frozen_head(x: Tensor, tensors: list[Tensor | None], eps: float) -> Tensor:
     return run_frozen(x, OPS.cpu_freeze_head(*tensors, eps))
 
@@ -387,6 +398,7 @@ def frozen_calls() -> list[Call]:
 
     eval_arguments = mbconv_eval_arguments()
     eval_arguments[2] = None  # frozen blocks have no drop path
+    mlp = [randn(24), randn(24), randn(40, 24), randn(40), randn(24, 40), randn(24)]
     head = [randn(24), randn(24), randn(10, 24), randn(10)]
     return [
         Call(
@@ -394,6 +406,7 @@ def frozen_calls() -> list[Call]:
         ),
         Call("cpu_freeze_mbconv", frozen_mbconv, eval_arguments, mbconv_eval_reference),
         Call("cpu_freeze_attention_half", frozen_attention_half, half, attention_half_reference),
+        Call("cpu_freeze_mlp", frozen_mlp, [randn(2, 24, 5, 6), mlp, "gelu", EPS], mlp_reference),
         Call("cpu_freeze_head", frozen_head, [randn(3, 24, 4, 5), head, EPS], head_reference),
         Call(
             "cpu_freeze_for_maps",

@@ -1,5 +1,5 @@
 // Ops for models that are frozen for inference. cpu_freeze_* turn a stem, an inverted bottleneck,
-// an attention half or a head into a step, whose weights are folded and packed once, and
+// an attention half, an MLP or a head into a step, whose weights are folded and packed once, and
 // cpu_frozen_forward computes a sequence of steps. dtype: of the maps between the steps and, where
 // the CPU multiplies in it, of what products read; else these are in float32. (The ops that take
 // plain weights fold and pack them in every call, so that they cannot be out of date.)
@@ -10,11 +10,13 @@
 
 #include <algorithm>
 #include <cstring>
+#include <string>
 #include <type_traits>
 
 #include "cpu/host/attention_half_eval.h"
 #include "cpu/host/head_eval.h"
 #include "cpu/host/mbconv_eval.h"
+#include "cpu/host/mlp_eval.h"
 #include "cpu/host/products.h"
 #include "cpu/host/recycled_memory.h"
 #include "cpu/host/scratch.h"
@@ -23,7 +25,7 @@
 namespace moat_kernels::cpu {
 namespace {
 
-enum class StepKind : int64_t { stem, mbconv, attention_half, head };
+enum class StepKind : int64_t { stem, mbconv, attention_half, mlp, head };
 
 // A step without the address of any tensor. Steps travel through Python as bytes, and are valid in
 // the process that made them.
@@ -32,6 +34,7 @@ struct Step {
   StemProblem stem;
   MBConvProblem mbconv;
   AttentionHalf attention_half;
+  MlpProblem mlp;
   HeadProblem head;
 };
 static_assert(std::is_trivially_copyable_v<Step>);
@@ -133,6 +136,22 @@ std::tuple<Tensor, Tensor> freeze_attention_half(const AttentionHalfTensors& ten
   return {to_bytes(step, like), packed};
 }
 
+std::tuple<Tensor, Tensor> freeze_mlp(const MlpTensors& tensors, const std::string& activation,
+                                      double eps, ScalarType dtype) {
+  const MlpTensors kept = readable(tensors);
+  Step step = {};
+  step.kind = StepKind::mlp;
+  MlpProblem& problem = step.mlp;
+  problem = read_mlp(kept, parse_activation(activation), eps);
+  problem.element = element_type("dtype", dtype);
+  problem.product = product_of(dtype);
+  const Tensor& like = *kept.fc1_weight;
+  const Tensor packed = pack<MlpEval>(problem, like);
+  problem.norm_weight = problem.norm_bias = nullptr;
+  problem.fc1_weight = problem.fc1_bias = problem.fc2_weight = problem.fc2_bias = nullptr;
+  return {to_bytes(step, like), packed};
+}
+
 std::tuple<Tensor, Tensor> freeze_head(const HeadTensors& tensors, double eps) {
   const HeadTensors kept = readable(tensors);
   Step step = {};
@@ -172,6 +191,9 @@ std::tuple<Tensor, Tensor> freeze_for_maps(const Tensor& step_bytes, const Place
       problem.position_table = problem.bias_table = nullptr;
       break;
     }
+    case StepKind::mlp:
+      check_maps(maps, step.mlp);
+      break;
     case StepKind::head:
       set_maps(maps, step.head);
       break;
@@ -200,6 +222,8 @@ class Sequence {
         return compute(step.mbconv, keeps);
       case StepKind::attention_half:
         return compute(step.attention_half, keeps);
+      case StepKind::mlp:
+        return compute(step.mlp, keeps);
       case StepKind::head:
         return compute(step.head);
     }
@@ -249,6 +273,17 @@ class Sequence {
     const AttentionHalfEval eval(problem, packed, table);
     run(
         output, [&](float* scratch) { eval.compute(scratch); },
+        [&] { return eval.scratch_size(); });
+  }
+
+  void compute(MlpProblem problem, bool keeps) {
+    expect(problem.channels, size_.height, size_.width);
+    problem.rows = size_.batch * size_.height * size_.width;
+    problem.y = readable_maps(problem.element);
+    const MlpEval eval(problem, take_packed(MlpEval::packed_size(problem)));
+    const Tensor output = make_output(size_, maps_.scalar_type(), keeps);
+    run(
+        output, [&](float* scratch) { eval.compute(output.mutable_data_ptr(), scratch); },
         [&] { return eval.scratch_size(); });
   }
 
@@ -344,6 +379,7 @@ STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CPU, library) {
   library.impl("cpu_freeze_stem", boxed<&freeze_stem>);
   library.impl("cpu_freeze_mbconv", boxed<&freeze_mbconv>);
   library.impl("cpu_freeze_attention_half", boxed<&freeze_attention_half>);
+  library.impl("cpu_freeze_mlp", boxed<&freeze_mlp>);
   library.impl("cpu_freeze_head", boxed<&freeze_head>);
   library.impl("cpu_freeze_for_maps", boxed<&freeze_for_maps>);
   library.impl("cpu_frozen_forward", TORCH_BOX(&frozen_forward));
