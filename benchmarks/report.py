@@ -111,6 +111,12 @@ def charted(groups: Groups, mode: str) -> Groups:
 
 def describe_contender(name: str) -> tuple[str, str]:
     """(label, colour) of a row in a chart."""
+    kind = name.removesuffix(" bfloat16")
+    label, colour = _describe_kind(kind)
+    return (label if kind == name else f"{label}, bfloat16"), colour
+
+
+def _describe_kind(name: str) -> tuple[str, str]:
     backend, _, level = name.partition(" ")
     if backend == "stock":
         labels = {"checkpoint": "stock, every block checkpointed"}
