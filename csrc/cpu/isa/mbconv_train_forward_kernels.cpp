@@ -1,6 +1,7 @@
 // The forward passes of the inverted bottleneck's training. Wide tensors (E channels) cross memory
 // as often as stands beside each pass; everything between is in tiles of 64 channels that stay in
-// cache, in float whatever the type of the wide tensors.
+// cache: in float whatever the type of the wide tensors, but for what a product reads, which is in
+// the product's own type (cpu/isa/product.h).
 //   expand               z1 = (x - mu) W'^T and its sums              writes z1
 //   depthwise            z2 = dw(act(a1 z1 + b1)) and its moments     reads z1, writes z2
 //   project              act(a2 z2 + b2) W2^T                         reads z2
