@@ -2,8 +2,8 @@
 
 With fixed statistics it is one operator: batch norms are folded into the weights, and strips of
 rows go through expand, depthwise and project in cache, in float32 whatever the dtype of x.
-Training is a sequence of passes over wide tensors, which are kept, and where the CPU can multiplied,
-in the convolutions' dtype or autocast's (training.py).
+Training is a sequence of passes over wide tensors, which are kept in the convolutions' dtype, or
+autocast's, and multiplied in it where the CPU can (training.py).
 """
 
 from __future__ import annotations
