@@ -28,6 +28,9 @@ import moat_kernels as mk
 
 QUICK_EVAL, QUICK_TRAINING = ("tiny_moat_0", "moat_0"), ("tiny_moat_0",)
 LOW_PRECISIONS = {f"{name} {dtype}": dtype for name in FROZEN for dtype in ("bfloat16", "int8")}
+# Under autocast; on a GPU --dtype is for all rows.
+AUTOCAST = ("stock channels_last", *(f"{name} auto" for name in FUSED[1:])) if FROZEN else ()
+SLOW_AUTOCAST = ("torch.compile bfloat16",) if FROZEN else ()
 
 
 def make_stock(model: Model) -> mk.MOAT:
@@ -161,9 +164,9 @@ TRAINING = [
         contenders=(
             *(*STOCK, "stock checkpoint", "torch auto"),
             *(f"{name} {level}" for level in LEVELS for name in FUSED[1:]),
-            *("stock channels_last bfloat16", *(f"{name} auto bfloat16" for name in FUSED[1:])),
+            *(f"{name} bfloat16" for name in AUTOCAST),
         ),
-        slow=("torch.compile", "torch.compile bfloat16", "torch expand", "torch block"),
+        slow=("torch.compile", "torch expand", "torch block", *SLOW_AUTOCAST),
         full=model.name not in QUICK_TRAINING,
     )
     for model in MODELS

@@ -38,6 +38,7 @@ def results(tmp_path: Path) -> Path:
             info("stock channels_last", 900.0, saved_bytes=10 * 2**20, peak_bytes=12 * 2**20),
             info("torch.compile", 950.0, saved_bytes=8 * 2**20, peak_bytes=11 * 2**20),
             info("cpu auto", 500.0, saved_bytes=5 * 2**20, peak_bytes=6 * 2**20),
+            info("cpu auto bfloat16", 400.0, saved_bytes=5 * 2**19, peak_bytes=6 * 2**19),
         ],
         EVAL: [
             info("OpenVINO", 6.0, logit_error=0.008),
@@ -88,7 +89,9 @@ def test_targets_that_are_met_missed_and_not_measured(results: Path) -> None:
     assert [*MODEL.split(), ">=", "1.90", "1.80", "missed", *block[4:]] in rows  # 900 / 500
     assert [*MODEL.split(), "<=", "0.40", "0.50", "missed", *block[4:]] in rows
     assert [*MODEL.split(), "<=", "0.10", "not", "measured"] in rows
-    assert table[-1] == "2 of 4 met; 3 not measured"
+    assert [*MODEL.split(), ">=", "1.40", "1.25", "missed", *block[4:]] in rows  # autocast
+    assert [*MODEL.split(), "<=", "0.51", "0.50", "met", *block[4:]] in rows
+    assert table[-1] == "3 of 6 met; 4 not measured"
 
 
 def test_each_precision_has_its_rival(results: Path) -> None:
