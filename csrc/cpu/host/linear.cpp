@@ -32,7 +32,7 @@ struct Sizes {
   int64_t words(int64_t elements) const { return words_of(product, elements); }
 };
 
-// Rows of a matrix in what is multiplied, of which a word (cpu/isa/product.h) may begin at any.
+// Rows of a matrix in the type that is multiplied.
 struct Rows {
   const char* data;
   int64_t columns;

@@ -273,36 +273,36 @@ struct WindowBackward {
     float* values = buffers.output_gradients;
     float* outputs = buffers.keys;
     read_qkv(2, 1.0f, values);
-    for_heads([&](int64_t head) {
-      to_words(values + head, values + head);
-      pack_rows<Kind>(values + head, tokens, head_dim, buffers.packed_values + head);
+    for_heads([&](int64_t, int64_t at) {
+      to_words(values + at, values + at);
+      pack_rows<Kind>(values + at, tokens, head_dim, buffers.packed_values + at);
     });
     rows().read(problem.output, output_channel, head_dim, 0, tokens, 1.0f, outputs);
     rows().read(problem.output_gradient, output_channel, head_dim, 0, tokens, 1.0f,
                 buffers.output_gradients);
-    for_heads([&](int64_t head) {
-      dot_rows(outputs + head, buffers.output_gradients + head,
-               buffers.dots + head / buffers.matrix_size * buffers.tokens_size);
-      to_words(buffers.output_gradients + head, buffers.output_gradient_words + head);
-      to_token_words(buffers.output_gradients + head, buffers.output_gradient_token_words + head);
+    for_heads([&](int64_t head, int64_t at) {
+      dot_rows(outputs + at, buffers.output_gradients + at,
+               buffers.dots + head * buffers.tokens_size);
+      to_words(buffers.output_gradients + at, buffers.output_gradient_words + at);
+      to_token_words(buffers.output_gradients + at, buffers.output_gradient_token_words + at);
     });
     read_qkv(1, 1.0f, buffers.keys);
-    for_heads([&](int64_t head) {
-      to_token_words(buffers.keys + head, buffers.key_token_words + head);
-      to_words(buffers.keys + head, buffers.keys + head);
-      pack_rows<Kind>(buffers.keys + head, tokens, head_dim, buffers.packed_keys + head);
+    for_heads([&](int64_t, int64_t at) {
+      to_token_words(buffers.keys + at, buffers.key_token_words + at);
+      to_words(buffers.keys + at, buffers.keys + at);
+      pack_rows<Kind>(buffers.keys + at, tokens, head_dim, buffers.packed_keys + at);
     });
     read_qkv(0, problem.scale * kLog2E, buffers.queries);
-    for_heads([&](int64_t head) {
-      to_words(buffers.queries + head, buffers.query_words + head);
-      to_token_words(buffers.queries + head, buffers.query_token_words + head);
+    for_heads([&](int64_t, int64_t at) {
+      to_words(buffers.queries + at, buffers.query_words + at);
+      to_token_words(buffers.queries + at, buffers.query_token_words + at);
     });
   }
 
-  // Calls function(offset of its matrices) for each head.
+  // Calls function(head, offset of its matrices) for each head.
   template <class Function>
   void for_heads(Function&& function) const {
-    for (int64_t head = 0; head < heads; ++head) function(head * buffers.matrix_size);
+    for (int64_t head = 0; head < heads; ++head) function(head, head * buffers.matrix_size);
   }
 
   // -rowsum(outputs gradients)
