@@ -96,6 +96,7 @@ def test_the_search_walks_to_the_fastest() -> None:
     assert (entry.blocks.cost, entry.microseconds, entry.static_microseconds) == (1, 1.0, 4.0)
 
 
+@pytest.mark.oldest_triton
 @pytest.mark.parametrize("fault", ["wrong", "unwritten", "NaN", "spills", "no memory"])
 def test_what_cannot_be_used_is_not_chosen(fault: str) -> None:
     toy = Toy()
