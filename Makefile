@@ -70,8 +70,9 @@ sanitize: $(PACKAGE)
 	$(VENV)/bin/python tests/sanitize.py thread $(ARGS)
 
 # The source release and the wheel in dist/, tried in a bare environment: two minutes. Of what is
-# committed only; with ARGS=--uncommitted the same is tried of a tree with changes.
-release: committed $(REQUIREMENTS)
+# committed only; with ARGS=--uncommitted the same is tried of a tree with changes. With
+# ARGS=--keep-library the wheel's library is the $(EXTENSION) of `make test`: newer than $(PACKAGE).
+release: committed $(PACKAGE)
 	$(VENV)/bin/python tests/release.py $(ARGS)
 
 committed:

@@ -4,7 +4,8 @@ Refused where files are changed or unknown to git, so that a release is what its
 
 The wheel is made of the source release, so that nothing missing in it goes unnoticed, and is
 installed into an environment that holds what the wheel says it needs and nothing else. Both lie in
-dist/ at the end. No network is used.
+dist/ at the end. No network is used. With --keep-library the wheel's native library stays in this
+checkout too, which spares the tests that follow a build of their own: they test what is released.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ import argparse
 import importlib.metadata
 import json
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -148,6 +150,18 @@ def check_library(library: Path) -> None:
         raise SystemExit(f"{library.name} uses {sorted(symbols)} of Python")
 
 
+def keep_library(unpacked: Path, source: Path) -> None:
+    """The wheel's library in this checkout, recorded as built from the release's sources."""
+    released, here = unpacked / "moat_kernels", ROOT / "moat_kernels"
+    record = json.loads((released / "_build_record.json").read_text())
+    source_hashes = runpy.run_path(str(source / "moat_kernels" / "source_hashes.py"))
+    record["sources"] = source_hashes["source_hashes"](source)
+    # Not into the file that a running process may have loaded.
+    (here / "_C.abi3.so").unlink(missing_ok=True)
+    shutil.copyfile(released / "_C.abi3.so", here / "_C.abi3.so")
+    (here / "_build_record.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
 def requirements(name: str, found: set[str]) -> set[str]:
     """The distribution called `name` and all that it needs, extras left out."""
     # Not above: `--check` runs where nothing is installed yet.
@@ -185,14 +199,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--uncommitted", action="store_true", help="try a tree with changes too")
     parser.add_argument("--check", action="store_true", help="only refuse such a tree")
+    parser.add_argument(
+        "--keep-library", action="store_true", help="leave the wheel's library in this checkout"
+    )
     arguments = parser.parse_args()
     if not arguments.uncommitted:
         refuse_uncommitted()
     if not arguments.check:
-        release()
+        release(arguments.keep_library)
 
 
-def release() -> None:
+def release(library_is_kept: bool) -> None:
     """Both archives in dist/, tried."""
     shutil.rmtree(DIST, ignore_errors=True)
     # Not below the checkout, whose own package would be found first.
@@ -222,6 +239,8 @@ def release() -> None:
         print(
             "mypy --strict: " + run(*mypy, "--python-executable", python, script, cwd=work), end=""
         )
+        if library_is_kept and native:
+            keep_library(work / "unpacked", next(work.glob("moat_kernels-*/")))
 
 
 if __name__ == "__main__":

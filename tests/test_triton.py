@@ -1,8 +1,8 @@
 """Triton kernels: tests/triton_kernels and tests/triton_compile, in processes of their own.
 
 Triton decides when it is imported whether it interprets or compiles. Both folders can also be
-given to pytest by themselves; it does not enter them otherwise. The oldest Triton runs them too,
-where `make oldest` has fetched it.
+given to pytest by themselves; it does not enter them otherwise. Where `make oldest` has fetched the
+oldest Triton, it runs a selection of them: every kernel, and each dtype.
 """
 
 from __future__ import annotations
@@ -67,7 +67,10 @@ def test_without_a_gpu(name: str, without_gpu: dict[str, _Run]) -> None:
 
 @pytest.mark.skipif(bool(oldest.reason_no_triton()), reason=oldest.reason_no_triton())
 def test_under_the_oldest_triton(tmp_path: Path) -> None:
-    """The interpreter's tests, and of what is compiled one of each kernel: two minutes."""
+    """What may differ from the newest: each kernel interpreted in every dtype, and compiled once.
+
+    How kernels are put together, and what surrounds them, is the same Python under both.
+    """
     inherited = os.environ.get("PYTHONPATH")
     path = os.pathsep.join((str(oldest.TRITON), *([inherited] if inherited else [])))
     version = "import triton; print(triton.__version__)"
@@ -75,7 +78,9 @@ def test_under_the_oldest_triton(tmp_path: Path) -> None:
     used = subprocess.check_output([sys.executable, "-c", version], env=environment, text=True)
     assert used.strip() == oldest.TRITON_VERSION
     runs = (
-        _Run("triton_kernels", True, tmp_path / "interpreter", PYTHONPATH=path),
+        _Run(
+            "triton_kernels", True, tmp_path / "interpreter", "-m", "oldest_triton", PYTHONPATH=path
+        ),
         _Run("triton_compile", False, tmp_path / "compile", "-k", "compiles", PYTHONPATH=path),
     )
     try:

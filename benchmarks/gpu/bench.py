@@ -79,9 +79,11 @@ class Bench:
         return [1e-3 * begin.elapsed_time(end) for begin, end in itertools.pairwise(events)]
 
     def peak_bytes(self, function: Callable[[], Any]) -> int | None:
-        """The most that tensors take during a call, with those that exist before."""
+        """The most that tensors take during a call, with those that exist before.
+
+        None in a rehearsal, which calls nothing more than once.
+        """
         if self.rehearsal:
-            function()
             return None
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()

@@ -132,7 +132,7 @@ def pairs(rehearsal: bool) -> Iterator[tuple[Workload, Contender, float]]:
     order = ORDER
     if rehearsal:
         tiny = Workload("rehearsed_moat", 32, 2, True), Workload("rehearsed_moat", 32, 2, False)
-        order = ((tiny, EAGER), (tiny[:1], (LEVELS[1], CHECKPOINTED)), (tiny, COMPILED))
+        order = ((tiny, EAGER), (tiny[:1], (LEVELS[1], CHECKPOINTED)), (tiny[1:], COMPILED))
     for workloads, contenders in order:
         for workload in workloads:
             for contender in contenders:

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.native import needs_extension
 from support.operators import Recorder
 from support.tolerances import BACKEND_OUTPUT, LOW_PRECISION_FACTOR, assert_close, relative_error
@@ -48,31 +47,35 @@ def make_map(*size: int) -> Tensor:
     return torch.randn(*size).contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("batch", [1, 2, 8])
 @pytest.mark.parametrize("window", [None, 4, (3, 5), 20])
 @pytest.mark.parametrize("size", [(1, 1), (7, 7), (12, 8), (13, 10)])
-def test_common_windows(size: tuple[int, int], window, batch: int) -> None:
+def test_windows(size: tuple[int, int], window, batch: int) -> None:
     block = make_block(window_size=window, position_size=7)
     y = make_map(batch, 64, *size)
     assert_close(run_native(block, y), stock(block, y), BACKEND_OUTPUT[torch.float32])
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("position_size", [None, 9, 14])
 @pytest.mark.parametrize("head_dim", [8, 20, 32, 48])
 @pytest.mark.parametrize("channels", [49, 80, 400])
-def test_common_widths(channels: int, head_dim: int, position_size: int | None) -> None:
+def test_widths(channels: int, head_dim: int, position_size: int | None) -> None:
     block = make_block(channels, head_dim=head_dim, position_size=position_size)
     y = make_map(2, channels, 9, 9)
     assert_close(run_native(block, y), stock(block, y), BACKEND_OUTPUT[torch.float32])
 
 
-def test_common_long_windows() -> None:
+@pytest.mark.each_isa
+def test_long_windows() -> None:
     block = make_block(32)
     y = make_map(1, 32, 40, 41)
     assert_close(run_native(block, y), stock(block, y), BACKEND_OUTPUT[torch.float32])
 
 
-def test_common_memory_formats_views_and_empty_batches() -> None:
+@pytest.mark.each_isa
+def test_memory_formats_views_and_empty_batches() -> None:
     block = make_block(window_size=5)
     y = torch.randn(2, 64, 9, 11)
     output = run_native(block, y)
@@ -86,7 +89,8 @@ def test_common_memory_formats_views_and_empty_batches() -> None:
     assert run_native(block, torch.randn(0, 64, 9, 11)).shape == (0, 64, 9, 11)
 
 
-def test_common_layers_without_biases_or_affine_norm() -> None:
+@pytest.mark.each_isa
+def test_layers_without_biases_or_affine_norm() -> None:
     block = make_block()
     block.attention.qkv.bias = block.attention.proj.bias = None
     block.attention_norm = nn.LayerNorm(64, elementwise_affine=False)
@@ -94,9 +98,10 @@ def test_common_layers_without_biases_or_affine_norm() -> None:
     assert_close(run_native(block, y), stock(block, y), BACKEND_OUTPUT[torch.float32])
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("batch", [1, 3, 8])
 @pytest.mark.parametrize("window", [None, 4, 7])
-def test_common_bits_for_any_number_of_threads(window: int | None, batch: int) -> None:
+def test_bits_for_any_number_of_threads(window: int | None, batch: int) -> None:
     block, y = make_block(160, window_size=window), make_map(batch, 160, 14, 13)
     expected = run_native(block, y)
     for threads in (2, 3, 5, 16):
@@ -107,8 +112,9 @@ def test_common_bits_for_any_number_of_threads(window: int | None, batch: int) -
             torch.set_num_threads(1)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_common_not_finite_values_stay_in_their_window(value: float) -> None:
+def test_not_finite_values_stay_in_their_window(value: float) -> None:
     block, y = make_block(window_size=4), make_map(2, 64, 10, 10)
     y[1, 5, 9, 0] = value
     output, expected = run_native(block, y), stock(block, y)
@@ -116,7 +122,8 @@ def test_common_not_finite_values_stay_in_their_window(value: float) -> None:
     assert output[0].isfinite().all()
 
 
-def test_common_large_means_do_not_cancel() -> None:
+@pytest.mark.each_isa
+def test_large_means_do_not_cancel() -> None:
     """The variance of a token is measured around its mean."""
     block, y = make_block(), make_map(2, 64, 6, 6) + 1000
     # The inputs have 6e-8 of 1000 as their own rounding, and a deviation of 1.
@@ -217,9 +224,3 @@ def test_the_op_names_what_it_cannot_read() -> None:
             op(y, None, None, *weights, 2, 32, 0, 6, 1.0, 1e-5)
         with pytest.raises(RuntimeError, match=r"qkv_weight must be \[576, 64\], got"):
             op(y, None, None, *weights, 6, 32, 6, 6, 1.0, 1e-5)
-
-
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_each_instruction_set(isa: str) -> None:
-    """The kernel as compiled for another instruction set, in a process of its own."""
-    run_tests_with(isa, __file__, "common")

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.native import needs_extension
 from support.tolerances import (
     BACKEND_GRADIENT,
@@ -56,6 +55,7 @@ def check(actual: list[Tensor], correct: list[Tensor]) -> None:
         assert_close(value, exact, tolerance[torch.float32], name)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize(("rows", "depth", "columns"), SIZES)
 def test_products(rows: int, depth: int, columns: int) -> None:
     x, weight, bias, grad = make(rows, depth, columns)
@@ -69,6 +69,7 @@ BFLOAT16 = load_extension().usable and multiplies(torch.bfloat16)
 multiplies_bfloat16 = pytest.mark.skipif(not BFLOAT16, reason="the CPU does not multiply bfloat16")
 
 
+@pytest.mark.each_isa
 @multiplies_bfloat16
 @pytest.mark.parametrize("input_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize(("rows", "depth", "columns"), SIZES)
@@ -86,11 +87,6 @@ def test_products_in_bfloat16(
     assert_close(output, correct[0], rounding, "output")
     assert_close(gradients[0], correct[1], STORED_ROUNDING[input_dtype] + 5e-5, "x")
     check([correct[0], correct[1], *gradients[1:]], correct)
-
-
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_other_instruction_sets(isa: str) -> None:
-    run_tests_with(isa, __file__, "test_products")
 
 
 def test_maps_and_dense_copies_of_what_is_not_contiguous() -> None:

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.mbconv_cases import CASES, Case, make_parameters, map_tensors, run
 from support.native import needs_extension
 from support.tolerances import (
@@ -93,6 +92,7 @@ def test_the_choices_of_moat_are_covered() -> None:
     assert names <= COVERED.keys()
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("channels", CHANNELS)
 @pytest.mark.parametrize(
     "description", [MBConvDescription(), STRIDE_2, GATED], ids=["1", "2", "se"]
@@ -112,6 +112,7 @@ def test_any_map(size: tuple[int, int], description: MBConvDescription) -> None:
     check_eval(torch.randn(2, 6, *size), Case(description, wide_channels=70))
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("padding", [(0, 0, 0, 0), (2, 0, 1, 3), (0, 5, 4, 0), (1, 1, 1, 1)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_any_padding(padding: tuple[int, int, int, int], stride: int) -> None:
@@ -119,6 +120,7 @@ def test_any_padding(padding: tuple[int, int, int, int], stride: int) -> None:
     check_eval(torch.randn(2, 6, 9, 8), Case(description))
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("batch", [1, 2, 3, 5])
 @pytest.mark.parametrize("height", [7, 30])
 @pytest.mark.parametrize(
@@ -170,6 +172,7 @@ def test_memory_formats() -> None:
     assert check_eval(layouts[1], Case()).is_contiguous(memory_format=torch.channels_last)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     "description", [MBConvDescription(), STRIDE_2, GATED], ids=["1", "2", "se"]
@@ -215,6 +218,7 @@ def test_a_bad_value_spoils_its_neighbourhood_only(value: float) -> None:
         assert spoilt[..., near].isnan().all()
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "silu", "relu"])
 @pytest.mark.parametrize("value", [float("-inf"), float("inf")])
 def test_infinity_before_an_activation(value: float, activation: str) -> None:
@@ -303,6 +307,7 @@ def test_gradients_of_a_norm_after_a_strided_block(frozen: bool, recompute: str)
     check_training(torch.randn(3, 6, 7, 6) + 1, case, recompute=recompute)
 
 
+@pytest.mark.each_isa
 # A single channel is left out: behind a batch norm its weight's gradient is but a trace of eps.
 @pytest.mark.parametrize("channels", CHANNELS[1:])
 @pytest.mark.parametrize(
@@ -323,6 +328,7 @@ def test_gradients_on_any_map(size: tuple[int, int], description: MBConvDescript
     check_training(torch.randn(3, 6, *size), Case(description, wide_channels=70))
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("padding", [(0, 0, 0, 0), (2, 0, 1, 3), (0, 5, 4, 0), (3, 1, 3, 1)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_gradients_with_any_padding(padding: tuple[int, int, int, int], stride: int) -> None:
@@ -433,10 +439,3 @@ def test_fake_results_have_the_shapes_of_real_ones(description: MBConvDescriptio
         assert {n: t.shape for n, t in fake_gradients.items()} == {
             n: t.shape for n, t in gradients.items()
         }
-
-
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_each_instruction_set(isa: str) -> None:
-    """The kernels as compiled for another instruction set, in a process of their own."""
-    selection = "any_number_of_channels or any_padding or low_precision or division or infinity"
-    run_tests_with(isa, __file__, selection)

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.mbconv_cases import Case, make_parameters, map_tensors, run
 from support.native import needs_extension
 from support.tolerances import BACKEND_OUTPUT, LOW_PRECISION_FACTOR, assert_close, relative_error
@@ -101,7 +100,10 @@ AUTOCAST_CASES = {
 }
 
 
-@pytest.mark.parametrize("recompute", ["none", "expand", "block"])
+@pytest.mark.parametrize(
+    "recompute",
+    [pytest.param("none", marks=pytest.mark.each_isa), "expand", "block"],
+)
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", AUTOCAST_CASES)
 def test_training_under_autocast(name: str, x_dtype: torch.dtype, recompute: str) -> None:
@@ -124,11 +126,6 @@ def test_training_under_autocast(name: str, x_dtype: torch.dtype, recompute: str
             continue
         allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value)
         assert_close(actual[name], value, allowed + torch.finfo(torch.bfloat16).eps, name)
-
-
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_autocast_with_other_instruction_sets(isa: str) -> None:
-    run_tests_with(isa, __file__, "test_training_under_autocast and none")
 
 
 def test_autocast_saves_half() -> None:

@@ -7,7 +7,6 @@ import warnings
 
 import pytest
 import torch
-from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.native import needs_extension
 from support.operators import Recorder
 from support.tolerances import BACKEND_OUTPUT, LOW_PRECISION_FACTOR, assert_close, relative_error
@@ -41,10 +40,11 @@ def run_native(stem: FusedStem, x: Tensor) -> Tensor:
     return output
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 @pytest.mark.parametrize("size", [(1, 1), (2, 3), (33, 20), (64, 65)])
 @pytest.mark.parametrize("width", [1, 5, 8, 40, 64])
-def test_common_sizes(width: int, size: tuple[int, int], memory_format) -> None:
+def test_sizes(width: int, size: tuple[int, int], memory_format) -> None:
     stem = make_stem(width)
     x = torch.randn(2, 3, *size).contiguous(memory_format=memory_format)
     output = run_native(stem, x)
@@ -52,13 +52,15 @@ def test_common_sizes(width: int, size: tuple[int, int], memory_format) -> None:
     assert_close(output, stock(stem, x), BACKEND_OUTPUT[torch.float32])
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("in_channels", [1, 4, 12])
-def test_common_numbers_of_input_channels(in_channels: int) -> None:
+def test_numbers_of_input_channels(in_channels: int) -> None:
     stem, x = make_stem(24, in_channels), torch.randn(1, in_channels, 18, 18)
     assert_close(run_native(stem, x), stock(stem, x), BACKEND_OUTPUT[torch.float32])
 
 
-def test_common_views_empty_batches_and_deep_kernels() -> None:
+@pytest.mark.each_isa
+def test_views_empty_batches_and_deep_kernels() -> None:
     stem = make_stem(136)  # a panel of the second kernel does not fit a cache at once
     x = torch.randn(2, 30, 5, 27)[:, ::2, :3].transpose(1, 2)[:, :, ::3].permute(0, 2, 1, 3)
     x = x.transpose(1, 2)
@@ -67,7 +69,8 @@ def test_common_views_empty_batches_and_deep_kernels() -> None:
     assert run_native(stem, torch.randn(0, 3, 9, 9)).shape == (0, 136, 5, 5)
 
 
-def test_common_bits_for_any_number_of_threads() -> None:
+@pytest.mark.each_isa
+def test_bits_for_any_number_of_threads() -> None:
     stem, x = make_stem(), torch.randn(3, 3, 50, 47)
     expected = run_native(stem, x)
     for threads in (2, 3, 5):
@@ -78,7 +81,8 @@ def test_common_bits_for_any_number_of_threads() -> None:
             torch.set_num_threads(1)
 
 
-def test_common_not_finite_values_stay_where_they_are_seen() -> None:
+@pytest.mark.each_isa
+def test_not_finite_values_stay_where_they_are_seen() -> None:
     stem, x = make_stem(), torch.randn(1, 3, 32, 32)
     x[0, 1, 16, 16], x[0, 0, 2, 2] = float("nan"), float("inf")
     output, expected = run_native(stem, x), stock(stem, x)
@@ -140,9 +144,3 @@ def test_the_op_names_what_it_cannot_read() -> None:
             op(x, *tensors[:6], torch.ones(1, 1, 3, 3), None, 1e-3)
     with pytest.raises(RuntimeError, match="x must be a float32 map"):
         op(x.double(), *[None] * 8, 1e-3)
-
-
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_each_instruction_set(isa: str) -> None:
-    """The kernel as compiled for another instruction set, in a process of its own."""
-    run_tests_with(isa, __file__, "common")

@@ -7,7 +7,6 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.native import needs_extension
 from support.operators import Recorder
 from support.tolerances import (
@@ -95,10 +94,11 @@ def check(actual: Results, expected: Results) -> None:
         assert_close(actual[name], value, tolerance[torch.float32], name)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("size", [(2, 1, 1), (1, 5, 6), (3, 33, 20), (1, 65, 64)])
 @pytest.mark.parametrize("width", [1, 5, 32, 40, 67])
-def test_common_sizes(width: int, size: tuple[int, int, int], recompute: bool) -> None:
+def test_sizes(width: int, size: tuple[int, int, int], recompute: bool) -> None:
     """Also those where a row of whole vectors is longer than the map, and where the last is cut."""
     stem = make_stem(width, recompute)
     x, grad = make_input(stem, *size)
@@ -106,11 +106,12 @@ def test_common_sizes(width: int, size: tuple[int, int, int], recompute: bool) -
     check(native_results(stem, x, grad), expected)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("recompute", [False, True])
 @pytest.mark.parametrize("size", [(2, 1, 1), (3, 33, 20), (1, 65, 64)])
 @pytest.mark.parametrize("width", [5, 32, 40])
-def test_common_autocast(
+def test_autocast(
     width: int, size: tuple[int, int, int], recompute: bool, dtype: torch.dtype
 ) -> None:
     """In stock's dtypes, and at most LOW_PRECISION_FACTOR times as far from float64."""
@@ -130,8 +131,9 @@ def test_common_autocast(
         assert_close(actual[name], value, allowed + torch.finfo(dtype).eps, name)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("recompute", [False, True])
-def test_common_frozen_norm(recompute: bool) -> None:
+def test_frozen_norm(recompute: bool) -> None:
     stem = make_stem(recompute=recompute).eval()
     x, grad = make_input(stem, 2, 17, 30)
     expected = stock_results(stem, x, grad)
@@ -141,7 +143,8 @@ def test_common_frozen_norm(recompute: bool) -> None:
     check(native_results(stem, x, grad), expected)
 
 
-def test_common_a_mean_far_from_zero_costs_no_precision() -> None:
+@pytest.mark.each_isa
+def test_a_mean_far_from_zero_costs_no_precision() -> None:
     """Ten thousand deviations from zero: squares of the values have no digit of the variance."""
     z = torch.randn(2, 40, 33, 24) + 1e4
     weight, bias, grad = torch.randn(24), torch.randn(24), torch.randn_like(z)
@@ -164,7 +167,8 @@ def ops():
     return namespace.cpu_stem_train_forward.default, namespace.cpu_stem_train_backward.default
 
 
-def test_common_bits_for_any_number_of_threads() -> None:
+@pytest.mark.each_isa
+def test_bits_for_any_number_of_threads() -> None:
     forward, backward = ops()
     z, weight, bias = torch.randn(3, 41, 37, 40), torch.randn(40), torch.randn(40)
     grad = torch.randn_like(z)
@@ -188,9 +192,10 @@ def test_common_bits_for_any_number_of_threads() -> None:
             torch.set_num_threads(1)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("training", [True, False], ids=["measured", "frozen"])
-def test_common_not_finite_values_stay_where_they_are_seen(training: bool, value: float) -> None:
+def test_not_finite_values_stay_where_they_are_seen(training: bool, value: float) -> None:
     """A channel of a measured norm, an element of a frozen one."""
     z, grad = torch.randn(2, 9, 8, 20), torch.randn(2, 9, 8, 20)
     z[1, 3, 2, 7] = value
@@ -214,12 +219,6 @@ def test_common_not_finite_values_stay_where_they_are_seen(training: bool, value
         del actual[1:], expected[1:]
     for one, other in zip(actual, expected, strict=True):
         assert torch.equal(one.isfinite(), other.isfinite().view_as(one))
-
-
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_each_instruction_set(isa: str) -> None:
-    """The kernels as compiled for another instruction set, in a process of its own."""
-    run_tests_with(isa, __file__, "common")
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])

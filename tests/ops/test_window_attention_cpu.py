@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.native import needs_extension
 from support.tolerances import (
     BACKEND_GRADIENT,
@@ -49,6 +48,7 @@ def check(qkv: Tensor, table: Tensor | None, description: WindowAttentionDescrip
         assert_close(actual[name], value, tolerance[torch.float32], name, floor=0.1)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("kind", ["window", "grid"])
 @pytest.mark.parametrize("layout", ["qkv_heads", "heads_qkv"])
@@ -59,6 +59,7 @@ def test_every_choice(shape, window, layout: str, kind: str, bias: bool) -> None
     check(*make_inputs(description, shape, bias), description)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("head_dim", [1, 5, 8, 16, 24, 48, 64, 100])
 def test_any_head_dim(head_dim: int) -> None:
     description = WindowAttentionDescription(2, head_dim, (4, 4))
@@ -71,6 +72,7 @@ def test_more_windows_than_chunks() -> None:
     check(*make_inputs(description, (3, 41, 23)), description)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("offset", [1000.0, -1000.0])
 def test_a_bias_common_to_all_keys_changes_nothing(offset: float) -> None:
     """Scores whose exponentials overflow, or vanish, unless the largest is subtracted."""
@@ -82,6 +84,7 @@ def test_a_bias_common_to_all_keys_changes_nothing(offset: float) -> None:
         assert_close(actual[name], value, 3e-4, name)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("head_dim", [32, 5, 16, 40])
 @pytest.mark.parametrize(
@@ -134,6 +137,7 @@ def test_strided_qkv_and_gradient(view) -> None:
     assert torch.equal(*[gradient for (gradient,) in gradients])
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
 @pytest.mark.parametrize("place", ["query", "key", "value", "table"])
 def test_what_is_not_finite_spreads_as_in_the_reference(place: str, value: float) -> None:
@@ -153,6 +157,7 @@ def test_what_is_not_finite_spreads_as_in_the_reference(place: str, value: float
         assert torch.equal(actual[name].isnan(), expected[name].isnan()), name
 
 
+@pytest.mark.each_isa
 def test_keys_masked_by_the_table_count_exactly_nothing() -> None:
     """-inf for every later key: causal attention on a row of tokens."""
     qkv, table = make_inputs(WHOLE, (1, 1, 20))
@@ -162,6 +167,7 @@ def test_keys_masked_by_the_table_count_exactly_nothing() -> None:
     assert torch.equal(whole[:, :, :12], first)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize(("shape", "window"), [((1, 16, 16), None), ((2, 15, 22), (5, 4))], ids=str)
 def test_the_same_bits_every_time_for_any_number_of_threads(shape, window) -> None:
     description = WindowAttentionDescription(2, 16, window)
@@ -250,10 +256,3 @@ def test_the_native_op_refuses_what_it_cannot_read(changed: dict, message: str) 
         arguments[index] = value
     with pytest.raises(RuntimeError, match=message):
         torch.ops.moat_kernels.cpu_window_attention_forward(*arguments)
-
-
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_each_instruction_set(isa: str) -> None:
-    """The kernels as compiled for another instruction set, in a process of their own."""
-    selection = "choice or head_dim or common or low_precision or not_finite or masked or bits"
-    run_tests_with(isa, __file__, selection)

@@ -1,10 +1,12 @@
 """Compiles csrc/cuda by nvcc, without a GPU, and reads what ptxas says of every kernel.
 
-`python tests/support/nvcc.py` writes the table in docs/cuda_kernels.md.
+`python tests/support/nvcc.py` writes the table in docs/cuda_kernels.md, and what it was made of
+into docs/cuda_kernels.csv: who has the same sources and compiler need not compile them again.
 """
 
 from __future__ import annotations
 
+import csv
 import functools
 import hashlib
 import json
@@ -14,13 +16,14 @@ import shutil
 import subprocess
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 ROOT = Path(__file__).parent.parent.parent
 SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
 HEADERS = sorted((ROOT / "csrc" / "cuda").glob("*.*h"))
 DOCUMENT = ROOT / "docs" / "cuda_kernels.md"
+KEPT = ROOT / "docs" / "cuda_kernels.csv"
 TABLE_START, TABLE_END = "<!-- table: tests/support/nvcc.py -->\n", "<!-- end of table -->\n"
 
 ARCHITECTURES = (80, 90, 100, 120)
@@ -33,7 +36,7 @@ REGISTERS, REGISTER_UNIT = 65536, 256
 RESERVED_SHARED_BYTES = 1 << 10
 MOST_STATIC_SHARED_BYTES = 48 << 10
 
-FLAGS = ("-std=c++17", "-O3", f"-I{ROOT / 'csrc'}", "-fatbin", "-Xptxas", "-v", "--keep")
+FLAGS = ("-std=c++17", "-O3", "-fatbin", "-Xptxas", "-v", "--keep")
 _DTYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
 _ACTIVATIONS = ("identity", "gelu")  # as launchers.h counts them
 
@@ -136,7 +139,7 @@ def _compile(source: Path, architectures: tuple[int, ...]) -> list[Kernel]:
     targets = [f"-gencode=arch=compute_{a},code=sm_{a}" for a in architectures]
     with tempfile.TemporaryDirectory() as directory:
         result = subprocess.run(
-            ["nvcc", *FLAGS, *targets, str(source), "-o", "kernels.fatbin"],
+            ["nvcc", *FLAGS, f"-I{ROOT / 'csrc'}", *targets, str(source), "-o", "kernels.fatbin"],
             cwd=directory,
             capture_output=True,
             text=True,
@@ -154,18 +157,49 @@ def _compile(source: Path, architectures: tuple[int, ...]) -> list[Kernel]:
     ]
 
 
-def compile_kernels(source: Path, architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
-    """The kernels of `source` for some architectures, compiled anew where anything has changed."""
-    parts = [nvcc_version(), *map(str, architectures), *FLAGS]
+@functools.cache
+def _build() -> str:
+    """Such as "V13.0.88": compilers of one version differ in it."""
+    output = subprocess.check_output(["nvcc", "--version"], text=True)
+    return re.findall(r"V[\d.]+", output)[-1]
+
+
+def _key(source: Path, architectures: tuple[int, ...]) -> str:
+    """Of all that decides what is compiled of `source`, and how it is read."""
+    parts = [_build(), *map(str, architectures), *FLAGS]
     parts += (f.read_text() for f in (source, *HEADERS))
     parts.append(Path(__file__).read_text())
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+    return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
+
+
+@functools.cache
+def _kept() -> dict[str, list[Kernel]]:
+    """The kernels in the document, by key."""
+    kept: dict[str, list[Kernel]] = {}
+    with KEPT.open(newline="") as file:
+        for row in csv.DictReader(file):
+            key, name = row.pop("key"), row.pop("name")
+            numbers = {field: int(value) for field, value in row.items()}
+            kept.setdefault(key, []).append(Kernel(name=name, **numbers))
+    return kept
+
+
+def documented() -> bool:
+    """Whether the document was made of these sources by this compiler."""
+    return all(_key(source, ARCHITECTURES) in _kept() for source in SOURCES)
+
+
+def compile_kernels(source: Path, architectures: tuple[int, ...] = ARCHITECTURES) -> list[Kernel]:
+    """The kernels of `source` for some architectures, compiled where nobody has them kept."""
+    key = _key(source, architectures)
+    if key in _kept():
+        return _kept()[key]
     cached = ROOT / "build" / "nvcc" / f"{source.stem}-{key}.json"
     if not cached.exists():
         kernels = _compile(source, architectures)
         cached.parent.mkdir(parents=True, exist_ok=True)
         cached.write_text(json.dumps([asdict(kernel) for kernel in kernels]))
-    return [Kernel(**fields) for fields in json.loads(cached.read_text())]
+    return [Kernel(**kernel) for kernel in json.loads(cached.read_text())]
 
 
 @functools.cache
@@ -200,10 +234,20 @@ def documented_table() -> str:
 
 
 def main() -> None:
-    """Bring the table in the document up to date."""
+    """Bring both documents up to date."""
     before, _, rest = DOCUMENT.read_text().partition(TABLE_START)
     after = rest.partition(TABLE_END)[2]
     DOCUMENT.write_text(before + TABLE_START + table() + TABLE_END + after)
+    rows = [
+        {"key": _key(source, ARCHITECTURES), **asdict(kernel)}
+        for source in SOURCES
+        for kernel in compile_kernels(source)
+    ]
+    with KEPT.open("w", newline="") as file:
+        names = ("key", *(field.name for field in fields(Kernel)))
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
 
 
 if __name__ == "__main__":

@@ -102,6 +102,7 @@ def check(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert_close(actual[name], value, tolerance[torch.float32], name, floor=0.1)
 
 
+@pytest.mark.oldest_triton
 @pytest.mark.parametrize("drop_path", [0.0, 0.5])
 @pytest.mark.parametrize("case", CASES)
 def test_float32(case: str, drop_path: float, device: str) -> None:
@@ -109,6 +110,7 @@ def test_float32(case: str, drop_path: float, device: str) -> None:
     check(train(fused, block, y), exactly(block, y))
 
 
+@pytest.mark.oldest_triton
 @pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "all of it"])
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_low_precision_is_as_close_to_float64_as_stock(

@@ -63,6 +63,7 @@ def run(function, x, weight, bias, grad, grad_residual) -> dict[str, Tensor]:
     return dict(zip(NAMES, (normalized, residual, *grads), strict=True))
 
 
+@pytest.mark.oldest_triton
 # One row in a tile and several, rows that fill it and that do not, shares of one step and of more.
 @pytest.mark.parametrize("shape", [(1, 1, 1, 1), (2, 5, 3, 7), (70, 96), (37, 1027), (2, 2048)])
 def test_float32(shape: tuple[int, ...], device: str) -> None:
@@ -76,6 +77,7 @@ def test_float32(shape: tuple[int, ...], device: str) -> None:
         assert_close(actual[name], value, tolerance[torch.float32], name, floor=1.0)
 
 
+@pytest.mark.oldest_triton
 @pytest.mark.parametrize("dtype", LOW, ids=str)
 def test_low_precision_is_as_close_to_float64_as_stock(dtype: torch.dtype, device: str) -> None:
     inputs = [t.to(dtype) for t in make_inputs((3, 7, 5, 72), device)]

@@ -96,6 +96,7 @@ def check(shape: tuple[int, int, int], case: Case, device: str, **options) -> No
             assert_close(actual[name], value, tolerance[torch.float32], name)
 
 
+@pytest.mark.oldest_triton
 @pytest.mark.parametrize("case", COVERED.values(), ids=COVERED)
 def test_every_covered_choice(case: Case, device: str) -> None:
     check(MANY_ROWS, case, device, training=True)
@@ -107,6 +108,7 @@ def test_recomputing(recompute: str, shape: tuple[int, int, int], device: str) -
     check(shape, Case(GATED), device, training=True, recompute=recompute)
 
 
+@pytest.mark.oldest_triton
 @pytest.mark.parametrize("description", [STRIDE_2, GATED], ids=["2", "se"])
 def test_evaluation(description: MBConvDescription, device: str) -> None:
     """Without saving anything (the kernels of inference), and the gradient recomputed after it."""
@@ -141,6 +143,7 @@ def test_small_maps(shape: tuple[int, int, int], device: str) -> None:
     check(shape, Case(), device, training=False)
 
 
+@pytest.mark.oldest_triton
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize(
     ("name", "shape", "options"),
@@ -221,6 +224,7 @@ def test_empty_batch(training: bool, device: str, monkeypatch: pytest.MonkeyPatc
     assert results["output"].shape == (0, case.out_channels, 4, 4)
 
 
+@pytest.mark.oldest_triton
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_nan_and_inf_reach_the_same_elements(value: float, device: str) -> None:
     case = CASES["stride 1"]

@@ -17,6 +17,7 @@ from moat_kernels.ops.triton_support.activations import (  # noqa: E402
     activation_derivative,
 )
 
+pytestmark = pytest.mark.oldest_triton
 SIZE = 256
 
 

@@ -68,6 +68,7 @@ def check(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
         assert_close(actual[name], value, tolerance[torch.float32], name, floor=0.1)
 
 
+@pytest.mark.oldest_triton
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("case", CASES)
@@ -78,6 +79,7 @@ def test_every_choice(case: str, bias: bool, device: str) -> None:
     check(run("triton", qkv, table, description), expected)
 
 
+@pytest.mark.oldest_triton
 @pytest.mark.usefixtures("kernels")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("case", ["7x7", "two blocks of queries", "ragged", "beyond the map"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import functools
 import importlib.util
 import os
@@ -101,9 +102,12 @@ def build(target: str) -> Path:
     """A library, such as "plain/libkernels.so", compiled where it is older than its sources."""
     directory = ROOT / "build" / "cuda_on_cpu"
     directory.mkdir(parents=True, exist_ok=True)
-    (directory / "build.ninja").write_text(_ninja_file())
     command = [sys.executable, "-m", "ninja", "-C", str(directory), "-j2", target]
-    result = subprocess.run(command, capture_output=True, text=True)
+    # Tests of Triton kernels build here too, in processes of their own at the same time.
+    with (directory / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        (directory / "build.ninja").write_text(_ninja_file())
+        result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
         raise RuntimeError(f"compiling the kernels for the host failed:\n{result.stdout}")
     return directory / target
