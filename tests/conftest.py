@@ -31,8 +31,7 @@ def poisoned_memory() -> Iterator[None]:
 LONGEST = (
     *("test_triton.py", "test_each_instruction_set.py", "test_native_sources.py"),
     *("test_aarch64.py", "test_story.py", "test_cuda_on_cpu.py", "test_rehearsal.py"),
-    *("test_runner.py", "test_benchmarks_device.py", "test_freeze_low_precision.py"),
-    *("test_freeze_foreign.py", "test_freeze_mlp.py", "test_export.py", "test_torchrun.py"),
+    *("test_runner.py", "test_benchmarks_device.py", "test_export.py", "test_torchrun.py"),
 )
 
 

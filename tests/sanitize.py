@@ -34,7 +34,7 @@ KERNEL_TESTS = [
 ]
 # ThreadSanitizer looks at how threads meet, not at every shape.
 SELECTION = {
-    "address": "not instruction_set and not fork and not lock",
+    "address": "not fork and not lock",
     "thread": "(schedule or thread) and not fork and not lock",
 }
 RUNTIME = {

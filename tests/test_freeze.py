@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.native import needs_extension
 from support.small_model import CLASSES, make_model
 from support.tolerances import BACKEND_OUTPUT, assert_close
@@ -43,9 +42,10 @@ def expected(model: nn.Module, x: Tensor) -> Tensor:
         return copy.deepcopy(model).double()(x.double())
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("batch", [1, 2, 5])
 @pytest.mark.parametrize("size", [(64, 64), (33, 47), (96, 70), (1, 1)])
-def test_common_sizes_of_one_model(size: tuple[int, int], batch: int) -> None:
+def test_sizes_of_one_model(size: tuple[int, int], batch: int) -> None:
     model = make_eval_model()
     frozen = mk.freeze(model)
     assert isinstance(frozen, mk.FrozenMOAT)
@@ -53,6 +53,7 @@ def test_common_sizes_of_one_model(size: tuple[int, int], batch: int) -> None:
         assert_close(frozen(x), expected(model, x), BACKEND_OUTPUT[torch.float32])
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize(
     "options",
     [
@@ -65,14 +66,15 @@ def test_common_sizes_of_one_model(size: tuple[int, int], batch: int) -> None:
     ],
     ids=lambda options: ", ".join(options),
 )
-def test_common_options(options: dict) -> None:
+def test_options(options: dict) -> None:
     model = make_eval_model(**options)
     x = images(2, 64, 80)
     assert_close(mk.freeze(model)(x), expected(model, x), BACKEND_OUTPUT[torch.float32])
 
 
+@pytest.mark.each_isa
 @torch.no_grad()
-def test_common_features_are_those_of_the_model_bit_for_bit() -> None:
+def test_features_are_those_of_the_model_bit_for_bit() -> None:
     model = make_eval_model(features_only=True)
     frozen = mk.freeze(model)
     for x in (images(2, 64, 64), images(2, 64, 64).to(memory_format=torch.channels_last)):
@@ -98,7 +100,8 @@ def test_the_methods_of_a_model() -> None:
     assert (frozen.num_features, frozen.num_classes) == (model.num_features, CLASSES)
 
 
-def test_common_views_and_empty_batches() -> None:
+@pytest.mark.each_isa
+def test_views_and_empty_batches() -> None:
     model = make_eval_model()
     frozen = mk.freeze(model)
     view = torch.randn(2, 64, 96, 6)[:, :, ::2, ::2].permute(0, 3, 1, 2)
@@ -109,11 +112,12 @@ def test_common_views_and_empty_batches() -> None:
     ]
 
 
+@pytest.mark.each_isa
 @pytest.mark.filterwarnings("ignore:freeze. this CPU does not multiply")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("kind", ["mbconv", "mbconv without SE", "moat"])
 @torch.no_grad()
-def test_common_single_blocks(kind: str, dtype: torch.dtype) -> None:
+def test_single_blocks(kind: str, dtype: torch.dtype) -> None:
     if kind == "moat":
         block: nn.Module = mk.FusedMOATBlock(24, 40, stride=2, window_size=3)
     else:
@@ -128,8 +132,9 @@ def test_common_single_blocks(kind: str, dtype: torch.dtype) -> None:
             assert model(x).stride() == block(x).stride()
 
 
+@pytest.mark.each_isa
 @torch.no_grad()
-def test_common_values_that_are_not_finite_stay_in_their_image() -> None:
+def test_values_that_are_not_finite_stay_in_their_image() -> None:
     model = make_eval_model()
     x = images(3, 64, 64)
     clean = mk.freeze(model)(x)
@@ -195,8 +200,9 @@ def test_threads_at_the_same_time() -> None:
         assert torch.equal(result, model.forward_features(x))
 
 
+@pytest.mark.each_isa
 @torch.no_grad()
-def test_common_any_number_of_threads() -> None:
+def test_any_number_of_threads() -> None:
     frozen = mk.freeze(make_eval_model())
     x = images(3, 64, 64)
     threads = torch.get_num_threads()
@@ -312,9 +318,3 @@ def test_a_frozen_model_stays_where_it_is() -> None:
         RuntimeError, match=r"stays on the CPU in torch\.float32, got torch\.float16"
     ):
         frozen.half()
-
-
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_each_instruction_set(isa: str) -> None:
-    """The kernels as compiled for another instruction set, in a process of its own."""
-    run_tests_with(isa, __file__, "common")

@@ -8,7 +8,6 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
-from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.native import needs_extension
 from support.small_model import CLASSES, make_model
 from support.tolerances import (
@@ -78,10 +77,11 @@ def assert_close_for(dtype: torch.dtype, found: Tensor, model: nn.Module, x: Ten
     assert relative_error(found.double(), exact) <= allowed
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("options", OPTIONS, ids=lambda options: ", ".join(options) or "plain")
 @torch.no_grad()
-def test_common_options(options: dict, dtype: torch.dtype) -> None:
+def test_options(options: dict, dtype: torch.dtype) -> None:
     model = make_eval_model(**options)
     frozen = mk.freeze(model, dtype)
     for size in SIZES:
@@ -93,9 +93,10 @@ def test_common_options(options: dict, dtype: torch.dtype) -> None:
             assert torch.equal(frozen(x.to(memory_format=torch.channels_last)), found)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", HALVES)
 @torch.no_grad()
-def test_common_a_model_of_that_dtype_keeps_it(dtype: torch.dtype) -> None:
+def test_a_model_of_that_dtype_keeps_it(dtype: torch.dtype) -> None:
     model = make_eval_model(features_only=True).to(dtype)
     frozen = mk.freeze(model)
     x = images(2, 48, 40).to(dtype)
@@ -111,12 +112,13 @@ def test_common_a_model_of_that_dtype_keeps_it(dtype: torch.dtype) -> None:
         frozen(x.float())
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", HALVES)
 @pytest.mark.parametrize("stride", [1, 2])
 @pytest.mark.parametrize("channels", [(24, 24), (7, 13), (40, 72)])
 @pytest.mark.parametrize("kind", ["mbconv", "mbconv without SE", "moat"])
 @torch.no_grad()
-def test_common_single_blocks(
+def test_single_blocks(
     kind: str, channels: tuple[int, int], stride: int, dtype: torch.dtype
 ) -> None:
     torch.manual_seed(0)
@@ -134,8 +136,9 @@ def test_common_single_blocks(
         assert_close_for(dtype, frozen(x), block, x)
 
 
+@pytest.mark.each_isa
 @torch.no_grad()
-def test_common_gelu_is_rounded_well() -> None:
+def test_gelu_is_rounded_well() -> None:
     """An inverted bottleneck that is one GELU, for every number in bfloat16 up to 16."""
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
     x = bits.view(torch.bfloat16)
@@ -158,9 +161,10 @@ def test_common_gelu_is_rounded_well() -> None:
     assert ((found - exact).abs() <= 1.25 * rounding * exact.abs() + 2.0**-14).all()
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", HALVES)
 @torch.no_grad()
-def test_common_values_that_are_not_finite_stay_in_their_image(dtype: torch.dtype) -> None:
+def test_values_that_are_not_finite_stay_in_their_image(dtype: torch.dtype) -> None:
     model = make_eval_model()
     frozen = mk.freeze(model, dtype)
     x = images(3, 64, 64)
@@ -172,9 +176,10 @@ def test_common_values_that_are_not_finite_stay_in_their_image(dtype: torch.dtyp
         assert found[1].isnan().all()
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", HALVES)
 @torch.no_grad()
-def test_common_any_number_of_threads_and_empty_batches(dtype: torch.dtype) -> None:
+def test_any_number_of_threads_and_empty_batches(dtype: torch.dtype) -> None:
     frozen = mk.freeze(make_eval_model(), dtype)
     x = images(3, 40, 56)
     expected = frozen(x)
@@ -285,7 +290,8 @@ def test_calibrations_that_tell_nothing() -> None:
         mk.freeze(model, torch.int8, [images(1, 32, 32)])
 
 
-def test_common_int8_is_refused_where_the_cpu_lacks_it() -> None:
+@pytest.mark.each_isa
+def test_int8_is_refused_where_the_cpu_lacks_it() -> None:
     if multiplies(torch.int8):
         pytest.skip("this CPU has it")
     with pytest.raises(ValueError, match="AVX512_VNNI"):
@@ -312,9 +318,3 @@ def test_bytes_span_what_pays() -> None:
     assert quantization_of(torch.zeros(3)).scale > 0
     positive = quantization_of(torch.linspace(2, 6, 100))
     assert positive.zero == 0
-
-
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_each_instruction_set(isa: str) -> None:
-    """The kernels as compiled for another instruction set, in a process of its own."""
-    run_tests_with(isa, __file__, "common")

@@ -15,7 +15,6 @@ import pytest
 import torch
 from support.foreign_models import RESOLUTION, make_foreign_model
 from support.fusing import randomize
-from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.native import needs_extension
 from support.peers import import_peer
 from support.tolerances import (
@@ -62,9 +61,10 @@ def count(model: nn.Module, kind: type[nn.Module]) -> int:
     return sum(isinstance(module, kind) for module in model.modules())
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()
-def test_common_whole_models(name: str) -> None:
+def test_whole_models(name: str) -> None:
     stock = make_foreign_model(name).eval()
     model = copy.deepcopy(stock).float()
     mk.fuse(model)
@@ -118,6 +118,7 @@ def fused_copy(stock: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
     return model
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("partition", ["block", "grid"])
 @pytest.mark.parametrize("kind", ["Cl", "2d"])
 @pytest.mark.parametrize(
@@ -134,7 +135,7 @@ def fused_copy(stock: nn.Module, dtype: torch.dtype = torch.float32) -> nn.Modul
     ids=str,
 )
 @torch.no_grad()
-def test_common_windows_and_grids(settings: dict, kind: str, partition: str) -> None:
+def test_windows_and_grids(settings: dict, kind: str, partition: str) -> None:
     stock = make_partition(kind, partition, **settings)
     frozen = mk.freeze(fused_copy(stock))
     assert isinstance(frozen, FrozenTransformerBlock)
@@ -173,10 +174,11 @@ BLOCKS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
 }
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("name", BLOCKS)
 @torch.no_grad()
-def test_common_dtypes_and_memory_formats(name: str, dtype: torch.dtype) -> None:
+def test_dtypes_and_memory_formats(name: str, dtype: torch.dtype) -> None:
     make, size = BLOCKS[name]
     stock = make()
     plain = copy.deepcopy(stock).to(dtype)
@@ -198,8 +200,9 @@ def test_common_dtypes_and_memory_formats(name: str, dtype: torch.dtype) -> None
         assert result.dtype == dtype and result.is_contiguous(memory_format=memory_format)
 
 
+@pytest.mark.each_isa
 @torch.no_grad()
-def test_common_views_and_empty_batches() -> None:
+def test_views_and_empty_batches() -> None:
     stock = make_partition("Cl")
     frozen = mk.freeze(fused_copy(stock))
     x = torch.randn(2, 16, 4, 6).permute(0, 2, 3, 1)
@@ -363,9 +366,3 @@ def test_maps_that_a_block_refuses() -> None:
         frozen = mk.freeze(fused_copy(make()))
         with pytest.raises(ValueError, match=r"x must be a map of \d x \d, got 8 x 8"):
             frozen(torch.randn(1, 16, 8, 8))
-
-
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_each_instruction_set(isa: str) -> None:
-    """The kernels as compiled for another instruction set, in a process of its own."""
-    run_tests_with(isa, __file__, "common")

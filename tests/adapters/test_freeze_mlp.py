@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.fusing import randomize
-from support.instruction_sets import INSTRUCTION_SETS, run_tests_with
 from support.native import needs_extension
 from support.peers import import_peer
 from support.tolerances import (
@@ -94,10 +93,11 @@ def assert_as_close_as_stock(
     assert_close(found, exact, allowed)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("channels", CHANNELS)
 @torch.no_grad()
-def test_common_sizes(channels: tuple[int, int], dtype: torch.dtype) -> None:
+def test_sizes(channels: tuple[int, int], dtype: torch.dtype) -> None:
     tensors = make_tensors(*channels)
     for size in MAPS:
         x = torch.randn(size[0], channels[0], *size[1:])
@@ -110,10 +110,11 @@ def test_common_sizes(channels: tuple[int, int], dtype: torch.dtype) -> None:
     assert run(x[:0], tensors, maps=dtype).shape == (0, channels[0], 16, 17)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @torch.no_grad()
-def test_common_activations_and_what_may_be_missing(activation: str, dtype: torch.dtype) -> None:
+def test_activations_and_what_may_be_missing(activation: str, dtype: torch.dtype) -> None:
     x = torch.randn(2, 24, 7, 5)
     for missing in ((), (1,), (3,), (5,), (0, 1, 3, 5)):
         tensors = make_tensors(24, 100)
@@ -123,9 +124,10 @@ def test_common_activations_and_what_may_be_missing(activation: str, dtype: torc
         assert_as_close_as_stock(found, x, tensors, activation, dtype)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @torch.no_grad()
-def test_common_any_number_of_threads_gives_the_same(dtype: torch.dtype) -> None:
+def test_any_number_of_threads_gives_the_same(dtype: torch.dtype) -> None:
     tensors = make_tensors(40, 300)
     threads = torch.get_num_threads()
     for size in MAPS:
@@ -139,10 +141,11 @@ def test_common_any_number_of_threads_gives_the_same(dtype: torch.dtype) -> None
             torch.set_num_threads(threads)
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @torch.no_grad()
-def test_common_values_that_are_not_finite_stay_in_their_pixel(
+def test_values_that_are_not_finite_stay_in_their_pixel(
     activation: str, dtype: torch.dtype
 ) -> None:
     tensors = make_tensors(24, 100)
@@ -230,10 +233,11 @@ def frozen_blocks(model: nn.Module) -> list[FrozenTransformerBlock]:
     return [module for module in model.modules() if isinstance(module, FrozenTransformerBlock)]
 
 
+@pytest.mark.each_isa
 @pytest.mark.parametrize("maps", [None, torch.bfloat16])
 @pytest.mark.parametrize("name", BLOCKS)
 @torch.no_grad()
-def test_common_blocks_hold_nothing_but_steps(name: str, maps: torch.dtype | None) -> None:
+def test_blocks_hold_nothing_but_steps(name: str, maps: torch.dtype | None) -> None:
     make, size = BLOCKS[name]
     stock = make()
     frozen = mk.freeze(fused_copy(stock), maps)
@@ -300,9 +304,3 @@ def test_an_mlp_without_an_attention_before_it_is_left() -> None:
         warnings.simplefilter("error")
         frozen = mk.freeze(fused_copy(nn.Sequential(first, second).eval()))
     assert type(frozen[1]) is max_vit.Residual
-
-
-@pytest.mark.parametrize("isa", INSTRUCTION_SETS)
-def test_each_instruction_set(isa: str) -> None:
-    """The kernels as compiled for another instruction set, in a process of its own."""
-    run_tests_with(isa, __file__, "common")

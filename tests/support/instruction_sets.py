@@ -20,23 +20,14 @@ def run_marked_tests(isa: str) -> None:
 
     Skips where this CPU has no `isa`, or where it is what this process uses anyway.
     """
-    mark = "pytest.mark.each_isa"
-    files = [str(path) for path in TESTS.rglob("test_*.py") if mark in path.read_text()]
-    _run(isa, "-m", "each_isa", *sorted(files))
-
-
-def run_tests_with(isa: str, file: str, selection: str) -> None:
-    """Run the tests of `file` that `selection` names likewise."""
-    _run(isa, "-k", selection, file)
-
-
-def _run(isa: str, *arguments: str) -> None:
     active = torch.ops.moat_kernels.cpu_isa()
     if isa == active:
         pytest.skip(f"{isa} is what the other tests run")
     if INSTRUCTION_SETS.index(isa) > INSTRUCTION_SETS.index(active):
         pytest.skip(f"this CPU has no {isa}, or these tests were told to use {active}")
+    mark = "pytest.mark.each_isa"
+    files = [str(path) for path in TESTS.rglob("test_*.py") if mark in path.read_text()]
     environment = {**os.environ, "MOAT_KERNELS_CPU_ISA": isa}
-    command = [sys.executable, "-m", "pytest", "-q", *arguments]
+    command = [sys.executable, "-m", "pytest", "-q", "-m", "each_isa", *sorted(files)]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.returncode == 0, result.stdout
