@@ -54,6 +54,9 @@ def save_safetensors(
             for name in names:
                 flat = state_dict[name].detach().cpu().contiguous().reshape(-1)
                 file.write(flat.view(torch.uint8).numpy().data)
+            # Otherwise a power failure could leave the new name with an empty file.
+            file.flush()
+            os.fsync(file.fileno())
         os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
@@ -75,6 +78,21 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
             return _load(file)
         except CheckpointError as error:
             raise CheckpointError(f"{path}: {error}") from None
+
+
+def load_metadata(path: str | os.PathLike[str]) -> dict[str, str]:
+    """What :func:`save_safetensors` stored as ``metadata``; empty if the file has none.
+
+    Raises:
+        CheckpointError: as :func:`load_safetensors` of a file without a good header.
+    """
+    with open_regular(Path(path)) as file:
+        try:
+            header, _, _ = _read_header(file)
+            parse_header(header)  # raises for what json alone would take
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {error}") from None
+    return json.loads(header).get(METADATA_KEY) or {}
 
 
 def is_safetensors(begin: bytes) -> bool:

@@ -20,6 +20,7 @@ from moat_kernels.checkpoints import (
     safetensors_header,
     save_safetensors,
 )
+from moat_kernels.checkpoints.safetensors import load_metadata
 
 DTYPES = [
     torch.float64,
@@ -76,7 +77,20 @@ def test_round_trip(tmp_path: Path) -> None:
     path, tensors = tmp_path / "all.safetensors", example_tensors()
     save_safetensors(tensors, path, {"made by": "a test"})
     assert_same(load_safetensors(path), tensors)
+    assert load_metadata(path) == {"made by": "a test"}
     assert os.listdir(tmp_path) == ["all.safetensors"]
+
+
+@pytest.mark.parametrize("metadata", [b"{}", b'{"__metadata__":null}'])
+def test_a_file_without_metadata(tmp_path: Path, metadata: bytes) -> None:
+    (tmp_path / "x.safetensors").write_bytes(file_of(metadata))
+    assert load_metadata(tmp_path / "x.safetensors") == {}
+
+
+def test_metadata_of_another_file_are_named(tmp_path: Path) -> None:
+    (tmp_path / "x.safetensors").write_bytes(file_of(b'{"__metadata__":{"epoch":3}}'))
+    with pytest.raises(CheckpointError, match="__metadata__ does not map strings"):
+        load_metadata(tmp_path / "x.safetensors")
 
 
 def test_the_reference_library_reads_our_files(tmp_path: Path) -> None:
