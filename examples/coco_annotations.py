@@ -116,7 +116,9 @@ class _Reader:
     def add_image(self, item: dict[str, Any]) -> None:
         width, height = item["width"], item["height"]
         if not all(isinstance(side, int) and side > 0 for side in (width, height)):
-            raise ValueError(f"width and height must be integers above 0, got {width!r}, {height!r}")
+            raise ValueError(
+                f"width and height must be integers above 0, got {width!r}, {height!r}"
+            )
         _check_new("id", item["id"], self.pictures)
         path = self.folder / IMAGES / item["file_name"]
         self.pictures[item["id"]] = Picture(path, width, height)
