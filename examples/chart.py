@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from files import written_whole
 from memory import MEBIBYTE
 from report import Measurements, loss_differences
 from training import Settings
@@ -72,7 +73,8 @@ def draw_chart(path: Path, results: Sequence[Measurements], settings: Settings) 
         figure.text(0.02, 0.93, _headline(results), size=15, weight="bold")
         figure.text(0.02, 0.875, _description(results, settings), color=MUTED)
         figure.text(0.02, 0.025, _machine(settings), size=8, color=MUTED)
-        figure.savefig(path)
+        with written_whole(path) as new:
+            figure.savefig(new, format="png")
     return True
 
 

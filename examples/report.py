@@ -6,12 +6,14 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from files import written_whole
 from memory import MEBIBYTE, PEAK_ON_CPU, PEAK_ON_CUDA
 from training import Settings
+from validation import Validation, best_of
 
 from moat_kernels import info
 
@@ -20,8 +22,9 @@ from moat_kernels import info
 class Measurements:
     """What one kind of blocks did: a loss and a time for each step, accuracy, and bytes.
 
-    held_out: number of pictures that `accuracy` (0..1) is the share of; it is None without any.
+    accuracy: in the end, of `held_out` pictures (0..1); None without any.
     peak_bytes: None where it cannot be measured.
+    validations: what there was while training, the end included.
     """
 
     blocks: str
@@ -31,6 +34,7 @@ class Measurements:
     held_out: int
     saved_bytes: int
     peak_bytes: int | None
+    validations: list[Validation] = field(default_factory=list)
 
     @property
     def ends(self) -> int:
@@ -65,6 +69,12 @@ def format_table(results: Sequence[Measurements], settings: Settings) -> str:
     def seconds(value: float) -> str:
         return f"{value:.3f} s"
 
+    def best(one: Measurements) -> str | None:
+        if not one.validations:
+            return None
+        best = best_of(one.validations)
+        return f"{best.accuracy:.1%} ({best.step})"
+
     def mebibytes(value: float) -> str:
         return f"{value / MEBIBYTE:.1f} MiB"
 
@@ -72,6 +82,7 @@ def format_table(results: Sequence[Measurements], settings: Settings) -> str:
         _row(f"loss, {first}", results, lambda one: one.first_loss, "{:.4f}".format),
         _row(f"loss, {last}", results, lambda one: one.last_loss, "{:.4f}".format),
         _row(f"top-1 of {held_out} held out", results, lambda one: one.accuracy, "{:.1%}".format),
+        _row("best top-1 (after step)", results, best, str),
         _row("median step time", results, lambda one: one.median_seconds, seconds, ratio=True),
         _row("saved for backward [1]", results, lambda one: one.saved_bytes, mebibytes, ratio=True),
         _row("peak of a step [2]", results, lambda one: one.peak_bytes, mebibytes, ratio=True),
@@ -103,8 +114,8 @@ def format_table(results: Sequence[Measurements], settings: Settings) -> str:
 def _row(
     title: str,
     results: Sequence[Measurements],
-    value: Callable[[Measurements], float | None],
-    form: Callable[[float], str],
+    value: Callable[[Measurements], Any],
+    form: Callable[[Any], str],
     *,
     ratio: bool = False,
 ) -> list[str]:
@@ -116,7 +127,7 @@ def _row(
 
 
 def write_json(path: Path, results: Sequence[Measurements], settings: Settings) -> None:
-    """All numbers, the settings, and what they were measured on."""
+    """All numbers, the settings, and what they were measured on; `path` whole or as it was."""
     contents: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
         "results": {one.blocks: _numbers(one) for one in results},
@@ -124,7 +135,8 @@ def write_json(path: Path, results: Sequence[Measurements], settings: Settings) 
     }
     if len(results) == 2:
         contents["largest_loss_difference"] = max(loss_differences(results))
-    path.write_text(json.dumps(contents, indent=2) + "\n")
+    with written_whole(path) as new:
+        new.write_text(json.dumps(contents, indent=2) + "\n")
 
 
 def _numbers(one: Measurements) -> dict[str, Any]:

@@ -224,15 +224,15 @@ def test_of_many_unusable_photographs_some_are_named(run, folder, capsys, monkey
 def test_what_vanishes_while_training_does_not_lose_the_report(
     run, folder, capsys, monkeypatch
 ) -> None:
-    measure = train_classifier._measure
+    validate = train_classifier.validate
 
     def lose_some(*arguments: object) -> object:
         photographs.read_image.cache_clear()
         for name in ("0.png", "2.png"):
-            (folder / "fine" / name).unlink()
-        return measure(*arguments)
+            (folder / "fine" / name).unlink(missing_ok=True)
+        return validate(*arguments)
 
-    monkeypatch.setattr(train_classifier, "_measure", lose_some)
+    monkeypatch.setattr(train_classifier, "validate", lose_some)
     assert run("--data", folder, "--steps", 1, "--blocks", "both") == 0
     output, error = capsys.readouterr()
     (warning,) = error.splitlines()
