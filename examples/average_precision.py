@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from collections.abc import Mapping
 from contextlib import redirect_stdout
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,11 @@ class AveragePrecision:
     mask: float
     box_50: float
     mask_50: float
+
+
+def best_step(precisions: Mapping[int, AveragePrecision]) -> int:
+    """Of precisions by step the step of the highest box AP; among those, of the highest mask AP."""
+    return max(precisions, key=lambda step: (precisions[step].box, precisions[step].mask))
 
 
 class Evaluation:

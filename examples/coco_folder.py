@@ -31,6 +31,7 @@ class CocoFolder:
 
     def __init__(self, folder: Path) -> None:
         self.classes, pictures = read_annotations(folder)
+        self.name = f"{len(pictures)} images with objects of {len(self.classes)} classes"
         if len(pictures) < 2:
             raise DataError(
                 f"--data: {folder / ANNOTATIONS} lists {len(pictures)} image"

@@ -147,17 +147,6 @@ class Trainer:
         return self.precisions[len(self.losses)]
 
 
-def to_device(
-    batch: tuple[list[Tensor], list[Target]], device: str
-) -> tuple[list[Tensor], list[Target]]:
-    """Images and targets there."""
-    images, targets = batch
-    return (
-        [image.to(device) for image in images],
-        [{name: tensor.to(device) for name, tensor in one.items()} for one in targets],
-    )
-
-
 def peak_of_step(trainer: Trainer, images: list[Tensor], targets: list[Target]) -> int | None:
     """As memory.peak_of_step, with this batch."""
     if trainer.settings.device == "cuda":

@@ -44,8 +44,12 @@ class Scene:
 
 
 class Scenes(Protocol):
-    """A source of scenes, each of its objects of one of `classes`; that of label 1 is the first."""
+    """A source of scenes, each of its objects of one of `classes`; that of label 1 is the first.
 
+    name: what they show, for people.
+    """
+
+    name: str
     classes: list[str]
 
     def crop(self, position: int, seed: int, size: int) -> Scene:
@@ -59,7 +63,7 @@ class Microscopy:
     """Nuclei under a microscope: a part of one image to train on, another to test on."""
 
     def __init__(self) -> None:
-        self.classes = ["nucleus"]
+        self.name, self.classes = "nuclei under a microscope", ["nucleus"]
         self.training, self.tested = load_microscopy()
 
     def crop(self, position: int, seed: int, size: int) -> Scene:
