@@ -19,7 +19,6 @@ import moat_kernels
 from moat_kernels.variants import Preprocessing
 
 try:
-    import torchvision
     from torchvision.models.detection import roi_heads
     from torchvision.models.detection._utils import BoxCoder
     from torchvision.models.detection.faster_rcnn import TwoMLPHead
@@ -29,15 +28,17 @@ try:
     from torchvision.models.detection.transform import GeneralizedRCNNTransform
     from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxes_to_image, nms
     from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+
+    nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
 except ModuleNotFoundError as error:
     raise ImportError(
-        "Cascade Mask R-CNN is made of torchvision's parts, which is not installed: "
-        "pip install --no-deps -r requirements-examples.txt"
+        "Cascade Mask R-CNN is made of parts of torchvision, which is not installed: "
+        "pip install torchvision, from where torch was installed"
     ) from error
-except RuntimeError as error:  # of its registrations, for operators that it could not load
+except RuntimeError as error:  # at the latest that of nms, without its operator
     raise ImportError(
-        f"this torchvision was not built for torch {torch.__version__}, its operators do not "
-        f"load ({error}): install both from one index, see https://pytorch.org/get-started"
+        f"this torchvision has no operators for torch {torch.__version__}, install both from one "
+        f"index, see https://pytorch.org/get-started: {error}"
     ) from error
 
 # Of the three stages.
@@ -63,6 +64,7 @@ class Sizes:
     anchor: side in pixels of the smallest anchors; each level of the pyramid doubles it.
     proposals: that the first box head gets of each image.
     samples: of those, how many are trained on, in each stage.
+    objects: the share of samples that show objects, at most.
     detections: of each image at most.
     """
 
@@ -71,6 +73,7 @@ class Sizes:
     anchor: int = 32
     proposals: int = 1000
     samples: int = 512
+    objects: float = 0.25
     detections: int = 100
 
 
@@ -84,10 +87,7 @@ def make_detector(model: str, num_classes: int, sizes: Sizes, **options: Any) ->
     [N, 4] float32, left, top, right, bottom; labels [N] int64; masks [N, H, W]) and returns a dict
     of losses whose sum is to be minimised. In eval it takes images and returns dicts of boxes,
     labels, scores and masks ([N, 1, H, W], 0..1).
-
-    Raises ImportError if torchvision has no operators for this torch.
     """
-    require_operators()
     moat = moat_kernels.create_model(
         model,
         features_only=True,
@@ -102,18 +102,6 @@ def make_detector(model: str, num_classes: int, sizes: Sizes, **options: Any) ->
         CascadeHeads(num_classes + 1, sizes),
         Normalization(moat_kernels.get_preprocessing(model)),
     )
-
-
-def require_operators() -> None:
-    """ImportError if torchvision's compiled operators are missing."""
-    try:
-        nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
-    except (RuntimeError, NotImplementedError) as error:
-        raise ImportError(
-            f"torchvision {torchvision.__version__} has no operators for torch "
-            f"{torch.__version__}: install both from one index, see "
-            "https://pytorch.org/get-started"
-        ) from error
 
 
 class Normalization(GeneralizedRCNNTransform):
@@ -191,7 +179,7 @@ class CascadeHeads(nn.Module):
                 fg_iou_thresh=iou,
                 bg_iou_thresh=iou,
                 batch_size_per_image=sizes.samples,
-                positive_fraction=0.25,
+                positive_fraction=sizes.objects,
                 bbox_reg_weights=weights,
                 score_thresh=0.05,
                 nms_thresh=0.5,

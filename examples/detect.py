@@ -46,8 +46,16 @@ RUNS = Path("runs")
 INTERRUPTED = 130  # the exit code that shells use after Ctrl-C
 BEST, LAST = "{}_best.safetensors", "{}_last.safetensors"  # in --output, of a kind of blocks
 TESTS = 5  # on what is held out, while training; after the first steps there is nothing to see
-# Nuclei are small and all alike.
-FOR_NUCLEI = Sizes(channels=64, hidden=256, anchor=24, proposals=200, samples=64, detections=100)
+# Nuclei are small, all alike, and many.
+FOR_NUCLEI = Sizes(
+    channels=64,
+    hidden=256,
+    anchor=24,
+    proposals=200,
+    samples=128,
+    objects=0.5,
+    detections=100,
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -90,14 +98,14 @@ def _parser() -> argparse.ArgumentParser:
         help="a folder with images/ and annotations.json in COCO's format; a fifth of the images "
         "is held out (default: nuclei under a microscope, from the stardist package)",
     )
-    add("--steps", type=positive(int), default=200, metavar="N", help="default: 200")
+    add("--steps", type=positive(int), default=300, metavar="N", help="default: 300")
     add("--batch-size", type=positive(int), default=2, metavar="N", help="default: 2")
     add(
         "--resolution",
         type=positive(int),
-        default=224,
+        default=192,
         metavar="PIXELS",
-        help="side of the square crops that are trained on, a multiple of 32 (default: 224)",
+        help="side of the square crops that are trained on, a multiple of 32 (default: 192)",
     )
     add("--lr", type=positive(float), default=2e-3, metavar="RATE", help="default: 0.002")
     add("--seed", type=seed, default=0, metavar="N", help="default: 0")

@@ -56,12 +56,11 @@ def draw_picture(
             for one, one_axes in zip(found, axes[1:], strict=True):
                 _draw_found(one_axes, scene, one[row])
             if row == 0:
-                axes[0].set_title(f"What is there: {_count(scenes)}")
+                axes[0].set_title(f"What is there\n{_count(scenes)}")
                 for one, one_axes in zip(results, axes[1:], strict=True):
-                    title = f"Found, {one.blocks} blocks: AP of boxes {one.last.box:.2f}"
-                    one_axes.set_title(
-                        f"{title}, of masks {one.last.mask:.2f}", color=COLORS[one.blocks]
-                    )
+                    precision = f"box AP {one.last.box:.2f}, mask AP {one.last.mask:.2f}"
+                    title = f"Found, {one.blocks} blocks\n{precision}"
+                    one_axes.set_title(title, color=COLORS[one.blocks])
         losses, costs = numbers.subgridspec(2, 1, height_ratios=(1.1, 1), hspace=0.3)
         draw_losses(figure, losses, results, [""] * len(results))
         draw_costs(figure, costs, results)

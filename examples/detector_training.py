@@ -60,8 +60,8 @@ class Trainer:
     precisions: average precision on what was held out, by the number of steps done.
 
     Batch norms are trained. Frozen ones, usual in detection because batches are small, need the
-    statistics of a pretrained backbone; and a batch of two crops of 224 pixels still has 98 values
-    of a channel at stride 32, and 784 at stride 16.
+    statistics of a pretrained backbone; and a batch of two crops of 192 pixels still has 72 values
+    of a channel at stride 32, and 288 at stride 16.
     """
 
     blocks: str

@@ -72,3 +72,14 @@ def import_peer(name: str) -> ModuleType:
     if reason and package in ("torchvision", "timm"):
         pytest.skip(reason, allow_module_level=True)
     return pytest.importorskip(name)
+
+
+def import_detector(name: str) -> ModuleType:
+    """A module of the examples that calls torchvision's operators; skips where they are missing."""
+    torchvision = import_peer("torchvision")
+    if not torchvision.extension._has_ops():
+        reason = f"torchvision {torchvision.__version__} has no operators for this torch"
+        pytest.skip(reason, allow_module_level=True)
+    pytest.importorskip("PIL", reason="the example needs Pillow")
+    pytest.importorskip("pycocotools", reason="the example needs pycocotools")
+    return importlib.import_module(name)
