@@ -54,6 +54,7 @@ class Contender:
     keeps_memory: it holds its working memory between calls, so a peak would say nothing.
     spins: seconds after a call until its threads sleep.
     facts: what else is recorded of it.
+    pixels: of the images of a call, where contenders of a group differ in them.
     """
 
     call: Callable[[], Any]
@@ -63,6 +64,7 @@ class Contender:
     keeps_memory: bool = False
     spins: float = SPIN_SECONDS
     facts: Callable[[], Row] = dict
+    pixels: int | None = None
 
 
 def _turn(contender: Contender, before: Contender) -> list[float]:
@@ -98,12 +100,13 @@ def _turn_on_gpu(contender: Contender) -> list[float]:
 class Group:
     """Contenders that are compared with each other; one called "floor" is the bound of them all.
 
-    names: of the contenders, which `make` makes. flops: of one call, multiply-adds counted as two.
+    names: of the contenders, which `make` makes. flops: of one call, multiply-adds counted as two;
+    None where contenders differ in it.
     """
 
     names: Sequence[str]
     make: Callable[[str], Contender]
-    flops: float
+    flops: float | None = None
     contenders: dict[str, Contender] = field(default_factory=dict, init=False)
 
     def measure(self, report: Callable[[Row], Any], begin: Callable[[str], Any] = _nothing) -> None:
@@ -160,12 +163,12 @@ class Group:
 
     def _row(self, name: str, medians: dict[str, float]) -> Row:
         median, contender = medians[name], self.contenders[name]
-        row = {
-            "contender": name,
-            "interleaved_ms": 1e3 * median,
-            "gflops": self.flops / median / 1e9,
-            "peak_gflops": self._peak_gflops,
-        }
+        row = {"contender": name, "interleaved_ms": 1e3 * median}
+        if self.flops is not None:
+            row["gflops"] = self.flops / median / 1e9
+            row["peak_gflops"] = self._peak_gflops
+        if contender.pixels is not None:
+            row["ms_per_megapixel"] = 1e9 * median / contender.pixels
         if "floor" in medians:
             row["time_over_floor"] = median / medians["floor"]
             row["share_of_floor"] = medians["floor"] / median

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from charts import DARK, DIM, GREY, LIGHT, draw_bars, save, title, title_beside
 from results import MEBIBYTE, Groups, Results, describe, is_gpu, load
+from size_chart import charted_sizes, draw_sizes
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -43,7 +44,7 @@ before. Times are by CUDA events, of calls that follow each other without waitin
 measured in a process of its own."""
 COLUMNS = (
     *("", "ms", "stock / this", "over floor", "GFLOP/s", "of peak"),
-    *("saved for backward", "peak of a call", "logit error"),
+    *("saved for backward", "peak of a call", "logit error", "ms / megapixel"),
 )
 
 CHARTED_MODELS = ("tiny_moat_0", "moat_0")
@@ -66,11 +67,12 @@ def format_group(
             f"{info['interleaved_ms']:.2f}",
             "" if stock is None else f"{stock / info['interleaved_ms']:.2f}",
             f"{info['time_over_floor']:.2f}" if "time_over_floor" in info else "",
-            f"{info['gflops']:.1f}",
-            f"{info['gflops'] / peak_gflops:.0%}",
+            f"{info['gflops']:.1f}" if "gflops" in info else "",
+            f"{info['gflops'] / peak_gflops:.0%}" if "gflops" in info else "",
             format_bytes(info.get("saved_bytes")),
             format_bytes(info.get("peak_bytes")),
             f"{info['logit_error']:.1e}" if "logit_error" in info else "",
+            f"{info['ms_per_megapixel']:.0f}" if "ms_per_megapixel" in info else "",
         )
         lines.append(f"| {' | '.join(cells)} |")
     for key, reason in failures.items():
@@ -86,7 +88,8 @@ def write_tables(results: Results, path: Path) -> None:
     """All groups as Markdown, with what was measured and how."""
     groups, facts, failures = results
     peak = max(
-        (info["peak_gflops"] for rows in groups.values() for info in rows.values()), default=0
+        (info.get("peak_gflops", 0) for rows in groups.values() for info in rows.values()),
+        default=0,
     )
     notes = GPU_NOTES if is_gpu(facts) else CPU_NOTES
     head = HEAD.format(machine=describe(facts), peak=peak, notes=notes)
@@ -206,6 +209,8 @@ def main() -> None:
     for mode, draw in (("training", draw_training), ("eval", draw_eval)):
         if models := charted(merged.groups, mode):
             draw(models, merged.facts, (options.charts or CHARTS) / f"{mode}.png")
+    if sizes := charted_sizes(merged.groups):
+        draw_sizes(sizes, merged.facts, (options.charts or CHARTS) / "sizes.png")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import bench_host_time
 import bench_mbconv
 import bench_models
 import bench_reading
+import bench_sizes
 import bench_window_attention
 import torch
 from interleaved import Comparison, Row
@@ -32,6 +33,7 @@ BUILD = Path(__file__).parents[1] / "build"
 BENCHMARKS, MEASURED = BUILD / "benchmarks.json", BUILD / "targets.json"
 
 TIME, SAVED, ERROR = "interleaved_ms", "saved_bytes", "logit_error"
+PEAK, TIME_OF_PIXELS = "peak_bytes", "ms_per_megapixel"
 STOCK = ("stock", "stock channels_last")
 
 
@@ -240,6 +242,43 @@ def model_targets() -> list[Target]:
     ]
 
 
+def size_targets() -> list[Target]:
+    """Of backbones for dense prediction: the same time for a pixel at every size."""
+    smallest, largest = bench_sizes.SIZES[0], bench_sizes.SIZES[-1]
+    ours = {"eval": ("cpu", "cpu frozen", "cpu frozen bfloat16"), "training": ("cpu auto",)}
+    return [
+        *(
+            Target(
+                f"backbone {mode}, time of a pixel at {largest} over that at {smallest}",
+                *(f"sizes {mode} {name}", TIME_OF_PIXELS, f"{kind}, {largest}"),
+                (f"{kind}, {smallest}",),
+                at_most=1.15,
+            )
+            for mode, kinds in ours.items()
+            for kind in kinds
+            for name in bench_sizes.VARIANTS
+        ),
+        *(
+            Target(
+                "backbone training, peak of a step over stock's",
+                *(f"sizes training {name}", PEAK, f"cpu auto, {size}"),
+                (f"{bench_sizes.STOCK}, {size}",),
+                at_most=0.5,
+            )
+            for name in bench_sizes.VARIANTS
+            for size in bench_sizes.SIZES[1:]
+        ),
+        *(
+            Target(
+                "frozen backbone, two maps over the last alone",
+                *(comparison.name, TIME, "two maps", ("last map",)),
+                at_most=1.05,
+            )
+            for comparison in bench_sizes.MAPS_OF_FROZEN
+        ),
+    ]
+
+
 READING_TARGET = Target(
     "reading the modules, over an eval call",
     *(bench_reading.READING[0].name, TIME, "reading", ("model",)),
@@ -252,13 +291,14 @@ HOST_TARGET = Target(
 )
 TARGETS = [
     *(*block_targets(), *attention_targets(), *low_precision_targets(), *model_targets()),
-    *(*autocast_targets(), READING_TARGET, HOST_TARGET),
+    *(*autocast_targets(), *size_targets(), READING_TARGET, HOST_TARGET),
 ]
 COMPARISONS = {
     comparison.name: comparison
     for comparison in (
         *(*bench_mbconv.EVAL, *bench_mbconv.TRAINING),
         *(*bench_window_attention.TRAINING, *bench_models.EVAL, *bench_models.TRAINING),
+        *(*bench_sizes.EVAL, *bench_sizes.TRAINING, *bench_sizes.MAPS_OF_FROZEN),
         *(*bench_reading.READING, *bench_host_time.HOST_TIME),
     )
 }

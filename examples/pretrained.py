@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 from pathlib import Path
 
@@ -12,55 +13,60 @@ from moat_kernels.checkpoints import CheckpointError, CheckpointReport, load_che
 from moat_kernels.checkpoints.safetensors import load_metadata
 
 
-def load_pretrained(
-    model: moat_kernels.MOAT, path: Path, settings: Settings, *, classifier_needed: bool
-) -> str:
-    """Put the weights of `path` into `model`; returns what was done, in words.
+def start_from(model: moat_kernels.MOAT, path: Path, settings: Settings) -> str:
+    """Put the weights of `path` into `model`, to be trained on; returns what was done, in words.
 
-    A classifier of other classes is left out, and the model's own stays as it is.
-
-    classifier_needed: it is a TrainingError then, as is a file that cannot be read, or holds
-        another model.
+    A classifier of other classes is left out, and the model's own stays as it is. Raises
+    TrainingError for a file that cannot be read, or holds another model.
     """
-    # Of what the example wrote the names of the classes are known, of other files their number.
-    classes = _classes_of(path)
-    if classes in (None, settings.classes):
-        try:
-            load_checkpoint(model, path)
-            return f"weights from {path}"
-        except (OSError, CheckpointError):
-            pass  # told below, if it is not for the classifier
-    backbone = moat_kernels.create_model(settings.model, features_only=True)
+    own_classifier = copy.deepcopy(model.get_classifier())
+    report = _load(model, path, settings, fine_tune=True)
+    lines = [f"weights from {path}"]
+    difference = _difference(_classes_of(path), settings.classes)
+    if difference:
+        model.get_classifier().load_state_dict(own_classifier.state_dict())
+        lines.append(f"its classifier is left out, {difference}: a new one is trained")
+    elif "logits_head.weight" not in report.loaded:
+        lines.append(
+            "its classifier, if it has one, is left out, it is not for "
+            f"{len(settings.classes)} classes: a new one is trained"
+        )
+    return "\n".join([*lines, *report.adapted])
+
+
+def evaluate_from(model: moat_kernels.MOAT, path: Path, settings: Settings) -> str:
+    """The same of weights that are to be evaluated: TrainingError if anything does not fit."""
+    report = _load(model, path, settings, fine_tune=False)
+    if difference := _difference(_classes_of(path), settings.classes):
+        raise TrainingError(
+            f"--checkpoint {path}: {difference}; evaluate it on --data of its own classes"
+        )
+    return "\n".join([f"weights from {path}", *report.adapted])
+
+
+def _load(
+    model: moat_kernels.MOAT, path: Path, settings: Settings, *, fine_tune: bool
+) -> CheckpointReport:
     try:
-        report = load_checkpoint(backbone, path)
+        return load_checkpoint(model, path, fine_tune=fine_tune)
     except (OSError, CheckpointError) as error:
         raise TrainingError(
-            f"--checkpoint {path} cannot be loaded into a {settings.model} (--model): {error}"
+            f"--checkpoint {path} cannot be loaded into a {settings.model} (--model) of "
+            f"{len(settings.classes)} classes (--data): {error}"
         ) from error
-    reason = _why_the_classifier_does_not_fit(report, classes, settings.classes)
-    if classifier_needed:
-        raise TrainingError(f"--checkpoint {path} {reason}; train one first, without --evaluate")
-    model.load_state_dict(backbone.state_dict(), strict=False)
-    return f"weights from {path}, which {reason}: its own starts anew"
 
 
 def _classes_of(path: Path) -> list[str] | None:
-    """The names of the classes, where the file says them."""
+    """The names of the classes in what this program wrote; of other files they are not known."""
     try:
         return json.loads(load_metadata(path)["classes"])
     except (OSError, ValueError, LookupError):
         return None
 
 
-def _why_the_classifier_does_not_fit(
-    report: CheckpointReport, classes: list[str] | None, wanted: list[str]
-) -> str:
-    if not any("logits_head" in name for name in report.skipped):
-        return "has no classifier"
-    if classes is None:
-        return f"has a classifier of another number of classes than {len(wanted)}"
-    differing = sorted(set(classes) ^ set(wanted)) or classes
-    return (
-        f"has a classifier of {len(classes)} other classes than the {len(wanted)} here: "
-        f"{', '.join(differing[:3])}"
-    )
+def _difference(classes: list[str] | None, wanted: list[str]) -> str:
+    """How the classes in a file, if it names them, differ from those of the data; or nothing."""
+    if classes is None or classes == wanted:
+        return ""
+    differing = ", ".join(sorted(set(classes) ^ set(wanted))[:3]) or "in another order"
+    return f"it is for {len(classes)} other classes than the {len(wanted)} of --data ({differing})"

@@ -40,7 +40,7 @@ from photographs import (
     training_batch,
     unusable,
 )
-from pretrained import load_pretrained
+from pretrained import evaluate_from, start_from
 from progress import Progress
 from report import format_table, write_json
 from torch import Tensor
@@ -239,8 +239,8 @@ def _trainers(options: argparse.Namespace, settings: Settings) -> list[Trainer]:
     """The models to train, all with the very same weights."""
     trainers = [Trainer(kind, settings) for kind in _kinds(options)]
     if options.checkpoint:
-        model, needed = trainers[0].model, options.evaluate
-        _say(load_pretrained(model, options.checkpoint, settings, classifier_needed=needed))
+        load = evaluate_from if options.evaluate else start_from
+        _say(load(trainers[0].model, options.checkpoint, settings))
     for trainer in trainers[1:]:
         trainer.model.load_state_dict(trainers[0].model.state_dict())
     return trainers

@@ -14,6 +14,7 @@ BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 BLOCK = "mbconv eval 56x56x96 batch 1"
 MODEL = "model training tiny_moat_0 256 batch 8"
 EVAL = "model eval tiny_moat_0 256 batch 1"
+SIZES = "sizes training tiny_moat_0"
 
 
 def info(contender: str, milliseconds: float, **more: float) -> dict[str, object]:
@@ -47,6 +48,11 @@ def results(tmp_path: Path) -> Path:
             info("cpu frozen", 5.5, logit_error=2e-7),
             info("cpu frozen bfloat16", 4.0, logit_error=0.006),
             info("cpu frozen int8", 4.0, logit_error=0.06),
+        ],
+        SIZES: [
+            info("stock channels_last, 1344 px", 9.0, ms_per_megapixel=5.0, peak_bytes=4 * 2**30),
+            info("cpu auto, 224 px", 0.9, ms_per_megapixel=2.25),
+            info("cpu auto, 1344 px", 4.5, ms_per_megapixel=2.5, peak_bytes=3 * 2**30),
         ],
     }
     facts = {
@@ -109,14 +115,26 @@ def test_each_precision_has_its_rival(results: Path) -> None:
         assert table[table.index(f"model eval, {section}".split()) + 1] == row.split()
 
 
+def test_what_a_pixel_costs_at_every_size(results: Path) -> None:
+    table = [line.replace(SIZES, "").split("A CPU")[0].split() for line in targets(results, SIZES)]
+    sections = [
+        ("training, time of a pixel at 1344 px over that at 224 px", "<= 1.15 1.11 met"),
+        ("training, peak of a step over stock's", "<= 0.50 not measured"),  # at 641 px
+    ]
+    for section, row in sections:
+        assert table[table.index(f"backbone {section}".split()) + 1] == row.split()
+    assert ["<=", "0.50", "0.75", "missed"] in table
+
+
 def test_the_tables_and_the_charts(results: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     run(BENCHMARKS / "report.py", results, "--tables", tmp_path / "tables.md", "--charts", tmp_path)
     tables = (tmp_path / "tables.md").read_text()
     assert "A CPU, native kernels avx2, 3 threads, torch 2.0" in tables
-    assert "| cpu auto | 500.00 | 1.80 |  | 0.2 | 0% | 5.0 MiB | 6.0 MiB |  |" in tables
-    assert "| cpu frozen bfloat16 | 4.00 |  |  | 25.0 | 50% |  |  | 6.0e-03 |" in tables
-    for chart in ("training.png", "eval.png"):
+    assert "| cpu auto | 500.00 | 1.80 |  | 0.2 | 0% | 5.0 MiB | 6.0 MiB |  |  |" in tables
+    assert "| cpu frozen bfloat16 | 4.00 |  |  | 25.0 | 50% |  |  | 6.0e-03 |  |" in tables
+    assert "| 3072.0 MiB |  | 2 |" in tables  # the peak, and ms / megapixel
+    for chart in ("training.png", "eval.png", "sizes.png"):
         assert (tmp_path / chart).stat().st_size > 10_000
 
 

@@ -102,17 +102,16 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 @pytest.mark.skipif(not Path("/proc/self/task").exists(), reason="needs Linux's /proc")
 def test_a_killed_process_changes_nothing(arguments: list[str], tmp_path: Path) -> None:
     """Two processes, one of them killed, give the losses of one process that nobody disturbed."""
-    checkpoints = tmp_path / "run"
-    command = [*torchrun("--max-restarts", "1"), *arguments, "--output", str(checkpoints)]
+    output_folder = tmp_path / "killed"
     process = subprocess.Popen(
-        [*command, "--output", str(tmp_path / "killed")],
+        [*torchrun("--max-restarts", "1"), *arguments, "--output", str(output_folder)],
         env=environment(SECONDS_PER_STEP="0.5"),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
     )
     try:
-        wait_for(checkpoints / "step_00000002", process)
+        wait_for(output_folder / "step_00000002", process)
         os.kill(children(process.pid)[-1], signal.SIGKILL)
         output = output_of(process)
     finally:
@@ -126,7 +125,9 @@ def test_a_killed_process_changes_nothing(arguments: list[str], tmp_path: Path) 
         text=True,
     )
     assert alone.returncode == 0, alone.stderr
-    killed = losses(tmp_path / "killed")
+    killed = losses(output_folder)
     assert len(killed) == STEPS
+    weights = {path.name for path in output_folder.glob("*.safetensors*")}
+    assert weights == {"fused_best.safetensors", "fused_last.safetensors"}
     # Sums in another order, fed back through six steps of AdamW.
     assert killed == pytest.approx(losses(tmp_path / "alone"), abs=1e-3)

@@ -16,15 +16,21 @@ pytest.importorskip("PIL", reason="the example needs Pillow")
 import chart
 import checkpoint_folder
 import checkpointing
+import files
 import memory
 import photographs
 import progress
 import train_classifier
 import training
+import validation
+import weights
 from PIL import Image, ImageColor
-from support.example_program import STEPS
+from pretrained import start_from
+from support.example_program import STEPS, small_model
+from weights import save_weights
 
 import moat_kernels
+from moat_kernels.checkpoints.safetensors import load_metadata
 
 
 def newest(tmp_path: Path) -> Path:
@@ -72,8 +78,8 @@ def state_after(folder: Path, settings: training.Settings) -> dict[str, torch.Te
     return tensors
 
 
-@pytest.mark.parametrize("model", ["tiny_moat_0", "moat_3"])  # without and with drop path
-def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path, settings, model):
+def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path, settings):
+    model = "moat_3"  # with drop path
     arguments = ("--blocks", "both", "--model", model, "--checkpoint-every", 2)
     assert run(*arguments, "--output", tmp_path / "whole") == 0
     whole = read_results(tmp_path / "whole")["results"]
@@ -89,6 +95,124 @@ def test_a_resumed_run_repeats_the_uninterrupted_one(run, tmp_path, settings, mo
     assert expected.keys() == actual.keys()
     for name, tensor in expected.items():
         assert torch.equal(actual[name], tensor), name
+
+
+def test_weights_are_saved_and_evaluated(run, tmp_path, capsys):
+    assert run("--blocks", "both", "--validate-every", 2) == 0
+    folder = newest(tmp_path)
+    measured = results(tmp_path)["results"]
+    steps = [one["step"] for one in measured["fused"]["validations"]]
+    assert steps == [2, STEPS]
+    for blocks in ("stock", "fused"):
+        assert load_metadata(folder / f"{blocks}_last.safetensors")["step"] == str(STEPS)
+        assert load_metadata(folder / f"{blocks}_best.safetensors")["model"] == "tiny_moat_0"
+    capsys.readouterr()
+    assert run("--evaluate", "--checkpoint", folder / "fused_last.safetensors") == 0
+    loss = measured["fused"]["validations"][-1]["loss"]
+    assert f"of 2 held out of 2 classes, loss {loss:.4f}" in capsys.readouterr().out
+    assert newest(tmp_path) == folder
+
+
+def test_the_best_weights_are_those_of_the_highest_accuracy(run, tmp_path, monkeypatch):
+    accuracies = {1: 0.5, 2: 1.0, 3: 0.5, 4: 1.0}
+
+    def validate(trainer: training.Trainer, examples: list, step: int) -> validation.Validation:
+        return validation.Validation(step, accuracies[step], loss=float(step), pictures=2)
+
+    monkeypatch.setattr(train_classifier, "validate", validate)
+    assert run("--validate-every", 1) == 0
+    best, last = (newest(tmp_path) / f"fused_{which}.safetensors" for which in ("best", "last"))
+    assert (load_metadata(best)["step"], load_metadata(last)["step"]) == ("2", "4")
+
+
+@pytest.fixture
+def pretrained(tmp_path: Path) -> moat_kernels.MOAT:
+    """Two classes' weights in `two.safetensors`, five classes' in `five.pt`."""
+    torch.manual_seed(1)
+    model = small_model("tiny_moat_0", num_classes=5)
+    torch.save(model.state_dict(), tmp_path / "five.pt")
+    model.reset_classifier(2)
+    save_weights(model, tmp_path / "two.safetensors", {"classes": '["cat", "dog"]'})
+    return model
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("five.pt", "is not for 2 classes"), ("two.safetensors", "it is for 2 other classes")],
+)
+def test_training_starts_from_a_checkpoint(pretrained, tmp_path, settings, name, message):
+    found = dataclasses.replace(settings, classes=["coarse", "fine"])
+    model = small_model("tiny_moat_0", num_classes=2)
+    own_head = model.logits_head.weight.clone()
+    assert message in start_from(model, tmp_path / name, found)
+    assert torch.equal(model.logits_head.weight, own_head)
+    assert torch.equal(model.stem.conv_0.weight, pretrained.stem.conv_0.weight)
+
+
+def test_both_kinds_of_blocks_start_from_the_same_checkpoint(run, pretrained, tmp_path, capsys):
+    arguments = ("--checkpoint", tmp_path / "five.pt", "--blocks", "both", "--lr", "1e-4")
+    assert run(*arguments, "--steps", 1) == 0
+    assert "its classifier, if it has one, is left out" in capsys.readouterr().out
+    measured = results(tmp_path)
+    assert measured["settings"]["checkpoint"] == str(tmp_path / "five.pt")
+    losses = [one["losses"] for one in measured["results"].values()]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-4)
+
+
+def test_checkpoints_that_do_not_fit_are_named_before_training(run, pretrained, tmp_path, capsys):
+    wide = moat_kernels.MOAT(8, (8, 16, 32, 96), (1, 2, 2, 1), num_classes=2)
+    save_weights(wide, tmp_path / "wide.safetensors")
+    (tmp_path / "text.safetensors").write_text("no weights")
+    for name, arguments, message in (
+        ("wide.safetensors", (), "in the file"),
+        ("text.safetensors", (), "not a .safetensors file"),
+        ("gone.safetensors", (), "no such checkpoint"),
+        ("five.pt", ("--evaluate",), "is [5] in the file, [2] in the model"),
+        ("two.safetensors", ("--evaluate",), "it is for 2 other classes"),
+    ):
+        assert run("--checkpoint", tmp_path / name, *arguments) == 2
+        captured = capsys.readouterr()
+        assert message in captured.err and f"--checkpoint {tmp_path / name}" in captured.err
+        assert "steps of" not in captured.out
+    assert not (tmp_path / "runs").exists()
+
+
+def test_weights_of_an_earlier_run_are_put_aside(run, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "fused_best.safetensors").write_text("an earlier run's")
+    assert run("--steps", 1, "--output", folder) == 0
+    assert (folder / "fused_best.safetensors.old").read_text() == "an earlier run's"
+    assert "fused_best.safetensors.old now" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("failing", [(2,), (2, 4)], ids=["for a while", "to the end"])
+def test_a_full_disk_keeps_the_weights_before(run, tmp_path, monkeypatch, capsys, failing):
+    def save(module: torch.nn.Module, path: Path, metadata: dict) -> None:
+        if int(metadata["step"]) in failing:
+            raise OSError(28, "No space left on device", str(path))
+        save_weights(module, path, metadata)
+
+    monkeypatch.setattr(weights, "save_weights", save)
+    code = run("--validate-every", 1)
+    last = newest(tmp_path) / "fused_last.safetensors"
+    assert code == (2 if 4 in failing else 0)
+    assert load_metadata(last)["step"] == ("3" if 4 in failing else "4")
+    captured = capsys.readouterr()
+    assert f"warning: cannot write the weights {last}: [Errno 28]" in captured.err
+    assert "numbers " in captured.out
+
+
+def test_numbers_that_cannot_be_written_leave_the_former_ones(tmp_path):
+    (tmp_path / "results.json").write_text("former")
+    with (
+        pytest.raises(OSError, match="full"),
+        files.written_whole(tmp_path / "results.json") as new,
+    ):
+        new.write_text("half")
+        raise OSError("full")
+    assert [path.name for path in tmp_path.iterdir()] == ["results.json"]
+    assert (tmp_path / "results.json").read_text() == "former"
 
 
 def interrupt_at(monkeypatch: pytest.MonkeyPatch, owner: object, name: str, call: int) -> None:
@@ -329,6 +453,9 @@ def test_bad_folders_are_named(run, tmp_path, capsys, make, message):
         (("--steps", "0"), "must be above 0"),
         (("--lr", "nan"), "must be above 0"),
         (("--seed", "-1"), "must be within 0"),
+        (("--evaluate",), "needs the weights to evaluate: --checkpoint FILE"),
+        (("--evaluate", "--checkpoint", "a", "--output", "b"), "leave --resume and --output out"),
+        (("--resume", "a", "--checkpoint", "b"), "leave --checkpoint out"),
     ],
 )
 def test_bad_arguments_are_named(capsys, arguments, message):
