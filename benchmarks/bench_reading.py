@@ -19,7 +19,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import moat_kernels as mk
 from moat_kernels.block_reading import read_block
-from moat_kernels.models import FusedStem
+from moat_kernels.stem import FusedStem
 
 RESOLUTION = 256
 

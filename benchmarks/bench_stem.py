@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import moat_kernels as mk
-from moat_kernels.models import FusedStem, Stem
+from moat_kernels.stem import FusedStem, Stem
 
 # (resolution, width) of tiny_moat_0 and moat_0.
 SHAPES = [(256, 32), (224, 64)]

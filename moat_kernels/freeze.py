@@ -22,10 +22,11 @@ from moat_kernels.adapters.freezing import (
 from moat_kernels.adapters.fused import FusedModule, is_changed, stock_class
 from moat_kernels.adapters.reading import NotCovered, child_names, refuse_hooks
 from moat_kernels.adapters.registry import find_adapter
+from moat_kernels.backbone import endpoints, feature_maps
 from moat_kernels.calibration import LayerError, Observations, choose_int8, observe
 from moat_kernels.inspection import interception
-from moat_kernels.models import MOAT, FusedStem, endpoints
-from moat_kernels.modules import FusedInvertedBottleneck
+from moat_kernels.models import MOAT
+from moat_kernels.modules import FusedInvertedBottleneck, check_runs_as_made
 from moat_kernels.ops.common.backends import backend_status, warn_once
 from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.frozen import (
@@ -36,6 +37,7 @@ from moat_kernels.ops.frozen import (
     Quantizations,
     multiplies,
 )
+from moat_kernels.stem import FusedStem
 
 Module = TypeVar("Module", bound="FrozenModule")
 
@@ -437,8 +439,10 @@ class FrozenMOAT(FrozenModule):
     ) -> None:
         super().__init__(model, maps, observations)
         self.features_only = model.features_only
+        self.out_indices = model.out_indices
         self.num_features = model.num_features
         self.num_classes = None if model.features_only else model.num_classes
+        self._channels, self._strides = model.channels(), model.strides()
         features = self._ends[-2] + 1
         self._last = self._ends[-1:]
         self._features = self.sequence.part(0, features)
@@ -449,11 +453,20 @@ class FrozenMOAT(FrozenModule):
         module: MOAT, maps: torch.dtype | None, quantizations: Quantize
     ) -> list[list[FrozenStep]]:
         """Those of stem and stages, then of the head, which may have none."""
-        return [*module.frozen_stages(maps, quantizations), module.frozen_head(maps)]
+        check_runs_as_made(module, (MOAT,))
+        return [*module.steps_of_stages(maps, quantizations), module.steps_of_head(maps)]
+
+    def channels(self) -> list[int]:
+        """As MOAT.channels."""
+        return list(self._channels)
+
+    def strides(self) -> list[int]:
+        """As MOAT.strides."""
+        return list(self._strides)
 
     @torch.compiler.disable
     def forward_stages(self, x: Tensor) -> list[Tensor]:
-        """As MOAT.forward_stages: the raw outputs of the stem and the four stages."""
+        """As MOAT.forward_stages: the raw outputs of the stem and the stages."""
         return self._features.outputs(x, self._ends[:-1])
 
     @torch.compiler.disable
@@ -469,7 +482,12 @@ class FrozenMOAT(FrozenModule):
         return self._head.outputs(x, [0])[0]
 
     @torch.compiler.disable
-    def forward(self, x: Tensor) -> Tensor | OrderedDict[str, Tensor]:
-        if self.features_only:
+    def forward(self, x: Tensor) -> Tensor | list[Tensor] | OrderedDict[str, Tensor]:
+        if not self.features_only:
+            return self.sequence.outputs(x, self._last)[0]
+        if self.out_indices is None:
             return endpoints(self.forward_stages(x), x.is_contiguous())
-        return self.sequence.outputs(x, self._last)[0]
+        levels = sorted(set(self.out_indices))
+        outputs = self._features.outputs(x, [self._ends[level] for level in levels])
+        positions = [levels.index(level) for level in self.out_indices]
+        return feature_maps(outputs, positions, x.is_contiguous())

@@ -27,8 +27,10 @@ PUBLIC = {
         initialize
     """,
     "moat_kernels.models": """
-        MOAT FusedStem Stem create_model endpoints get_preprocessing list_models
+        MOAT create_model get_preprocessing list_models
     """,
+    "moat_kernels.backbone": "Backbone endpoints",
+    "moat_kernels.stem": "FusedStem Stem",
     "moat_kernels.modules": """
         FusedAttention FusedInvertedBottleneck FusedMBConv FusedMOATBlock
     """,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +20,14 @@ _Sizes = dict[str, tuple[int, str]]
 
 @dataclass(frozen=True)
 class ConvertedCheckpoint:
-    """A state_dict in our names and layouts, and the report of how it was made."""
+    """A state_dict in our names and layouts, and the report of how it was made.
+
+    configuration: what the weights were made for, where the file tells.
+    """
 
     state_dict: dict[str, torch.Tensor]
     report: CheckpointReport
+    configuration: dict[str, Any] | None = None
 
 
 def convert_variables(

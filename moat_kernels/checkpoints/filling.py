@@ -101,8 +101,8 @@ def _check_shapes(state_dict: StateDict, target: StateDict) -> None:
         if all(name.startswith("logits_head.") for name in differing):
             classes = state_dict["logits_head.bias"].numel()
             message += (
-                f"; build the model with num_classes={classes}, then reset_classifier, "
-                "or without head (features_only=True)"
+                f"; build the model with num_classes={classes}, or without head "
+                "(features_only=True), or load with fine_tune=True, which leaves its own as it is"
             )
         raise CheckpointError(message)
 

@@ -8,10 +8,13 @@ from pathlib import Path
 
 import torch
 
+from moat_kernels.configuration import configurations_of
+
+from .adapting import adapt
 from .conversion import ConvertedCheckpoint, convert_variables
 from .errors import CheckpointError
 from .files import open_regular
-from .filling import HEAD_PREFIXES, check_fit, check_target, fill
+from .filling import check_fit, check_target, fill
 from .report import CheckpointReport
 from .safetensors import is_safetensors, load_safetensors
 from .state_dicts import (
@@ -53,6 +56,7 @@ def load_checkpoint(
     *,
     ema: bool = False,
     key: str | None = None,
+    fine_tune: bool = False,
 ) -> CheckpointReport:
     """Load a checkpoint into ``model``: all of it or, where anything does not fit, nothing.
 
@@ -61,16 +65,23 @@ def load_checkpoint(
 
     Args:
         model: a MOAT of this package or one of its blocks. Without classifier head, the head's
-            tensors in the file are skipped.
+            tensors in the file are skipped; those of stages behind the last of ``out_indices`` too.
+            A first convolution for RGB is summed or repeated for other numbers of channels.
         path: a .safetensors file; a file of ``torch.save`` (read with ``weights_only=True``) with a
             state_dict or with dicts around one (``{"model": ..., "epoch": 3}``); or a TensorFlow
             checkpoint as in :func:`load_tensorflow`.
         ema: as in :func:`load_tensorflow`; for TensorFlow checkpoints only.
         key: where in a file of ``torch.save`` the state_dict is (``"model_ema"``,
             ``"ema.state_dict"``); needed if several would do.
+        fine_tune: the weights are a start for training. A classifier for another number of classes
+            stays as ``model`` has it, and another ``pool_size`` is noted.
+
+    Where the file tells the configuration that its weights were made for (those that this package
+    wrote do), other windows or strides of ``model`` are noted in the report, and another
+    ``pool_size``, which would give other results, is refused unless they are to be fine-tuned.
 
     Returns:
-        What was loaded from where, and what was skipped, with the reasons.
+        What was loaded from where, what was skipped, with the reasons, and what was adapted.
 
     Raises:
         CheckpointError: the file cannot be read, or does not fit; the model is then unchanged.
@@ -80,13 +91,11 @@ def load_checkpoint(
     target = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
     check_target(target)
     converted = _read(Path(path), target, ema, key)
-    report, state_dict = converted.report, dict(converted.state_dict)
-    if not any(name.startswith(HEAD_PREFIXES) for name in target):
-        for name in [name for name in state_dict if name.startswith(HEAD_PREFIXES)]:
-            del state_dict[name], report.source[name]
-            for variable in report.loaded.pop(name):
-                report.skipped[variable] = "the model has no classifier head"
+    report = converted.report
+    own = configurations_of(names).get(prefix.removesuffix("."))
     try:
+        configurations = (converted.configuration, own)
+        state_dict = adapt(converted.state_dict, report, target, configurations, fine_tune)
         check_fit(state_dict, target)
         fill(model, {prefix + name: tensor for name, tensor in state_dict.items()})
     except CheckpointError as error:
@@ -135,6 +144,7 @@ def _without_prefix(
 ) -> ConvertedCheckpoint:
     """``state_dict`` without the prefix of all its names, and ``report`` of it."""
     prefix = common_prefix(state_dict)
+    configuration = configurations_of(state_dict).get(prefix.removesuffix("."))
     bare = {}
     for name, tensor in state_dict.items():
         if name == AVERAGED_MODEL_COUNTER and name not in names:
@@ -143,4 +153,4 @@ def _without_prefix(
         short = name.removeprefix(prefix)
         bare[short] = tensor
         report.loaded[short], report.source[short] = (name,), "raw"
-    return ConvertedCheckpoint(bare, report)
+    return ConvertedCheckpoint(bare, report, configuration)

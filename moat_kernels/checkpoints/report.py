@@ -18,12 +18,14 @@ class CheckpointReport:
         source: for every tensor of the state_dict, ``"raw"`` (the variable itself), ``"ema"`` (its
             exponential moving average) or ``"initial"`` (in no checkpoint: starts at zero).
         skipped: every name in the file that was not used, with the reason.
+        adapted: what was changed, or is computed otherwise, to fit the model.
     """
 
     origin: str
     loaded: dict[str, tuple[str, ...]] = field(default_factory=dict)
     source: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
+    adapted: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         sources = Counter(self.source.values())
@@ -39,4 +41,5 @@ class CheckpointReport:
         for reason, names in names_by_reason.items():
             examples = ", ".join(names[:_EXAMPLES]) + (", ..." if len(names) > _EXAMPLES else "")
             lines.append(f"skipped {len(names)}: {reason}: {examples}")
+        lines += [f"adapted: {line}" for line in self.adapted]
         return "\n".join(lines)

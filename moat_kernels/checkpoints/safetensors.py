@@ -19,9 +19,22 @@ from typing import Any, BinaryIO
 import numpy as np
 import torch
 
+from moat_kernels.configuration import (
+    ConfigurationError,
+    configurations_of,
+    encode,
+    with_configurations,
+)
+
 from .errors import CheckpointError
 from .files import open_regular
-from .safetensors_header import DTYPES, METADATA_KEY, TensorPlace, parse_header
+from .safetensors_header import (
+    CONFIGURATION_KEY,
+    DTYPES,
+    METADATA_KEY,
+    TensorPlace,
+    parse_header,
+)
 
 _CODES = {dtype: code for code, dtype in DTYPES.items()}
 _LENGTH_BYTES = 8
@@ -38,12 +51,15 @@ def save_safetensors(
     """Write ``state_dict`` to ``path``, whole or not at all (a temporary file is renamed).
 
     Tensors may be on any device and have any strides; tensors that share storage are each written
-    in full. ``metadata`` is stored in the header.
+    in full. ``metadata`` is stored in the header, and what a model's own ``state_dict`` says of its
+    configuration, under the key ``moat_kernels``.
 
     Raises:
         CheckpointError: a dtype, layout or name that the format cannot hold.
     """
     names = sorted(state_dict, key=lambda name: (-_itemsize(name, state_dict[name]), name))
+    if configurations := configurations_of(state_dict):
+        metadata = {**(metadata or {}), CONFIGURATION_KEY: encode(configurations)}
     header = _encode_header({name: state_dict[name] for name in names}, metadata)
     path = Path(path)
     temporary = path.with_name(f"{path.name}.{uuid.uuid4().hex}.partial")
@@ -63,7 +79,7 @@ def save_safetensors(
 
 
 def load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
-    """The tensors in ``path``, by name, in the order of the file.
+    """The tensors in ``path``, by name, in the order of the file; their configuration as metadata.
 
     The file is memory-mapped privately: data is read when it is used, and writing to a tensor does
     not change the file. While the tensors live the file may be replaced, but must not be
@@ -76,7 +92,7 @@ def load_safetensors(path: str | os.PathLike[str]) -> dict[str, torch.Tensor]:
     with open_regular(Path(path)) as file:
         try:
             return _load(file)
-        except CheckpointError as error:
+        except (CheckpointError, ConfigurationError) as error:
             raise CheckpointError(f"{path}: {error}") from None
 
 
@@ -139,8 +155,9 @@ def _encode_header(
 
 
 def _load(file: BinaryIO) -> dict[str, torch.Tensor]:
-    header, data_begin, data_size = _read_header(file)
-    places = sorted(parse_header(header), key=lambda place: (place.begin, place.end))
+    text, data_begin, data_size = _read_header(file)
+    header = parse_header(text)
+    places = sorted(header.places, key=lambda place: (place.begin, place.end))
     position = 0
     for place in places:
         if place.begin != position:
@@ -154,7 +171,10 @@ def _load(file: BinaryIO) -> dict[str, torch.Tensor]:
             f"the tensors take {position} bytes, the file has {data_size} (truncated or damaged)"
         )
     data = np.asarray(np.memmap(file, dtype=np.uint8, mode="c"))[data_begin:]
-    return {place.name: _tensor(place, data) for place in places}
+    tensors = {place.name: _tensor(place, data) for place in places}
+    if header.configuration is None:
+        return tensors
+    return with_configurations(tensors, header.configuration)
 
 
 def _read_header(file: BinaryIO) -> tuple[bytes, int, int]:

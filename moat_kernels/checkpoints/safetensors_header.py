@@ -2,7 +2,7 @@
 
 A JSON parser would build objects many times the size of a hostile header before anything could be
 checked. Here a record becomes a :class:`TensorPlace` as soon as it is read, of ``__metadata__``
-nothing is kept, and what is counted or measured without bound is limited.
+only what this package wrote is kept, and what is counted or measured without bound is limited.
 """
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ DTYPES = {
     "BOOL": torch.bool,
 }
 METADATA_KEY = "__metadata__"
+#: In the metadata: the configurations of the models that the tensors are of.
+CONFIGURATION_KEY = "moat_kernels"
 
 # Beyond every real file: MOAT-4 has some 1,300 tensors.
 _MAXIMUM_ENTRIES = 1 << 17
 _MAXIMUM_NAME_CHARACTERS = _MAXIMUM_RECORD_CHARACTERS = 1 << 12
+_MAXIMUM_CONFIGURATION_CHARACTERS = 1 << 16
 # Small enough that no product of sizes overflows.
 _MAXIMUM_EXTENT_BITS = 48
 _SPACES = re.compile(r"[ \t\n\r]*")
@@ -61,15 +64,24 @@ class TensorPlace:
     end: int
 
 
-def parse_header(header: bytes) -> list[TensorPlace]:
-    """The records of ``header``, in its order.
+@dataclass(frozen=True, slots=True)
+class Header:
+    """The records of a header in its order, and the text under ``CONFIGURATION_KEY``."""
+
+    places: list[TensorPlace]
+    configuration: str | None
+
+
+def parse_header(header: bytes) -> Header:
+    """What ``header`` says.
 
     Raises:
         CheckpointError: it is not the JSON of a .safetensors header.
     """
     try:
         reader = _Reader(header.decode("utf-8"))
-        return list(_records(reader))
+        places = list(_records(reader))
+        return Header(places, reader.configuration)
     except CheckpointError:
         raise
     except (ValueError, RecursionError) as error:
@@ -89,7 +101,7 @@ def _records(reader: _Reader) -> Iterator[TensorPlace]:
         if len(names) > _MAXIMUM_ENTRIES:
             raise CheckpointError(f"its header has more than {_MAXIMUM_ENTRIES} tensors")
         if name == METADATA_KEY:
-            _check_metadata(reader)
+            _read_metadata(reader)
         elif reader.is_next("{"):
             yield _check_record(name, reader.record(name))
         else:
@@ -97,19 +109,23 @@ def _records(reader: _Reader) -> Iterator[TensorPlace]:
     reader.end()
 
 
-def _check_metadata(reader: _Reader) -> None:
-    """Pass over the metadata, which must map strings to strings; null stands for none."""
+def _read_metadata(reader: _Reader) -> None:
+    """The metadata must map strings to strings; null stands for none. Our own is kept."""
     if reader.accept("null"):
         return
     wrong = CheckpointError(f"{METADATA_KEY} does not map strings to strings")
     if not reader.is_next("{"):
         raise wrong
-    for count, _ in enumerate(reader.members()):
+    for count, name in enumerate(reader.members()):
         if count >= _MAXIMUM_ENTRIES:
             raise CheckpointError(f"{METADATA_KEY} has more than {_MAXIMUM_ENTRIES} keys")
         if not reader.is_next('"'):
             raise wrong
-        reader.string()
+        text = reader.string()
+        if name == CONFIGURATION_KEY:
+            if len(text) > _MAXIMUM_CONFIGURATION_CHARACTERS:
+                raise CheckpointError(f"its configuration has {len(text)} characters")
+            reader.configuration = text
 
 
 def _check_record(name: str, record: dict[str, Any]) -> TensorPlace:
@@ -144,6 +160,7 @@ class _Reader:
     """A position in a JSON text; what does not parse raises ValueError."""
 
     def __init__(self, text: str) -> None:
+        self.configuration: str | None = None
         self._text = text
         self._position = 0
         self._decoder = json.JSONDecoder(object_pairs_hook=_without_duplicates)

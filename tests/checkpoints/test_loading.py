@@ -129,7 +129,7 @@ def without_embeddings(state_dict: StateDict) -> StateDict:
         (
             resized_head,
             r"logits_head\.weight is \[10, 96\] in the file, \[7, 96\] in the model; .*"
-            r"num_classes=10, then reset_classifier, or without head \(features_only=True\)",
+            r"num_classes=10, or without head \(features_only=True\), or load with fine_tune=True",
         ),
         (one_wrong_shape, r"stem\.conv_1\.bias is \[16\] in the file, \[17\] in the model$"),
         (one_integer, r"stem\.conv_1\.bias is torch\.float32 in the file, torch\.int64 in the"),

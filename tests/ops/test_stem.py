@@ -14,8 +14,8 @@ from support.tolerances import BACKEND_OUTPUT, LOW_PRECISION_FACTOR, assert_clos
 from torch import Tensor, nn
 
 import moat_kernels as mk
-from moat_kernels.models import FusedStem, Stem
 from moat_kernels.ops.common import backends
+from moat_kernels.stem import FusedStem, Stem
 
 pytestmark = needs_extension
 

@@ -23,11 +23,11 @@ from torch.utils.checkpoint import checkpoint
 
 import moat_kernels as mk
 from moat_kernels.memory import saved_bytes
-from moat_kernels.models import FusedStem, Stem
 from moat_kernels.normalization import BatchNorm2d
 from moat_kernels.ops.common.batch_norm import Norm
 from moat_kernels.ops.stem import api as stem_api
 from moat_kernels.reference import SameConv2d
+from moat_kernels.stem import FusedStem, Stem
 
 pytestmark = needs_extension
 

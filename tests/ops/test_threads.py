@@ -21,7 +21,7 @@ from moat_kernels.functional import (
     mbconv,
     window_attention,
 )
-from moat_kernels.models import FusedStem
+from moat_kernels.stem import FusedStem
 
 pytestmark = needs_extension
 

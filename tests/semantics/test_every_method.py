@@ -56,8 +56,10 @@ FUSED_ALONE = {
     "frozen_steps": "for freeze",
     "read": "its modules, as the op takes them",
     "read_attention_half": "its modules, as the op takes them",
-    "frozen_stages": "for freeze",
-    "frozen_head": "for freeze",
+    "steps_of_stages": "for freeze",
+    "steps_of_head": "for freeze",
+    "channels": "sizes of maps",
+    "strides": "sizes of maps",
 }
 # Methods of plain blocks that their own forward does not call: to override one changes nothing, and
 # must change nothing in a fused block either.

@@ -21,9 +21,9 @@ from torch.nn.utils import parametrizations
 from torch.utils.checkpoint import checkpoint
 
 import moat_kernels as mk
-from moat_kernels.models import FusedStem, Stem
 from moat_kernels.ops.common import backends
 from moat_kernels.reference import MBConvBlock, MOATBlock, SameConv2d
+from moat_kernels.stem import FusedStem, Stem
 
 MBCONV = {"in_channels": 8, "out_channels": 8}
 DOWN = {"in_channels": 8, "out_channels": 16, "stride": 2}

@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 import moat_kernels as mk
 from moat_kernels import reference
-from moat_kernels.models import FusedStem, Stem
 from moat_kernels.modules import FusedAttention
 from moat_kernels.ops.common import backends
+from moat_kernels.stem import FusedStem, Stem
 from support.fusing import randomize
 from support.tolerances import (
     BACKEND_GRADIENT,

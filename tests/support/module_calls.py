@@ -25,8 +25,8 @@ from moat_kernels.functional import (
     mbconv,
     window_attention,
 )
-from moat_kernels.models import FusedStem, Stem
 from moat_kernels.modules import FusedAttention
+from moat_kernels.stem import FusedStem, Stem
 from support.peers import import_peer
 from support.wrong_arguments import Call, exact
 

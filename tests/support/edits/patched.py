@@ -20,7 +20,8 @@ def patched_method(rng: Random, root: nn.Module) -> Edit | None:
     path, module = find(rng, root, nn.Module)
     called = set() if isinstance(module, nn.ModuleList) else {"forward"}
     uncalled = {"extra_repr", "reset_classifier", "get_classifier", "no_weight_decay"}
-    uncalled |= {"parameter_groups", "frozen_steps", "frozen_stages", "frozen_head"}
+    uncalled |= {"parameter_groups", "frozen_steps", "steps_of_stages", "steps_of_head"}
+    uncalled |= {"channels", "strides"}
     uncalled |= {"read", "read_attention_half"}
     methods = sorted((public_methods(type(module)) | called) - uncalled)
     if not methods:
