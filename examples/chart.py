@@ -8,6 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from classifier_report import ClassifierMeasurements
+from files import written_whole
 from memory import MEBIBYTE
 from report import Measurements, loss_differences
 from training import Settings
@@ -16,6 +18,8 @@ from moat_kernels import info
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from matplotlib.gridspec import SubplotSpec
 
 COLORS = {"stock": "#8d95a1", "fused": "#d9480f"}
 INK, MUTED, FAINT = "#22262b", "#6b727c", "#e3e6ea"
@@ -37,7 +41,7 @@ STYLE = {
 SMALLEST_DIFFERENCE = 1e-8  # losses that agree to the last bit are drawn here
 
 
-def draw_chart(path: Path, results: Sequence[Measurements], settings: Settings) -> bool:
+def draw_chart(path: Path, results: Sequence[ClassifierMeasurements], settings: Settings) -> bool:
     """Write the chart to `path`; returns False, and writes nothing, without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
@@ -49,44 +53,59 @@ def draw_chart(path: Path, results: Sequence[Measurements], settings: Settings) 
         losses, bars = figure.add_gridspec(
             1, 2, width_ratios=(1.6, 1), wspace=0.13, left=0.06, right=0.98, top=0.79, bottom=0.13
         )
-        if len(results) == 2:
-            upper, lower = losses.subgridspec(2, 1, height_ratios=(3, 1), hspace=0.42)
-            _draw_losses(figure.add_subplot(upper), results)
-            _draw_differences(figure.add_subplot(lower), results)
-        else:
-            _draw_losses(figure.add_subplot(losses), results)
-        time, saved, peak = (figure.add_subplot(row) for row in bars.subgridspec(3, 1, hspace=0.75))
-        _draw_step_times(time, results)
-        _draw_bars(
-            saved,
-            "Saved for the backward pass",
-            {one.blocks: one.saved_bytes for one in results},
-            _mebibytes,
-        )
-        _draw_bars(
-            peak,
-            "Peak memory of a step",
-            {one.blocks: one.peak_bytes for one in results},
-            _mebibytes,
-        )
+        draw_losses(figure, losses, results, [_accuracy(one) for one in results])
+        draw_costs(figure, bars, results)
         figure.text(0.02, 0.93, _headline(results), size=15, weight="bold")
         figure.text(0.02, 0.875, _description(results, settings), color=MUTED)
-        figure.text(0.02, 0.025, _machine(settings), size=8, color=MUTED)
-        figure.savefig(path)
+        figure.text(0.02, 0.025, machine(settings.device, settings.amp), size=8, color=MUTED)
+        with written_whole(path) as new:
+            figure.savefig(new, format="png")
     return True
 
 
-def _draw_losses(axes: Axes, results: Sequence[Measurements]) -> None:
+def draw_losses(
+    figure: Figure, place: SubplotSpec, results: Sequence[Measurements], notes: Sequence[str]
+) -> None:
+    """The losses, and of two kinds of blocks their difference.
+
+    notes: what else to say of each of `results`.
+    """
+    if len(results) == 2:
+        upper, lower = place.subgridspec(2, 1, height_ratios=(3, 1), hspace=0.42)
+        _draw_losses(figure.add_subplot(upper), results, notes)
+        _draw_differences(figure.add_subplot(lower), results)
+    else:
+        _draw_losses(figure.add_subplot(place), results, notes)
+
+
+def draw_costs(figure: Figure, place: SubplotSpec, results: Sequence[Measurements]) -> None:
+    """Time and memory of a step, as bars."""
+    time, saved, peak = (figure.add_subplot(row) for row in place.subgridspec(3, 1, hspace=0.75))
+    _draw_step_times(time, results)
+    _draw_bars(
+        saved,
+        "Saved for the backward pass",
+        {one.blocks: one.saved_bytes for one in results},
+        _mebibytes,
+    )
+    _draw_bars(
+        peak,
+        "Peak memory of a step",
+        {one.blocks: one.peak_bytes for one in results},
+        _mebibytes,
+    )
+
+
+def _draw_losses(axes: Axes, results: Sequence[Measurements], notes: Sequence[str]) -> None:
     """Fused as a thin line over a wide stock line, so that both are seen where they coincide."""
     for one, width in zip(results, (4.5, 1.5)[-len(results) :], strict=True):
         steps = range(1, len(one.losses) + 1)
         axes.plot(
             steps, one.losses, color=COLORS[one.blocks], linewidth=width, solid_capstyle="round"
         )
-    for position, one in enumerate(reversed(results)):
-        accuracy = "" if one.accuracy is None else f", top-1 {one.accuracy:.0%}"
+    for position, (one, note) in enumerate(reversed(list(zip(results, notes, strict=True)))):
         axes.annotate(
-            f"{one.blocks} {one.first_loss:.2f} \N{RIGHTWARDS ARROW} {one.last_loss:.2f}{accuracy}",
+            f"{one.blocks} {one.first_loss:.2f} \N{RIGHTWARDS ARROW} {one.last_loss:.2f}{note}",
             (1 - 0.4 * position, 1),
             xytext=(0, 6),  # points above the axes: beside their title
             xycoords="axes fraction",
@@ -166,6 +185,10 @@ def _draw_bars(
         axes.text(ends[name] + largest * 0.03, position, text, verticalalignment="center")
 
 
+def _accuracy(one: ClassifierMeasurements) -> str:
+    return "" if one.accuracy is None else f", top-1 {one.accuracy:.0%}"
+
+
 def _headline(results: Sequence[Measurements]) -> str:
     if len(results) == 1:
         return f"A MOAT in training, {results[0].blocks} blocks"
@@ -183,13 +206,14 @@ def _description(results: Sequence[Measurements], settings: Settings) -> str:
     )
 
 
-def _machine(settings: Settings) -> str:
+def machine(device: str, amp: bool = False) -> str:
+    """What the numbers were measured on."""
     facts = info.collect()
     versions = (
         f"torch {facts['versions']['torch']}, moat_kernels {facts['versions']['moat_kernels']}"
     )
-    precision = "bfloat16 autocast" if settings.amp else "float32"
-    if settings.device == "cuda":
+    precision = "bfloat16 autocast" if amp else "float32"
+    if device == "cuda":
         return f"{facts['gpus'][0]['name']}, {precision}, {versions}"
     threads = facts["cpu"]["threads"]
     cpu = f"{facts['cpu']['name']}, {threads} thread{'s' if threads > 1 else ''}"

@@ -12,7 +12,6 @@ checkpoint with a note put into it.
 
 from __future__ import annotations
 
-import itertools
 import json
 import os
 import re
@@ -23,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import processes
+from files import free_name, written_whole
 from training import TrainingError
 
 RUN = "run.json"
@@ -52,7 +52,7 @@ def refuse_strangers(folder: Path, is_due: Callable[[int], bool]) -> None:
     for step, path in named(folder).items():
         if is_due(step) and not is_own(path, step):
             raise TrainingError(
-                f"--checkpoint: {path} is needed for a checkpoint and holds something that this "
+                f"--output: {path} is needed for a checkpoint and holds something that this "
                 "program did not write, or that was changed since; move it away"
             )
 
@@ -78,12 +78,6 @@ def named(folder: Path) -> dict[int, Path]:
     return dict(sorted(found.items()))
 
 
-def free_name(checkpoint: Path, state: str) -> Path:
-    """A name that says in which state a checkpoint is, and that nothing has yet."""
-    names = (f"{checkpoint.name}.{state}{number or ''}" for number in itertools.count())
-    return next(path for path in map(checkpoint.with_name, names) if not os.path.lexists(path))
-
-
 def leftovers(folder: Path) -> Iterator[Path]:
     """What runs that were killed left half written or half removed in `folder`."""
     for path in folder.iterdir():
@@ -96,12 +90,8 @@ def leftovers(folder: Path) -> Iterator[Path]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """In one step, and on the disk when it is done."""
-    temporary = path.with_suffix(".new")
-    with temporary.open("w") as file:
-        json.dump(content, file)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    with written_whole(path) as new:
+        new.write_text(json.dumps(content))
 
 
 def read_run(path: Path, step: int | None = None) -> dict[str, Any]:

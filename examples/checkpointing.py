@@ -22,7 +22,6 @@ import torch.distributed.checkpoint as dcp
 from checkpoint_folder import (
     RUN,
     discard,
-    free_name,
     is_own,
     latest_checkpoint,
     leftovers,
@@ -32,6 +31,7 @@ from checkpoint_folder import (
     remove,
     write_json,
 )
+from files import free_name
 from training import Trainer, TrainingError
 
 KEPT = 2  # checkpoints; the last one but one is for those who find the last one spoilt

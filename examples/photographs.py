@@ -25,7 +25,8 @@ BUNDLED = (
     *("grass.png", "gravel.png", "hubble_deep_field.jpg", "moon.png", "motorcycle_left.png"),
     "rocket.jpg",
 )
-HELD_OUT_SHARE = 0.2  # of a class's files in a folder
+TRAIN, VAL = "train", "val"  # subfolders of a folder that says itself what to test on
+HELD_OUT_SHARE = 0.2  # of a class's files in a folder that does not
 TRAINING_WIDTH = 0.7  # of a bundled photograph, from its left edge; the rest is held out
 HELD_OUT_ROWS = 4  # pieces of a bundled photograph's held-out strip, from top to bottom
 
@@ -49,7 +50,7 @@ WHOLE: Region = (0.0, 0.0, 1.0, 1.0)
 
 
 class DataError(ValueError):
-    """The photographs cannot be used; the text says which and why."""
+    """The photographs cannot be used; the text says which, why and what helps."""
 
 
 @dataclass(frozen=True)
@@ -97,36 +98,91 @@ def bundled_photographs() -> Photographs:
 def folder_photographs(folder: Path) -> Photographs:
     """A folder with one subfolder of images per class; the last fifth of each class is held out.
 
+    With subfolders `train` and `val` that are folders of classes themselves, `val` is held out
+    instead; where there is `val` alone, there is nothing to train on.
+
     Files and folders whose names begin with a dot are no part of it.
     """
     try:
-        return _in_subfolders(folder)
+        if not folder.is_dir():
+            raise DataError(f"--data {folder} is not a folder")
+        return _in_parts(folder) if _parts(folder) else _in_classes(folder)
     except OSError as error:
         raise DataError(f"--data {folder} cannot be read: {error}") from error
 
 
-def _in_subfolders(folder: Path) -> Photographs:
-    if not folder.is_dir():
-        raise DataError(f"--data {folder} is not a folder")
-    subfolders = sorted(
-        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+def _in_classes(folder: Path) -> Photographs:
+    training: list[Example] = []
+    held_out: list[Example] = []
+    classes = _classes(folder)
+    for label, paths in enumerate(classes.values()):
+        if len(paths) == 1:
+            raise DataError(
+                f"--data: {paths[0]} is the only image of its class, but one of each class is held "
+                f"out to test on: add another one, or make {folder / 'train'} and "
+                f"{folder / 'val'}, each with one subfolder per class"
+            )
+        examples = [Example(path, label) for path in paths]
+        kept = round(HELD_OUT_SHARE * len(paths)) or 1
+        training += examples[:-kept]
+        held_out += examples[-kept:]
+    return Photographs(list(classes), training, held_out)
+
+
+def _in_parts(folder: Path) -> Photographs:
+    train, val = folder / TRAIN, folder / VAL
+    if VAL not in _parts(folder):
+        raise DataError(
+            f"--data: {train} has classes, {val} has none: make it, with subfolders named alike, "
+            f"or give --data {train}, of which a fifth of each class is held out"
+        )
+    if others := [path.name for path in _subfolders(folder) if path.name not in (TRAIN, VAL)]:
+        _warn_once(f"of {folder} only {TRAIN} and {VAL} are used, not {', '.join(others)}")
+    held_out = _classes(val)
+    training = _classes(train) if TRAIN in _parts(folder) else {}
+    names = list(training or held_out)
+    if unknown := [name for name in held_out if name not in names]:
+        raise DataError(
+            f"--data: {val / unknown[0]} is of a class that {train} does not have ({len(unknown)} "
+            f"such): add {train / unknown[0]}, or move it away"
+        )
+    return Photographs(
+        names,
+        *(
+            [Example(path, names.index(name)) for name, paths in part.items() for path in paths]
+            for part in (training, held_out)
+        ),
     )
+
+
+def _parts(folder: Path) -> list[str]:
+    """Which of `train` and `val` are folders of classes, rather than classes."""
+    return [
+        name for name in (TRAIN, VAL) if (folder / name).is_dir() and _subfolders(folder / name)
+    ]
+
+
+def _classes(folder: Path) -> dict[str, list[Path]]:
+    """The images of each subfolder, by its name."""
+    subfolders = _subfolders(folder)
     if len(subfolders) < 2:
         raise DataError(
             f"--data {folder} must have one subfolder per class and at least two classes, "
             f"found {len(subfolders)} subfolders"
         )
-    training: list[Example] = []
-    held_out: list[Example] = []
-    for label, subfolder in enumerate(subfolders):
+    classes = {}
+    for subfolder in subfolders:
         paths = sorted(path for path in _files(subfolder) if path.suffix.lower() in SUFFIXES)
         if not paths:
             raise DataError(f"--data: {subfolder} has no images (of type {', '.join(SUFFIXES)})")
-        examples = [Example(path, label) for path in paths]
-        kept = min(len(paths) - 1, round(HELD_OUT_SHARE * len(paths)) or 1)
-        training += examples[: len(paths) - kept]
-        held_out += examples[len(paths) - kept :]
-    return Photographs([subfolder.name for subfolder in subfolders], training, held_out)
+        classes[subfolder.name] = paths
+    return classes
+
+
+def _subfolders(folder: Path) -> list[Path]:
+    return sorted(
+        path for path in folder.iterdir() if path.is_dir() and not path.name.startswith(".")
+    )
 
 
 def _files(folder: Path) -> Iterator[Path]:
@@ -145,7 +201,7 @@ def unusable(paths: Sequence[Path]) -> list[str]:
 
     def try_out(path: Path) -> str:
         try:
-            _read(path)
+            read_image(path)
         except DataError as error:
             return str(error)
         return ""
@@ -193,7 +249,7 @@ def held_out_batch(
     images, labels = [torch.empty(0, 3, resolution, resolution)], []
     for example in examples:
         try:
-            image = _read(example.path)
+            image = read_image(example.path)
         except DataError as error:
             _warn_once(f"left out of the test: {error}")
             continue
@@ -208,7 +264,7 @@ def held_out_batch(
 
 def _augment(example: Example, random: np.random.Generator, resolution: int) -> Image.Image:
     """A random resized crop, flip and colour jitter."""
-    image = _read(example.path)
+    image = read_image(example.path)
     left, top, right, bottom = _pixels(example.region, image)
     width, height = right - left, bottom - top
     area = random.uniform(*CROP_AREA) * width * height
@@ -226,8 +282,8 @@ def _augment(example: Example, random: np.random.Generator, resolution: int) -> 
 
 
 @functools.lru_cache(maxsize=64)
-def _read(path: Path) -> Image.Image:
-    """The image as RGB, upright."""
+def read_image(path: Path) -> Image.Image:
+    """The image as RGB, upright. DataError if it cannot be read."""
     try:
         if not path.is_file():  # opening a pipe would wait for who writes to it
             raise ValueError("there is no such file")

@@ -90,3 +90,8 @@ def mean_over_processes(value: torch.Tensor) -> float:
         dist.all_reduce(value)
         value /= count()
     return value.item()
+
+
+def sums_over_processes(*values: float) -> list[float]:
+    """For each value its sum over all processes."""
+    return [sum(each) for each in zip(*from_all([values]), strict=True)]

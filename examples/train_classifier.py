@@ -1,19 +1,22 @@
 """Train a MOAT classifier on photographs, with stock blocks, fused blocks, or both side by side.
 
     python examples/train_classifier.py --blocks both
-    python examples/train_classifier.py --blocks fused --model moat_0 --data FOLDER --steps 5000
+    python examples/train_classifier.py --model moat_0 --checkpoint FILE --data FOLDER --steps 5000
+    python examples/train_classifier.py --model moat_0 --checkpoint FILE --data FOLDER --evaluate
     TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 torchrun --nproc-per-node 4 --max-restarts 3 \\
-        examples/train_classifier.py --checkpoint FOLDER
+        examples/train_classifier.py --data FOLDER --output FOLDER
 
 With "both", two models start from the same weights and see the same batches; their steps
 alternate, so that whatever else the machine does slows both alike. Results go to --output.
 Under torchrun each process takes its share of every batch. With --max-restarts all start again if
-one dies, and continue from the last checkpoint in --checkpoint.
+one dies, and continue from the last state saved in --output.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -24,30 +27,37 @@ import torch
 from chart import draw_chart
 from checkpoint_folder import checkpoints, refuse_strangers
 from checkpointing import CheckpointError, load_checkpoint, save_checkpoint
+from classifier_options import RUNS, parse_options
+from classifier_report import ClassifierMeasurements, accuracy_rows
+from files import new_numbered_folder
 from memory import peak_of_step, saved_for_backward
 from photographs import (
     DataError,
+    Example,
     Photographs,
     bundled_photographs,
     folder_photographs,
-    held_out_batch,
     training_batch,
     unusable,
 )
+from pretrained import load_pretrained
 from progress import Progress
-from report import Measurements, format_table, write_json
+from report import format_table, write_json
 from torch import Tensor
 from training import Settings, Trainer, TrainingError
+from validation import best_of, validate
+from weights import Weights, put_aside
 
 import moat_kernels
 
 INTERRUPTED = 130  # the exit code that shells use after Ctrl-C
 NAMED = 20  # photographs that cannot be used, at most; the others are counted
+BEST, LAST = "{}_best.safetensors", "{}_last.safetensors"  # in --output, of a kind of blocks
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Train, measure and report; returns the exit code (2: what it prints as an error)."""
-    options = _parser().parse_args(arguments)
+    options = parse_options(__doc__ or "", arguments)
     try:
         return _run(options)
     except (DataError, TrainingError) as error:
@@ -55,101 +65,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
 
 
-def _parser() -> argparse.ArgumentParser:
-    summary, _, explanation = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary,
-        epilog=explanation,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    add = parser.add_argument
-    add("--blocks", choices=("stock", "fused", "both"), default="fused")
-    add(
-        "--model",
-        choices=moat_kernels.list_models(),
-        default="tiny_moat_0",
-        metavar="NAME",
-        help="moat_0 .. moat_4, tiny_moat_0 .. tiny_moat_3 (default: tiny_moat_0)",
-    )
-    add(
-        "--data",
-        type=Path,
-        metavar="FOLDER",
-        help="a folder with one subfolder of images per class (default: twelve photographs that "
-        "come with scikit-image, each a class)",
-    )
-    add("--steps", type=_positive(int), default=60, metavar="N", help="default: 60")
-    add(
-        "--batch-size",
-        type=_positive(int),
-        default=8,
-        metavar="N",
-        help="of all processes together (default: 8)",
-    )
-    add(
-        "--resolution",
-        type=_positive(int),
-        metavar="PIXELS",
-        help="side of the square crops (default: the model's own)",
-    )
-    add("--lr", type=_positive(float), default=1e-3, metavar="RATE", help="default: 0.001")
-    add("--seed", type=_seed, default=0, metavar="N", help="default: 0")
-    add("--amp", action="store_true", help="autocast to bfloat16")
-    add(
-        "--recompute",
-        choices=("auto", "none", "expand", "block"),
-        default="auto",
-        help="what the fused blocks compute again in the backward pass instead of keeping it",
-    )
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add(
-        "--checkpoint",
-        type=Path,
-        metavar="FOLDER",
-        help="write the whole state of the run there, now and then and at the end",
-    )
-    add(
-        "--checkpoint-every",
-        type=_positive(int),
-        default=50,
-        metavar="N",
-        help="steps between checkpoints (default: 50)",
-    )
-    add("--resume", type=Path, metavar="FOLDER", help="continue from the last checkpoint there")
-    add(
-        "--output",
-        type=Path,
-        default=Path("runs"),
-        metavar="FOLDER",
-        help="where the chart and the numbers go (default: runs)",
-    )
-    return parser
-
-
-def _positive(kind: type[int] | type[float]):
-    def parse(text: str) -> int | float:
-        value = kind(text)
-        if not value > 0:
-            raise argparse.ArgumentTypeError(f"must be above 0, got {text}")
-        return value
-
-    parse.__name__ = kind.__name__
-    return parse
-
-
-def _seed(text: str) -> int:
-    value = int(text)
-    if not 0 <= value < 2**31:
-        raise argparse.ArgumentTypeError(f"must be within 0 .. 2147483647, got {text}")
-    return value
-
-
 def _run(options: argparse.Namespace) -> int:
     photographs = folder_photographs(options.data) if options.data else bundled_photographs()
+    if not photographs.training and not options.evaluate:
+        raise DataError(
+            f"--data: {options.data / 'val'} has classes, {options.data / 'train'} has none: "
+            "there is nothing to train on"
+        )
     settings = _settings(options, photographs)
-    _make_folders(options)
     with processes.joined_processes(settings.device):
+        if options.evaluate:
+            return _evaluate(options, photographs, settings)
         return _train_and_report(options, photographs, settings)
+
+
+def _evaluate(options: argparse.Namespace, photographs: Photographs, settings: Settings) -> int:
+    trainers = _trainers(options, settings)
+    _check_photographs(photographs.held_out)
+    for trainer in trainers:
+        result = validate(trainer, photographs.held_out, 0)
+        if result is None:
+            raise DataError("none of the photographs can be read any more")
+        _say(
+            f"{settings.model}, {trainer.blocks} blocks: top-1 {result.accuracy:.1%} of "
+            f"{result.pictures} held out of {len(settings.classes)} classes, loss {result.loss:.4f}"
+        )
+    return 0
 
 
 def _train_and_report(
@@ -161,33 +102,39 @@ def _train_and_report(
             f"{processes.count()} processes"
         )
     try:
-        trainers = _trainers(options.blocks, settings)
-        done = _resume(trainers, options)
-        _check_photographs(photographs)
+        trainers = _trainers(options, settings)
+        source = _resumed_from(options)
+        done = _resume(trainers, source, options)
+        _check_photographs([*photographs.training, *photographs.held_out])
+        output = _make_output(options, source)
         _say(
             f"{settings.model} on {len(photographs.training)} photographs of "
             f"{len(photographs.classes)} classes, {settings.steps} steps of {settings.batch_size} "
             f"crops of {settings.resolution} x {settings.resolution} pixels, {settings.device}"
         )
         measured_on = _training_batch(photographs, settings, 0)
-        unsaved = _train(trainers, photographs, done, options)
-        results = _measure(trainers, photographs, *measured_on)
+        unsaved = _train(trainers, photographs, done, options, output)
+        results = _measure(trainers, *measured_on)
     except KeyboardInterrupt:
-        _say("\nstopped; --resume continues from the last checkpoint, if --checkpoint wrote one")
+        kept = options.output and checkpoints(options.output)
+        _say(
+            f"\nstopped; --resume {options.output} continues from {kept[-1].name}"
+            if kept
+            else "\nstopped; with --output the state would be saved, for --resume"
+        )
         return INTERRUPTED
     try:
         # The others wait: torchrun ends all when one of them ends with an error.
-        processes.first_alone(lambda: _report(results, settings, options.output))
+        processes.first_alone(lambda: _report(results, settings, output))
     except OSError as error:
-        raise TrainingError(f"--output: cannot write to {options.output}: {error}") from error
+        raise TrainingError(f"--output: cannot write to {output}: {error}") from error
     if unsaved:
         raise unsaved
     return 0
 
 
-def _check_photographs(photographs: Photographs) -> None:
+def _check_photographs(examples: Sequence[Example]) -> None:
     """All can be read, or DataError: hours later it would be too late to find out."""
-    examples = [*photographs.training, *photographs.held_out]
     files = list(dict.fromkeys(example.path for example in examples))
     share = files[processes.rank() :: processes.count()]
     reasons = processes.from_all(unusable(share))
@@ -200,14 +147,18 @@ def _check_photographs(photographs: Photographs) -> None:
         )
 
 
-def _report(results: Sequence[Measurements], settings: Settings, folder: Path) -> None:
-    print(format_table(results, settings), flush=True)
+def _report(results: Sequence[ClassifierMeasurements], settings: Settings, folder: Path) -> None:
+    print(format_table(results, settings.device, accuracy_rows(results)), flush=True)
     write_json(folder / "results.json", results, settings)
     print(f"\nnumbers  {folder / 'results.json'}")
     if draw_chart(folder / "chart.png", results, settings):
         print(f"chart    {folder / 'chart.png'}")
     else:
         print("chart    not drawn: matplotlib is not installed")
+    for one in results:
+        files = [folder / name.format(one.blocks) for name in (BEST, LAST)]
+        written = [str(file) for file in files if file.exists()]
+        print(f"weights  {'  '.join(written)}")
 
 
 def _say(text: str) -> None:
@@ -218,23 +169,22 @@ def _say(text: str) -> None:
 
 def _resumed_from(options: argparse.Namespace) -> Path | None:
     """Where to continue: at --resume, or, if torchrun restarts us, at our own last checkpoint."""
-    earlier = checkpoints(options.checkpoint) if options.checkpoint else []
+    earlier = checkpoints(options.output) if options.output else []
     if processes.may_restart() and earlier:
-        return options.checkpoint
+        return options.output
     if earlier and options.resume is None:
         raise TrainingError(
-            f"--checkpoint {options.checkpoint} holds checkpoints of another run; continue it with "
+            f"--output {options.output} holds checkpoints of another run; continue it with "
             "--resume, or choose another folder"
         )
     return options.resume
 
 
-def _resume(trainers: Sequence[Trainer], options: argparse.Namespace) -> int:
+def _resume(trainers: Sequence[Trainer], source: Path | None, options: argparse.Namespace) -> int:
     """Go to where the run shall continue; returns the number of steps done."""
-    source = _resumed_from(options)
     done = load_checkpoint(source, trainers) if source else 0
-    if options.checkpoint:
-        refuse_strangers(options.checkpoint, lambda step: step > done and _is_due(step, options))
+    if options.output:
+        refuse_strangers(options.output, lambda step: step > done and _is_due(step, options))
     return done
 
 
@@ -258,51 +208,89 @@ def _settings(options: argparse.Namespace, photographs: Photographs) -> Settings
         amp=options.amp,
         recompute=options.recompute,
         device=device,
+        checkpoint=str(options.checkpoint) if options.checkpoint else None,
     )
 
 
-def _make_folders(options: argparse.Namespace) -> None:
+def _make_output(options: argparse.Namespace, source: Path | None) -> Path:
     """Before training, not after it, is the time to find that nothing can be written."""
-    wanted = {"--output": options.output}
-    if options.checkpoint:
-        wanted["--checkpoint"] = options.checkpoint
-    for argument, folder in wanted.items():
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise TrainingError(f"{argument}: cannot make the folder {folder}: {error}") from error
-        try:
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            raise TrainingError(f"{argument}: cannot write to {folder}: {error}") from error
+
+    def make() -> Path:
+        folder = options.output or new_numbered_folder(RUNS)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        if not source or folder.resolve() not in (source.resolve(), source.resolve().parent):
+            for name, blocks in itertools.product((BEST, LAST), _kinds(options)):
+                put_aside(folder / name.format(blocks))
+        return folder
+
+    try:
+        return processes.first_alone(make)
+    except OSError as error:
+        wanted = options.output or RUNS
+        raise TrainingError(f"--output: cannot write to {wanted}: {error}") from error
 
 
-def _trainers(blocks: str, settings: Settings) -> list[Trainer]:
+def _kinds(options: argparse.Namespace) -> tuple[str, ...]:
+    return ("stock", "fused") if options.blocks == "both" else (options.blocks,)
+
+
+def _trainers(options: argparse.Namespace, settings: Settings) -> list[Trainer]:
     """The models to train, all with the very same weights."""
-    kinds = ("stock", "fused") if blocks == "both" else (blocks,)
-    trainers = [Trainer(kind, settings) for kind in kinds]
+    trainers = [Trainer(kind, settings) for kind in _kinds(options)]
+    if options.checkpoint:
+        model, needed = trainers[0].model, options.evaluate
+        _say(load_pretrained(model, options.checkpoint, settings, classifier_needed=needed))
     for trainer in trainers[1:]:
         trainer.model.load_state_dict(trainers[0].model.state_dict())
     return trainers
 
 
 def _train(
-    trainers: Sequence[Trainer], photographs: Photographs, done: int, options: argparse.Namespace
-) -> CheckpointError | None:
-    """Train to the end; returns why the last checkpoint could not be written, if it could not."""
-    unsaved = None
-    settings = trainers[0].settings
+    trainers: Sequence[Trainer],
+    photographs: Photographs,
+    done: int,
+    options: argparse.Namespace,
+    output: Path,
+) -> TrainingError | None:
+    """Train to the end; returns what of the end could not be written, if anything could not."""
+    unsaved: TrainingError | None = None
+    settings, weights = trainers[0].settings, Weights(output)
+    every = options.validate_every or max(1, settings.steps // 10)
     progress = Progress(done, settings.steps)
     for step in range(done, settings.steps):
         batch = _training_batch(photographs, settings, step)
         # Who goes first alternates too.
         for trainer in trainers if step % 2 == 0 else reversed(trainers):
             trainer.step(step, *batch)
+        if (step + 1) % every == 0 or step + 1 == settings.steps:
+            for trainer in trainers:
+                _validate_and_save(trainer, photographs.held_out, step + 1, weights)
         if processes.rank() == 0:
             progress.show(step + 1, _latest(trainers))
-        if options.checkpoint and _is_due(step + 1, options):
-            unsaved = _try_to_save(options.checkpoint, trainers, step + 1)
+        if options.output and _is_due(step + 1, options):
+            unsaved = _try_to_save(output, trainers, step + 1)
+    if not unsaved and (failure := weights.failure()):
+        return TrainingError(failure)
     return unsaved
+
+
+def _validate_and_save(
+    trainer: Trainer, held_out: Sequence[Example], step: int, weights: Weights
+) -> None:
+    latest = validate(trainer, held_out, step)
+    metadata = {
+        "model": trainer.settings.model,
+        "classes": json.dumps(trainer.settings.classes),
+        "resolution": str(trainer.settings.resolution),
+        "step": str(step),
+    }
+    if latest:
+        trainer.validations.append(latest)
+        metadata["accuracy"] = str(latest.accuracy)
+        if latest is best_of(trainer.validations):
+            weights.save(trainer.model, BEST.format(trainer.blocks), metadata)
+    weights.save(trainer.model, LAST.format(trainer.blocks), metadata)
 
 
 def _try_to_save(folder: Path, trainers: Sequence[Trainer], step: int) -> CheckpointError | None:
@@ -317,9 +305,14 @@ def _try_to_save(folder: Path, trainers: Sequence[Trainer], step: int) -> Checkp
 
 
 def _latest(trainers: Sequence[Trainer]) -> str:
-    return "loss of " + ", ".join(
-        f"{one.blocks} {one.losses[-1]:.3f} in {one.step_seconds[-1]:.2f} s" for one in trainers
-    )
+    """Of each kind of blocks the last loss, time and accuracy."""
+    kinds = "/".join(one.blocks for one in trainers)
+    losses = "/".join(f"{one.losses[-1]:.3f}" for one in trainers)
+    seconds = "/".join(f"{one.step_seconds[-1]:.2f}" for one in trainers)
+    text = f"{kinds}: loss {losses}, {seconds} s"
+    if all(one.validations for one in trainers):
+        text += ", top-1 " + "/".join(f"{one.validations[-1].accuracy:.0%}" for one in trainers)
+    return text
 
 
 def _training_batch(
@@ -339,40 +332,28 @@ def _training_batch(
 
 
 def _measure(
-    trainers: Sequence[Trainer], photographs: Photographs, images: Tensor, labels: Tensor
-) -> list[Measurements]:
-    """Accuracy, and memory with a batch; afterwards the trainers are used up."""
-    _say("testing on what was held out, and measuring memory")
+    trainers: Sequence[Trainer], images: Tensor, labels: Tensor
+) -> list[ClassifierMeasurements]:
+    """What the report tells, memory with a batch; afterwards the trainers are used up."""
+    _say("measuring memory")
     results = []
     for trainer in trainers:
-        right, tested = _test(trainer, photographs)
         # Of many processes on one machine none could be told from the others.
         peak = peak_of_step(trainer, images, labels) if processes.count() == 1 else None
+        end = [one for one in trainer.validations if one.step == trainer.settings.steps]
         results.append(
-            Measurements(
+            ClassifierMeasurements(
                 blocks=trainer.blocks,
                 losses=trainer.losses,
                 step_seconds=trainer.step_seconds,
-                accuracy=right / tested if tested else None,
-                held_out=tested,
+                accuracy=end[0].accuracy if end else None,
+                held_out=end[0].pictures if end else 0,
                 saved_bytes=saved_for_backward(trainer, images, labels),
                 peak_bytes=peak,
+                validations=trainer.validations,
             )
         )
     return results
-
-
-def _test(trainer: Trainer, photographs: Photographs) -> tuple[int, int]:
-    """How many held-out pictures are classified right, of how many."""
-    settings, right, tested = trainer.settings, 0, 0
-    preprocessing = moat_kernels.get_preprocessing(settings.model)
-    for start in range(0, len(photographs.held_out), settings.batch_size):
-        examples = photographs.held_out[start : start + settings.batch_size]
-        images, labels = held_out_batch(examples, settings.resolution, preprocessing)
-        if len(images):
-            right += int((trainer.predict(images) == labels).sum())
-            tested += len(images)
-    return right, tested
 
 
 if __name__ == "__main__":

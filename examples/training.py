@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import processes
@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.checkpoint.state_dict import get_state_dict, set_state_dict
 from torch.nn.parallel import DistributedDataParallel
+from validation import Validation
 
 import moat_kernels
 
@@ -39,6 +40,7 @@ class Settings:
     amp: bool
     recompute: str
     device: str
+    checkpoint: str | None = None  # the weights that it starts from
 
 
 @dataclass
@@ -58,6 +60,7 @@ class Trainer:
     optimizer: torch.optim.Optimizer = field(init=False)
     losses: list[float] = field(default_factory=list)
     step_seconds: list[float] = field(default_factory=list)
+    validations: list[Validation] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         settings = self.settings
@@ -114,22 +117,26 @@ class Trainer:
             )
 
     @torch.inference_mode()
-    def predict(self, images: Tensor) -> Tensor:
-        """The most likely class of each image: [B, 3, H, W] -> [B]."""
+    def logits(self, images: Tensor) -> Tensor:
+        """What the model, in eval mode, makes of images: [B, 3, H, W] -> [B, classes] float32."""
         self.model.eval()
         with torch.autocast(self.settings.device, torch.bfloat16, enabled=self.settings.amp):
-            return self.model(images.to(self.settings.device)).argmax(1).cpu()
+            return self.model(images.to(self.settings.device)).float().cpu()
 
     def tensors(self) -> dict[str, Any]:
         """The states of model and optimiser, by the names of the parameters."""
         model, optimizer = get_state_dict(self.model, self.optimizer)
         return {"model": model, "optimizer": optimizer}
 
-    def history(self) -> dict[str, list[float]]:
-        """What was measured so far."""
-        return {"losses": self.losses, "step_seconds": self.step_seconds}
+    def history(self) -> dict[str, list[Any]]:
+        """What was measured so far, as JSON has it."""
+        return {
+            "losses": self.losses,
+            "step_seconds": self.step_seconds,
+            "validations": [asdict(one) for one in self.validations],
+        }
 
-    def load(self, tensors: dict[str, Any], history: dict[str, list[float]]) -> None:
+    def load(self, tensors: dict[str, Any], history: dict[str, list[Any]]) -> None:
         """Continue where `tensors` and `history` were taken."""
         set_state_dict(
             self.model,
@@ -139,6 +146,8 @@ class Trainer:
         )
         self.losses = list(history["losses"])
         self.step_seconds = list(history["step_seconds"])
+        # Older versions validated at the end only.
+        self.validations = [Validation(**one) for one in history.get("validations", ())]
 
 
 def learning_rate_scale(step: int, steps: int) -> float:

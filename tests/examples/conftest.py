@@ -42,11 +42,11 @@ def run(pictures: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call
     monkeypatch.setattr(moat_kernels, "create_model", small_model)
     monkeypatch.setattr(train_classifier, "peak_of_step", lambda *arguments: 2**20)
     monkeypatch.setattr(train_classifier, "draw_chart", lambda *arguments: False)
+    monkeypatch.setattr(train_classifier, "RUNS", tmp_path / "runs")
 
     def call(*arguments: object) -> int:
         small = ("--data", pictures, "--steps", STEPS, "--resolution", 32, "--batch-size", 4)
-        fixed = ("--device", "cpu", "--output", tmp_path / "out")
-        return train_classifier.main([str(one) for one in (*small, *fixed, *arguments)])
+        return train_classifier.main([str(one) for one in (*small, "--device", "cpu", *arguments)])
 
     return call
 

@@ -73,7 +73,7 @@ STRANGERS = (
 
 def test_what_others_put_there_is_left_alone_and_does_not_matter(run, tmp_path):
     folder = tmp_path / "run"
-    every_step = ("--checkpoint", folder, "--checkpoint-every", 1)
+    every_step = ("--output", folder, "--checkpoint-every", 1)
     assert run(*every_step, "--steps", 1) == 0
     for name in STRANGERS:
         (folder / name).mkdir()
@@ -176,13 +176,13 @@ def test_what_is_in_the_way_of_a_checkpoint_is_found_before_training(run, tmp_pa
         (folder / name).mkdir(parents=True)
         (folder / name / "mine.txt").write_text(name)
     before = contents(folder)
-    assert run("--checkpoint", folder) == 2
+    assert run("--output", folder) == 2
     captured = capsys.readouterr()
     assert f"{folder / 'step_00000004'} is needed for a checkpoint" in captured.err
     assert "steps of" not in captured.out
     assert contents(folder) == before
     shutil.rmtree(folder / "step_00000004")
-    assert run("--checkpoint", folder) == 0
+    assert run("--output", folder) == 0
     assert contents(folder).items() >= {"step_00000005/mine.txt": b"step_00000005"}.items()
 
 
@@ -251,13 +251,14 @@ def test_training_goes_on_without_a_checkpoint(run, tmp_path, capsys, monkeypatc
 
     monkeypatch.setattr("train_classifier.save_checkpoint", save)
     folder = tmp_path / "run"
-    code = run("--checkpoint", folder, "--checkpoint-every", 2)
+    code = run("--output", folder, "--checkpoint-every", 2)
     error = capsys.readouterr().err
     for step in failing:
         assert f"warning: cannot write the checkpoint {folder}/step_0000000{step}: " in error
     assert (code, "error: cannot write" in error) == ((2, True) if 4 in failing else (0, False))
-    assert names(folder) == ([] if 4 in failing else ["step_00000004"])
-    results = json.loads((tmp_path / "out" / "results.json").read_text())["results"]
+    saved = [path.name for path in folder.glob("step_*")]
+    assert saved == ([] if 4 in failing else ["step_00000004"])
+    results = json.loads((folder / "results.json").read_text())["results"]
     assert len(results["fused"]["losses"]) == STEPS
 
 
@@ -278,9 +279,9 @@ def test_an_interrupt_while_writing_leaves_nothing_half(folder, trainer, monkeyp
 def test_ctrl_c_while_writing_ends_the_run(run, tmp_path, monkeypatch, capsys):
     with monkeypatch.context() as patches:
         patches.setattr("torch.save", interrupted)
-        assert run("--checkpoint", tmp_path / "run") == 130
-    assert "--resume continues" in capsys.readouterr().out
-    assert names(tmp_path / "run") == []
+        assert run("--output", tmp_path / "run") == 130
+    assert "stopped" in capsys.readouterr().out
+    assert names(tmp_path / "run") == ["fused_best.safetensors", "fused_last.safetensors"]
 
 
 def test_an_old_checkpoint_that_cannot_be_removed_is_named(folder, trainer, monkeypatch, capsys):

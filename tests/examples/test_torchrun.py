@@ -103,7 +103,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
 def test_a_killed_process_changes_nothing(arguments: list[str], tmp_path: Path) -> None:
     """Two processes, one of them killed, give the losses of one process that nobody disturbed."""
     checkpoints = tmp_path / "run"
-    command = [*torchrun("--max-restarts", "1"), *arguments, "--checkpoint", str(checkpoints)]
+    command = [*torchrun("--max-restarts", "1"), *arguments, "--output", str(checkpoints)]
     process = subprocess.Popen(
         [*command, "--output", str(tmp_path / "killed")],
         env=environment(SECONDS_PER_STEP="0.5"),
