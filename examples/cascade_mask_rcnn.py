@@ -81,7 +81,7 @@ def make_detector(model: str, num_classes: int, sizes: Sizes, **options: Any) ->
     """Cascade Mask R-CNN on a MOAT by name.
 
     num_classes: of objects; the background is one more, and is label 0.
-    options: of `moat_kernels.create_model`, such as fused, checkpoint.
+    options: of `moat_kernels.create_model`, such as fused.
 
     In training it takes images (list of [3, H, W] float32, 0..1) and targets (list of dicts: boxes
     [N, 4] float32, left, top, right, bottom; labels [N] int64; masks [N, H, W]) and returns a dict

@@ -30,6 +30,7 @@ try:
     from files import new_numbered_folder
     from memory import saved_for_backward
     from photographs import DataError
+    from pretrained import backbone_from
     from progress import Progress
     from report import format_table, write_json
     from scenes import Microscopy, Scenes, training_batch
@@ -40,7 +41,6 @@ except ImportError as error:
     sys.exit(f"error: {error}; what the examples need: pip install -r requirements-examples.txt")
 
 import moat_kernels
-from moat_kernels.checkpoints import CheckpointError
 
 RUNS = Path("runs")
 INTERRUPTED = 130  # the exit code that shells use after Ctrl-C
@@ -178,17 +178,17 @@ def _settings(options: argparse.Namespace, scenes: Scenes) -> Settings:
 
 def _trainers(blocks: str, settings: Settings) -> list[Trainer]:
     """The detectors to train, all with the very same weights."""
-    kinds = ("stock", "fused") if blocks == "both" else (blocks,)
-    try:
-        trainers = [Trainer(kind, settings) for kind in kinds]
-    except (OSError, CheckpointError) as error:
-        raise TrainingError(
-            f"--checkpoint {settings.checkpoint} cannot be loaded into a {settings.model} "
-            f"(--model): {error}"
-        ) from error
+    trainers = [Trainer(kind, settings) for kind in _kinds(blocks)]
+    if settings.checkpoint:
+        moat = trainers[0].model.backbone.moat
+        print(backbone_from(moat, Path(settings.checkpoint), settings.model))
     for trainer in trainers[1:]:
         trainer.model.load_state_dict(trainers[0].model.state_dict())
     return trainers
+
+
+def _kinds(blocks: str) -> tuple[str, ...]:
+    return ("stock", "fused") if blocks == "both" else (blocks,)
 
 
 def _make_output(options: argparse.Namespace) -> Path:
@@ -199,7 +199,7 @@ def _make_output(options: argparse.Namespace) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
         tempfile.TemporaryFile(dir=folder).close()
         for name in (BEST, LAST):
-            for blocks in ("stock", "fused"):
+            for blocks in _kinds(options.blocks):
                 put_aside(folder / name.format(blocks))
         return folder
     except OSError as error:

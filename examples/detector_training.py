@@ -37,7 +37,7 @@ Target = dict[str, Tensor]
 class Settings:
     """All that, with the images, determines a run.
 
-    checkpoint: the weights that the backbone starts from; None: random ones.
+    checkpoint: the weights that the backbone starts from, loaded elsewhere; None: random ones.
     """
 
     model: str
@@ -80,7 +80,6 @@ class Trainer:
             len(settings.classes),
             settings.sizes,
             fused=self.blocks == "fused",
-            checkpoint=settings.checkpoint,
         ).to(settings.device)
         self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=settings.lr)
 
