@@ -11,6 +11,7 @@ BUILD := setup.py $(wildcard build_support/*.py) moat_kernels/source_hashes.py
 TEST_CSRC := $(shell find tests/support -name '*.cpp' -o -name '*.h' -o -name '*.cuh')
 REQUIREMENTS := $(VENV)/.requirements-installed
 PEERS := $(VENV)/.peers-installed
+EXAMPLES := $(VENV)/.examples-installed
 DOCS := $(VENV)/.docs-installed
 PACKAGE := $(VENV)/.package-installed
 EXTENSION := moat_kernels/_C.abi3.so
@@ -29,7 +30,7 @@ demo: $(EXTENSION)
 	$(VENV)/bin/python examples/train_classifier.py --blocks both $(ARGS)
 
 # Files are shared out among as many processes as there are cores; ARGS="-n 0" is one process.
-test: $(EXTENSION) $(PEERS)
+test: $(EXTENSION) $(PEERS) $(EXAMPLES)
 	$(VENV)/bin/python -m pytest -n logical --dist loadfile --no-loadscope-reorder $(ARGS)
 
 bench: $(EXTENSION) $(PEERS)
@@ -99,6 +100,12 @@ $(PEERS): requirements-peers.txt $(REQUIREMENTS)
 	@echo "Installing other people's models (requirements-peers.txt) into $(VENV) (seconds)"
 	@$(VENV)/bin/pip install -q --disable-pip-version-check --no-deps -r requirements-peers.txt
 	@touch $@
+
+# Where they cannot be installed this makes no file, and the tests that need them skip.
+$(EXAMPLES): requirements-examples.txt $(REQUIREMENTS)
+	@echo "Installing pictures with labels (requirements-examples.txt) into $(VENV) (seconds)"
+	@if $(VENV)/bin/pip install -q --disable-pip-version-check --no-deps \
+	  -r requirements-examples.txt; then touch $@; fi
 
 $(DOCS): requirements-docs.txt $(REQUIREMENTS)
 	@echo "Installing what builds the pages (requirements-docs.txt) into $(VENV) (seconds)"

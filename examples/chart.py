@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from classifier_report import ClassifierMeasurements
 from files import written_whole
 from memory import MEBIBYTE
 from report import Measurements, loss_differences
@@ -53,7 +54,7 @@ def _by_blocks(results: Sequence[Measurements], name: str) -> dict[str, float | 
     return {one.blocks: getattr(one, name) for one in results}
 
 
-def draw_chart(path: Path, results: Sequence[Measurements], settings: Settings) -> bool:
+def draw_chart(path: Path, results: Sequence[ClassifierMeasurements], settings: Settings) -> bool:
     """Write the chart to `path`; returns False, and writes nothing, without matplotlib."""
     if importlib.util.find_spec("matplotlib") is None:
         return False
@@ -66,28 +67,54 @@ def draw_chart(path: Path, results: Sequence[Measurements], settings: Settings) 
             1, 2, width_ratios=(1.6, 1), wspace=0.17, left=0.06, right=0.98, top=0.81, bottom=0.12
         )
         _draw_curves(figure, curves, results)
-        if len(results) == 2:
-            time, saved, peak = (
-                figure.add_subplot(row) for row in costs.subgridspec(3, 1, hspace=0.75)
-            )
-            _draw_step_times(time, results)
-            _draw_bars(saved, "Saved for the backward pass", _by_blocks(results, "saved_bytes"))
-            _draw_bars(peak, "Peak memory of a step", _by_blocks(results, "peak_bytes"))
-        else:
-            time, memory = costs.subgridspec(2, 1, height_ratios=(2, 1), hspace=0.45)
-            _draw_times_of_all_steps(figure.add_subplot(time), results[0])
-            _draw_memory(figure.add_subplot(memory), results[0])
+        draw_costs(figure, costs, results)
         figure.text(0.02, 0.935, _headline(results, settings), size=15, weight="bold")
         figure.text(0.02, 0.885, _description(results, settings), color=MUTED)
-        figure.text(0.02, 0.02, _machine(settings), size=8, color=MUTED)
+        figure.text(0.02, 0.02, machine(settings.device, settings.amp), size=8, color=MUTED)
         with written_whole(path) as new:
             figure.savefig(new, format="png")
     return True
 
 
-def _draw_curves(figure: Figure, place: SubplotSpec, results: Sequence[Measurements]) -> None:
+def draw_losses(
+    figure: Figure, place: SubplotSpec, results: Sequence[Measurements], notes: Sequence[str]
+) -> None:
+    """The losses, and of two kinds of blocks their difference.
+
+    notes: what else to say of each of `results`.
+    """
+    rows = place.subgridspec(len(results), 1, height_ratios=(3, 1)[: len(results)], hspace=0.42)
+    axes = figure.add_subplot(rows[0])
+    _draw_losses(axes, results, notes)
+    axes.set_title("Training loss")
+    _finish_steps(axes, results)
+    if len(results) == 2:
+        axes = figure.add_subplot(rows[1])
+        _draw_differences(axes, results)
+        _finish_steps(axes, results)
+    axes.set_xlabel("step", color=MUTED)
+
+
+def draw_costs(figure: Figure, place: SubplotSpec, results: Sequence[Measurements]) -> None:
+    """Time and memory of a step, of two kinds of blocks side by side."""
+    if len(results) == 2:
+        time, saved, peak = (
+            figure.add_subplot(row) for row in place.subgridspec(3, 1, hspace=0.75)
+        )
+        _draw_step_times(time, results)
+        _draw_bars(saved, "Saved for the backward pass", _by_blocks(results, "saved_bytes"))
+        _draw_bars(peak, "Peak memory of a step", _by_blocks(results, "peak_bytes"))
+    else:
+        time, memory = place.subgridspec(2, 1, height_ratios=(2, 1), hspace=0.45)
+        _draw_times_of_all_steps(figure.add_subplot(time), results[0])
+        _draw_memory(figure.add_subplot(memory), results[0])
+
+
+def _draw_curves(
+    figure: Figure, place: SubplotSpec, results: Sequence[ClassifierMeasurements]
+) -> None:
     """Losses and, as far as there is any, accuracy and what tells the two kinds of blocks apart."""
-    draw = {_draw_losses: 3.0}
+    draw = {_draw_losses_and_tests: 3.0}
     if any(one.validations for one in results):
         draw[_draw_accuracies] = 1.5
     if len(results) == 2:
@@ -100,43 +127,55 @@ def _draw_curves(figure: Figure, place: SubplotSpec, results: Sequence[Measureme
     axes.set_xlabel("step", color=MUTED)
 
 
-def _draw_losses(axes: Axes, results: Sequence[Measurements]) -> None:
+def _draw_losses(axes: Axes, results: Sequence[Measurements], notes: Sequence[str]) -> None:
     """Fused as a thin line over a wide stock line, so that both are seen where they coincide."""
-    for one, width in zip(results, (4.5, 1.5)[-len(results) :], strict=True):
+    for one, width in zip(results, _widths(results), strict=True):
         steps = range(1, len(one.losses) + 1)
         color = COLORS[one.blocks]
         axes.plot(steps, one.losses, color=color, linewidth=width, solid_capstyle="round")
-        tested = [(test.step, test.loss) for test in one.validations]
-        axes.plot(
-            *_columns(tested),
-            "o",
-            color=color,
-            markeredgecolor=INK,
-            markersize=width + 3,
-            clip_on=False,
-        )
-    for position, one in enumerate(reversed(results)):
+    room = 0.4 if any(notes) else 0.26  # of the axes' width, for what is said of one
+    for position, (one, note) in enumerate(reversed(list(zip(results, notes, strict=True)))):
         axes.annotate(
-            f"{one.blocks} {one.first_loss:.2f} \N{RIGHTWARDS ARROW} {one.last_loss:.2f}",
-            (1 - 0.26 * position, 1),
+            f"{one.blocks} {one.first_loss:.2f} \N{RIGHTWARDS ARROW} {one.last_loss:.2f}{note}",
+            (1 - room * position, 1),
             xytext=(0, 6),  # points above the axes: beside their title
             xycoords="axes fraction",
             textcoords="offset points",
             color=COLORS[one.blocks],
             horizontalalignment="right",
         )
-    tested = any(one.validations for one in results)
-    axes.set_title("Loss: training" + (", held out (dots)" if tested else ""))
     axes.set_ylim(bottom=0)
 
 
-def _draw_accuracies(axes: Axes, results: Sequence[Measurements]) -> None:
+def _widths(results: Sequence[Measurements]) -> tuple[float, ...]:
+    """Of the lines of each of `results`."""
+    return (4.5, 1.5)[-len(results) :]
+
+
+def _draw_losses_and_tests(axes: Axes, results: Sequence[ClassifierMeasurements]) -> None:
+    """The losses of training as lines, those of what is held out as dots."""
+    _draw_losses(axes, results, [""] * len(results))
+    for one, width in zip(results, _widths(results), strict=True):
+        tested = [(test.step, test.loss) for test in one.validations]
+        axes.plot(
+            *_columns(tested),
+            "o",
+            color=COLORS[one.blocks],
+            markeredgecolor=INK,
+            markersize=width + 3,
+            clip_on=False,
+        )
+    tested = any(one.validations for one in results)
+    axes.set_title("Loss: training" + (", held out (dots)" if tested else ""))
+
+
+def _draw_accuracies(axes: Axes, results: Sequence[ClassifierMeasurements]) -> None:
     """Top-1 of what is held out, each time that it was tested, and the best of it."""
     highest = 0.0
     for position, one in enumerate(results):
         if not one.validations:
             continue
-        width = (4.5, 1.5)[-len(results) :][position]
+        width = _widths(results)[position]
         tested = [(test.step, test.accuracy) for test in one.validations]
         color = COLORS[one.blocks]
         axes.plot(
@@ -255,7 +294,7 @@ def _draw_bars(
         axes.text(ends[name] + largest * 0.03, position, text, verticalalignment="center")
 
 
-def _headline(results: Sequence[Measurements], settings: Settings) -> str:
+def _headline(results: Sequence[ClassifierMeasurements], settings: Settings) -> str:
     if len(results) == 1:
         (one,) = results
         name = f"{settings.model}, {one.blocks} blocks"
@@ -282,13 +321,14 @@ def _description(results: Sequence[Measurements], settings: Settings) -> str:
     return f"trained{start} for {settings.steps} steps, each of {batch}"
 
 
-def _machine(settings: Settings) -> str:
+def machine(device: str, amp: bool = False) -> str:
+    """What the numbers were measured on."""
     facts = info.collect()
     versions = (
         f"torch {facts['versions']['torch']}, moat_kernels {facts['versions']['moat_kernels']}"
     )
-    precision = "bfloat16 autocast" if settings.amp else "float32"
-    if settings.device == "cuda":
+    precision = "bfloat16 autocast" if amp else "float32"
+    if device == "cuda":
         return f"{facts['gpus'][0]['name']}, {precision}, {versions}"
     threads = facts["cpu"]["threads"]
     cpu = f"{facts['cpu']['name']}, {threads} thread{'s' if threads > 1 else ''}"

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,15 +42,25 @@ def peak_of_step(trainer: Trainer, images: Tensor, labels: Tensor) -> int | None
     Trains the model for a step on a CUDA device.
     """
     if trainer.settings.device == "cuda":
-        trainer.optimizer.zero_grad(set_to_none=True)
-        gc.collect()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        trainer.update(images, labels)
-        return torch.cuda.max_memory_allocated() - before
+        return peak_on_cuda(trainer, images, labels)
+    task = {"blocks": trainer.blocks, "settings": asdict(trainer.settings)}
+    return peak_in_fresh_process(__file__, task)
+
+
+def peak_on_cuda(trainer: Any, *batch: Any) -> int:
+    """The same on a CUDA device: trains the model for a step."""
+    trainer.optimizer.zero_grad(set_to_none=True)
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    trainer.update(*batch)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def peak_in_fresh_process(program: str, task: dict[str, Any]) -> int | None:
+    """What `program TASK` measures and prints; `task` has the "blocks"."""
     if not Path("/proc/self/status").exists():
         return None
-    task = json.dumps({"blocks": trainer.blocks, "settings": asdict(trainer.settings)})
     environment = {
         **os.environ,
         # The same packages as here, wherever they were found.
@@ -59,11 +70,14 @@ def peak_of_step(trainer: Trainer, images: Tensor, labels: Tensor) -> int | None
         "MALLOC_TRIM_THRESHOLD_": "65536",
     }
     result = subprocess.run(
-        [sys.executable, __file__, task], env=environment, capture_output=True, text=True
+        [sys.executable, program, json.dumps(task)],
+        env=environment,
+        capture_output=True,
+        text=True,
     )
     if result.returncode:
         print(
-            f"warning: peak memory of the {trainer.blocks} blocks was not measured, the process "
+            f"warning: peak memory of the {task['blocks']} blocks was not measured, the process "
             f"for it ended with {result.returncode}: {result.stderr.strip()}",
             file=sys.stderr,
         )

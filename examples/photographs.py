@@ -201,7 +201,7 @@ def unusable(paths: Sequence[Path]) -> list[str]:
 
     def try_out(path: Path) -> str:
         try:
-            _read(path)
+            read_image(path)
         except DataError as error:
             return str(error)
         return ""
@@ -249,7 +249,7 @@ def held_out_batch(
     images, labels = [torch.empty(0, 3, resolution, resolution)], []
     for example in examples:
         try:
-            image = _read(example.path)
+            image = read_image(example.path)
         except DataError as error:
             _warn_once(f"left out of the test: {error}")
             continue
@@ -264,7 +264,7 @@ def held_out_batch(
 
 def _augment(example: Example, random: np.random.Generator, resolution: int) -> Image.Image:
     """A random resized crop, flip and colour jitter."""
-    image = _read(example.path)
+    image = read_image(example.path)
     left, top, right, bottom = _pixels(example.region, image)
     width, height = right - left, bottom - top
     area = random.uniform(*CROP_AREA) * width * height
@@ -282,8 +282,8 @@ def _augment(example: Example, random: np.random.Generator, resolution: int) -> 
 
 
 @functools.lru_cache(maxsize=64)
-def _read(path: Path) -> Image.Image:
-    """The image as RGB, upright."""
+def read_image(path: Path) -> Image.Image:
+    """The image as RGB, upright. DataError if it cannot be read."""
     try:
         if not path.is_file():  # opening a pipe would wait for who writes to it
             raise ValueError("there is no such file")

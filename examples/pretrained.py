@@ -6,6 +6,7 @@ import copy
 import json
 from pathlib import Path
 
+from torch import nn
 from training import Settings, TrainingError
 
 import moat_kernels
@@ -70,3 +71,18 @@ def _difference(classes: list[str] | None, wanted: list[str]) -> str:
         return ""
     differing = ", ".join(sorted(set(classes) ^ set(wanted))[:3]) or "in another order"
     return f"it is for {len(classes)} other classes than the {len(wanted)} of --data ({differing})"
+
+
+def backbone_from(backbone: nn.Module, path: Path, model: str) -> str:
+    """Put a classifier's weights into the backbone of something else; returns what was done.
+
+    model: the backbone's name, for messages. Raises TrainingError, and changes nothing, if the
+    weights cannot be read or are of another model.
+    """
+    try:
+        report = load_checkpoint(backbone, path, fine_tune=True)
+    except (OSError, CheckpointError) as error:
+        raise TrainingError(
+            f"--checkpoint {path} cannot be loaded into a {model} (--model): {error}"
+        ) from error
+    return "\n".join([f"weights of the backbone from {path}", *report.adapted])

@@ -6,35 +6,28 @@ import dataclasses
 import json
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from files import written_whole
 from memory import MEBIBYTE, PEAK_ON_CPU, PEAK_ON_CUDA
-from training import Settings
-from validation import Validation, best_of
 
 from moat_kernels import info
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Measurements:
-    """What one kind of blocks did: a loss and a time for each step, accuracy, and bytes.
+    """What one kind of blocks did: a loss and a time for each step, and bytes.
 
-    accuracy: in the end, of `held_out` pictures (0..1); None without any.
     peak_bytes: None where it cannot be measured.
-    validations: what there was while training, the end included.
     """
 
     blocks: str
     losses: list[float]
     step_seconds: list[float]
-    accuracy: float | None
-    held_out: int
     saved_bytes: int
     peak_bytes: int | None
-    validations: list[Validation] = field(default_factory=list)
 
     @property
     def ends(self) -> int:
@@ -59,9 +52,17 @@ def loss_differences(results: Sequence[Measurements]) -> list[float]:
     return [abs(a - b) for a, b in zip(results[0].losses, results[1].losses, strict=True)]
 
 
-def format_table(results: Sequence[Measurements], settings: Settings) -> str:
-    """All that was measured, for people."""
-    ends, held_out = results[0].ends, results[0].held_out
+Values = tuple[str, Callable[[Any], Any], Callable[[Any], str]]  # a row: title, value, its form
+
+
+def format_table(
+    results: Sequence[Measurements], device: str, qualities: Sequence[Values] = ()
+) -> str:
+    """All that was measured, for people.
+
+    qualities: rows that say how good each of `results` became.
+    """
+    ends = results[0].ends
     first, last = ("first step", "last step")
     if ends > 1:
         first, last = f"mean of first {ends} steps", f"mean of last {ends} steps"
@@ -69,20 +70,13 @@ def format_table(results: Sequence[Measurements], settings: Settings) -> str:
     def seconds(value: float) -> str:
         return f"{value:.3f} s"
 
-    def best(one: Measurements) -> str | None:
-        if not one.validations:
-            return None
-        best = best_of(one.validations)
-        return f"{best.accuracy:.1%} ({best.step})"
-
     def mebibytes(value: float) -> str:
         return f"{value / MEBIBYTE:.1f} MiB"
 
     rows = [
         _row(f"loss, {first}", results, lambda one: one.first_loss, "{:.4f}".format),
         _row(f"loss, {last}", results, lambda one: one.last_loss, "{:.4f}".format),
-        _row(f"top-1 of {held_out} held out", results, lambda one: one.accuracy, "{:.1%}".format),
-        _row("best top-1 (after step)", results, best, str),
+        *(_row(title, results, value, form) for title, value, form in qualities),
         _row("median step time", results, lambda one: one.median_seconds, seconds, ratio=True),
         _row("saved for backward [1]", results, lambda one: one.saved_bytes, mebibytes, ratio=True),
         _row("peak of a step [2]", results, lambda one: one.peak_bytes, mebibytes, ratio=True),
@@ -102,7 +96,7 @@ def format_table(results: Sequence[Measurements], settings: Settings) -> str:
             f"(step {differences.index(largest) + 1});\n"
             "training feeds rounding differences back, so they grow"
         )
-    peak = PEAK_ON_CUDA if settings.device == "cuda" else PEAK_ON_CPU
+    peak = PEAK_ON_CUDA if device == "cuda" else PEAK_ON_CPU
     lines += [
         "",
         "[1] storages that autograd keeps for the backward pass of a step, without parameters",
@@ -126,8 +120,11 @@ def _row(
     return [title, *cells]
 
 
-def write_json(path: Path, results: Sequence[Measurements], settings: Settings) -> None:
-    """All numbers, the settings, and what they were measured on; `path` whole or as it was."""
+def write_json(path: Path, results: Sequence[Measurements], settings: Any) -> None:
+    """All numbers, the settings, and what they were measured on; `path` whole or as it was.
+
+    settings: a dataclass of them.
+    """
     contents: dict[str, Any] = {
         "settings": dataclasses.asdict(settings),
         "results": {one.blocks: _numbers(one) for one in results},

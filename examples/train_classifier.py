@@ -28,6 +28,7 @@ from chart import draw_chart
 from checkpoint_folder import checkpoints, refuse_strangers
 from checkpointing import CheckpointError, load_checkpoint, save_checkpoint
 from classifier_options import RUNS, parse_options
+from classifier_report import ClassifierMeasurements, accuracy_rows
 from files import new_numbered_folder
 from memory import peak_of_step, saved_for_backward
 from photographs import (
@@ -41,7 +42,7 @@ from photographs import (
 )
 from pretrained import evaluate_from, start_from
 from progress import Progress
-from report import Measurements, format_table, write_json
+from report import format_table, write_json
 from torch import Tensor
 from training import Settings, Trainer, TrainingError
 from validation import best_of, validate
@@ -146,8 +147,8 @@ def _check_photographs(examples: Sequence[Example]) -> None:
         )
 
 
-def _report(results: Sequence[Measurements], settings: Settings, folder: Path) -> None:
-    print(format_table(results, settings), flush=True)
+def _report(results: Sequence[ClassifierMeasurements], settings: Settings, folder: Path) -> None:
+    print(format_table(results, settings.device, accuracy_rows(results)), flush=True)
     write_json(folder / "results.json", results, settings)
     print(f"\nnumbers  {folder / 'results.json'}")
     if draw_chart(folder / "chart.png", results, settings):
@@ -330,7 +331,9 @@ def _training_batch(
     return images.to(settings.device), labels.to(settings.device)
 
 
-def _measure(trainers: Sequence[Trainer], images: Tensor, labels: Tensor) -> list[Measurements]:
+def _measure(
+    trainers: Sequence[Trainer], images: Tensor, labels: Tensor
+) -> list[ClassifierMeasurements]:
     """What the report tells, memory with a batch; afterwards the trainers are used up."""
     _say("measuring memory")
     results = []
@@ -339,7 +342,7 @@ def _measure(trainers: Sequence[Trainer], images: Tensor, labels: Tensor) -> lis
         peak = peak_of_step(trainer, images, labels) if processes.count() == 1 else None
         end = [one for one in trainer.validations if one.step == trainer.settings.steps]
         results.append(
-            Measurements(
+            ClassifierMeasurements(
                 blocks=trainer.blocks,
                 losses=trainer.losses,
                 step_seconds=trainer.step_seconds,

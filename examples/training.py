@@ -65,18 +65,22 @@ class Trainer:
     def __post_init__(self) -> None:
         settings = self.settings
         torch.manual_seed(settings.seed)
-        self.model = moat_kernels.create_model(
-            settings.model,
-            num_classes=len(settings.classes),
-            fused=self.blocks == "fused",
-            recompute=settings.recompute,
-        ).to(settings.device)
+        self.model = self.make_model().to(settings.device)
         self.parallel = self.model
         if processes.count() > 1:
             moat_kernels.convert_sync_batchnorm(self.model)
             self.parallel = DistributedDataParallel(self.model)
         self.optimizer = torch.optim.AdamW(
             self.model.parameter_groups(lr=settings.lr, weight_decay=WEIGHT_DECAY)
+        )
+
+    def make_model(self) -> nn.Module:
+        """A model of random weights; it has `parameter_groups`."""
+        return moat_kernels.create_model(
+            self.settings.model,
+            num_classes=len(self.settings.classes),
+            fused=self.blocks == "fused",
+            recompute=self.settings.recompute,
         )
 
     def loss(self, images: Tensor, labels: Tensor) -> Tensor:

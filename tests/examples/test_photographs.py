@@ -20,7 +20,7 @@ from PIL import ExifTags, Image
 
 @pytest.fixture(autouse=True)
 def nothing_read_before() -> None:
-    photographs._read.cache_clear()
+    photographs.read_image.cache_clear()
     photographs._warn_once.cache_clear()
 
 
@@ -53,7 +53,7 @@ def ramp(dtype: type, white: int) -> Image.Image:
 )
 def test_grey_is_as_grey_in_every_format(image: Image.Image, name: str, tmp_path: Path) -> None:
     image.save(tmp_path / name)
-    read = photographs._read(tmp_path / name)
+    read = photographs.read_image(tmp_path / name)
     assert read.mode == "RGB"
     difference = np.asarray(read, dtype=int) - np.asarray(GREY, dtype=int)[..., None]
     assert abs(difference).max() <= (4 if name.endswith(("jpg", "webp")) else 1)
@@ -61,7 +61,7 @@ def test_grey_is_as_grey_in_every_format(image: Image.Image, name: str, tmp_path
 
 def test_black_and_white(tmp_path: Path) -> None:
     GREY.convert("1", dither=Image.Dither.NONE).save(tmp_path / "1.png")
-    read = np.asarray(photographs._read(tmp_path / "1.png"))
+    read = np.asarray(photographs.read_image(tmp_path / "1.png"))
     assert (read[:, :127] == 0).all() and (read[:, 129:] == 255).all()
 
 
@@ -77,7 +77,7 @@ def test_what_is_transparent_is_white(mode: str, tmp_path: Path) -> None:
         palette.save(file, transparency=0)
     else:
         black.convert(mode).save(file)
-    read = np.asarray(photographs._read(file))
+    read = np.asarray(photographs.read_image(file))
     assert (read[:, :2] == 255).all() and (read[:, 2:] == 0).all()
 
 
@@ -94,7 +94,7 @@ def test_what_is_transparent_is_white(mode: str, tmp_path: Path) -> None:
 def test_what_has_no_known_white_is_named(pixels, message: str, tmp_path: Path) -> None:
     Image.fromarray(pixels).save(tmp_path / "odd.tif")
     with pytest.raises(DataError, match=rf"cannot read the image .*odd\.tif: .*{message}"):
-        photographs._read(tmp_path / "odd.tif")
+        photographs.read_image(tmp_path / "odd.tif")
 
 
 def oriented(orientation: int) -> bytes:
@@ -118,7 +118,7 @@ def test_photographs_are_upright(orientation: int, suffix: str, tmp_path: Path) 
     stored[:16, :16] = 255
     file = tmp_path / f"turned.{suffix}"
     Image.fromarray(stored).convert("RGB").save(file, exif=oriented(orientation))
-    read = np.asarray(photographs._read(file))[..., 0] > 128
+    read = np.asarray(photographs.read_image(file))[..., 0] > 128
     assert read.shape == ((32, 48) if orientation < 5 else (48, 32))
     vertical, horizontal = CORNERS[orientation].split()
     rows = slice(0, 16) if vertical == "upper" else slice(-16, None)
@@ -143,7 +143,7 @@ def test_broken_exif_data_do_not_lose_a_photograph(kind: str, suffix: str, tmp_p
     Image.new("RGB", (8, 4), "red").save(file, exif=BROKEN_EXIF[kind])
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow's own
-        read = photographs._read(file)
+        read = photographs.read_image(file)
     assert read.getpixel((2, 2))[0] > 250
     assert read.size == ((4, 8) if kind == "odd" else (8, 4))
 
@@ -151,8 +151,8 @@ def test_broken_exif_data_do_not_lose_a_photograph(kind: str, suffix: str, tmp_p
 def test_broken_exif_data_are_told_once(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     Image.new("RGB", (8, 4)).save(tmp_path / "broken.png", exif=BROKEN_EXIF["torn"])
     for _ in range(2):
-        photographs._read.cache_clear()
-        photographs._read(tmp_path / "broken.png")
+        photographs.read_image.cache_clear()
+        photographs.read_image(tmp_path / "broken.png")
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {tmp_path / 'broken.png'} may not be upright, its EXIF data ")
 
@@ -227,7 +227,7 @@ def test_what_vanishes_while_training_does_not_lose_the_report(
     validate = train_classifier.validate
 
     def lose_some(*arguments: object) -> object:
-        photographs._read.cache_clear()
+        photographs.read_image.cache_clear()
         for name in ("0.png", "2.png"):
             (folder / "fine" / name).unlink(missing_ok=True)
         return validate(*arguments)

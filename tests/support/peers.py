@@ -1,9 +1,10 @@
 """The packages whose models `fuse` is tested on; a test is skipped where one is missing.
 
-torchvision's compiled operators load only beside the PyTorch build that they were made for, and
-without them its import fails: it registers shapes and gradients for operators that are not there.
-Its models are plain Python and need none of them. So where the import fails, it is repeated with
-exactly those registrations left out. timm imports torchvision, and thereby profits.
+torchvision's compiled operators load only beside the PyTorch build that they were made for, or by
+torchvision_operators.py. Without them its import fails: it registers shapes and gradients for
+operators that are not there. Its classifiers are plain Python and need none of them. So where the
+import fails, it is repeated with exactly those registrations left out. timm imports torchvision,
+and thereby profits.
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any
 
 import pytest
 import torch
+
+from support.torchvision_operators import load_operators
 
 _REGISTRATIONS = ("register_fake", "register_autograd", "impl")
 
@@ -47,6 +50,7 @@ def _without_torchvision_registrations() -> Iterator[None]:
 @cache
 def _import_torchvision() -> str:
     """Import torchvision; "" or why it cannot be."""
+    load_operators()
     try:
         importlib.import_module("torchvision")
     except ModuleNotFoundError as error:
@@ -68,3 +72,14 @@ def import_peer(name: str) -> ModuleType:
     if reason and package in ("torchvision", "timm"):
         pytest.skip(reason, allow_module_level=True)
     return pytest.importorskip(name)
+
+
+def import_detector(name: str) -> ModuleType:
+    """A module of the examples that calls torchvision's operators; skips where they are missing."""
+    torchvision = import_peer("torchvision")
+    if not torchvision.extension._has_ops():
+        reason = f"torchvision {torchvision.__version__} has no operators for this torch"
+        pytest.skip(reason, allow_module_level=True)
+    pytest.importorskip("PIL", reason="the example needs Pillow")
+    pytest.importorskip("pycocotools", reason="the example needs pycocotools")
+    return importlib.import_module(name)

@@ -1,0 +1,176 @@
+"""A picture of what a model sees in held-out images, where it errs, and how it was trained."""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from chart import MUTED, STYLE, draw_costs, draw_losses, machine
+from files import written_whole
+from labelled_images import IGNORED, Labelled, LabelledImages
+from segmentation_scores import SegmentationMeasurements
+from segmentation_training import Trainer
+from torch import Tensor
+from training import Settings
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SHOWN = 2  # images at most
+OPACITY = 0.5
+# Of class 1, 2, ..; class 0 is left as it is.
+PALETTE = ("#2ca7ff", "#ff7f0e", "#3ecf5e", "#e754b5", "#ffd21f", "#22d3d3", "#a07bff")
+OUTLINE = "#ffd21f"
+MISSED, MISTAKEN = "#ff4b3a", "#35c8ff"  # class 0 in place of another, and all other errors
+
+
+def draw_picture(
+    path: Path,
+    results: Sequence[SegmentationMeasurements],
+    trainers: Sequence[Trainer],
+    images: LabelledImages,
+) -> bool:
+    """Write the picture to `path`, whole or not at all; returns False without matplotlib.
+
+    Shows what the last of `trainers` makes of the first held-out images.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        return False
+    import matplotlib
+    from matplotlib.figure import Figure  # not pyplot: it looks for a display
+
+    trainer, settings = trainers[-1], trainers[-1].settings
+    shown = list(itertools.islice(images.held_out(), SHOWN))
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=(13, 7.4), dpi=160, facecolor="white")
+        pictures, numbers = figure.add_gridspec(
+            1, 2, width_ratios=(1.25, 1), wspace=0.12, left=0.02, right=0.98, top=0.82, bottom=0.08
+        )
+        grid = pictures.subgridspec(max(1, len(shown)), 3, wspace=0.04, hspace=0.06)
+        for row, one in enumerate(shown):
+            found = trainer.segment(one.image).numpy()
+            axes = [figure.add_subplot(grid[row, column]) for column in range(3)]
+            _draw_truth(axes[0], one)
+            _draw_found(axes[1], one, found)
+            _draw_errors(axes[2], one, found)
+            if row == 0:
+                axes[0].set_title("What is there: outlines")
+                quality = _quality(results[-1], settings.classes)
+                axes[1].set_title(f"Found\n{quality}" if quality else "Found")
+                _title_errors(axes[2])
+        losses, costs = numbers.subgridspec(2, 1, height_ratios=(1.1, 1), hspace=0.3)
+        draw_losses(figure, losses, results, [_note(one) for one in results])
+        draw_costs(figure, costs, results)
+        figure.text(0.02, 0.945, _headline(results), size=15, weight="bold")
+        figure.text(0.02, 0.9, _description(results, settings, images), color=MUTED)
+        figure.text(0.02, 0.025, machine(settings.device, settings.amp), size=8, color=MUTED)
+        with written_whole(path) as new:
+            figure.savefig(new, format="png")
+    return True
+
+
+def _draw_truth(axes: Axes, one: Labelled) -> None:
+    _draw(axes, _pixels(one.image))
+    labels = one.labels.numpy()
+    for index in np.unique(labels):
+        if index not in (0, IGNORED):
+            axes.contour(labels == index, levels=[0.5], colors=_color(index), linewidths=0.9)
+
+
+def _draw_found(axes: Axes, one: Labelled, found: np.ndarray) -> None:
+    from matplotlib.colors import to_rgb
+
+    pixels = _pixels(one.image)
+    for index in np.unique(found[found > 0]):
+        here = found == index
+        pixels[here] = (1 - OPACITY) * pixels[here] + OPACITY * np.array(to_rgb(_color(index)))
+    _draw(axes, pixels)
+
+
+def _draw_errors(axes: Axes, one: Labelled, found: np.ndarray) -> None:
+    """The image in grey, and over it what is wrong."""
+    from matplotlib.colors import to_rgb
+
+    labels = one.labels.numpy()
+    pixels = _pixels(one.image).mean(2, keepdims=True).repeat(3, 2)
+    wrong = (found != labels) & (labels != IGNORED)
+    pixels[wrong & (found == 0)] = to_rgb(MISSED)
+    pixels[wrong & (found != 0)] = to_rgb(MISTAKEN)
+    _draw(axes, pixels)
+
+
+def _title_errors(axes: Axes) -> None:
+    """A title in the colours of the errors."""
+    parts = (("Errors: ", None), ("missed", MISSED), (" or ", None), ("mistaken", MISTAKEN))
+    place, before = (0, 1), None
+    for text, color in parts:
+        before = axes.annotate(
+            text,
+            place,
+            xycoords=before or "axes fraction",
+            xytext=(0, 4) if before is None else (0, 0),
+            textcoords="offset points",
+            verticalalignment="bottom",
+            weight="bold",
+            color=color or STYLE["text.color"],
+        )
+        place = (1, 0)
+
+
+def _draw(axes: Axes, pixels: np.ndarray) -> None:
+    axes.imshow(pixels, interpolation="nearest", vmin=0, vmax=1)
+    axes.set_axis_off()
+    axes.set_anchor("N")
+
+
+def _pixels(image: Tensor) -> np.ndarray:
+    """[H, W, 3]"""
+    return image.permute(1, 2, 0).numpy().copy()
+
+
+def _color(index: int) -> str:
+    return PALETTE[(index - 1) % len(PALETTE)]
+
+
+def _note(one: SegmentationMeasurements) -> str:
+    return f", mIoU {one.last.mean_iou:.2f}" if one.last else ""
+
+
+def _headline(results: Sequence[SegmentationMeasurements]) -> str:
+    if len(results) == 1:
+        return f"Each pixel's class by DeepLabv3+ on a MOAT, {results[0].blocks} blocks"
+    stock, fused = results
+    time = fused.median_seconds / stock.median_seconds
+    saved = fused.saved_bytes / stock.saved_bytes
+    return (
+        f"DeepLabv3+ on a MOAT, fused blocks: {time:.2f}× the step time, "
+        f"{saved:.2f}× the bytes saved for backward"
+    )
+
+
+def _quality(one: SegmentationMeasurements, classes: Sequence[str]) -> str:
+    if one.last is None:
+        return ""
+    if len(classes) > 2:
+        return f"Mean IoU {one.last.mean_iou:.3f}, {one.last.accuracy:.1%} of pixels right"
+    text = f"IoU of {classes[1]} {_form(one.last.iou[1])}"
+    return f"{text} (Otsu's threshold {_form(one.baseline.iou[1])})" if one.baseline else text
+
+
+def _form(iou: float | None) -> str:
+    return "none" if iou is None else f"{iou:.3f}"
+
+
+def _description(
+    results: Sequence[SegmentationMeasurements], settings: Settings, images: LabelledImages
+) -> str:
+    start = "random weights" if settings.checkpoint is None else Path(settings.checkpoint).name
+    twice = ", trained twice, on the same batches" if len(results) == 2 else ""
+    return (
+        f"{settings.model} from {start}{twice}: {settings.steps} steps of {settings.batch_size} "
+        f"crops of {settings.resolution} × {settings.resolution} px; {images.name}, a part held out"
+    )
