@@ -49,6 +49,7 @@ TESTS = 5  # on what is held out, while training; after the first steps there is
 # Nuclei are small, all alike, and many.
 FOR_NUCLEI = Sizes(
     channels=64,
+    mask_channels=32,
     hidden=256,
     anchor=24,
     proposals=200,
