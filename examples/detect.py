@@ -37,8 +37,13 @@ try:
     from torch import Tensor
     from training import TrainingError
     from weights import Weights, put_aside
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"error: {error}; beside torch and torchvision this example needs: pip install pillow; "
+        "pip install --no-deps -r requirements-examples.txt"
+    )
 except ImportError as error:
-    sys.exit(f"error: {error}; what the examples need: pip install -r requirements-examples.txt")
+    sys.exit(f"error: {error}")
 
 import moat_kernels
 
