@@ -59,7 +59,8 @@ Target = dict[str, Tensor]
 class Sizes:
     """How wide the detector is, and how many boxes it looks at; as usual for COCO.
 
-    channels: of the pyramid and the mask head.
+    channels: of the pyramid.
+    mask_channels: of the mask head.
     hidden: features of a box in the box heads.
     anchor: side in pixels of the smallest anchors; each level of the pyramid doubles it.
     proposals: that the first box head gets of each image.
@@ -69,6 +70,7 @@ class Sizes:
     """
 
     channels: int = 256
+    mask_channels: int = 256
     hidden: int = 1024
     anchor: int = 32
     proposals: int = 1000
@@ -189,8 +191,8 @@ class CascadeHeads(nn.Module):
         )
         self.mask_pool = MultiScaleRoIAlign(LEVELS, output_size=14, sampling_ratio=2)
         self.mask_head = nn.Sequential(
-            MaskRCNNHeads(sizes.channels, (sizes.channels,) * 4, dilation=1),
-            MaskRCNNPredictor(sizes.channels, sizes.channels, num_classes),
+            MaskRCNNHeads(sizes.channels, (sizes.mask_channels,) * 4, dilation=1),
+            MaskRCNNPredictor(sizes.mask_channels, sizes.mask_channels, num_classes),
         )
 
     def forward(

@@ -37,8 +37,13 @@ try:
     from torch import Tensor
     from training import TrainingError
     from weights import Weights, put_aside
+except ModuleNotFoundError as error:
+    sys.exit(
+        f"error: {error}; beside torch and torchvision this example needs: pip install pillow; "
+        "pip install --no-deps -r requirements-examples.txt"
+    )
 except ImportError as error:
-    sys.exit(f"error: {error}; what the examples need: pip install -r requirements-examples.txt")
+    sys.exit(f"error: {error}")
 
 import moat_kernels
 
@@ -49,6 +54,7 @@ TESTS = 5  # on what is held out, while training; after the first steps there is
 # Nuclei are small, all alike, and many.
 FOR_NUCLEI = Sizes(
     channels=64,
+    mask_channels=32,
     hidden=256,
     anchor=24,
     proposals=200,

@@ -54,9 +54,9 @@ class MaskFolder:
         kept = round(HELD_OUT_SHARE * len(pairs)) or 1
         self.training, self.tested = pairs[:-kept], pairs[-kept:]
         learned = {pair: used[pair] for pair in self.training}
+        _check_varied(learned)
         self.classes = names or _numbered(learned, folder)
         _check_known(used, self.classes, folder)
-        _check_varied(learned)
         self.name = f"{len(pairs)} images of {len(self.classes)} classes"
 
     def crop(self, position: int, seed: int, size: int) -> Labelled:
@@ -164,7 +164,7 @@ def _used_classes(pairs: Sequence[Pair]) -> list[set[int]]:
 def _numbered(learned: dict[Pair, set[int]], folder: Path) -> list[str]:
     """Names for the classes of the masks that are trained on, which must be 0, 1, 2, .."""
     used = set().union(*learned.values())
-    count = max(used, default=0) + 1
+    count = max(used) + 1
     if missing := sorted(set(range(count)) - used):
         pair = next(pair for pair, classes in learned.items() if count - 1 in classes)
         raise DataError(

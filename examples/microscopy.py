@@ -22,8 +22,8 @@ BLACK, WHITE = 1, 99.8  # percentiles of the image that become 0 and 1
 OUTSIDE = -1  # in masks: not to be learned and not to be tested
 
 SCALE = (0.8, 1.25)  # of random crops
-GAIN = (0.6, 1.5)
-OFFSET = (-0.05, 0.05)
+GAIN = (0.9, 1.1)
+OFFSET = (-0.01, 0.01)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,14 @@ detect = import_detector("detect")
 make_trainer, draw_picture = detect.Trainer, detect.draw_picture
 
 SMALL = detect.Sizes(
-    channels=8, hidden=16, anchor=16, proposals=20, samples=16, objects=0.5, detections=10
+    channels=8,
+    mask_channels=8,
+    hidden=16,
+    anchor=16,
+    proposals=20,
+    samples=16,
+    objects=0.5,
+    detections=10,
 )
 
 
