@@ -5,20 +5,23 @@ from __future__ import annotations
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from moat_kernels.configuration import METADATA_KEY, ConfigurationError, adaptations
 from moat_kernels.inspection import interception
 from moat_kernels.modules import FusedInvertedBottleneck, FusedMBConv, FusedMOATBlock
+from moat_kernels.ops.common.backends import keep_backend
 from moat_kernels.ops.common.checks import check_positive_integer, check_positive_integers
 from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, Quantizations
 from moat_kernels.reference import MBConvBlock, MOATBlock
 from moat_kernels.stem import FusedStem, Stem
-from moat_kernels.tracing import is_traced
+from moat_kernels.tracing import call_as_node, is_traced
 
 STAGES = 4
 LEVELS = STAGES + 1  # level 0 is the stem's output, level i that of stage i - 1
@@ -38,6 +41,8 @@ class Backbone(nn.Module):
 
     out_indices: the levels whose maps are wanted; stages behind the last one are not built.
     """
+
+    grad_checkpointing = False  # see `set_grad_checkpointing`
 
     def __init__(
         self,
@@ -70,6 +75,7 @@ class Backbone(nn.Module):
         self.out_indices = None if out_indices is None else check_out_indices(out_indices)
         self.fused = fused
         self.in_chans = in_chans
+        self._recompute_before: dict[str, Any] = {}  # by path, while gradients are checkpointed
         # What the weights are for, whatever computes them; see `moat_kernels.configuration`.
         self.configuration: dict[str, Any] = {
             "stem_width": stem_width,
@@ -112,6 +118,15 @@ class Backbone(nn.Module):
                 stage_blocks.append(_block_class(stage, fused)(channels, width, **options))
                 channels, index = width, index + 1
             self.stages.append(stage_blocks)
+        # Of each level, as timm has it.
+        self.feature_info: Any = [
+            {
+                "num_chs": (stem_width, *widths)[level],
+                "reduction": reduction,
+                "module": f"stages.{level - 1}" if level else "stem",
+            }
+            for level, reduction in enumerate(strides_of_levels(output_stride)[: built + 1])
+        ]
 
     def channels(self) -> list[int]:
         """Of the maps of `out_indices`, or of all five levels."""
@@ -123,27 +138,71 @@ class Backbone(nn.Module):
         found = strides_of_levels(self.configuration["output_stride"])
         return [found[level] for level in self._levels()]
 
-    def forward_stages(self, x: Tensor) -> list[Tensor]:
+    def forward_stages(self, x: Tensor, last: int | None = None) -> list[Tensor]:
         """The raw outputs of the stem and the stages, at strides 2, 4, 8, 16, 32.
 
-        With fused blocks they are in channels_last, whatever x is.
+        last: the level after which to stop. With fused blocks the outputs are in channels_last,
+        whatever x is.
         """
         if not is_traced(x) and (
             not isinstance(x, Tensor) or x.dim() != 4 or x.shape[1] != self.in_chans
         ):
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x must be [B, {self.in_chans}, H, W], got {found}")
-        outputs = [self.stem(x)]
-        for stage in self.stages:
+        outputs = [self._run(self.stem, x)]
+        for stage in islice(self.stages, last):
             x = outputs[-1]
             for block in stage if isinstance(stage, nn.ModuleList) else (stage,):
-                x = block(x)
+                x = self._run(block, x)
             outputs.append(x)
         return outputs
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's raw map [B, C, ceil(H/32), ceil(W/32)]."""
         return self.forward_stages(x)[-1]
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """(The last raw map, the maps of `indices`): timm's way to ask a model for its maps.
+
+        indices: levels as in `out_indices`, in their order; n: the last n; None: all. Each map is
+            the official endpoint "res", as with `out_indices`.
+        norm: no map is normalised, as the model's last norm is behind its pool.
+        stop_early: do not compute levels behind the last of `indices`.
+        output_fmt: "NCHW".
+        intermediates_only: return the list alone.
+
+        Raises ValueError naming the argument.
+        """
+        if output_fmt != "NCHW":
+            raise ValueError(f"output_fmt must be 'NCHW', got {output_fmt!r}")
+        levels = self._levels_taken(indices)
+        outputs = self.forward_stages(x, max(levels) if stop_early else None)
+        maps = feature_maps(outputs, levels, not is_traced(x) and x.is_contiguous())
+        return maps if intermediates_only else (outputs[-1], maps)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Keep the inputs of stem and blocks alone for the backward pass; or what was kept before.
+
+        Fused modules get recompute="block", others run in `torch.utils.checkpoint`.
+        """
+        if enable and not self.grad_checkpointing:
+            self._recompute_before = {
+                path: module.recompute for path, module in self._recomputing_modules().items()
+            }
+        for path, module in self._recomputing_modules().items():
+            if enable:
+                module.recompute = True if isinstance(module, FusedStem) else "block"
+            elif path in self._recompute_before:
+                module.recompute = self._recompute_before[path]
+        self.grad_checkpointing = enable
 
     def steps_of_stages(
         self,
@@ -164,6 +223,29 @@ class Backbone(nn.Module):
                     raise CannotFreeze(f"a {type(block).__name__} among its blocks")
                 steps[-1] += block.frozen_steps(maps, quantizations(block))
         return steps
+
+    def _run(self, module: nn.Module, x: Tensor) -> Tensor:
+        """module(x), where only x is kept for the backward pass if that was asked for."""
+        if is_traced(x):
+            return call_as_node(module, x) if isinstance(module, Stem | MBConvBlock) else module(x)
+        checkpoints = self.grad_checkpointing and torch.is_grad_enabled()
+        if not checkpoints or isinstance(module, FusedStem | FusedInvertedBottleneck):
+            return module(x)
+        return checkpoint(keep_backend(module), x, use_reentrant=False)
+
+    def _recomputing_modules(self) -> dict[str, Any]:
+        """Those that have a `recompute`, by their paths."""
+        kinds = (FusedStem, FusedInvertedBottleneck)
+        return {path: module for path, module in self.named_modules() if isinstance(module, kinds)}
+
+    def _levels_taken(self, indices: int | Sequence[int] | None) -> tuple[int, ...]:
+        """The levels that `indices` of timm's methods mean. Raises ValueError."""
+        levels = len(self.stages) + 1
+        if indices is None:
+            return tuple(range(levels))
+        if type(indices) is int and 0 < indices <= levels:
+            return tuple(range(levels))[-indices:]
+        return check_out_indices(indices, levels, "indices")  # type: ignore[arg-type]
 
     def _levels(self) -> Sequence[int]:
         return range(LEVELS) if self.out_indices is None else self.out_indices
@@ -204,15 +286,17 @@ def strides_of_levels(output_stride: int) -> list[int]:
     return [min(2 ** (level + 1), output_stride) for level in range(LEVELS)]
 
 
-def check_out_indices(out_indices: Sequence[int]) -> tuple[int, ...]:
-    """The levels as they are asked for, the last one as -1 too. Raises ValueError."""
+def check_out_indices(
+    out_indices: Sequence[int], count: int = LEVELS, argument: str = "out_indices"
+) -> tuple[int, ...]:
+    """The levels as they are asked for, the last of `count` as -1 too. Raises ValueError."""
     levels = tuple(out_indices) if isinstance(out_indices, Sequence) else ()
-    if not levels or not all(type(level) is int and -LEVELS <= level < LEVELS for level in levels):
+    if not levels or not all(type(level) is int and -count <= level < count for level in levels):
         raise ValueError(
-            f"out_indices must be levels from 0 (stem) to {LEVELS - 1} (last stage), "
+            f"{argument} must be levels from 0 (stem) to {count - 1} (last stage), "
             f"got {out_indices!r}"
         )
-    return tuple(level % LEVELS for level in levels)
+    return tuple(level % count for level in levels)
 
 
 def feature_maps(

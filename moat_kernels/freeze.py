@@ -441,7 +441,9 @@ class FrozenMOAT(FrozenModule):
         self.features_only = model.features_only
         self.out_indices = model.out_indices
         self.num_features = model.num_features
-        self.num_classes = None if model.features_only else model.num_classes
+        self.num_classes = model.num_classes
+        self.feature_info = copy.deepcopy(model.feature_info)
+        self.pretrained_cfg = self.default_cfg = copy.deepcopy(model.pretrained_cfg)
         self._channels, self._strides = model.channels(), model.strides()
         features = self._ends[-2] + 1
         self._last = self._ends[-1:]

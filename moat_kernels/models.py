@@ -17,7 +17,12 @@ from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, head_step
 from moat_kernels.reference import initialize
 from moat_kernels.tensor_access import tensor_of
 from moat_kernels.tracing import is_traced
-from moat_kernels.variants import get_preprocessing, get_variant, list_models
+from moat_kernels.variants import (
+    get_preprocessing,
+    get_pretrained_cfg,
+    get_variant,
+    list_models,
+)
 
 __all__ = ["MOAT", "create_model", "get_preprocessing", "list_models"]
 
@@ -30,6 +35,8 @@ class MOAT(Backbone):
     each the official endpoint "res", in a list; without `out_indices` an ordered dict of the ten
     official endpoints: "stage1" (stem) .. "stage5", raw, and "res1" .. "res5", each its GELU, at
     strides 2, 4, 8, 16, 32. `create_model` explains the arguments.
+
+    pretrained_cfg: how images are prepared, as timm has it; empty if only `create_model` knows.
     """
 
     def __init__(
@@ -47,14 +54,21 @@ class MOAT(Backbone):
             raise ValueError(f"out_indices={out_indices!r} needs features_only=True")
         super().__init__(stem_width, widths, depths, out_indices=out_indices, **options)
         self.features_only = features_only
-        self.num_features = widths[-1]
+        self.num_features = self.head_hidden_size = self.feature_info[-1]["num_chs"]
+        self.num_classes = 0
+        self.pretrained_cfg: dict[str, Any] = {}
+        self.default_cfg = self.pretrained_cfg  # its older name
         self.final_layer_norm: nn.LayerNorm | None = None
         self.logits_head: nn.Linear | None = None
         if not features_only:
             self.reset_classifier(num_classes)
 
-    def reset_classifier(self, num_classes: int) -> None:
-        """Replace the classifier by a fresh one; 0 removes it, and pooled features come out."""
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Replace the classifier by a fresh one; 0 removes it, and pooled features come out.
+
+        global_pool: "avg" or None, for timm's signature; there is no other pool.
+        """
+        check_global_pool(global_pool)
         if not isinstance(num_classes, int) or num_classes < 0:
             raise ValueError(f"num_classes must be an integer >= 0, got {num_classes!r}")
         if self.features_only:
@@ -76,11 +90,17 @@ class MOAT(Backbone):
         """The classifier, if there is one."""
         return self.logits_head
 
-    def forward_head(self, x: Tensor) -> Tensor:
-        """Pooled, normalised and classified: [B, C, H, W] -> [B, num_classes] (or [B, C])."""
-        assert self.final_layer_norm is not None
-        x = self.final_layer_norm(x.mean((2, 3)))
-        return x if self.logits_head is None else self.logits_head(x)
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Pooled, normalised and classified: [B, C, H, W] -> [B, num_classes] (or [B, C]).
+
+        pre_logits: do not classify.
+        """
+        if self.features_only:
+            raise RuntimeError("the model has no head: it was made with features_only")
+        x = x.mean((2, 3))
+        if self.final_layer_norm is not None:
+            x = self.final_layer_norm(x)
+        return x if pre_logits or self.logits_head is None else self.logits_head(x)
 
     def forward(self, x: Tensor) -> Tensor | list[Tensor] | OrderedDict[str, Tensor]:
         if not self.features_only:
@@ -93,8 +113,10 @@ class MOAT(Backbone):
     def steps_of_head(self, maps: torch.dtype | None = None) -> list[FrozenStep]:
         """What inference computes in the classifier, if there is one. Raises CannotFreeze."""
         norm, linear = self.final_layer_norm, self.logits_head
-        if norm is None:
+        if self.features_only:
             return []
+        if norm is None:
+            raise CannotFreeze("its final norm was pruned")
         if not is_plain(norm, nn.LayerNorm) or (linear and not is_plain(linear, nn.Linear)):
             raise CannotFreeze("its classifier is hooked or was replaced")
         check_normalized_shape(norm, self.num_features)
@@ -102,6 +124,34 @@ class MOAT(Backbone):
             tensor_of(module, part) for module in (norm, linear) for part in ("weight", "bias")
         ]
         return [head_step(tensors, norm.eps, maps)]
+
+    def prune_intermediate_layers(
+        self, indices: int | Sequence[int] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> list[int]:
+        """Drop what `forward_intermediates(x, indices)` does not need; the levels that are kept.
+
+        prune_norm, prune_head: drop the last norm, and the classifier, in any case; both go with
+            the last stage. The model itself then gives pooled features.
+
+        Raises ValueError for levels that there are not, and for models made with features_only.
+        """
+        if self.features_only:
+            raise ValueError("made with features_only: give create_model the out_indices")
+        levels = self._levels_taken(indices)
+        last = max(levels)
+        ends_early = last < len(self.stages)
+        del self.stages[last:]
+        self.num_features = self.head_hidden_size = self.feature_info[last]["num_chs"]
+        if prune_head or ends_early:
+            self.logits_head, self.num_classes = None, 0
+        if prune_norm or ends_early:
+            self.final_layer_norm = None
+        return list(levels)
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Patterns of names for timm's layer decay: stem, each block (coarse: stage), the rest."""
+        blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
+        return {"stem": r"^stem", "blocks": [(blocks, None)]}
 
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone.
@@ -151,6 +201,12 @@ class MOAT(Backbone):
         if parts[0] == "stem":
             return 0
         return int(parts[1]) + 1 if parts[0] == "stages" else STAGES + 1
+
+
+def check_global_pool(global_pool: str | None) -> None:
+    """Raise ValueError for a pool that MOAT has not."""
+    if global_pool not in (None, "avg"):
+        raise ValueError(f"global_pool must be 'avg', got {global_pool!r}")
 
 
 def create_model(
@@ -224,6 +280,7 @@ def create_model(
         fused=fused,
         recompute=recompute,
     )
+    model.pretrained_cfg = model.default_cfg = get_pretrained_cfg(name)
     if checkpoint is not None:
         from moat_kernels.checkpoints import load_checkpoint
 

@@ -17,3 +17,8 @@ def record_call(module: nn.Module, *inputs: Any, **options: Any) -> Any:
     """The node that calls `module`, as torch.fx records a module of torch.nn."""
     tracer = next(value.tracer for value in inputs if is_traced(value))
     return tracer.create_proxy("call_module", tracer.path_of_module(module), inputs, options)
+
+
+def call_as_node(module: nn.Module, x: Any) -> Any:
+    """module(x) as one node, of a module whose code asks for sizes, which a graph does not know."""
+    return x.tracer.call_module(module, lambda x: record_call(module, x), (x,), {})

@@ -5,7 +5,9 @@ Source: the paper's tables 1 and 2 (arXiv 2210.01820) and the official code.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from typing import Any
 
 # Mean and standard deviation of RGB in 0..1 units; ImageNet's for the small models, and
 # a plain [-1, 1] range for those pre-trained on ImageNet-22k at high resolution.
@@ -83,3 +85,28 @@ def get_preprocessing(name: str) -> Preprocessing:
     Raises ValueError with the known names for another name.
     """
     return get_variant(name).preprocessing
+
+
+def get_pretrained_cfg(name: str) -> dict[str, Any]:
+    """What timm's `pretrained_cfg` says of variant `name`: how its images are prepared, above all.
+
+    crop_pct and interpolation are timm's defaults: the official code does not publish how images
+    are cropped and resized in evaluation.
+    """
+    preprocessing = get_preprocessing(name)
+    resolution = preprocessing.resolution
+    return {
+        "architecture": name,
+        "input_size": (3, resolution, resolution),
+        "fixed_input_size": False,
+        "pool_size": (math.ceil(resolution / 32),) * 2,
+        "interpolation": "bicubic",
+        "crop_pct": 0.875,
+        "mean": preprocessing.mean,
+        "std": preprocessing.std,
+        "num_classes": 1000,
+        "first_conv": "stem.conv_0",
+        "classifier": "logits_head",
+        "paper_ids": "arXiv:2210.01820",
+        "origin_url": "https://github.com/google-research/deeplab2",
+    }

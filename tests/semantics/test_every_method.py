@@ -50,6 +50,10 @@ NOT_CALLED = {
     "get_classifier": "returns a module",
     "no_weight_decay": "names for optimisers",
     "parameter_groups": "groups for optimisers",
+    "group_matcher": "groups for optimisers",
+    "set_grad_checkpointing": "changes the model, does not compute",
+    "prune_intermediate_layers": "changes the model, does not compute",
+    "forward_intermediates": "another way in: it calls forward_stages, as forward does",
 }
 # Methods of fused classes alone: there is no plain result to compare with.
 FUSED_ALONE = {

@@ -22,6 +22,8 @@ def patched_method(rng: Random, root: nn.Module) -> Edit | None:
     uncalled = {"extra_repr", "reset_classifier", "get_classifier", "no_weight_decay"}
     uncalled |= {"parameter_groups", "frozen_steps", "steps_of_stages", "steps_of_head"}
     uncalled |= {"channels", "strides"}
+    uncalled |= {"group_matcher", "set_grad_checkpointing"}
+    uncalled |= {"prune_intermediate_layers", "forward_intermediates"}
     uncalled |= {"read", "read_attention_half"}
     methods = sorted((public_methods(type(module)) | called) - uncalled)
     if not methods:
