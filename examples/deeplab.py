@@ -39,6 +39,11 @@ class DeepLab(nn.Module):
     """Images [B, 3, H, W] of any size -> logits [B, num_classes, H, W].
 
     backbone: gives two maps, at stride 4 and at OUTPUT_STRIDE.
+
+    Images are padded to a multiple of the output stride and 1, as the paper's 641 is. TensorFlow's
+    SAME padding is symmetric for those alone: there place i of a map is pixel i * stride of the
+    image. For other sizes maps lie some pixels beside, by how much depends on the size, and what
+    was learned from crops would be misplaced in whole images.
     """
 
     def __init__(self, backbone: moat_kernels.MOAT, num_classes: int) -> None:
@@ -53,10 +58,13 @@ class DeepLab(nn.Module):
         self.classifier = nn.Conv2d(WIDTH, num_classes, 1)
 
     def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        x = F.pad(x, (0, (1 - width) % OUTPUT_STRIDE, 0, (1 - height) % OUTPUT_STRIDE))
         low, high = self.backbone(x)
         low = self.low(low)
         merged = torch.cat([_resized(self.pyramid(high), low), low], 1)
-        return _resized(self.classifier(self.refine(merged)), x)
+        logits = _resized(self.classifier(self.refine(merged)), x)
+        return logits[..., :height, :width]
 
     def parameter_groups(self, *, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         """Groups for an optimiser: weights with weight decay, norms and biases without."""
@@ -123,4 +131,5 @@ def separable_conv(in_channels: int, out_channels: int, dilation: int = 1) -> nn
 
 
 def _resized(maps: Tensor, like: Tensor) -> Tensor:
-    return F.interpolate(maps, like.shape[2:], mode="bilinear", align_corners=False)
+    """The first and the last places of both are the same."""
+    return F.interpolate(maps, like.shape[2:], mode="bilinear", align_corners=True)

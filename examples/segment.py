@@ -95,9 +95,9 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--crop",
         type=positive(int),
-        default=160,
+        default=161,
         metavar="PIXELS",
-        help="side of the square crops that are trained on; the MOAT paper has 641 (default: 160)",
+        help="side of the square crops that are trained on; the MOAT paper has 641 (default: 161)",
     )
     add("--lr", type=positive(float), default=2e-3, metavar="RATE", help="default: 0.002")
     add("--seed", type=seed, default=0, metavar="N", help="default: 0")

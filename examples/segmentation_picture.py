@@ -12,7 +12,7 @@ import numpy as np
 from chart import MUTED, STYLE, draw_costs, draw_losses, machine
 from files import written_whole
 from labelled_images import IGNORED, Labelled, LabelledImages
-from segmentation_scores import SegmentationMeasurements
+from segmentation_scores import Scores, SegmentationMeasurements
 from segmentation_training import Trainer
 from torch import Tensor
 from training import Settings
@@ -48,7 +48,7 @@ def draw_picture(
     with matplotlib.rc_context(STYLE):
         figure = Figure(figsize=(13, 7.4), dpi=160, facecolor="white")
         pictures, numbers = figure.add_gridspec(
-            1, 2, width_ratios=(1.25, 1), wspace=0.12, left=0.02, right=0.98, top=0.82, bottom=0.08
+            1, 2, width_ratios=(1.25, 1), wspace=0.12, left=0.02, right=0.98, top=0.8, bottom=0.08
         )
         grid = pictures.subgridspec(max(1, len(shown)), 3, wspace=0.04, hspace=0.06)
         for row, one in enumerate(shown):
@@ -58,15 +58,15 @@ def draw_picture(
             _draw_found(axes[1], one, found)
             _draw_errors(axes[2], one, found)
             if row == 0:
-                axes[0].set_title("What is there: outlines")
-                quality = _quality(results[-1], settings.classes)
-                axes[1].set_title(f"Found\n{quality}" if quality else "Found")
+                axes[0].set_title("What is there\n(outlines)")
+                axes[1].set_title(f"Found, {trainer.blocks} blocks\n{_quality(results[-1])}")
                 _title_errors(axes[2])
         losses, costs = numbers.subgridspec(2, 1, height_ratios=(1.1, 1), hspace=0.3)
         draw_losses(figure, losses, results, [_note(one) for one in results])
         draw_costs(figure, costs, results)
-        figure.text(0.02, 0.945, _headline(results), size=15, weight="bold")
-        figure.text(0.02, 0.9, _description(results, settings, images), color=MUTED)
+        figure.text(0.02, 0.95, _headline(results), size=15, weight="bold")
+        figure.text(0.02, 0.915, _description(results, settings, images), color=MUTED)
+        figure.text(0.02, 0.885, _quality_in_words(results[-1], settings.classes), color=MUTED)
         figure.text(0.02, 0.025, machine(settings.device, settings.amp), size=8, color=MUTED)
         with written_whole(path) as new:
             figure.savefig(new, format="png")
@@ -104,21 +104,21 @@ def _draw_errors(axes: Axes, one: Labelled, found: np.ndarray) -> None:
 
 
 def _title_errors(axes: Axes) -> None:
-    """A title in the colours of the errors."""
-    parts = (("Errors: ", None), ("missed", MISSED), (" or ", None), ("mistaken", MISTAKEN))
-    place, before = (0, 1), None
-    for text, color in parts:
+    """A title of two lines, the second in the colours of the errors."""
+    axes.set_title("Errors\n")
+    place, before, offset = (0, 1), "axes fraction", (0, 6)
+    for text, color in (("missed ", MISSED), ("mistaken", MISTAKEN)):
         before = axes.annotate(
             text,
             place,
-            xycoords=before or "axes fraction",
-            xytext=(0, 4) if before is None else (0, 0),
+            xycoords=before,
+            xytext=offset,
             textcoords="offset points",
             verticalalignment="bottom",
             weight="bold",
-            color=color or STYLE["text.color"],
+            color=color,
         )
-        place = (1, 0)
+        place, offset = (1, 0), (0, 0)
 
 
 def _draw(axes: Axes, pixels: np.ndarray) -> None:
@@ -152,17 +152,25 @@ def _headline(results: Sequence[SegmentationMeasurements]) -> str:
     )
 
 
-def _quality(one: SegmentationMeasurements, classes: Sequence[str]) -> str:
+def _quality(one: SegmentationMeasurements) -> str:
+    return f"mean IoU {one.last.mean_iou:.3f}" if one.last else ""
+
+
+def _quality_in_words(one: SegmentationMeasurements, classes: Sequence[str]) -> str:
+    """Of the model, and of brightness alone where that was tested."""
     if one.last is None:
         return ""
-    if len(classes) > 2:
-        return f"Mean IoU {one.last.mean_iou:.3f}, {one.last.accuracy:.1%} of pixels right"
-    text = f"IoU of {classes[1]} {_form(one.last.iou[1])}"
-    return f"{text} (Otsu's threshold {_form(one.baseline.iou[1])})" if one.baseline else text
+    text = f"held out: {_in_words(one.last, classes)}"
+    if one.baseline:
+        text += f"; by Otsu's threshold {_in_words(one.baseline, classes)}"
+    return text
 
 
-def _form(iou: float | None) -> str:
-    return "none" if iou is None else f"{iou:.3f}"
+def _in_words(scores: Scores, classes: Sequence[str]) -> str:
+    text = f"mean IoU {scores.mean_iou:.3f}"
+    if len(classes) > 2 or scores.iou[1] is None:
+        return text
+    return f"{text} ({classes[1]} {scores.iou[1]:.3f})"
 
 
 def _description(
@@ -172,5 +180,5 @@ def _description(
     twice = ", trained twice, on the same batches" if len(results) == 2 else ""
     return (
         f"{settings.model} from {start}{twice}: {settings.steps} steps of {settings.batch_size} "
-        f"crops of {settings.resolution} × {settings.resolution} px; {images.name}, a part held out"
+        f"crops of {settings.resolution} × {settings.resolution} px; {images.name}"
     )

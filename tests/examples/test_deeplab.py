@@ -12,14 +12,15 @@ import moat_kernels
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    torch.manual_seed(0)
     monkeypatch.setattr(moat_kernels, "create_model", small_model)
 
 
 def test_maps_are_at_the_strides_of_the_paper() -> None:
     model = deeplab.deeplab("tiny_moat_0", 3)
     assert model.backbone.strides() == [4, 16]
-    low, high = model.backbone(torch.randn(1, 3, 64, 96))
-    assert low.shape[2:] == (16, 24) and high.shape[2:] == (4, 6)
+    low, high = model.backbone(torch.randn(1, 3, 65, 97))
+    assert low.shape[2:] == (17, 25) and high.shape[2:] == (5, 7)
 
 
 @pytest.mark.parametrize("size", [(64, 64), (45, 83)])  # (45, 83): no stride divides it
@@ -27,6 +28,20 @@ def test_every_pixel_has_logits(size: tuple[int, int]) -> None:
     model = deeplab.deeplab("tiny_moat_0", 3, window=2).eval()
     with torch.inference_mode():
         assert model(torch.randn(1, 3, *size)).shape == (1, 3, *size)
+
+
+def test_what_is_found_does_not_move_with_the_size_of_the_image() -> None:
+    """More black to the right of black changes nothing but the mean of the whole map."""
+    model = deeplab.deeplab("tiny_moat_0", 3, window=2).eval()
+    model.pyramid.whole.register_forward_hook(lambda module, arguments, y: torch.zeros_like(y))
+    x = torch.zeros(1, 3, 64, 128)
+    black = model(x)[..., :48, :48]
+    x[..., 20:40, 20:40] = 1
+    with torch.inference_mode():
+        square = model(x)[..., :48, :48]
+        for width in (83, 96, 97, 112):
+            difference = model(x[..., :width])[..., :48, :48] - square
+            assert difference.norm() < 0.01 * (square - black).norm(), width
 
 
 def test_both_kinds_of_blocks_give_the_same_numbers() -> None:
@@ -40,7 +55,9 @@ def test_both_kinds_of_blocks_give_the_same_numbers() -> None:
         one.square().mean().backward()
     for name, parameter in stock.named_parameters():
         gradient = fused.get_parameter(name).grad
-        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-2, atol=1e-4, msg=name)
+        # Rounding moves some values across ReLU's corner, so single elements may differ.
+        difference = (gradient - parameter.grad).norm()
+        assert difference <= 0.01 * parameter.grad.norm() + 1e-5, name
 
 
 def test_the_pyramid_sees_the_whole_map() -> None:
