@@ -25,7 +25,7 @@ try:
         resolve_pretrained_cfg,
     )
 except ModuleNotFoundError as error:
-    if error.name != "timm":
+    if (error.name or "").split(".")[0] != "timm":
         raise
     raise ImportError("moat_kernels.timm needs timm, which is missing: pip install timm") from error
 
@@ -59,13 +59,13 @@ def _create(
     source = resolve_pretrained_cfg(name, pretrained_cfg, pretrained_cfg_overlay)
     if pretrained and not (source.has_weights or source.state_dict):
         raise RuntimeError(
-            f"there are no weights of {name} to download: give pretrained=False, checkpoint_path=PATH, or "
-            "pretrained=True with pretrained_cfg_overlay={'file': PATH}"
+            f"there are no weights of {name} to download: leave pretrained=True out, or give it a "
+            "file: pretrained_cfg_overlay={'file': PATH}; or load one by checkpoint_path=PATH"
         )
     # That of `timm.models.save_for_hf` is timm's to read.
     file = source.file if pretrained and source.source != "local-dir" else None
-    if isinstance(out_indices, int):
-        out_indices = range(len(_LEVELS))[-out_indices:]
+    if type(out_indices) is int and 0 < out_indices <= len(_LEVELS):
+        out_indices = _LEVELS[-out_indices:]  # the last ones
 
     def build(*, num_classes: int, **arguments: Any) -> MOAT:
         if features_only:

@@ -9,6 +9,7 @@ from support.tolerances import BACKEND_OUTPUT, assert_close
 
 import moat_kernels as mk
 from moat_kernels.checkpoints import load_checkpoint
+from moat_kernels.memory import saved_bytes
 
 IMAGE = (2, 3, 70, 64)
 WIDTHS = [8, 8, 16, 32, 64]
@@ -115,3 +116,93 @@ def test_backbones_load_classifiers(tmp_path) -> None:
 def test_bad_arguments_are_named(options: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make_model(**options)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_intermediates_are_the_maps_of_out_indices(fused: bool) -> None:
+    model = make_model(fused=fused).eval()
+    maps = make_model(fused=fused, features_only=True, out_indices=range(5)).eval()
+    maps.load_state_dict(model.state_dict(), strict=False)
+    x = torch.randn(IMAGE, dtype=torch.float64)
+    computed: list[str] = []
+    for path, module in model.named_modules():
+        if path.startswith("stages.") and path.count(".") == 2:
+            module.register_forward_hook(lambda *_, path=path: computed.append(path))
+    with torch.no_grad():
+        expected = maps(x)
+        for indices, levels in ((None, range(5)), (2, (3, 4)), ((-1, 1), (4, 1))):
+            last, found = model.forward_intermediates(x, indices)
+            assert torch.equal(model.forward_head(last), model(x))
+            assert len(found) == len(levels)
+            for level, one in zip(levels, found, strict=True):
+                assert torch.equal(one, expected[level])
+        computed.clear()
+        last, _ = model.forward_intermediates(x, (0, 2), stop_early=True)
+        assert computed == ["stages.0.0", "stages.1.0"]
+        (found,) = model.forward_intermediates(x, [2], intermediates_only=True)
+        assert torch.equal(found, torch.nn.functional.gelu(last))
+    for options, message in (
+        ({"indices": (5,)}, r"indices must be levels from 0 \(stem\) to 4"),
+        ({"indices": 6}, "indices must be levels"),
+        ({"output_fmt": "NLC"}, "output_fmt must be 'NCHW', got 'NLC'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.forward_intermediates(x, **options)
+
+
+def test_pruned_models_compute_what_is_left() -> None:
+    model, pruned = make_model(torch.float32).eval(), make_model(torch.float32).eval()
+    assert pruned.prune_intermediate_layers((1, -3)) == [1, 2]
+    assert (len(pruned.stages), pruned.num_features, pruned.num_classes) == (2, 16, 0)
+    x = torch.randn(IMAGE)
+    with torch.no_grad():
+        expected = model.forward_intermediates(x, (1, 2), intermediates_only=True)
+        found = pruned.forward_intermediates(x, (1, 2), intermediates_only=True)
+        assert all(map(torch.equal, found, expected))
+        features = model.forward_stages(x)[2].mean((2, 3))
+        assert torch.equal(pruned(x), features)
+        assert torch.allclose(mk.freeze(pruned)(x), features, atol=1e-5)
+        pruned.reset_classifier(7)
+        assert pruned(x).shape == (2, 7)
+    with pytest.raises(ValueError, match="made with features_only"):
+        make_model(features_only=True).prune_intermediate_layers(1)
+    assert make_model().prune_intermediate_layers(5, prune_head=False) == [0, 1, 2, 3, 4]
+
+
+def test_the_head_in_parts() -> None:
+    model = make_model().eval()
+    x = torch.randn(IMAGE, dtype=torch.float64)
+    features = model.forward_features(x)
+    pooled = model.forward_head(features, pre_logits=True)
+    assert torch.equal(model.get_classifier()(pooled), model(x))
+    model.reset_classifier(3, "avg")
+    assert (model.num_classes, model(x).shape) == (3, (2, 3))
+    with pytest.raises(ValueError, match="global_pool must be 'avg', got 'max'"):
+        model.reset_classifier(3, "max")
+    with pytest.raises(RuntimeError, match="no head"):
+        make_model(features_only=True).forward_head(features)
+
+
+@pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
+def test_checkpointed_gradients(fused: bool) -> None:
+    """The same numbers, moving statistics included, in less memory; and back again."""
+    options = {"fused": fused, "depths": (1, 2, 2, 1)}
+    options |= {"recompute": "none"} if fused else {}
+    stored, model = make_model(**options), make_model(**options)
+    x = torch.randn(IMAGE, dtype=torch.float64)
+    settings = [getattr(module, "recompute", None) for module in model.modules()]
+    for enable, again in ((True, True), (False, False), (True, False)):
+        model.set_grad_checkpointing(enable)
+        model.set_grad_checkpointing(again)
+    assert [getattr(module, "recompute", None) for module in model.modules()] == settings
+    model.set_grad_checkpointing()
+    kept = [saved_bytes(lambda m=m: m(x), [*m.parameters(), *m.buffers()]) for m in (stored, model)]
+    assert kept[1] < 0.5 * kept[0]
+    stored, model = make_model(**options), make_model(**options)
+    model.set_grad_checkpointing()
+    for each in (stored, model):
+        each(x).square().sum().backward()
+    for expected, found in zip(stored.parameters(), model.parameters(), strict=True):
+        assert_close(found.grad, expected.grad, BACKEND_OUTPUT[torch.float64])
+    for expected, found in zip(stored.buffers(), model.buffers(), strict=True):
+        assert_close(found, expected, BACKEND_OUTPUT[torch.float64])
