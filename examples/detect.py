@@ -58,7 +58,7 @@ FOR_NUCLEI = Sizes(
     hidden=256,
     anchor=24,
     proposals=200,
-    samples=128,
+    samples=64,
     objects=0.5,
     detections=100,
 )
