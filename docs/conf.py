@@ -57,7 +57,8 @@ html_show_sphinx = False
 # The order of the pages: hidden in README.md, whose own links lead a reader of the repository.
 NAVIGATION = {
     "Use": (
-        *("install", "models", "fuse", "freeze", "memory", "supported", "commands", "environment"),
+        *("install", "models", "dense_prediction", "fuse", "freeze", "memory", "supported"),
+        *("commands", "environment"),
     ),
     "API": (
         *("api/blocks", "api/models", "api/functional", "api/reference", "api/fuse"),

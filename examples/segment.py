@@ -25,6 +25,7 @@ from labelled_images import LabelledImages, Microscopy, training_batch
 from mask_folder import MaskFolder
 from memory import saved_for_backward
 from photographs import DataError
+from pretrained import backbone_from
 from progress import Progress
 from report import format_table, write_json
 from segmentation_picture import draw_picture
@@ -175,7 +176,8 @@ def _trainers(blocks: str, settings: Settings) -> list[Trainer]:
     """The models to train, all with the very same weights."""
     trainers = [Trainer(kind, settings) for kind in _kinds(blocks)]
     if settings.checkpoint:
-        trainers[0].load_backbone(Path(settings.checkpoint))
+        backbone = trainers[0].model.backbone
+        print(backbone_from(backbone, Path(settings.checkpoint), settings.model))
     for trainer in trainers[1:]:
         trainer.model.load_state_dict(trainers[0].model.state_dict())
     return trainers

@@ -62,7 +62,7 @@ def draw_picture(
                 axes[1].set_title(f"Found, {trainer.blocks} blocks\n{_quality(results[-1])}")
                 _title_errors(axes[2])
         losses, costs = numbers.subgridspec(2, 1, height_ratios=(1.1, 1), hspace=0.3)
-        draw_losses(figure, losses, results, [_note(one) for one in results])
+        draw_losses(figure, losses, results, [""] * len(results))
         draw_costs(figure, costs, results)
         figure.text(0.02, 0.95, _headline(results), size=15, weight="bold")
         figure.text(0.02, 0.915, _description(results, settings, images), color=MUTED)
@@ -134,10 +134,6 @@ def _pixels(image: Tensor) -> np.ndarray:
 
 def _color(index: int) -> str:
     return PALETTE[(index - 1) % len(PALETTE)]
-
-
-def _note(one: SegmentationMeasurements) -> str:
-    return f", mIoU {one.last.mean_iou:.2f}" if one.last else ""
 
 
 def _headline(results: Sequence[SegmentationMeasurements]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -15,10 +14,9 @@ from labelled_images import IGNORED, LabelledImages, normalized
 from memory import peak_in_fresh_process, peak_on_cuda
 from segmentation_scores import Confusion, Scores
 from torch import Tensor
-from training import Settings, TrainingError
+from training import Settings
 
 import moat_kernels
-from moat_kernels.checkpoints import CheckpointError, load_checkpoint
 from moat_kernels.memory import peak_bytes
 
 WINDOW = 14  # tokens: a map of any size is cut in such windows, so that large images cost no more
@@ -46,16 +44,6 @@ class Trainer(training.Trainer):
             logits = self.model(images)
         total = F.cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
         return total / (labels != IGNORED).sum().clamp(min=1)
-
-    def load_backbone(self, path: Path) -> None:
-        """Start from a classifier's weights. TrainingError, and nothing changed, if they misfit."""
-        try:
-            load_checkpoint(self.model.backbone, path, fine_tune=True)
-        except (OSError, CheckpointError) as error:
-            raise TrainingError(
-                f"--checkpoint {path} cannot be loaded into a {self.settings.model} (--model): "
-                f"{error}"
-            ) from error
 
     def segment(self, image: Tensor) -> Tensor:
         """The class of each pixel of a whole image of any size: [3, H, W] of 0..1 -> [H, W]."""
