@@ -64,12 +64,13 @@ def _create(
         )
     # That of `timm.models.save_for_hf` is timm's to read.
     file = source.file if pretrained and source.source != "local-dir" else None
+    levels: Any = out_indices
     if type(out_indices) is int and 0 < out_indices <= len(_LEVELS):
-        out_indices = _LEVELS[-out_indices:]  # the last ones
+        levels = _LEVELS[-out_indices:]  # the last ones
 
     def build(*, num_classes: int, **arguments: Any) -> MOAT:
         if features_only:
-            return create_model(name, features_only=True, out_indices=out_indices, **arguments)
+            return create_model(name, features_only=True, out_indices=levels, **arguments)
         return create_model(name, num_classes=num_classes, **arguments)
 
     model = build_model_with_cfg(
