@@ -136,7 +136,7 @@ def _is_batch_norm(module: nn.Module) -> bool:
 
 def has_activation(norm: nn.Module) -> bool:
     """Whether a batch norm drops and activates too: timm's BatchNormAct2d and its like."""
-    names = ("BatchNormAct2d", "SyncBatchNormAct", "SyncBatchNormAct2d")
+    names = ("BatchNormAct2d", "SyncBatchNormAct", "SyncBatchNormAct2d", "FrozenBatchNormAct2d")
     return plain_class(norm).__name__ in names and {"drop", "act"} == norm._modules.keys() - {
         "parametrizations"
     }
@@ -175,14 +175,16 @@ def _synchronized(norm: nn.BatchNorm2d, process_group: Any) -> SyncBatchNorm:
 def is_frozen_norm(norm: nn.Module) -> bool:
     """Whether a module is torchvision's, timm's or detectron2's batch norm of fixed statistics.
 
-    All of its tensors are buffers, which training never changes.
+    All of its tensors are buffers, which training never changes. detectron2's also holds
+    num_batches_tracked; timm's FrozenBatchNormAct2d activates too.
     """
     kind = plain_class(norm)
+    buffers = norm._buffers.keys() - {"num_batches_tracked"}
     return (
-        kind.__name__ == "FrozenBatchNorm2d"
+        kind.__name__ in ("FrozenBatchNorm2d", "FrozenBatchNormAct2d")
         and kind.__module__.partition(".")[0] in ("torchvision", "timm", "detectron2")
-        and {"weight", "bias", "running_mean", "running_var"} == set(norm._buffers)
-        and not norm._modules
+        and {"weight", "bias", "running_mean", "running_var"} == buffers
+        and (not norm._modules or has_activation(norm))
     )
 
 

@@ -93,7 +93,6 @@ def any_size(smallest: int) -> dict[int, torch.export.Dim]:
     }
 
 
-@pytest.mark.skipif(not backend_status()["cpu"].usable, reason="stock windows have guards")
 def test_export_of_a_model_for_images_of_every_size() -> None:
     """Whole-map attention, windows that do not divide their map, tables that are resized."""
     model = make_model(torch.float32, window_size=(None, None, 2, None)).eval()
@@ -110,14 +109,15 @@ def test_export_of_a_model_for_images_of_every_size() -> None:
 WHOLE_MAP = {"stride": 2, "head_dim": 16, "position_size": 4}
 
 
+@pytest.mark.parametrize("window_size", [None, 2, (2, 3)])
 @pytest.mark.parametrize(
     ("make", "dtype"),
     [(MOATBlock, torch.float32), (mk.FusedMOATBlock, torch.float64)],
     ids=["plain", "without kernels"],
 )
-def test_export_of_a_block_for_maps_of_every_size(make, dtype: torch.dtype) -> None:
-    """Stock operators alone: no native kernel computes float64."""
-    block = make(16, 32, **WHOLE_MAP).to(dtype).eval()
+def test_export_of_a_block_for_maps_of_every_size(make, dtype: torch.dtype, window_size) -> None:
+    """Stock operators alone: no native kernel computes float64. Windows divide some of the maps."""
+    block = make(16, 32, window_size=window_size, **WHOLE_MAP).to(dtype).eval()
     x = torch.randn(2, 16, 10, 14, dtype=dtype)
     with torch.no_grad():
         program = torch.export.export(block, (x,), dynamic_shapes=[any_size(3)])

@@ -24,7 +24,10 @@ COMBINATIONS = {
         "fused if their classes are known; else the block runs unfused, with a "
         "`FallbackWarning`; those around attention are called"
     ),
-    "batch norms of fixed statistics (torchvision's FrozenBatchNorm2d)": "fused",
+    (
+        "batch norms of fixed statistics (torchvision's and detectron2's FrozenBatchNorm2d, timm's "
+        "FrozenBatchNormAct2d), frozen before or after `fuse`"
+    ): "fused",
     "weights that are tensor subclasses (torchao)": (
         "left as it is, and reported; later: the block runs unfused, with a `FallbackWarning`"
     ),

@@ -18,7 +18,8 @@ from torch import Tensor
 
 from moat_kernels import use_backend
 from moat_kernels.functional import WindowAttentionDescription, resize_table, window_attention
-from moat_kernels.ops.window_attention.algebra.partition import partition, reverse
+from moat_kernels.ops.window_attention.algebra import partition as cutting
+from moat_kernels.ops.window_attention.algebra.partition import padding_mask, partition, reverse
 from moat_kernels.ops.window_attention.algebra.position_bias import gather_bias, scatter_bias
 from moat_kernels.ops.window_attention.torch import backend as torch_backend
 
@@ -216,8 +217,28 @@ def test_resize_names_what_is_no_table() -> None:
 def test_reverse_undoes_partition(kind: str) -> None:
     x = torch.randn(2, 7, 5, 3)
     windows = partition(x, (4, 3), kind)
-    assert windows.shape == (2, 4, 12, 3)
-    assert torch.equal(reverse(windows, 7, 5, (4, 3), kind), x)
+    assert windows.shape == (2 * 4, 12, 3)
+    assert torch.equal(reverse(windows, (2, 7, 5), (4, 3), kind), x)
+
+
+@pytest.mark.parametrize("kind", ["window", "grid"])
+@pytest.mark.parametrize("size", [(7, 5), (8, 6), (3, 2), (4, 9)])
+def test_tokens_found_by_index_are_those_of_views(
+    kind: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What compilers and exporters see of sizes that are held open."""
+    x, shape, window = torch.randn(2, *size, 3), (2, *size), (4, 3)
+
+    def compute() -> list[Tensor]:
+        windows = partition(x, window, kind)
+        mask = padding_mask(shape, window, kind, like=x)
+        mask = torch.zeros(windows.shape[:2]) if mask is None else mask
+        return [windows, mask, reverse(windows, shape, window, kind)]
+
+    expected = compute()
+    monkeypatch.setattr(cutting, "_is_open", lambda *_: True)
+    for actual, tensor in zip(compute(), expected, strict=True):
+        assert torch.equal(actual, tensor)
 
 
 def test_opcheck() -> None:

@@ -26,12 +26,20 @@ def is_certain(condition: bool) -> bool:
     return statically_known_true(condition)
 
 
+def ceil_divide(size: int, divisor: int) -> int:
+    """size / divisor, rounded up; size is at least 0.
+
+    Of no negative number: ONNX, which divides towards zero, would round it the other way.
+    """
+    return (size - 1) // divisor + 1
+
+
 def same_padding(size: int, kernel_size: int, stride: int) -> tuple[int, int]:
     """TensorFlow's SAME padding of one axis: (before, after); the odd pixel goes after.
 
     Decided per axis: at stride 2 and kernel 3 an even size gives (0, 1), an odd size (1, 1).
     """
-    total = (-(-size // stride) - 1) * stride + kernel_size - size
+    total = (ceil_divide(size, stride) - 1) * stride + kernel_size - size
     if kernel_size < stride:  # else it is none less, and symbols stay simple
         total = max(total, 0)
     return total // 2, total - total // 2
@@ -96,7 +104,9 @@ def valid_counts(
 ) -> Tensor:
     """How many real (not padding) pixels each pooling window holds: [1, 1, H_out, W_out]."""
     ones = torch.ones(1, 1, height, width, dtype=like.dtype, device=like.device)
-    return F.avg_pool2d(pad_map(ones, padding), kernel_size, stride, divisor_override=1)
+    # Not by a divisor of 1: an export to ONNX drops the divisor.
+    shares = F.avg_pool2d(pad_map(ones, padding), kernel_size, stride)
+    return shares.mul_(kernel_size * kernel_size).round_()
 
 
 def in_format_of(output: Tensor, x: Tensor) -> Tensor:

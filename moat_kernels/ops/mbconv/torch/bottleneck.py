@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from moat_kernels.ops.common.spatial import ceil_divide
 from moat_kernels.ops.mbconv.algebra.chain import Chain
 from moat_kernels.ops.mbconv.algebra.coverage import all_frozen
 from moat_kernels.ops.mbconv.algebra.folding import (
@@ -157,4 +158,6 @@ def expand_rows(x: Tensor, parameters: MBConvParameters, description: MBConvDesc
     """About B*H*W at the expand convolution; it decides how statistics are taken, nothing else."""
     if description.order == "expand_first":
         return x.shape[0] * x.shape[2] * x.shape[3]
-    return x.shape[0] * -(-x.shape[2] // description.stride) * -(-x.shape[3] // description.stride)
+    batch, _, height, width = x.shape
+    stride = description.stride
+    return batch * ceil_divide(height, stride) * ceil_divide(width, stride)

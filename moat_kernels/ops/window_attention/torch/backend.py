@@ -36,16 +36,16 @@ class _Windows:
         self, qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
     ) -> None:
         batch, height, width, _ = qkv.shape
-        self.size = (height, width)
+        self.shape = (batch, height, width)
         self.description = description
         self.scale = description.scale_or_default()
         self.window = description.window_for(height, width)
         cut = partition(qkv, self.window, description.partition)
-        self.cut, self.tokens = cut.shape[:2], cut.shape[2]
-        self.query, self.key, self.value = self.split(cut.flatten(0, 1), 3)
+        self.tokens = cut.shape[1]
+        self.query, self.key, self.value = self.split(cut, 3)
         self.bias = None if bias_table is None else gather_bias(bias_table, self.window)
-        mask = padding_mask(height, width, self.window, description.partition, like=qkv)
-        self.mask = None if mask is None else mask.repeat(batch, 1)[:, None, None, :]
+        mask = padding_mask(self.shape, self.window, description.partition, like=qkv)
+        self.mask = None if mask is None else mask[:, None, None, :]
 
     def split(self, windows: Tensor, parts: int) -> tuple[Tensor, ...]:
         """[windows, tokens, parts*heads*head_dim] -> parts, [windows, heads, tokens, head_dim]."""
@@ -63,9 +63,7 @@ class _Windows:
             windows = stacked.permute(1, 3, 0, 2, 4)
         else:
             windows = stacked.permute(1, 3, 2, 0, 4)
-        channels = len(parts) * self.description.heads * self.description.head_dim
-        cut = windows.reshape(*self.cut, self.tokens, channels)
-        return reverse(cut, *self.size, self.window, self.description.partition)
+        return reverse(windows.flatten(2), self.shape, self.window, self.description.partition)
 
     def chunks(self) -> Iterator[slice]:
         """Slices of the windows whose scores fit SCORE_ELEMENTS."""
@@ -115,7 +113,7 @@ def backward(
     """Gradients of qkv and of the bias table."""
     windows = _Windows(qkv, bias_table, description)
     cut = partition(grad, windows.window, description.partition)
-    (grad_output,) = windows.split(cut.flatten(0, 1), 1)
+    (grad_output,) = windows.split(cut, 1)
     grads = [torch.empty_like(grad_output, memory_format=torch.contiguous_format) for _ in range(3)]
     grad_query, grad_key, grad_value = grads
     grad_bias: Tensor | None = None

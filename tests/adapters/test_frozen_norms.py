@@ -1,0 +1,137 @@
+"""Batch norms of fixed statistics, of three packages: fused when frozen before `fuse` or after."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support.fusing import check_same, randomize, run
+from support.peers import import_peer
+from support.small_model import make_model
+from support.tolerances import BACKEND_OUTPUT, assert_close
+from torch import Tensor, nn
+
+import moat_kernels as mk
+from moat_kernels.freeze import FrozenMOAT
+from moat_kernels.ops.common.backends import backend_status
+
+
+class FrozenBatchNorm2d(nn.Module):
+    """As detectron2's: eps is part of the initial variance, and batches are counted, or not."""
+
+    __module__ = "detectron2.layers.batch_norm"
+
+    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+        super().__init__()
+        self.num_features, self.eps = num_features, eps
+        self.register_buffer("weight", torch.ones(num_features))
+        self.register_buffer("bias", torch.zeros(num_features))
+        self.register_buffer("running_mean", torch.zeros(num_features))
+        self.register_buffer("running_var", torch.ones(num_features) - eps)
+        self.register_buffer("num_batches_tracked", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        statistics = (self.running_mean, self.running_var)
+        return F.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
+
+
+def replace_norms(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
+    """As the packages' own converters do it: the norms are replaced, their tensors are kept."""
+    for module in list(model.modules()):
+        for name, norm in list(module.named_children()):
+            if isinstance(norm, nn.BatchNorm2d):
+                frozen = kind(norm.num_features, norm.eps)
+                for part in frozen._buffers:
+                    frozen._buffers[part] = getattr(norm, part).detach().clone()
+                setattr(module, name, frozen)
+    return model
+
+
+def by_torchvision(model: nn.Module) -> nn.Module:
+    return replace_norms(model, import_peer("torchvision.ops.misc").FrozenBatchNorm2d)
+
+
+def by_detectron2(model: nn.Module) -> nn.Module:
+    return replace_norms(model, FrozenBatchNorm2d)
+
+
+def by_timm(model: nn.Module) -> nn.Module:
+    return import_peer("timm.layers.norm_act").freeze_batch_norm_2d(model)
+
+
+def by_timm_freeze(model: nn.Module) -> nn.Module:
+    """Freezes the parameters too."""
+    import_peer("timm.utils").freeze(model)
+    return model
+
+
+FREEZERS = [by_torchvision, by_detectron2, by_timm, by_timm_freeze]
+
+
+@pytest.fixture(autouse=True)
+def falling_back_fails() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", mk.FallbackWarning)
+        yield
+
+
+def make_timm_block() -> nn.Module:
+    maxxvit = import_peer("timm.models.maxxvit")
+    return randomize(maxxvit.MbConvBlock(16, 24, stride=2))
+
+
+def make_torchvision_block() -> nn.Module:
+    maxvit = import_peer("torchvision.models.maxvit")
+    return randomize(maxvit.MBConv(16, 24, 4.0, 0.25, 2, nn.GELU, nn.BatchNorm2d, 0.0))
+
+
+def check_equal(fused: nn.Module, stock: nn.Module) -> None:
+    """Outputs, gradients and state, in both modes; tensors keep their names."""
+    assert fused.state_dict().keys() == stock.state_dict().keys()
+    x = torch.randn(2, 16, 10, 8, dtype=torch.float64)
+    for training in (True, False):
+        before = {name: tensor.clone() for name, tensor in fused.state_dict().items()}
+        check_same(run(fused, x, training=training), run(stock, x, training=training))
+        for name, tensor in fused.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+
+
+@pytest.mark.parametrize("freeze_norms", FREEZERS)
+@pytest.mark.parametrize("make", [make_timm_block, make_torchvision_block])
+def test_blocks_of_others(
+    make: Callable[[], nn.Module], freeze_norms: Callable[[nn.Module], nn.Module]
+) -> None:
+    stock = make()
+    first_fused = copy.deepcopy(stock)
+    assert len(mk.fuse(first_fused).fused) == 1
+    freeze_norms(first_fused)
+    freeze_norms(stock)
+    first_frozen = copy.deepcopy(stock)
+    assert len(mk.fuse(first_frozen).fused) == 1
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in stock.modules())
+    check_equal(first_fused, stock)
+    check_equal(first_frozen, stock)
+
+
+@pytest.mark.parametrize("freeze_norms", FREEZERS)
+def test_blocks_of_this_package(freeze_norms: Callable[[nn.Module], nn.Module]) -> None:
+    torch.manual_seed(0)
+    fused = randomize(mk.FusedMBConv(16, 24, stride=2))
+    stock = mk.reference.MBConvBlock(16, 24, stride=2).double()
+    stock.load_state_dict(fused.state_dict())
+    check_equal(freeze_norms(fused), freeze_norms(stock))
+
+
+@pytest.mark.skipif(not backend_status()["cpu"].usable, reason="freeze needs the native kernels")
+@pytest.mark.parametrize("freeze_norms", FREEZERS)
+def test_freeze_packs_them(freeze_norms: Callable[[nn.Module], nn.Module]) -> None:
+    model = freeze_norms(make_model(torch.float32)).eval()
+    frozen = mk.freeze(model)
+    assert isinstance(frozen, FrozenMOAT)
+    x = torch.randn(2, 3, 48, 32)
+    with torch.no_grad():
+        assert_close(frozen(x), model(x), BACKEND_OUTPUT[torch.float32])
