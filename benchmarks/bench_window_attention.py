@@ -32,13 +32,13 @@ def scaled_dot_product(
     qkv: Tensor, table: Tensor, description: WindowAttentionDescription
 ) -> Tensor:
     """PyTorch's fused attention with the bias of all heads materialised, as users write it."""
-    _, height, width, _ = qkv.shape
+    batch, height, width, _ = qkv.shape
     window = description.window_for(height, width)
-    windows = split_heads(partition(qkv, window, "window"), description).flatten(1, 2)
+    windows = split_heads(partition(qkv, window, "window"), description)
     bias = gather_bias(table, window)
     output = F.scaled_dot_product_attention(*windows.unbind(), attn_mask=bias)
     merged = output.transpose(1, 2).flatten(-2)
-    return reverse(merged.unflatten(0, (qkv.shape[0], -1)), height, width, window, "window")
+    return reverse(merged, (batch, height, width), window, "window")
 
 
 def bare_products(windows: int, tokens: int) -> Contender:

@@ -118,16 +118,15 @@ def _ours(
 def _split(qkv: Tensor, description: WindowAttentionDescription) -> Tensor:
     """[3, B * windows, heads, tokens, head_dim] of a map."""
     window = description.window_for(*qkv.shape[1:3])
-    heads = split_heads(partition(qkv, window, description.partition), description)
-    return heads.flatten(1, 2)
+    return split_heads(partition(qkv, window, description.partition), description)
 
 
 def _join(output: Tensor, qkv: Tensor, description: WindowAttentionDescription) -> Tensor:
     """The inverse, of the output: [B, H, W, heads * head_dim]."""
     batch, height, width, _ = qkv.shape
-    windows = output.transpose(-3, -2).flatten(-2).unflatten(0, (batch, -1))
+    windows = output.transpose(-3, -2).flatten(-2)
     window = description.window_for(height, width)
-    return reverse(windows, height, width, window, description.partition)
+    return reverse(windows, (batch, height, width), window, description.partition)
 
 
 def _sdpa(
