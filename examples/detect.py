@@ -12,31 +12,26 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 try:
-    import torch
+    import dense_run
     from average_precision import best_step
     from cascade_mask_rcnn import Sizes
-    from classifier_options import positive, seed
+    from classifier_options import positive
     from coco_folder import CocoFolder
     from detection_picture import SHOWN, draw_picture
     from detection_report import PRECISION_ROWS, DetectorMeasurements
     from detector_training import Settings, Target, Trainer, peak_of_step
-    from files import new_numbered_folder
     from memory import saved_for_backward
     from photographs import DataError
-    from pretrained import backbone_from
-    from progress import Progress
     from report import format_table, write_json
     from scenes import Microscopy, Scenes, training_batch
     from torch import Tensor
     from training import TrainingError
-    from weights import Weights, put_aside
+    from weights import Weights
 except ModuleNotFoundError as error:
     sys.exit(
         f"error: {error}; beside torch and torchvision this example needs: pip install pillow; "
@@ -45,11 +40,7 @@ except ModuleNotFoundError as error:
 except ImportError as error:
     sys.exit(f"error: {error}")
 
-import moat_kernels
 
-RUNS = Path("runs")
-INTERRUPTED = 130  # the exit code that shells use after Ctrl-C
-BEST, LAST = "{}_best.safetensors", "{}_last.safetensors"  # in --output, of a kind of blocks
 TESTS = 5  # on what is held out, while training; after the first steps there is nothing to see
 # Nuclei are small, all alike, and many.
 FOR_NUCLEI = Sizes(
@@ -75,28 +66,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, _, explanation = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary,
-        epilog=explanation,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = dense_run.new_parser(__doc__ or "")
     add = parser.add_argument
-    add("--blocks", choices=("stock", "fused", "both"), default="fused")
-    add(
-        "--model",
-        choices=moat_kernels.list_models(),
-        default="tiny_moat_0",
-        metavar="NAME",
-        help="moat_0 .. moat_4, tiny_moat_0 .. tiny_moat_3 (default: tiny_moat_0)",
-    )
-    add(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="a classifier's weights for the backbone to start from: an official TensorFlow "
-        "checkpoint, .safetensors or .pt",
-    )
     add(
         "--data",
         type=Path,
@@ -113,15 +84,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="side of the square crops that are trained on, a multiple of 32 (default: 192)",
     )
-    add("--lr", type=positive(float), default=2e-3, metavar="RATE", help="default: 0.002")
-    add("--seed", type=seed, default=0, metavar="N", help="default: 0")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help=f"where weights, picture and numbers go (default: a new folder in {RUNS}/)",
-    )
+    dense_run.add_run_options(add)
     return parser
 
 
@@ -129,7 +92,7 @@ def _run(options: argparse.Namespace) -> int:
     scenes = CocoFolder(options.data) if options.data else Microscopy()
     settings = _settings(options, scenes)
     trainers = _trainers(options.blocks, settings)
-    output = _make_output(options)
+    output = dense_run.make_output(options)
     print(
         f"{settings.model} in Cascade Mask R-CNN on {scenes.name}, {settings.steps} steps of "
         f"{settings.batch_size} crops of {settings.resolution} x {settings.resolution} pixels, "
@@ -138,13 +101,19 @@ def _run(options: argparse.Namespace) -> int:
     )
     weights = Weights(output)
     try:
-        _train(trainers, scenes, weights)
+        dense_run.train(
+            trainers,
+            lambda step: _batch(settings, scenes, step),
+            lambda trainer: _test_and_save(trainer, scenes, weights),
+            TESTS,
+            _quality,
+        )
         shown = list(itertools.islice(scenes.held_out(), SHOWN))
         found = [[trainer.detect(scene.image) for scene in shown] for trainer in trainers]
         results = _measure(trainers, scenes)
     except KeyboardInterrupt:
         print(f"\nstopped; weights that were saved until then are in {output}")
-        return INTERRUPTED
+        return dense_run.INTERRUPTED
     try:
         print(format_table(results, settings.device, PRECISION_ROWS), flush=True)
         write_json(output / "results.json", results, settings)
@@ -153,16 +122,11 @@ def _run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise TrainingError(f"--output: cannot write to {output}: {error}") from error
     print(f"picture  {output / 'picture.png' if drawn else 'not drawn: no matplotlib'}")
-    if failure := weights.failure():
-        raise TrainingError(failure)
-    print(f"weights  {', '.join(sorted(str(path) for path in output.glob('*.safetensors')))}")
+    dense_run.report_weights(weights, output)
     return 0
 
 
 def _settings(options: argparse.Namespace, scenes: Scenes) -> Settings:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise TrainingError("--device cuda: torch finds no CUDA device here")
-    device = "cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu"
     if options.resolution % 32:
         raise TrainingError(
             f"--resolution {options.resolution} must be a multiple of 32, the stride of the "
@@ -177,69 +141,24 @@ def _settings(options: argparse.Namespace, scenes: Scenes) -> Settings:
         steps=options.steps,
         lr=options.lr,
         seed=options.seed,
-        device=device,
+        device=dense_run.device_of(options),
         checkpoint=str(options.checkpoint) if options.checkpoint else None,
     )
 
 
 def _trainers(blocks: str, settings: Settings) -> list[Trainer]:
     """The detectors to train, all with the very same weights."""
-    trainers = [Trainer(kind, settings) for kind in _kinds(blocks)]
-    if settings.checkpoint:
-        moat = trainers[0].model.backbone.moat
-        print(backbone_from(moat, Path(settings.checkpoint), settings.model))
-    for trainer in trainers[1:]:
-        trainer.model.load_state_dict(trainers[0].model.state_dict())
+    trainers = [Trainer(kind, settings) for kind in dense_run.kinds(blocks)]
+    moat = trainers[0].model.backbone.moat
+    dense_run.start_alike(trainers, moat, settings.checkpoint, settings.model)
     return trainers
-
-
-def _kinds(blocks: str) -> tuple[str, ...]:
-    return ("stock", "fused") if blocks == "both" else (blocks,)
-
-
-def _make_output(options: argparse.Namespace) -> Path:
-    """Before training, not after it, is the time to find that nothing can be written."""
-    wanted = options.output or RUNS
-    try:
-        folder = options.output or new_numbered_folder(RUNS)
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        for name in (BEST, LAST):
-            for blocks in _kinds(options.blocks):
-                put_aside(folder / name.format(blocks))
-        return folder
-    except OSError as error:
-        raise TrainingError(f"--output: cannot write to {wanted}: {error}") from error
-
-
-def _train(trainers: Sequence[Trainer], scenes: Scenes, weights: Weights) -> None:
-    settings = trainers[0].settings
-    progress = Progress(0, settings.steps)
-    for step in range(settings.steps):
-        batch = _batch(settings, scenes, step)
-        # Who goes first alternates too.
-        for trainer in trainers if step % 2 == 0 else reversed(trainers):
-            trainer.step(step, *batch)
-        done = step + 1
-        if done * TESTS // settings.steps > step * TESTS // settings.steps:
-            for trainer in trainers:
-                _test_and_save(trainer, scenes, weights)
-        progress.show(done, _latest(trainers))
 
 
 def _test_and_save(trainer: Trainer, scenes: Scenes, weights: Weights) -> None:
     latest = trainer.test(scenes)
-    settings, step = trainer.settings, len(trainer.losses)
-    metadata = {
-        "model": settings.model,
-        "classes": json.dumps(settings.classes),
-        "step": str(step),
-        "box_ap": str(latest.box),
-        "mask_ap": str(latest.mask),
-    }
-    if step == best_step(trainer.precisions):
-        weights.save(trainer.model, BEST.format(trainer.blocks), metadata)
-    weights.save(trainer.model, LAST.format(trainer.blocks), metadata)
+    is_best = len(trainer.losses) == best_step(trainer.precisions)
+    metadata = {"box_ap": str(latest.box), "mask_ap": str(latest.mask)}
+    dense_run.save(trainer, weights, is_best, metadata)
 
 
 def _batch(settings: Settings, scenes: Scenes, step: int) -> tuple[list[Tensor], list[Target]]:
@@ -257,21 +176,15 @@ def _batch(settings: Settings, scenes: Scenes, step: int) -> tuple[list[Tensor],
     )
 
 
-def _latest(trainers: Sequence[Trainer]) -> str:
-    """Of each kind of blocks the last loss, time and average precision."""
-
-    def each(value: Callable[[Trainer], str]) -> str:
-        return "/".join(map(value, trainers))
-
-    text = f"{each(lambda one: one.blocks)}: loss {each(lambda one: f'{one.losses[-1]:.3f}')}, "
-    text += f"{each(lambda one: f'{one.step_seconds[-1]:.2f}')} s"
+def _quality(trainers: Sequence[Trainer]) -> str:
+    """Of each kind of blocks the last average precision."""
     if not all(one.precisions for one in trainers):
-        return text
+        return ""
     last = [list(one.precisions.values())[-1] for one in trainers]
     boxes, masks = (
         "/".join(f"{getattr(one, kind):.3f}" for one in last) for kind in ("box", "mask")
     )
-    return f"{text}, AP of boxes {boxes}, of masks {masks}"
+    return f", AP of boxes {boxes}, of masks {masks}"
 
 
 def _measure(trainers: Sequence[Trainer], scenes: Scenes) -> list[DetectorMeasurements]:

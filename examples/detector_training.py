@@ -3,32 +3,23 @@
 from __future__ import annotations
 
 import json
-import math
 import sys
 import tempfile
-import time
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
+import training
 from average_precision import AveragePrecision, Evaluation
 from cascade_mask_rcnn import Sizes, make_detector
 from memory import peak_in_fresh_process, peak_on_cuda
 from scenes import Scenes
-from torch import Tensor, nn
+from torch import Tensor
 from torchvision.models.detection.generalized_rcnn import GeneralizedRCNN
-from training import (
-    WEIGHT_DECAY,
-    TrainingError,
-    batch_norm_momentum,
-    learning_rate_scale,
-    synchronize,
-)
+from training import WEIGHT_DECAY
 
 from moat_kernels.memory import peak_bytes
-
-GRADIENT_NORM = 10.0  # gradients are clipped to this
 
 Target = dict[str, Tensor]
 
@@ -53,10 +44,9 @@ class Settings:
 
 
 @dataclass
-class Trainer:
+class Trainer(training.Trainer):
     """One detector in training, with what it has measured so far.
 
-    blocks: "stock" or "fused".
     precisions: average precision on what was held out, by the number of steps done.
 
     Batch norms are trained. Frozen ones, usual in detection because batches are small, need the
@@ -64,27 +54,18 @@ class Trainer:
     of a channel at stride 32, and 288 at stride 16.
     """
 
-    blocks: str
+    gradient_norm: ClassVar[float] = 10.0
+
     settings: Settings
     model: GeneralizedRCNN = field(init=False)
-    optimizer: torch.optim.Optimizer = field(init=False)
-    losses: list[float] = field(default_factory=list)
-    step_seconds: list[float] = field(default_factory=list)
     precisions: dict[int, AveragePrecision] = field(default_factory=dict)
 
-    def __post_init__(self) -> None:
+    def make_model(self) -> GeneralizedRCNN:
         settings = self.settings
-        torch.manual_seed(settings.seed)
-        self.model = make_detector(
-            settings.model,
-            len(settings.classes),
-            settings.sizes,
-            fused=self.blocks == "fused",
-        ).to(settings.device)
-        self.optimizer = torch.optim.AdamW(self._parameter_groups(), lr=settings.lr)
+        fused = self.blocks == "fused"
+        return make_detector(settings.model, len(settings.classes), settings.sizes, fused=fused)
 
-    def _parameter_groups(self) -> list[dict[str, Any]]:
-        """Weight decay is for what multiplies: not for norms, biases and position bias tables."""
+    def parameter_groups(self) -> list[dict[str, Any]]:
         prefix = "backbone.moat."
         undecayed = {prefix + name for name in self.model.backbone.moat.no_weight_decay()}
         groups: dict[bool, list[Tensor]] = {True: [], False: []}
@@ -98,37 +79,6 @@ class Trainer:
     def loss(self, images: list[Tensor], targets: list[Target]) -> Tensor:
         """The sum of all losses of a batch."""
         return sum(self.model(images, targets).values(), torch.zeros((), device=images[0].device))
-
-    def update(self, images: list[Tensor], targets: list[Target]) -> float:
-        """One step of the optimiser; returns the loss."""
-        self.model.train()
-        self.optimizer.zero_grad(set_to_none=True)
-        loss = self.loss(images, targets)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
-        self.optimizer.step()
-        return loss.item()
-
-    def step(self, step: int, images: list[Tensor], targets: list[Target]) -> None:
-        """Train on the batch of step `step` and record loss and time."""
-        for group in self.optimizer.param_groups:
-            group["lr"] = self.settings.lr * learning_rate_scale(step, self.settings.steps)
-        for module in self.model.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.momentum = batch_norm_momentum(step)
-        # Samples of boxes, and drop path, draw from here: the same for both kinds of blocks.
-        torch.manual_seed((self.settings.seed << 32) + step)
-        synchronize(self.settings.device)
-        start = time.perf_counter()
-        loss = self.update(images, targets)
-        synchronize(self.settings.device)
-        self.step_seconds.append(time.perf_counter() - start)
-        self.losses.append(loss)
-        if not math.isfinite(loss):
-            raise TrainingError(
-                f"the loss of the {self.blocks} blocks is {loss} at step {step + 1}; "
-                "a smaller --lr may help"
-            )
 
     @torch.inference_mode()
     def detect(self, image: Tensor) -> Target:

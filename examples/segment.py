@@ -12,21 +12,16 @@ whatever else the machine does slows both alike. Results go to --output.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
-import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-from classifier_options import positive, seed
-from files import new_numbered_folder
+import dense_run
+from classifier_options import positive
 from labelled_images import LabelledImages, Microscopy, training_batch
 from mask_folder import MaskFolder
 from memory import saved_for_backward
 from photographs import DataError
-from pretrained import backbone_from
-from progress import Progress
 from report import format_table, write_json
 from segmentation_picture import draw_picture
 from segmentation_scores import (
@@ -40,13 +35,10 @@ from segmentation_scores import (
 from segmentation_training import Trainer, peak_of_step
 from torch import Tensor
 from training import Settings, TrainingError
-from weights import Weights, put_aside
+from weights import Weights
 
 import moat_kernels
 
-RUNS = Path("runs")
-INTERRUPTED = 130  # the exit code that shells use after Ctrl-C
-BEST, LAST = "{}_best.safetensors", "{}_last.safetensors"  # in --output, of a kind of blocks
 TESTS = 10  # on what is held out, while training
 
 
@@ -61,28 +53,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    summary, _, explanation = (__doc__ or "").partition("\n")
-    parser = argparse.ArgumentParser(
-        description=summary,
-        epilog=explanation,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = dense_run.new_parser(__doc__ or "")
     add = parser.add_argument
-    add("--blocks", choices=("stock", "fused", "both"), default="fused")
-    add(
-        "--model",
-        choices=moat_kernels.list_models(),
-        default="tiny_moat_0",
-        metavar="NAME",
-        help="moat_0 .. moat_4, tiny_moat_0 .. tiny_moat_3 (default: tiny_moat_0)",
-    )
-    add(
-        "--checkpoint",
-        type=Path,
-        metavar="FILE",
-        help="a classifier's weights for the backbone to start from: an official TensorFlow "
-        "checkpoint, .safetensors or .pt",
-    )
     add(
         "--data",
         type=Path,
@@ -100,16 +72,8 @@ def _parser() -> argparse.ArgumentParser:
         metavar="PIXELS",
         help="side of the square crops that are trained on; the MOAT paper has 641 (default: 161)",
     )
-    add("--lr", type=positive(float), default=2e-3, metavar="RATE", help="default: 0.002")
-    add("--seed", type=seed, default=0, metavar="N", help="default: 0")
     add("--amp", action="store_true", help="autocast to bfloat16")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    add(
-        "--output",
-        type=Path,
-        metavar="FOLDER",
-        help=f"where weights, picture and numbers go (default: a new folder in {RUNS}/)",
-    )
+    dense_run.add_run_options(add)
     return parser
 
 
@@ -124,7 +88,7 @@ def _run(options: argparse.Namespace) -> int:
     images = MaskFolder(options.data) if options.data else Microscopy()
     settings = _settings(options, images)
     trainers = _trainers(options.blocks, settings)
-    output = _make_output(options)
+    output = dense_run.make_output(options)
     print(
         f"{settings.model} in DeepLabv3+ on {images.name}, {settings.steps} steps of "
         f"{settings.batch_size} crops of {settings.resolution} x {settings.resolution} pixels, "
@@ -133,11 +97,17 @@ def _run(options: argparse.Namespace) -> int:
     )
     weights = Weights(output)
     try:
-        _train(trainers, images, weights)
+        dense_run.train(
+            trainers,
+            lambda step: _batch(settings, images, step),
+            lambda trainer: _test_and_save(trainer, images, weights),
+            TESTS,
+            _quality,
+        )
         results = _measure(trainers, images)
     except KeyboardInterrupt:
         print(f"\nstopped; weights that were saved until then are in {output}")
-        return INTERRUPTED
+        return dense_run.INTERRUPTED
     try:
         print(format_table(results, settings.device, score_rows(settings.classes)))
         if baseline := results[0].baseline:
@@ -148,15 +118,11 @@ def _run(options: argparse.Namespace) -> int:
     except OSError as error:
         raise TrainingError(f"--output: cannot write to {output}: {error}") from error
     print(f"picture  {output / 'picture.png' if drawn else 'not drawn: no matplotlib'}")
-    if failure := weights.failure():
-        raise TrainingError(failure)
-    print(f"weights  {', '.join(sorted(str(path) for path in output.glob('*.safetensors')))}")
+    dense_run.report_weights(weights, output)
     return 0
 
 
 def _settings(options: argparse.Namespace, images: LabelledImages) -> Settings:
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise TrainingError("--device cuda: torch finds no CUDA device here")
     return Settings(
         model=options.model,
         classes=images.classes,
@@ -167,68 +133,23 @@ def _settings(options: argparse.Namespace, images: LabelledImages) -> Settings:
         seed=options.seed,
         amp=options.amp,
         recompute="auto",
-        device="cuda" if options.device != "cpu" and torch.cuda.is_available() else "cpu",
+        device=dense_run.device_of(options),
         checkpoint=str(options.checkpoint) if options.checkpoint else None,
     )
 
 
 def _trainers(blocks: str, settings: Settings) -> list[Trainer]:
     """The models to train, all with the very same weights."""
-    trainers = [Trainer(kind, settings) for kind in _kinds(blocks)]
-    if settings.checkpoint:
-        backbone = trainers[0].model.backbone
-        print(backbone_from(backbone, Path(settings.checkpoint), settings.model))
-    for trainer in trainers[1:]:
-        trainer.model.load_state_dict(trainers[0].model.state_dict())
+    trainers = [Trainer(kind, settings) for kind in dense_run.kinds(blocks)]
+    backbone = trainers[0].model.backbone
+    dense_run.start_alike(trainers, backbone, settings.checkpoint, settings.model)
     return trainers
-
-
-def _kinds(blocks: str) -> tuple[str, ...]:
-    return ("stock", "fused") if blocks == "both" else (blocks,)
-
-
-def _make_output(options: argparse.Namespace) -> Path:
-    """Before training, not after it, is the time to find that nothing can be written."""
-    wanted = options.output or RUNS
-    try:
-        folder = options.output or new_numbered_folder(RUNS)
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-        for name in (BEST, LAST):
-            for blocks in _kinds(options.blocks):
-                put_aside(folder / name.format(blocks))
-        return folder
-    except OSError as error:
-        raise TrainingError(f"--output: cannot write to {wanted}: {error}") from error
-
-
-def _train(trainers: Sequence[Trainer], images: LabelledImages, weights: Weights) -> None:
-    settings = trainers[0].settings
-    progress = Progress(0, settings.steps)
-    for step in range(settings.steps):
-        batch = _batch(settings, images, step)
-        # Who goes first alternates too.
-        for trainer in trainers if step % 2 == 0 else reversed(trainers):
-            trainer.step(step, *batch)
-        done = step + 1
-        if done * TESTS // settings.steps > step * TESTS // settings.steps:
-            for trainer in trainers:
-                _test_and_save(trainer, images, weights)
-        progress.show(done, _latest(trainers))
 
 
 def _test_and_save(trainer: Trainer, images: LabelledImages, weights: Weights) -> None:
     latest = trainer.test(images)
-    settings, step = trainer.settings, len(trainer.losses)
-    metadata = {
-        "model": settings.model,
-        "classes": json.dumps(settings.classes),
-        "step": str(step),
-        "mean_iou": str(latest and latest.mean_iou),
-    }
-    if latest and step == best_step(trainer.scores):
-        weights.save(trainer.model, BEST.format(trainer.blocks), metadata)
-    weights.save(trainer.model, LAST.format(trainer.blocks), metadata)
+    is_best = latest is not None and len(trainer.losses) == best_step(trainer.scores)
+    dense_run.save(trainer, weights, is_best, {"mean_iou": str(latest and latest.mean_iou)})
 
 
 def _batch(settings: Settings, images: LabelledImages, step: int) -> tuple[Tensor, Tensor]:
@@ -244,18 +165,12 @@ def _batch(settings: Settings, images: LabelledImages, step: int) -> tuple[Tenso
     return pixels.to(settings.device), labels.to(settings.device)
 
 
-def _latest(trainers: Sequence[Trainer]) -> str:
-    """Of each kind of blocks the last loss, time and mean IoU."""
-
-    def each(value: Callable[[Trainer], str]) -> str:
-        return "/".join(map(value, trainers))
-
-    text = f"{each(lambda one: one.blocks)}: loss {each(lambda one: f'{one.losses[-1]:.3f}')}, "
-    text += f"{each(lambda one: f'{one.step_seconds[-1]:.2f}')} s"
+def _quality(trainers: Sequence[Trainer]) -> str:
+    """Of each kind of blocks the last mean IoU."""
     if not all(one.scores for one in trainers):
-        return text
-    last = each(lambda one: f"{list(one.scores.values())[-1].mean_iou:.3f}")
-    return f"{text}, mean IoU {last}"
+        return ""
+    last = (list(one.scores.values())[-1] for one in trainers)
+    return f", mean IoU {'/'.join(f'{one.mean_iou:.3f}' for one in last)}"
 
 
 def _measure(trainers: Sequence[Trainer], images: LabelledImages) -> list[SegmentationMeasurements]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import processes
 import torch
@@ -18,7 +18,6 @@ from validation import Validation
 import moat_kernels
 
 WEIGHT_DECAY = 0.05
-GRADIENT_NORM = 1.0  # gradients are clipped to this
 WARM_UP_SHARE = 0.1  # of the steps
 
 
@@ -53,6 +52,8 @@ class Trainer:
     are averaged, and batch norms measure the shares together: the numbers are those of one process.
     """
 
+    gradient_norm: ClassVar[float] = 1.0  # gradients are clipped to this
+
     blocks: str
     settings: Settings
     model: moat_kernels.MOAT = field(init=False)
@@ -70,12 +71,14 @@ class Trainer:
         if processes.count() > 1:
             moat_kernels.convert_sync_batchnorm(self.model)
             self.parallel = DistributedDataParallel(self.model)
-        self.optimizer = torch.optim.AdamW(
-            self.model.parameter_groups(lr=settings.lr, weight_decay=WEIGHT_DECAY)
-        )
+        self.optimizer = torch.optim.AdamW(self.parameter_groups(), lr=settings.lr)
+
+    def parameter_groups(self) -> list[dict[str, Any]]:
+        """Weight decay is for what multiplies: not for norms, biases and position bias tables."""
+        return self.model.parameter_groups(lr=self.settings.lr, weight_decay=WEIGHT_DECAY)
 
     def make_model(self) -> nn.Module:
-        """A model of random weights; it has `parameter_groups`."""
+        """A model of random weights."""
         return moat_kernels.create_model(
             self.settings.model,
             num_classes=len(self.settings.classes),
@@ -95,7 +98,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss = self.loss(images, labels)
         loss.backward()
-        nn.utils.clip_grad_norm_(self.model.parameters(), GRADIENT_NORM)
+        nn.utils.clip_grad_norm_(self.model.parameters(), self.gradient_norm)
         self.optimizer.step()
         return processes.mean_over_processes(loss.detach())
 
