@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.example_program import small_model
+from support.example_program import SMALL_SIZES, small_model
 from support.native import needs_extension
 from support.peers import import_detector
 from torch import Tensor
@@ -20,16 +20,7 @@ from torch.nn import Module
 import moat_kernels
 
 cascade = import_detector("cascade_mask_rcnn")
-SIZES = cascade.Sizes(
-    channels=8,
-    mask_channels=8,
-    hidden=16,
-    anchor=16,
-    proposals=20,
-    samples=16,
-    objects=0.5,
-    detections=10,
-)
+SIZES = cascade.Sizes(**SMALL_SIZES)
 SIZE = (64, 64)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from support.coco import write_folder
-from support.example_program import small_model
+from support.example_program import SMALL_SIZES, small_model
 from support.peers import import_detector
 
 import moat_kernels
@@ -21,16 +21,7 @@ from moat_kernels.checkpoints.safetensors import load_metadata
 detect = import_detector("detect")
 make_trainer, draw_picture = detect.Trainer, detect.draw_picture
 
-SMALL = detect.Sizes(
-    channels=8,
-    mask_channels=8,
-    hidden=16,
-    anchor=16,
-    proposals=20,
-    samples=16,
-    objects=0.5,
-    detections=10,
-)
+SMALL = detect.Sizes(**SMALL_SIZES)
 
 
 @pytest.fixture(scope="module")

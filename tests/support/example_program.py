@@ -5,6 +5,17 @@ from __future__ import annotations
 import moat_kernels
 
 STEPS = 4
+# Of the detector's parts.
+SMALL_SIZES = {
+    "channels": 8,
+    "mask_channels": 8,
+    "hidden": 16,
+    "anchor": 16,
+    "proposals": 20,
+    "samples": 16,
+    "objects": 0.5,
+    "detections": 10,
+}
 create_model = moat_kernels.create_model
 
 
