@@ -271,9 +271,10 @@ class Backbone(nn.Module):
 
 
 def strides_of_stages(output_stride: int) -> list[int]:
-    """Of each stage's first block: 2, or 1 once the map is at `output_stride` (official code's
+    """Of each stage's first block: 2, or 1 once the map is at `output_stride`.
 
-    `stage_stride`; nothing is dilated)."""
+    Official code's `stage_stride`; nothing is dilated.
+    """
     strides, total = [], 2
     for _ in range(STAGES):
         strides.append(2 if total < output_stride else 1)
