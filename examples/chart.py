@@ -165,6 +165,9 @@ def _draw_losses_and_tests(axes: Axes, results: Sequence[ClassifierMeasurements]
             markersize=width + 3,
             clip_on=False,
         )
+    losses = [loss for one in results for loss in one.losses]
+    losses += [test.loss for one in results for test in one.validations]
+    axes.set_ylim(0, 1.05 * max(losses))
     tested = any(one.validations for one in results)
     axes.set_title("Loss: training" + (", held out (dots)" if tested else ""))
 
