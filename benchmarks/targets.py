@@ -249,7 +249,7 @@ def size_targets() -> list[Target]:
     return [
         *(
             Target(
-                f"backbone {mode}, time of a pixel at {largest} over that at {smallest}",
+                f"backbone {mode}, {kind}, time of a pixel at {largest} over that at {smallest}",
                 *(f"sizes {mode} {name}", TIME_OF_PIXELS, f"{kind}, {largest}"),
                 (f"{kind}, {smallest}",),
                 at_most=1.15,
@@ -260,7 +260,7 @@ def size_targets() -> list[Target]:
         ),
         *(
             Target(
-                "backbone training, peak of a step over stock's",
+                f"backbone training, cpu auto, peak of a step at {size} over stock's",
                 *(f"sizes training {name}", PEAK, f"cpu auto, {size}"),
                 (f"{bench_sizes.STOCK}, {size}",),
                 at_most=0.5,
