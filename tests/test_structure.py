@@ -221,7 +221,7 @@ with use_backend(backend):
             ),
         ),
         pytest.param(
-            *("triton", 8, 6),
+            *("triton", 9, 7),
             marks=pytest.mark.skipif(bool(triton_missing()), reason=triton_missing()),
         ),
     ],

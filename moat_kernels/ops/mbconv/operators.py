@@ -111,8 +111,17 @@ def backward(
     results = []
     for name, source in zip(names, (x, *parameters), strict=True):
         if name in needed and source is not None:
-            gradient = gradients[name].reshape(source.shape).to(source.dtype)
-            results.append(in_format_of(gradient, x) if name == "x" else gradient.contiguous())
+            gradient = gradients[name]
+            # Asking takes a tenth of what an operator does that has nothing to do.
+            if gradient.shape != source.shape:
+                gradient = gradient.reshape(source.shape)
+            if gradient.dtype != source.dtype:
+                gradient = gradient.to(source.dtype)
+            if name == "x":
+                gradient = in_format_of(gradient, x)
+            elif not gradient.is_contiguous():
+                gradient = gradient.contiguous()
+            results.append(gradient)
     return results
 
 

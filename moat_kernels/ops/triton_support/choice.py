@@ -6,6 +6,7 @@ import contextlib
 from collections.abc import Iterator, Sequence
 from contextvars import ContextVar
 
+import torch
 from torch import Tensor
 
 from moat_kernels.ops.triton_support import user_table
@@ -26,11 +27,21 @@ def choose(
 ) -> Blocks:
     """The launch of `kernel` on tensors like `like`, for a problem of these sizes."""
     blocks = table.static_launch(kernel, like.element_size(), size, architecture(like.device))
-    chooser = _chooser.get() or user_table.chooser(device_name(like.device))
+    chooser = _chooser.get() or user_choices(like.device)
     if chooser is None:
         return blocks
     problem = Problem(table.op, kernel, like.dtype, tuple(map(_power_of_2, sizes)))
     return chooser(problem, blocks)
+
+
+def user_choices(device: torch.device) -> Chooser | None:
+    """What was measured on this device; None: nothing was."""
+    return user_table.chooser(device_name(device))
+
+
+def is_choosing() -> bool:
+    """Whether `choosing` is asked in this thread."""
+    return _chooser.get() is not None
 
 
 @contextlib.contextmanager

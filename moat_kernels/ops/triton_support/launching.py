@@ -6,14 +6,15 @@ import contextlib
 import functools
 import importlib.metadata
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.torch_version import TorchVersion
+from torch.utils._python_dispatch import _disable_current_modes, is_in_torch_dispatch_mode
 
 from moat_kernels.ops.common.device import device_type, planned_architecture
 from moat_kernels.ops.triton_support import traffic
@@ -111,12 +112,16 @@ def launch(
     else:
         with torch.cuda.device(device):
             compiled = _run(kernel, grid, arguments, options)
-    seen = _compiled.get()
-    if seen is not None:
-        seen.append(compiled)
+    listener = _listener.get()
+    if listener is not None:
+        listener(Launched(kernel, grid, arguments, options, compiled))
 
 
 def _run(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict[str, Any]) -> Any:
+    if is_in_torch_dispatch_mode() and interpreting():
+        # The interpreter copies tensors by operators that are no part of the call.
+        with _disable_current_modes():
+            return kernel[grid](*arguments, **options)
     return kernel[grid](*arguments, **options)
 
 
@@ -129,18 +134,41 @@ def _arithmetic(dtype: torch.dtype, precision: str | None) -> str:
     return "float32" if precision == "ieee" else precision
 
 
-_compiled: ContextVar[list[Any] | None] = ContextVar("moat_kernels_compiled", default=None)
+class Launched(NamedTuple):
+    """A launch that was made. compiled: what its kernel was compiled to; None: interpreted."""
+
+    kernel: Any
+    grid: tuple[int, ...]
+    arguments: tuple[Any, ...]
+    options: Mapping[str, Any]
+    compiled: Any
+
+
+Listener = Callable[[Launched], None]
+_listener: ContextVar[Listener | None] = ContextVar("moat_kernels_launch_listener", default=None)
+
+
+@contextlib.contextmanager
+def listening(listener: Listener) -> Iterator[None]:
+    """Tell `listener` of every launch inside the `with` block, in this thread."""
+    token = _listener.set(listener)
+    try:
+        yield
+    finally:
+        _listener.reset(token)
+
+
+def is_heard() -> bool:
+    """Whether somebody is told of the launches in this thread."""
+    return _listener.get() is not None
 
 
 @contextlib.contextmanager
 def collect_compiled() -> Iterator[list[Any]]:
     """What the kernels launched inside the `with` block were compiled to (None: interpreted)."""
     compiled: list[Any] = []
-    token = _compiled.set(compiled)
-    try:
+    with listening(lambda launched: compiled.append(launched.compiled)):
         yield compiled
-    finally:
-        _compiled.reset(token)
 
 
 # Sees each call of a launcher: gets it as a function without arguments, and returns its result.

@@ -27,6 +27,7 @@ from moat_kernels.ops.layer_norm.triton import backend as layer_norm
 from moat_kernels.ops.layer_norm.triton.launch_table import norm_blocks, rows_of_a_program
 from moat_kernels.ops.triton_support.launching import DTYPES, launch
 from moat_kernels.ops.triton_support.products import weight_gradient
+from moat_kernels.ops.triton_support.replay import replayed
 from moat_kernels.ops.window_attention.algebra.position_bias import table_size
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 from moat_kernels.ops.window_attention.triton import backend as window_attention
@@ -76,6 +77,7 @@ def unsupported(
 
 
 @without_autocast
+@replayed()
 def forward(
     y: Tensor, layers: Layers, table: Tensor | None, kept: Tensor | None, half: Half
 ) -> Forward:
@@ -148,6 +150,7 @@ def _in_low_precision(layers: Layers, low: Tensor | None) -> Layers:
 
 
 @without_autocast
+@replayed()
 def backward(
     grad: Tensor,
     y: Tensor,

@@ -26,6 +26,7 @@ from moat_kernels.ops.layer_norm.triton.launch_table import (
     rows_of_a_program,
 )
 from moat_kernels.ops.triton_support.launching import DTYPES, launch, tunable, unsupported_tensor
+from moat_kernels.ops.triton_support.replay import replayed
 
 
 def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
@@ -51,6 +52,7 @@ def evaluate(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.d
     return forward(x, weight, bias, eps, dtype).output
 
 
+@replayed()
 @tunable
 def forward(x: Tensor, weight: Tensor, bias: Tensor, eps: float, dtype: torch.dtype) -> Forward:
     """[..., C] in `dtype`, contiguous; mean and 1 / standard deviation of each row, float32."""
@@ -99,6 +101,7 @@ def backward(
     return [grad_x] if sums is None else [grad_x, *sums.sum(0)]
 
 
+@replayed()
 @tunable
 def partial_gradients(
     grad: Tensor,

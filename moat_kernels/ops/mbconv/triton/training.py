@@ -53,6 +53,7 @@ from moat_kernels.ops.mbconv.triton.kernels.squeeze_excite import (
     excite_backward,
 )
 from moat_kernels.ops.mbconv.triton.shortcut import Shortcut
+from moat_kernels.ops.triton_support.replay import replayed
 
 
 class Call:
@@ -147,6 +148,7 @@ def _dense(parameters: MBConvParameters) -> MBConvParameters:
     return parameters._replace(**changed) if changed else parameters
 
 
+@replayed(passes.setting)
 def evaluate(
     x: Tensor,
     parameters: MBConvParameters,
@@ -176,6 +178,7 @@ def evaluate(
     return call.output_map(project(h2, None, "identity", gate, *call.projection(folded.ready)))
 
 
+@replayed(passes.setting)
 def forward(
     x: Tensor,
     parameters: MBConvParameters,
@@ -258,6 +261,7 @@ def _moments(norm: Tensor, constant: Tensor | None) -> tuple[Tensor, Tensor]:
     return mean if constant is None else mean + constant, variance
 
 
+@replayed(passes.setting)
 def backward(
     grad: Tensor,
     x: Tensor,

@@ -17,6 +17,7 @@ from moat_kernels.ops.triton_support.launching import (
     tunable,
     unsupported_tensor,
 )
+from moat_kernels.ops.triton_support.replay import replayed
 from moat_kernels.ops.triton_support.traffic import Part
 from moat_kernels.ops.window_attention.algebra.partition import window_counts
 from moat_kernels.ops.window_attention.algebra.position_bias import table_size
@@ -128,6 +129,7 @@ def evaluate(
     return forward(qkv, bias_table, description).output
 
 
+@replayed()
 @tunable
 def forward(
     qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
@@ -156,6 +158,7 @@ def forward(
     return Forward(output, [log_sum_exp])
 
 
+@replayed()
 def backward(
     grad: Tensor,
     qkv: Tensor,
