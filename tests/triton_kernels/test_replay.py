@@ -165,10 +165,15 @@ def test_arguments_that_share_memory(device: str, replays: list[int]) -> None:
     def added(x: Tensor, y: Tensor) -> Tensor:
         return x + 2 * y
 
-    memory = torch.randn(10, device=device)
-    for first, second in ((0, 5), (5, 0), (0, 5), (2, 4), (2, 4), (2, 4)):
-        x, y = memory[first : first + 5], memory[second : second + 5]
+    memory = torch.randn(32, device=device)
+    for first, second in ((0, 8), (8, 0), (16, 8), (0, 24)):
+        x, y = memory[first : first + 8], memory[second : second + 8]
         assert torch.equal(added(x, y), x + 2 * y)
-    for _ in range(3):
-        assert torch.equal(added(memory, memory), 3 * memory)
+    assert len(replays) == 2
+    for _ in range(4):
+        x, y = memory[:16], memory[4:20]
+        assert torch.equal(added(x, y), x + 2 * y)
+    assert len(replays) == 2
+    for _ in range(3):  # the same tensor twice is one argument
+        assert torch.equal(added(memory, memory), memory + 2 * memory)
     assert len(replays) == 3
