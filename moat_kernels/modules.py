@@ -202,8 +202,9 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
         tensors = self.read_attention_half()
         if tensors is not None and child(self, "attention_norm").normalized_shape == y.shape[1:2]:
             description, eps = self.attention.description, self.attention_norm.eps
-            if not self._drops() and attention_half.covers(y, tensors, description):
-                output = attention_half.attention_half(y, tensors, eps, description)
+            backend = "" if self._drops() else attention_half.covering(y, tensors, description)
+            if backend:
+                output = attention_half.attention_half(y, tensors, eps, description, backend)
                 return in_format_of(output, y)
             drop_path = child(self, "drop_path")
             if is_plain(drop_path, DropPath) and attention_half_training.covers(

@@ -111,7 +111,7 @@ ORDER: tuple[tuple[tuple[Workload, ...], tuple[Contender, ...]], ...] = (
     (MAIN, COMPILED),
     (TINY, EAGER),
     (LARGE, EAGER),
-    (TIMM, (STOCK, FUSED)),
+    (TIMM, EAGER),
     (TINY, COMPILED),
     (LARGE[:1], (*LEVELS, CHECKPOINTED)),
     (TIMM, COMPILED),

@@ -15,6 +15,7 @@ from support import cuda_on_cpu
 
 from moat_kernels.ops.mbconv.triton import cuda_kernels
 from moat_kernels.ops.mbconv.triton import passes as depthwise_passes
+from moat_kernels.ops.triton_support import replay
 from moat_kernels.ops.triton_support.launching import interpreting, triton_missing
 
 # The deterministic algorithms that the tests switch on want it of cuBLAS.
@@ -33,6 +34,12 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def exact_float32(monkeypatch: pytest.MonkeyPatch) -> None:
     """cuDNN's convolutions, the stem's among them, would multiply float32 as TF32."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
+@pytest.fixture(autouse=True)
+def nothing_recorded() -> None:
+    """Each test decides anew: it may change what no key of a tape knows of."""
+    replay.forget()
 
 
 @pytest.fixture(autouse=True)

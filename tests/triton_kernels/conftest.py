@@ -29,6 +29,14 @@ def device() -> str:
 
 
 @pytest.fixture(autouse=True)
+def nothing_recorded() -> None:
+    """Each test decides anew: it may change what no key of a tape knows of."""
+    from moat_kernels.ops.triton_support import replay
+
+    replay.forget()
+
+
+@pytest.fixture(autouse=True)
 def correct_bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     if INTERPRETED:
         from support import triton_interpreter

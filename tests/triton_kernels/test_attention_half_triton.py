@@ -24,6 +24,7 @@ from moat_kernels.reference import MOATBlock
 
 pytest.importorskip("triton")
 
+from moat_kernels.ops.triton_support.launching import listening
 from moat_kernels.ops.window_attention.triton import backend as window_attention
 
 LOW = (torch.bfloat16, torch.float16)
@@ -185,6 +186,44 @@ def test_only_what_needs_a_gradient_gets_one(trained: str | None, device: str) -
     actual = train(fused, block, y)
     names = {"output", "y", trained} - {None}
     check(actual, {name: expected[name] for name in names})
+
+
+def evaluated(block: nn.Module, y: Tensor) -> Tensor:
+    """Without gradients; its launches are those of training's forward pass."""
+    launched: list[str] = []
+    listener = listening(lambda launch: launched.append(launch.kernel.fn.__name__))
+    with torch.no_grad(), listener, triton_only():
+        output = block.eval().attention_half(y)
+    assert launched[1:] == ["forward_kernel"]
+    assert launched[0] in ("norm_and_cast_kernel", "layer_norm_kernel")
+    return output
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_without_gradients(case: str, device: str) -> None:
+    block, y = make_block(device, drop_path=0.5, **CASES[case]), make_map(device)
+    with torch.no_grad():
+        expected = stock(copy.deepcopy(block).double().eval(), y.double())
+    actual = evaluated(block, y)
+    assert actual.stride() == expected.stride()
+    assert_close(actual, expected, BACKEND_OUTPUT[torch.float32], "output", floor=0.1)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["autocast", "all of it"])
+@pytest.mark.parametrize("dtype", LOW, ids=str)
+def test_without_gradients_in_low_precision(
+    dtype: torch.dtype, autocast: bool, device: str
+) -> None:
+    block, y = make_block(device, **CASES["windows"]).eval(), make_map(device)
+    with torch.no_grad():
+        exact = stock(copy.deepcopy(block).double(), y.double())
+    if not autocast:
+        block, y = block.to(dtype), y.to(dtype)
+    with torch.no_grad(), torch.autocast(device, dtype, enabled=autocast):
+        eager, actual = stock(block, y), evaluated(block, y)
+    assert actual.dtype == eager.dtype
+    allowed = LOW_PRECISION_FACTOR * relative_error(eager, exact)
+    assert_close(actual, exact, allowed + torch.finfo(dtype).eps, "output")
 
 
 def without_bias(block: FusedMOATBlock) -> None:

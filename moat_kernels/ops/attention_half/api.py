@@ -2,30 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from torch import Tensor
 
 from moat_kernels.ops.attention_half import cpu
+from moat_kernels.ops.attention_half.triton import evaluation
 from moat_kernels.ops.common.backends import choose_backend
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 
+BACKENDS: Mapping[str, Any] = {"cpu": cpu, "triton": evaluation}
 
-def covers(
+
+def covering(
     y: Tensor, tensors: Sequence[Tensor | None], description: WindowAttentionDescription
-) -> bool:
-    """Whether `attention_half` computes this call: inference on a CPU, shapes that fit.
+) -> str:
+    """The backend that computes `attention_half` of this call: inference, shapes that fit.
 
-    tensors: as `attention_half` takes them.
+    Empty if none does. tensors: as `attention_half` takes them.
     """
     backend = choose_backend(
         "attention_half",
         y.device,
-        {"cpu": cpu},
+        BACKENDS,
         lambda candidate: candidate.unsupported(y, tensors, description),
         optional=True,
     )
-    return backend != "reference"
+    return "" if backend == "reference" else backend
 
 
 def attention_half(
@@ -33,11 +37,14 @@ def attention_half(
     tensors: Sequence[Tensor | None],
     eps: float,
     description: WindowAttentionDescription,
+    backend: str,
 ) -> Tensor:
     """y + proj(attention(qkv(layer_norm(y)))): [B, C, H, W] -> [B, C, H, W] in channels_last.
 
     tensors: weight [C] and bias of the norm, weight [3 * heads * head_dim, C] and bias of qkv,
         weight [C, heads * head_dim] and bias of proj, and the position table [heads, ., .], which
         is resized to the windows. All but the two matrices may be None.
+    backend: what `covering` said.
     """
-    return cpu.evaluate(y, tensors, eps, description)
+    output: Tensor = BACKENDS[backend].evaluate(y, tensors, eps, description)
+    return output

@@ -32,7 +32,9 @@ def covers(
 
     tensors: of the norm, qkv and proj, as `Layers` has them.
     """
-    if is_exporting():
+    if is_exporting() or not torch.is_grad_enabled():
+        return False
+    if not any(tensor is not None and tensor.requires_grad for tensor in (y, *tensors)):
         return False
     chosen = choose_backend(
         "attention_half",

@@ -32,6 +32,9 @@ MOST_TAPES = 512
 ALIGNMENT = 16
 
 
+# The tapes of every function that is replayed.
+_all_tapes: list[dict[tuple[Any, ...], Any]] = []
+
 # In place of a tape: the kind of call came once; it cannot be replayed.
 _ONCE, _NEVER = object(), object()
 
@@ -48,6 +51,7 @@ def replayed(
 
     def decorate(function: Callable[..., Result]) -> Callable[..., Result]:
         tapes: dict[tuple[Any, ...], Any] = {}
+        _all_tapes.append(tapes)
 
         @functools.wraps(function)
         def call(*arguments: Any) -> Result:
@@ -75,6 +79,12 @@ def replayed(
         return call
 
     return decorate
+
+
+def forget() -> None:
+    """Forget all tapes: what they were made of was changed behind the scenes, by a test say."""
+    for tapes in _all_tapes:
+        tapes.clear()
 
 
 def _record(
