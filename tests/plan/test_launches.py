@@ -92,7 +92,7 @@ BOTTLENECK = (
         *("depthwise_kernel", "norm_kernel", "project_kernel"),
     ],
     [
-        *("fold_weights_kernel", "project_weight_kernel", "sum", "project_input_kernel"),
+        *("fold_weights_kernel", "mm", "activation_gradient_kernel", "mm"),
         *("norm_gradient_kernel", "depthwise_backward_kernel", "norm_gradient_kernel"),
         *("expand_products_kernel", "sum", "fold_gradient_kernel", "correction_kernel"),
         "expand_input_kernel",

@@ -65,8 +65,9 @@ def _gelu_and_derivative(x):
     r = r * t + 1.00000024
     tail = tl.exp2(q)
     slope = r * tail
-    value = tl.where(x < 0.0, 0.0 * x, x) - t * tail
-    return value, tl.where(x > 0.0, 1.0 - slope, slope)
+    negative = x < 0.0
+    value = tl.where(negative, 0.0 * x, x) - t * tail
+    return value, tl.where(negative, slope, 1.0 - slope)
 
 
 @triton.jit

@@ -291,18 +291,21 @@ def backward(
     addend = None
     if description.residual:
         addend, gradients = call.shortcut(folded.ready).backward(grad_rows, low_grad, needed)
-    dy2, sums = _project_backward(
+    dy2, sums, bias_sums = _project_backward(
         call, low_grad, z2, depthwise_norm, folded.ready.project, squeezed, needed, gradients
     )
-    factors, norm_gradients, _ = norm_gradient(
+    factors, norm_gradients, grad_bias = norm_gradient(
         *(sums, depthwise_norm, parameters.depthwise_norm, parameters.depthwise_bias, None),
-        *(call.rows_out, call.measures[2], True),
+        *(call.rows_out, call.measures[2], True, bias_sums),
     )
+    if grad_bias is not None:
+        gradients["project_bias"] = grad_bias
     _name(gradients, "depthwise_norm", norm_gradients, "depthwise_bias")
     dy1, sums = passes.depthwise_backward(
         *(dy2, z2, factors, z1, expand_norm, description.expand_activation),
         *(folded.taps, call.stencil),
     )
+    del dy2, z1, z2
     factors, norm_gradients, grad_taps = norm_gradient(
         *(sums, expand_norm, parameters.expand_norm, parameters.expand_bias),
         *(call.weights.depthwise, len(rows), call.measures[1], False),
@@ -339,8 +342,9 @@ def _project_backward(
     squeezed: Tensor,
     needed: frozenset[str],
     gradients: dict[str, Tensor],
-) -> tuple[Tensor, Sums]:
-    """Gradient of depthwise_norm's output, and its sums; enters those of what follows the norm.
+) -> tuple[Tensor, Sums, Sums | None]:
+    """Gradient of depthwise_norm's output, its sums, and those for project's bias if it needs them;
+    enters the other gradients of what follows the norm.
 
     grad: of the output, [M, C_out] in the dtype of the products.
     """
@@ -361,12 +365,10 @@ def _project_backward(
             call.description.squeeze_excite.activation,
         )
         gradients.update(excite_gradients)
-    sums, activated, grad_bias = activation_gradient(
+    sums, activated, bias_sums = activation_gradient(
         *(product, *arguments, gate, grad_mean, pixels, needs_weight and gate is None),
         grad if "project_bias" in needed else None,
     )
     if activated is not None:
         gradients["project_weight"] = weight_gradient(grad, activated, torch.float32)
-    if grad_bias is not None:
-        gradients["project_bias"] = grad_bias
-    return product, sums  # which has become the gradient of the norm's output
+    return product, sums, bias_sums  # the product has become the gradient of the norm's output

@@ -143,14 +143,16 @@ def norm_gradient_kernel(
     grad_bias_ptr,  # [C]
     grad_constant_ptr,  # [C]
     grad_taps_ptr,  # [C, 9]
-    parts, channels, count,
+    others_ptr,  # [Q, K] float32, or None
+    added_ptr,  # [K] float32, given with others
+    parts, channels, count, other_parts, other_channels,
     ROWS: tl.constexpr, MEASURED: tl.constexpr, CENTRED: tl.constexpr,
     BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dz = a dy + b z + c, and the gradients of weight, bias, constant (the sum of dz) and taps.
 
     CENTRED: the last row has z less the norm's centre. One program: one tap of a block of
-    channels, or their norm. Reads the sums once.
+    channels, or their norm, or the sum of others. Reads the sums once.
     """
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < channels
@@ -162,6 +164,13 @@ def norm_gradient_kernel(
             taps = _sum_parts(source + line * channels, stride, parts, valid, BLOCK_PARTS, BLOCK_C)
             target = grad_taps_ptr + channel * 9 + line
             tl.store(target, taps.to(grad_taps_ptr.dtype.element_ty), mask=valid)
+    if others_ptr is not None:  # noqa: SIM102  decided at compile time
+        if line == ROWS - 1:
+            inside = channel < other_channels
+            added = _sum_parts(
+                others_ptr + channel, other_channels, other_parts, inside, BLOCK_PARTS, BLOCK_C
+            )
+            tl.store(added_ptr + channel, added, mask=inside)
     if line == ROWS - 2:
         source += (ROWS - 2) * channels
         total = _sum_parts(source, stride, parts, valid, BLOCK_PARTS, BLOCK_C)
@@ -206,12 +215,14 @@ def norm_gradient(
     count: int,
     measured: bool,
     centred: bool,
+    others: Sums | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """(factors (a, b, c, sum of dy) float32 [4, C], gradients, that of taps [C, 9]).
+    """(factors (a, b, c, sum of dy) float32 [4, C], gradients, that of taps [C, 9] or `others`).
 
     sums: [P, 2, C] of dy and dy z, or [P, 11, C] with the taps' before them; centred: of z less
     `norm`'s centre. count: values of each channel. The gradients of weight, bias and constant have
-    the dtypes of these, float32 where they are None.
+    the dtypes of these, float32 where they are None. others: [Q, K], given without taps: summed
+    over its parts [K] here, which spares a launch.
     """
     values = sums.values
     parts, rows, channels = values.shape
@@ -222,10 +233,14 @@ def norm_gradient(
         for owner in owners
     ]
     grad_taps = None if taps is None else torch.empty_like(taps)
+    other_parts, other_channels = (0, 0) if others is None else others.values.shape
+    other_values = None if others is None else others.values
+    added = None if others is None else norm.new_empty(other_channels)
     launch(
         norm_gradient_kernel,
-        (-(-channels // _BLOCK_C), rows - 1),
-        *(values, norm, factors, *gradients, grad_taps, parts, channels, count),
+        (-(-max(channels, other_channels) // _BLOCK_C), rows - (others is None)),
+        *(values, norm, factors, *gradients, grad_taps, other_values, added),
+        *(parts, channels, count, other_parts, other_channels),
         ROWS=rows,
         MEASURED=measured,
         CENTRED=centred,
@@ -233,7 +248,7 @@ def norm_gradient(
         BLOCK_C=_BLOCK_C,
         num_warps=8,
         num_stages=1,
-        reads=(values, norm),
-        writes=(factors, *gradients, grad_taps),
+        reads=(values, norm, other_values),
+        writes=(factors, *gradients, grad_taps, added),
     )
-    return factors, gradients, grad_taps
+    return factors, gradients, grad_taps if others is None else added

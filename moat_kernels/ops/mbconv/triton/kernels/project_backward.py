@@ -16,7 +16,7 @@ from torch import Tensor
 
 from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
 from moat_kernels.ops.mbconv.triton.kernels.moments import Sums
-from moat_kernels.ops.mbconv.triton.launch_table import StencilBlocks, row_tiles, sum_splits
+from moat_kernels.ops.mbconv.triton.launch_table import StencilBlocks, row_tiles
 from moat_kernels.ops.triton_support.activations import activate, activate_and_differentiate
 from moat_kernels.ops.triton_support.launching import launch, tunable
 
@@ -244,9 +244,9 @@ def activation_gradient(
     pixels: int,
     wants_activated: bool,
     grad: Tensor | None,
-) -> tuple[Sums, Tensor | None, Tensor | None]:
+) -> tuple[Sums, Tensor | None, Sums | None]:
     """(sums [P, 2, E] over parts of the gradient of y and of it times z - centre; drop_path_scale *
-    activation(y) [M, E], if that is wanted; the bias's gradient, float32 [C_out], given grad).
+    activation(y) [M, E], if that is wanted; the bias's gradient [Q, C_out] over parts, given grad).
 
     The gradient of y takes the place of `product`, which spares an E-wide tensor. Not tunable
     therefore: a second call would not see what the first one saw.
@@ -278,7 +278,7 @@ def activation_gradient(
         reads=(product, z, affine, drop_path_scale, gate, grad_mean, grad),
         writes=(product, activated, sums, bias),
     )
-    return Sums(sums, 0), activated, None if bias is None else sum_splits(bias)
+    return Sums(sums, 0), activated, None if bias is None else Sums(bias, 0)
 
 
 def _constants(blocks: StencilBlocks, activation: str) -> dict[str, object]:
