@@ -82,9 +82,9 @@ LAUNCHES = register_launch_table(
             ("pool", 2, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
             ("pool", 4, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
             ("gate_gradient", 2, ANY_SIZE): StencilBlocks(16, 64, 128, 4),
-            ("gate_gradient", 4, ANY_SIZE): StencilBlocks(16, 64, 128, 4),
+            ("gate_gradient", 4, ANY_SIZE): StencilBlocks(16, 32, 128, 4),
             ("activation_gradient", 2, ANY_SIZE): StencilBlocks(16, 64, 128, 4),
-            ("activation_gradient", 4, ANY_SIZE): StencilBlocks(16, 64, 128, 4),
+            ("activation_gradient", 4, ANY_SIZE): StencilBlocks(16, 32, 128, 4),
             # Passes that CUDA C++ kernels cover too (passes.py): Triton's until a GPU has
             # been seen to be faster with the others.
             **{

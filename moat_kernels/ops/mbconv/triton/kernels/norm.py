@@ -26,6 +26,8 @@ NORM_ROWS, CENTRE, VARIANCE = 5, 2, 4
 # Rows of its backward pass, float32 [4, C]: a, b, c, and the sum of dy.
 FACTOR_ROWS = 4
 _BLOCK_C = 16
+# Parts of others that a step loads: with fewer, ptxas spills a register or two on some GPUs.
+_BLOCK_OTHERS = 512
 
 
 def _block_parts(parts: int) -> int:
@@ -147,7 +149,7 @@ def norm_gradient_kernel(
     added_ptr,  # [K] float32, given with others
     parts, channels, count, other_parts, other_channels,
     ROWS: tl.constexpr, MEASURED: tl.constexpr, CENTRED: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_OTHERS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dz = a dy + b z + c, and the gradients of weight, bias, constant (the sum of dz) and taps.
 
@@ -167,9 +169,8 @@ def norm_gradient_kernel(
     if others_ptr is not None:  # noqa: SIM102  decided at compile time
         if line == ROWS - 1:
             inside = channel < other_channels
-            added = _sum_parts(
-                others_ptr + channel, other_channels, other_parts, inside, BLOCK_PARTS, BLOCK_C
-            )
+            source = others_ptr + channel
+            added = _sum_parts(source, other_channels, other_parts, inside, BLOCK_OTHERS, BLOCK_C)
             tl.store(added_ptr + channel, added, mask=inside)
     if line == ROWS - 2:
         source += (ROWS - 2) * channels
@@ -245,6 +246,7 @@ def norm_gradient(
         MEASURED=measured,
         CENTRED=centred,
         BLOCK_PARTS=_block_parts(parts),
+        BLOCK_OTHERS=_BLOCK_OTHERS,
         BLOCK_C=_BLOCK_C,
         num_warps=8,
         num_stages=1,
