@@ -9,6 +9,8 @@ the activation, which every block of output channels computed anew.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import triton
 import triton.language as tl
@@ -281,7 +283,7 @@ def activation_gradient(
     return Sums(sums, 0), activated, None if bias is None else Sums(bias, 0)
 
 
-def _constants(blocks: StencilBlocks, activation: str) -> dict[str, object]:
+def _constants(blocks: StencilBlocks, activation: str) -> dict[str, Any]:
     return {
         "BLOCK_ROWS": blocks.width,
         "BLOCK_WIDE": blocks.channels,
