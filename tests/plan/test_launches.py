@@ -92,7 +92,7 @@ BOTTLENECK = (
         *("depthwise_kernel", "norm_kernel", "project_kernel"),
     ],
     [
-        *("fold_weights_kernel", "mm", "activation_gradient_kernel", "mm"),
+        *("fold_weights_kernel", "project_weight_kernel", "sum", "project_input_kernel"),
         *("norm_gradient_kernel", "depthwise_backward_kernel", "norm_gradient_kernel"),
         *("expand_products_kernel", "sum", "fold_gradient_kernel", "correction_kernel"),
         "expand_input_kernel",
@@ -118,8 +118,8 @@ def test_squeeze_excite_and_strides() -> None:
     with torch.device("meta"):
         block = FusedMBConv(64, 64)
         first = FusedMBConv(64, 96, stride=2)
-    assert tuple(map(len, bottleneck_launches(block))) == (9, 16)
-    assert tuple(map(len, bottleneck_launches(first))) == (11, 20)
+    assert tuple(map(len, bottleneck_launches(block))) == (9, 15)
+    assert tuple(map(len, bottleneck_launches(first))) == (11, 19)
 
 
 @cache
@@ -131,7 +131,7 @@ def step_launches(model: str, blocks: str) -> int:
 @pytest.mark.parametrize("blocks", BLOCKS[1:])
 @pytest.mark.parametrize("model", ["moat_0", "tiny_moat_0"])
 def test_a_training_step_in_every_recompute_level(model: str, blocks: str) -> None:
-    assert step_launches(model, blocks) <= 0.39 * step_launches(model, "stock")
+    assert step_launches(model, blocks) <= 0.38 * step_launches(model, "stock")
 
 
 @pytest.mark.parametrize("model", list_models())
@@ -140,4 +140,4 @@ def test_a_training_step_of_every_variant(model: str) -> None:
 
 
 def test_a_training_step_of_moat_0() -> None:
-    assert step_launches("moat_0", "none") <= 548
+    assert step_launches("moat_0", "none") <= 541

@@ -146,8 +146,6 @@ OPS = {
                 "norm_gradient_kernel",
                 "depthwise_kernel",
                 "depthwise_backward_kernel",
-                "activation_gradient_kernel",
-                "gate_gradient_kernel",
                 "pool_kernel",
                 "pool_rows_kernel",
                 "excite_kernel",

@@ -102,6 +102,8 @@ def test_every_kernel_of_mbconv_is_among_them() -> None:
     assert names == OPS["mbconv"].without_product | {
         "expand_kernel",
         "project_kernel",
+        "project_input_kernel",
+        "project_weight_kernel",
         "expand_products_kernel",
         "fold_gradient_kernel",
         "correction_kernel",

@@ -14,7 +14,6 @@ from moat_kernels.ops.common.activations import activate as reference  # noqa: E
 from moat_kernels.ops.common.activations import activate_backward  # noqa: E402
 from moat_kernels.ops.triton_support.activations import (  # noqa: E402
     activate,
-    activate_and_differentiate,
     activation_derivative,
 )
 
@@ -23,32 +22,21 @@ SIZE = 256
 
 
 @triton.jit
-def kernel(
-    x, value, derivative, KIND: tl.constexpr, TOGETHER: tl.constexpr, SIZE: tl.constexpr
-):  # fmt: skip
+def kernel(x, value, derivative, KIND: tl.constexpr, SIZE: tl.constexpr):
     index = tl.arange(0, SIZE)
     values = tl.load(x + index)
-    if TOGETHER:
-        activated, slope = activate_and_differentiate(values, KIND)
-        tl.store(value + index, activated)
-        tl.store(derivative + index, slope)
-    else:
-        tl.store(value + index, activate(values, KIND))
-        tl.store(derivative + index, activation_derivative(values, KIND))
+    tl.store(value + index, activate(values, KIND))
+    tl.store(derivative + index, activation_derivative(values, KIND))
 
 
-together = pytest.mark.parametrize("together", [False, True], ids=["apart", "together"])
-
-
-@together
-def test_gelu_and_its_derivative_within_1e_6(together: bool, device: str) -> None:
+def test_gelu_and_its_derivative_within_1e_6(device: str) -> None:
     """Its polynomials everywhere, their ends included; -infinity is NaN, as PyTorch's is."""
     x = torch.cat(
         [torch.linspace(-9, 9, SIZE - 3), torch.tensor([float("inf"), -float("inf"), 0.0])]
     )
     x = x.to(device)
     value, derivative = torch.empty_like(x), torch.empty_like(x)
-    kernel[(1,)](x, value, derivative, KIND="gelu", TOGETHER=together, SIZE=SIZE)
+    kernel[(1,)](x, value, derivative, KIND="gelu", SIZE=SIZE)
     exact = x.double()
     expected = torch.nn.functional.gelu(exact)
     assert torch.equal(value.isnan(), expected.isnan())
@@ -58,13 +46,12 @@ def test_gelu_and_its_derivative_within_1e_6(together: bool, device: str) -> Non
     assert (derivative.double() - slope)[finite].abs().max() < 1e-6
 
 
-@together
 @pytest.mark.parametrize("kind", ["gelu", "gelu_tanh", "silu", "relu", "identity"])
-def test_values_and_derivatives(kind: str, together: bool, device: str) -> None:
+def test_values_and_derivatives(kind: str, device: str) -> None:
     x = torch.linspace(-12, 12, SIZE, device=device)
     x[:3] = torch.tensor([-60.0, 60.0, float("nan")])
     value, derivative = torch.empty_like(x), torch.empty_like(x)
-    kernel[(1,)](x, value, derivative, KIND=kind, TOGETHER=together, SIZE=SIZE)
+    kernel[(1,)](x, value, derivative, KIND=kind, SIZE=SIZE)
     exact = x.double()
     assert_close(value, reference(kind, exact), BACKEND_OUTPUT[torch.float32])
     expected = activate_backward(kind, torch.ones_like(exact), exact)

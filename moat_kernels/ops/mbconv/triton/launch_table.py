@@ -66,6 +66,10 @@ LAUNCHES = register_launch_table(
             ("expand", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
             ("project", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 2),
             ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+            ("project_input", 2, ANY_SIZE): GemmBlocks(128, 64, 32, 8, 3),
+            ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
+            ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 8, 2),
+            ("project_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
             ("expand_products", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 2),
             ("expand_products", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 2),
             ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 128, 32, 8, 3),
@@ -78,13 +82,8 @@ LAUNCHES = register_launch_table(
             ("depthwise_backward", 2, STRIDE_2): StencilBlocks(8, 64, 16, 16),
             ("depthwise_backward", 4, STRIDE_1): StencilBlocks(8, 64, 16, 8),
             ("depthwise_backward", 4, STRIDE_2): StencilBlocks(8, 64, 16, 16),
-            # Of sums over rows: those of a step, channels, those of a program.
             ("pool", 2, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
             ("pool", 4, ANY_SIZE): StencilBlocks(32, 64, 512, 4),
-            ("gate_gradient", 2, ANY_SIZE): StencilBlocks(16, 64, 128, 4),
-            ("gate_gradient", 4, ANY_SIZE): StencilBlocks(16, 32, 128, 4),
-            ("activation_gradient", 2, ANY_SIZE): StencilBlocks(16, 64, 128, 4),
-            ("activation_gradient", 4, ANY_SIZE): StencilBlocks(16, 32, 128, 4),
             # Passes that CUDA C++ kernels cover too (passes.py): Triton's until a GPU has
             # been seen to be faster with the others.
             **{
@@ -113,6 +112,8 @@ LAUNCHES = register_launch_table(
             8: {
                 ("depthwise", 4, STRIDE_1): StencilBlocks(8, 64, 16, 16),
                 ("depthwise", 4, STRIDE_2): StencilBlocks(8, 64, 16, 16),
+                ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
+                ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 32, 16, 2),
                 ("expand_products", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
                 ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 64, 32, 8, 4),
             },
@@ -123,6 +124,8 @@ LAUNCHES = register_launch_table(
                 ("depthwise", 2, STRIDE_1): StencilBlocks(4, 64, 16, 4, 2),
                 ("depthwise", 2, STRIDE_2): StencilBlocks(4, 64, 16, 8),
                 ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 32, 4, 4),
+                ("project_weight", 2, ANY_SIZE): GemmBlocks(128, 64, 64, 8, 4),
+                ("project_input", 2, ANY_SIZE): GemmBlocks(64, 64, 64, 4, 3),
                 ("depthwise_backward", 2, STRIDE_1): StencilBlocks(4, 64, 16, 4),
                 ("depthwise_backward", 2, STRIDE_2): StencilBlocks(8, 64, 16, 4),
                 ("expand_products", 2, ANY_SIZE): GemmBlocks(128, 128, 64, 8, 4),
@@ -132,9 +135,12 @@ LAUNCHES = register_launch_table(
             },
             10: {
                 ("depthwise", 2, STRIDE_2): StencilBlocks(8, 64, 16, 16),
+                ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
                 ("expand_products", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
                 ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 16, 8, 3),
                 ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
+                ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 32, 32, 8, 2),
+                ("project_weight", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
                 ("expand_input", 2, ANY_SIZE): GemmBlocks(64, 64, 16, 16, 2),
             },
             12: {
@@ -143,6 +149,9 @@ LAUNCHES = register_launch_table(
                 # With two elements for each thread Triton 3.6 crashes (LLVM, packed float32).
                 ("depthwise_backward", 4, STRIDE_1): StencilBlocks(8, 32, 16, 8),
                 ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 16, 8, 2),
+                ("project_input", 2, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 3),
+                ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
+                ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
                 ("expand_products", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
                 ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 64, 32, 8, 3),
             },
@@ -178,11 +187,6 @@ def depthwise_blocks(kernel: str, like: Tensor, channels: int, stencil: Stencil)
 def pool_blocks(like: Tensor, channels: int, batch: int, pixels: int) -> StencilBlocks:
     """The tile of a sum over the pixels of maps of `channels`, in the dtype of `like`."""
     return _fit_channels(choose(LAUNCHES, "pool", like, (channels, batch, pixels)), channels)
-
-
-def row_tiles(kernel: str, like: Tensor, rows: int, channels: int) -> StencilBlocks:
-    """The tile of sums over `rows` of `channels`, in the dtype of `like`."""
-    return _fit_channels(choose(LAUNCHES, kernel, like, (rows, channels)), channels)
 
 
 def _fit_channels(blocks: StencilBlocks, channels: int) -> StencilBlocks:

@@ -6,9 +6,8 @@ Training, of rows in units of the map and E-wide tensors in capitals:
     Z2 = depthwise(act(y1)),                y1 = Z1 scale1 + shift1, expand_norm
     output = (gate * act(y2)) W2^T + ...    y2 = Z2 scale2 + shift2, depthwise_norm
 
-    dH2 = grad W2, by BLAS                  dY2 and H2 (and ggate) from dH2 and Z2
-    gW2 = grad^T H2, by BLAS                dY1, dtaps from dY2, Z2 and Z1
-    gW and dx from dY1 and rows             (kernels/expand_backward.py)
+    gW2, ggate from grad and Z2             dY2 from grad, W2 and Z2
+    dY1, dtaps from dY2, Z2 and Z1          gW and dx from dY1 and rows (kernels/expand_backward.py)
 
 Each pass measures what it writes; one small kernel makes a norm of that, updates its running
 statistics, and another one its gradients. The shortcut is in shortcut.py.
@@ -47,17 +46,13 @@ from moat_kernels.ops.mbconv.triton.kernels.norm import (
     norm_gradient,
 )
 from moat_kernels.ops.mbconv.triton.kernels.project import pool, project
-from moat_kernels.ops.mbconv.triton.kernels.project_backward import (
-    activation_gradient,
-    gate_gradient,
-)
+from moat_kernels.ops.mbconv.triton.kernels.project_backward import project_input, project_weight
 from moat_kernels.ops.mbconv.triton.kernels.squeeze_excite import (
     Excitation,
     excite,
     excite_backward,
 )
 from moat_kernels.ops.mbconv.triton.shortcut import Shortcut
-from moat_kernels.ops.triton_support.products import weight_gradient
 from moat_kernels.ops.triton_support.replay import replayed
 
 
@@ -295,21 +290,18 @@ def backward(
     addend = None
     if description.residual:
         addend, gradients = call.shortcut(folded.ready).backward(grad_rows, low_grad, needed)
-    dy2, sums, bias_sums = _project_backward(
+    dy2, sums = _project_backward(
         call, low_grad, z2, depthwise_norm, folded.ready.project, squeezed, needed, gradients
     )
-    factors, norm_gradients, grad_bias = norm_gradient(
+    factors, norm_gradients, _ = norm_gradient(
         *(sums, depthwise_norm, parameters.depthwise_norm, parameters.depthwise_bias, None),
-        *(call.rows_out, call.measures[2], True, bias_sums),
+        *(call.rows_out, call.measures[2], True),
     )
-    if grad_bias is not None:
-        gradients["project_bias"] = grad_bias
     _name(gradients, "depthwise_norm", norm_gradients, "depthwise_bias")
     dy1, sums = passes.depthwise_backward(
         *(dy2, z2, factors, z1, expand_norm, description.expand_activation),
         *(folded.taps, call.stencil),
     )
-    del dy2, z1, z2
     factors, norm_gradients, grad_taps = norm_gradient(
         *(sums, expand_norm, parameters.expand_norm, parameters.expand_bias),
         *(call.weights.depthwise, len(rows), call.measures[1], False),
@@ -346,33 +338,31 @@ def _project_backward(
     squeezed: Tensor,
     needed: frozenset[str],
     gradients: dict[str, Tensor],
-) -> tuple[Tensor, Sums, Sums | None]:
-    """Gradient of depthwise_norm's output, its sums, and those for project's bias if it needs them;
-    enters the other gradients of what follows the norm.
+) -> tuple[Tensor, Sums]:
+    """Gradient of depthwise_norm's output, and its sums; enters those of what follows the norm.
 
     grad: of the output, [M, C_out] in the dtype of the products.
     """
     activation, pixels = call.description.depthwise_activation, call.out_pixels
-    arguments = (z2, norm, activation, call.drop_path_scale)
-    product = grad @ weight
-    needs_weight = "project_weight" in needed
-    gate, grad_mean = None, None
+    excitation, gate, grad_mean = None, None, None
     if call.description.squeeze_excite is not None:
         excitation = call.excite(Sums(squeezed[:, None], 1), 1)
         gate = excitation.gate
-        grad_gate, activated = gate_gradient(product, *arguments, gate, pixels, needs_weight)
-        if activated is not None:
-            gradients["project_weight"] = weight_gradient(grad, activated, torch.float32)
-            del activated
+    needs_weight = not needed.isdisjoint(("project_weight", "project_bias"))
+    if excitation is not None or needs_weight:
+        gradients["project_weight"], grad_bias, grad_gate = project_weight(
+            *(grad, z2, norm, activation, call.drop_path_scale, gate, weight, pixels),
+            "project_bias" in needed,
+        )
+        if grad_bias is not None:
+            gradients["project_bias"] = grad_bias
+    if excitation is not None:
+        assert grad_gate is not None and call.description.squeeze_excite is not None
         grad_mean, excite_gradients = excite_backward(
             *(grad_gate, excitation, pixels, call.parameters),
             call.description.squeeze_excite.activation,
         )
         gradients.update(excite_gradients)
-    sums, activated, bias_sums = activation_gradient(
-        *(product, *arguments, gate, grad_mean, pixels, needs_weight and gate is None),
-        grad if "project_bias" in needed else None,
+    return project_input(
+        *(grad, weight, z2, norm, activation, call.drop_path_scale, gate, grad_mean, pixels)
     )
-    if activated is not None:
-        gradients["project_weight"] = weight_gradient(grad, activated, torch.float32)
-    return product, sums, bias_sums  # the product has become the gradient of the norm's output

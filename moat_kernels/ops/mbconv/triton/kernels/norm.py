@@ -26,8 +26,6 @@ NORM_ROWS, CENTRE, VARIANCE = 5, 2, 4
 # Rows of its backward pass, float32 [4, C]: a, b, c, and the sum of dy.
 FACTOR_ROWS = 4
 _BLOCK_C = 16
-# Parts of others that a step loads: with fewer, ptxas spills a register or two on some GPUs.
-_BLOCK_OTHERS = 512
 
 
 def _block_parts(parts: int) -> int:
@@ -145,16 +143,14 @@ def norm_gradient_kernel(
     grad_bias_ptr,  # [C]
     grad_constant_ptr,  # [C]
     grad_taps_ptr,  # [C, 9]
-    others_ptr,  # [Q, K] float32, or None
-    added_ptr,  # [K] float32, given with others
-    parts, channels, count, other_parts, other_channels,
+    parts, channels, count,
     ROWS: tl.constexpr, MEASURED: tl.constexpr, CENTRED: tl.constexpr,
-    BLOCK_PARTS: tl.constexpr, BLOCK_OTHERS: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """dz = a dy + b z + c, and the gradients of weight, bias, constant (the sum of dz) and taps.
 
     CENTRED: the last row has z less the norm's centre. One program: one tap of a block of
-    channels, or their norm, or the sum of others. Reads the sums once.
+    channels, or their norm. Reads the sums once.
     """
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < channels
@@ -166,12 +162,6 @@ def norm_gradient_kernel(
             taps = _sum_parts(source + line * channels, stride, parts, valid, BLOCK_PARTS, BLOCK_C)
             target = grad_taps_ptr + channel * 9 + line
             tl.store(target, taps.to(grad_taps_ptr.dtype.element_ty), mask=valid)
-    if others_ptr is not None:  # noqa: SIM102  decided at compile time
-        if line == ROWS - 1:
-            inside = channel < other_channels
-            source = others_ptr + channel
-            added = _sum_parts(source, other_channels, other_parts, inside, BLOCK_OTHERS, BLOCK_C)
-            tl.store(added_ptr + channel, added, mask=inside)
     if line == ROWS - 2:
         source += (ROWS - 2) * channels
         total = _sum_parts(source, stride, parts, valid, BLOCK_PARTS, BLOCK_C)
@@ -216,14 +206,12 @@ def norm_gradient(
     count: int,
     measured: bool,
     centred: bool,
-    others: Sums | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """(factors (a, b, c, sum of dy) float32 [4, C], gradients, that of taps [C, 9] or `others`).
+    """(factors (a, b, c, sum of dy) float32 [4, C], gradients, that of taps [C, 9]).
 
     sums: [P, 2, C] of dy and dy z, or [P, 11, C] with the taps' before them; centred: of z less
     `norm`'s centre. count: values of each channel. The gradients of weight, bias and constant have
-    the dtypes of these, float32 where they are None. others: [Q, K], given without taps: summed
-    over its parts [K] here, which spares a launch.
+    the dtypes of these, float32 where they are None.
     """
     values = sums.values
     parts, rows, channels = values.shape
@@ -234,23 +222,18 @@ def norm_gradient(
         for owner in owners
     ]
     grad_taps = None if taps is None else torch.empty_like(taps)
-    other_parts, other_channels = (0, 0) if others is None else others.values.shape
-    other_values = None if others is None else others.values
-    added = None if others is None else norm.new_empty(other_channels)
     launch(
         norm_gradient_kernel,
-        (-(-max(channels, other_channels) // _BLOCK_C), rows - (others is None)),
-        *(values, norm, factors, *gradients, grad_taps, other_values, added),
-        *(parts, channels, count, other_parts, other_channels),
+        (-(-channels // _BLOCK_C), rows - 1),
+        *(values, norm, factors, *gradients, grad_taps, parts, channels, count),
         ROWS=rows,
         MEASURED=measured,
         CENTRED=centred,
         BLOCK_PARTS=_block_parts(parts),
-        BLOCK_OTHERS=_BLOCK_OTHERS,
         BLOCK_C=_BLOCK_C,
         num_warps=8,
         num_stages=1,
-        reads=(values, norm, other_values),
-        writes=(factors, *gradients, grad_taps, added),
+        reads=(values, norm),
+        writes=(factors, *gradients, grad_taps),
     )
-    return factors, gradients, grad_taps if others is None else added
+    return factors, gradients, grad_taps

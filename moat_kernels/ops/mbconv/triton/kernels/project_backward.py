@@ -1,15 +1,11 @@
 """Backward of the project convolution, the gate and the activation before it.
 
 With y = z scale + shift, a = act(y) and output = (gate * a) weight^T, from the gradient of output.
-Both products are BLAS': the kernels lie between them, read product = grad weight and z, and write
-the gradient of y over the one and h = drop_path * gate * a, for the weight's gradient grad^T h.
-Kernels that multiplied what they activate took twice as long on an H200: its tensor cores wait for
-the activation, which every block of output channels computed anew.
 """
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
 
 import torch
 import triton
@@ -18,9 +14,137 @@ from torch import Tensor
 
 from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
 from moat_kernels.ops.mbconv.triton.kernels.moments import Sums
-from moat_kernels.ops.mbconv.triton.launch_table import StencilBlocks, row_tiles
-from moat_kernels.ops.triton_support.activations import activate, activate_and_differentiate
+from moat_kernels.ops.mbconv.triton.kernels.project import row_blocks, rows_of_block
+from moat_kernels.ops.mbconv.triton.launch_table import (
+    dot_precision,
+    gemm_blocks,
+    reduction_splits,
+    sum_splits,
+)
+from moat_kernels.ops.triton_support.activations import activate, activation_derivative
 from moat_kernels.ops.triton_support.launching import launch, tunable
+
+
+@triton.jit
+def project_input_kernel(
+    grad_ptr,  # [M, C_out]
+    weight_ptr,  # [C_out, E]
+    z_ptr,  # [M, E]
+    affine_ptr,  # [3, E] float32: scale, shift and centre
+    drop_path_ptr,  # [B], or None
+    gate_ptr,  # [B, E] float32, or None
+    grad_mean_ptr,  # [B, E] float32, given with the gate
+    output_ptr,  # [M, E]
+    sums_ptr,  # [row blocks, 2, E] float32
+    count,
+    pixels,
+    wide,
+    channels,
+    BLOCK_ROWS: tl.constexpr,
+    BLOCK_WIDE: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ACTIVATION: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """dy = (gate * drop_path * (grad weight) + grad_mean) act'(y); sums of dy and dy (z - centre).
+
+    Reads grad (C_out-wide) and z, writes dy (both E-wide). Blocks of the same rows run side by
+    side. grad_mean is what reaches each pixel through squeeze-excite's mean.
+    """
+    wide_blocks = tl.cdiv(wide, BLOCK_WIDE)
+    row_block = tl.program_id(0) // wide_blocks
+    row, valid_row, image = rows_of_block(
+        row_block, count, pixels, BLOCK_ROWS, gate_ptr is not None
+    )
+    column = (tl.program_id(0) % wide_blocks) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
+    valid_column = column < wide
+    mask = valid_row[:, None] & valid_column[None, :]
+    offset = row[:, None] * wide + column[None, :]
+    # Asked for now, it arrives while the tile is multiplied.
+    z = tl.load(z_ptr + offset, mask=mask, other=0.0)
+    scale, shift = load_affine(affine_ptr, column, wide, valid_column)
+    centre = tl.load(affine_ptr + 2 * wide + column, mask=valid_column, other=0.0)
+    products = tl.zeros([BLOCK_ROWS, BLOCK_WIDE], tl.float32)
+    for start in tl.range(0, channels, BLOCK_C):
+        channel = start + tl.arange(0, BLOCK_C)
+        grad = tl.load(
+            grad_ptr + row[:, None] * channels + channel[None, :],
+            mask=valid_row[:, None] & (channel < channels)[None, :],
+            other=0.0,
+        )
+        weight = tl.load(
+            weight_ptr + channel[:, None] * wide + column[None, :],
+            mask=(channel < channels)[:, None] & valid_column[None, :],
+            other=0.0,
+        )
+        products = tl.dot(grad, weight, products, input_precision=PRECISION)
+    if drop_path_ptr is not None:
+        factor = tl.load(drop_path_ptr + row // pixels, mask=valid_row, other=0.0)
+        products *= factor.to(tl.float32)[:, None]
+    if gate_ptr is not None:
+        gate = tl.load(gate_ptr + image * wide + column, mask=valid_column, other=0.0)
+        grad_mean = tl.load(grad_mean_ptr + image * wide + column, mask=valid_column, other=0.0)
+        products = products * gate[None, :] + grad_mean[None, :]
+    z = z.to(tl.float32)
+    slope = activation_derivative(z * scale[None, :] + shift[None, :], ACTIVATION)
+    grad_y = tl.where(mask, products * slope, 0.0)
+    tl.store(output_ptr + offset, grad_y.to(output_ptr.dtype.element_ty), mask=mask)
+    target = sums_ptr + row_block.to(tl.int64) * 2 * wide + column
+    tl.store(target, tl.sum(grad_y, 0), mask=valid_column)
+    product = tl.where(mask, grad_y * (z - centre[None, :]), 0.0)
+    tl.store(target + wide, tl.sum(product, 0), mask=valid_column)
+
+
+@tunable
+def project_input(
+    grad: Tensor,
+    weight: Tensor,
+    z: Tensor,
+    affine: Tensor,
+    activation: str,
+    drop_path_scale: Tensor | None,
+    gate: Tensor | None,
+    grad_mean: Tensor | None,
+    pixels: int,
+) -> tuple[Tensor, Sums]:
+    """Gradient of y [M, E], and sums [P, 2, E] over parts of it, and of it times z - centre.
+
+    grad: [M, C_out]; weight: [C_out, E]; z: [M, E]; affine: float32 (scale, shift, centre, ...)
+    [., E]; drop_path_scale: [B]; gate, grad_mean: float32 [B, E], both or neither.
+    """
+    (count, wide), channels = z.shape, grad.shape[1]
+    blocks = gemm_blocks("project_input", z, count, wide, channels)
+    blocks_of_rows = row_blocks(count, pixels, blocks.rows, gate is not None)
+    output = torch.empty_like(z)
+    sums = z.new_empty((blocks_of_rows, 2, wide), dtype=torch.float32)
+    launch(
+        project_input_kernel,
+        (blocks_of_rows * -(-wide // blocks.columns),),
+        *(
+            *(grad, weight, z, affine, drop_path_scale, gate, grad_mean, output, sums),
+            *(count, pixels, wide, channels),
+        ),
+        BLOCK_ROWS=blocks.rows,
+        BLOCK_WIDE=blocks.columns,
+        BLOCK_C=blocks.depth,
+        ACTIVATION=activation,
+        PRECISION=dot_precision(z),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+        reads=(grad, weight, z, affine, drop_path_scale, gate, grad_mean),
+        writes=(output, sums),
+        flops=2 * count * wide * channels,
+    )
+    return output, Sums(sums, 0)
+
+
+@triton.jit
+def _load_grad(grad_ptr, row, valid_row, channel, channels):
+    return tl.load(
+        grad_ptr + row.to(tl.int64)[:, None] * channels + channel[None, :],
+        mask=valid_row[:, None] & (channel < channels)[None, :],
+        other=0.0,
+    )
 
 
 @triton.jit
@@ -29,266 +153,163 @@ def _load_factor(drop_path_ptr, row, valid_row, pixels):
 
 
 @triton.jit
-def _load_gate(gate_ptr, drop_path_ptr, image, wide, column, valid):
-    """drop_path * gate of an image."""
-    gate = tl.load(gate_ptr + image * wide + column, mask=valid, other=0.0)
-    if drop_path_ptr is not None:
-        gate *= tl.load(drop_path_ptr + image).to(tl.float32)
-    return gate
-
-
-@triton.jit
-def gate_gradient_kernel(
-    product_ptr,  # [M, E]: grad weight
-    z_ptr,  # [M, E]
-    affine_ptr,  # [2, E] float32: scale and shift
-    drop_path_ptr,  # [B], or None
-    gate_ptr,  # [B, E] float32
-    activated_ptr,  # [M, E], or None
-    sums_ptr,  # [B, splits, E] float32
-    pixels,
-    wide,
-    chunk,
-    splits,
-    BLOCK_ROWS: tl.constexpr,
-    BLOCK_WIDE: tl.constexpr,
-    ACTIVATION: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    """sums = sum of drop_path * product * act(y) over parts of an image, which is the gate's
-    gradient; activated = drop_path * gate * act(y).
-
-    Reads product and z, writes activated (all E-wide).
-    """
-    wide_blocks = tl.cdiv(wide, BLOCK_WIDE)
-    part = tl.program_id(0) // wide_blocks
-    column = (tl.program_id(0) % wide_blocks) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
-    valid_column = column < wide
-    image = (part // splits).to(tl.int64)
-    begin = part % splits * chunk
-    end = tl.minimum(pixels, begin + chunk)
-    scale, shift = load_affine(affine_ptr, column, wide, valid_column)
-    gate = _load_gate(gate_ptr, drop_path_ptr, image, wide, column, valid_column)
-    sums = tl.zeros([BLOCK_ROWS, BLOCK_WIDE], tl.float32)
-    for start in tl.range(begin, end, BLOCK_ROWS, num_stages=STAGES):
-        pixel = start + tl.arange(0, BLOCK_ROWS)
-        mask = (pixel < end)[:, None] & valid_column[None, :]
-        offset = (image * pixels + pixel)[:, None] * wide + column[None, :]
-        product = tl.load(product_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        activated = activate(z * scale[None, :] + shift[None, :], ACTIVATION)
-        sums += product * activated
-        if activated_ptr is not None:
-            low = (activated * gate[None, :]).to(activated_ptr.dtype.element_ty)
-            tl.store(activated_ptr + offset, low, mask=mask)
-    total = tl.sum(sums, 0)
-    if drop_path_ptr is not None:
-        total *= tl.load(drop_path_ptr + image).to(tl.float32)
-    tl.store(sums_ptr + part.to(tl.int64) * wide + column, total, mask=valid_column)
-
-
-@tunable
-def gate_gradient(
-    product: Tensor,
-    z: Tensor,
-    affine: Tensor,
-    activation: str,
-    drop_path_scale: Tensor | None,
-    gate: Tensor,
-    pixels: int,
-    wants_activated: bool,
-) -> tuple[Sums, Tensor | None]:
-    """(gradient of the gate, float32 [B, parts, E]; drop_path_scale * gate * activation(y) [M, E],
-    if that is wanted). Shapes are those of `activation_gradient`.
-    """
-    count, wide = z.shape
-    batch = count // pixels
-    blocks = row_tiles("gate_gradient", z, pixels, wide)
-    splits = -(-pixels // blocks.band)
-    sums = z.new_empty((batch, splits, wide), dtype=torch.float32)
-    activated = torch.empty_like(z) if wants_activated else None
-    launch(
-        gate_gradient_kernel,
-        (batch * splits * -(-wide // blocks.channels),),
-        *(product, z, affine, drop_path_scale, gate, activated, sums),
-        *(pixels, wide, blocks.band, splits),
-        **_constants(blocks, activation),
-        reads=(product, z, affine, drop_path_scale, gate),
-        writes=(activated, sums),
-    )
-    return Sums(sums, 1), activated
-
-
-@triton.jit
 def _sum_grad(
     grad_ptr, drop_path_ptr, target_ptr, begin, end, pixels, block, channels,
-    BLOCK_ROWS: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
     """target = sum of drop_path * grad over a range of rows, of a block of channels."""
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    valid = channel < channels
     sums = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     for start in tl.range(begin, end, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
-        valid_row = row < end
-        grad = tl.load(
-            grad_ptr + row.to(tl.int64)[:, None] * channels + channel[None, :],
-            mask=valid_row[:, None] & valid[None, :],
-            other=0.0,
-        ).to(tl.float32)
+        grad = _load_grad(grad_ptr, row, row < end, channel, channels).to(tl.float32)
         if drop_path_ptr is not None:
-            grad *= _load_factor(drop_path_ptr, row, valid_row, pixels)[:, None]
+            grad *= _load_factor(drop_path_ptr, row, row < end, pixels)[:, None]
         sums += grad
-    tl.store(target_ptr + channel, tl.sum(sums, 0), mask=valid)
+    tl.store(target_ptr + channel, tl.sum(sums, 0), mask=channel < channels)
 
 
 @triton.jit
-def activation_gradient_kernel(
-    product_ptr,  # [M, E]: grad weight; becomes dy
+def project_weight_kernel(
+    grad_ptr,  # [M, C_out]
     z_ptr,  # [M, E]
     affine_ptr,  # [3, E] float32: scale, shift and centre
     drop_path_ptr,  # [B], or None
     gate_ptr,  # [B, E] float32, or None
-    grad_mean_ptr,  # [B, E] float32, given with the gate
-    activated_ptr,  # [M, E], or None; not given with the gate
-    sums_ptr,  # [parts, 2, E] float32
-    grad_ptr,  # [M, C_out], or None
-    bias_ptr,  # [parts of it, C_out] float32, given with grad
+    weight_ptr,  # [C_out, E], given with the gate
+    partial_ptr,  # [splits, C_out * E, and C_out where HAS_BIAS] float32
+    grad_gate_ptr,  # [B, channel blocks, E] float32, given with the gate
     count,
     pixels,
     wide,
     channels,
-    chunk,
-    splits,
-    bias_chunk,
-    bias_programs,
-    BLOCK_ROWS: tl.constexpr,
+    part,
+    parts_per_split,
+    HAS_BIAS: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    STAGES: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):
-    """dy = (drop_path * gate * product + grad_mean) act'(y), in place of product; sums of dy and
-    dy (z - centre); activated = drop_path * act(y).
+    """partial = sum over parts of gate * P, P = grad^T (drop_path * act(y)) over one part's rows.
 
-    Reads product and z, writes dy and activated (all E-wide). With a gate a part lies within an
-    image. grad_mean is what reaches each pixel through squeeze-excite's mean. With grad the first
-    programs sum drop_path * grad, for the bias.
+    With a gate a part is an image, and grad_gate = sum over C_out of weight * P: what the gate's
+    gradient needs of the map, without reading z once more. HAS_BIAS: programs behind those of the
+    tiles sum drop_path * grad, for which the others have no registers left.
+
+    Reads grad (C_out-wide) and z (E-wide); tiles of the same rows run side by side, so that all but
+    the first find them in L2.
     """
-    program = tl.program_id(0)
-    if grad_ptr is not None:
-        if program < bias_programs:
-            blocks = tl.cdiv(channels, BLOCK_WIDE)
-            begin = program // blocks * bias_chunk
+    wide_blocks = tl.cdiv(wide, BLOCK_WIDE)
+    channel_block = tl.program_id(0) // wide_blocks
+    if HAS_BIAS:
+        tiles = tl.cdiv(channels, BLOCK_C) * wide_blocks
+        if tl.program_id(0) >= tiles:
+            begin = tl.program_id(1) * parts_per_split * part
             _sum_grad(
-                grad_ptr, drop_path_ptr, bias_ptr + (program // blocks) * channels, begin,
-                tl.minimum(count, begin + bias_chunk), pixels, program % blocks, channels,
-                BLOCK_ROWS, BLOCK_WIDE,
+                grad_ptr, drop_path_ptr,
+                partial_ptr + (tl.program_id(1).to(tl.int64) * (wide + 1) + wide) * channels,
+                begin, tl.minimum(count, begin + parts_per_split * part), pixels,
+                tl.program_id(0) - tiles, channels, BLOCK_C, BLOCK_ROWS,
             )  # fmt: skip
             return
-        program -= bias_programs
-    wide_blocks = tl.cdiv(wide, BLOCK_WIDE)
-    part = program // wide_blocks
-    column = (program % wide_blocks) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
-    valid_column = column < wide
-    begin = part * chunk
-    end = tl.minimum(count, begin + chunk)
-    if gate_ptr is not None:
-        image = (part // splits).to(tl.int64)
-        begin = part // splits * pixels + part % splits * chunk
-        end = tl.minimum(part // splits * pixels + pixels, begin + chunk)
-        gate = _load_gate(gate_ptr, drop_path_ptr, image, wide, column, valid_column)
-        grad_mean = tl.load(grad_mean_ptr + image * wide + column, mask=valid_column, other=0.0)
+    channel = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
+    column = (tl.program_id(0) % wide_blocks) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
+    valid_channel, valid_column = channel < channels, column < wide
+    split = tl.program_id(1)
     scale, shift = load_affine(affine_ptr, column, wide, valid_column)
-    centre = tl.load(affine_ptr + 2 * wide + column, mask=valid_column, other=0.0)
-    total = tl.zeros([BLOCK_ROWS, BLOCK_WIDE], tl.float32)
-    moment = tl.zeros([BLOCK_ROWS, BLOCK_WIDE], tl.float32)
-    for start in tl.range(begin, end, BLOCK_ROWS, num_stages=STAGES):
-        row = start + tl.arange(0, BLOCK_ROWS)
-        valid_row = row < end
-        mask = valid_row[:, None] & valid_column[None, :]
-        offset = row.to(tl.int64)[:, None] * wide + column[None, :]
-        product = tl.load(product_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        z = tl.load(z_ptr + offset, mask=mask, other=0.0).to(tl.float32)
-        activated, slope = activate_and_differentiate(
-            z * scale[None, :] + shift[None, :], ACTIVATION
-        )
+    mask = valid_channel[:, None] & valid_column[None, :]
+    weight_offset = channel[:, None] * wide + column[None, :]
+    total = tl.zeros([BLOCK_C, BLOCK_WIDE], tl.float32)
+    first = split * parts_per_split
+    for index in tl.range(first, tl.minimum(first + parts_per_split, tl.cdiv(count, part))):
+        products = tl.zeros([BLOCK_C, BLOCK_WIDE], tl.float32)
+        end = tl.minimum(count, (index + 1) * part)
+        for start in tl.range(index * part, end, BLOCK_ROWS):
+            row = start + tl.arange(0, BLOCK_ROWS)
+            valid_row, offset = row < end, row.to(tl.int64)
+            grad = _load_grad(grad_ptr, row, valid_row, channel, channels)
+            z = tl.load(
+                z_ptr + offset[:, None] * wide + column[None, :],
+                mask=valid_row[:, None] & valid_column[None, :],
+                other=0.0,
+            )
+            a = activate(z.to(tl.float32) * scale[None, :] + shift[None, :], ACTIVATION)
+            if drop_path_ptr is not None:
+                # Not with grad, which goes from memory into the product as it is.
+                a *= _load_factor(drop_path_ptr, row, valid_row, pixels)[:, None]
+            products = tl.dot(tl.trans(grad), a.to(grad.dtype), products, input_precision=PRECISION)
         if gate_ptr is not None:
-            # Rows behind the end have no product, but grad_mean.
-            product = tl.where(mask, product * gate[None, :] + grad_mean[None, :], 0.0)
-        elif drop_path_ptr is not None:
-            factor = _load_factor(drop_path_ptr, row, valid_row, pixels)[:, None]
-            product *= factor
-            activated *= factor
-        grad_y = product * slope
-        tl.store(product_ptr + offset, grad_y.to(product_ptr.dtype.element_ty), mask=mask)
-        if activated_ptr is not None:
-            low = activated.to(activated_ptr.dtype.element_ty)
-            tl.store(activated_ptr + offset, low, mask=mask)
-        total += grad_y
-        moment += grad_y * (z - centre[None, :])
-    target = sums_ptr + part.to(tl.int64) * 2 * wide + column
-    tl.store(target, tl.sum(total, 0), mask=valid_column)
-    tl.store(target + wide, tl.sum(moment, 0), mask=valid_column)
+            image = tl.cast(index, tl.int64)
+            weight = tl.load(weight_ptr + weight_offset, mask=mask, other=0.0).to(tl.float32)
+            channel_blocks = tl.cdiv(channels, BLOCK_C)
+            target = grad_gate_ptr + (image * channel_blocks + channel_block) * wide
+            tl.store(target + column, tl.sum(weight * products, 0), mask=valid_column)
+            gate = tl.load(gate_ptr + image * wide + column, mask=valid_column, other=0.0)
+            products *= gate[None, :]
+        total += products
+    target = partial_ptr + split.to(tl.int64) * channels * (wide + HAS_BIAS)
+    tl.store(target + weight_offset, total, mask=mask)
 
 
-# Rows of which a program sums the gradient of the bias.
-_BIAS_ROWS = 256
-
-
-def activation_gradient(
-    product: Tensor,
+@tunable
+def project_weight(
+    grad: Tensor,
     z: Tensor,
     affine: Tensor,
     activation: str,
     drop_path_scale: Tensor | None,
     gate: Tensor | None,
-    grad_mean: Tensor | None,
+    weight: Tensor,
     pixels: int,
-    wants_activated: bool,
-    grad: Tensor | None,
-) -> tuple[Sums, Tensor | None, Sums | None]:
-    """(sums [P, 2, E] over parts of the gradient of y and of it times z - centre; drop_path_scale *
-    activation(y) [M, E], if that is wanted; the bias's gradient [Q, C_out] over parts, given grad).
+    has_bias: bool,
+) -> tuple[Tensor, Tensor | None, Sums | None]:
+    """Gradients, float32, of the weight [C_out, E], the bias [C_out] and the gate [B, parts, E].
 
-    The gradient of y takes the place of `product`, which spares an E-wide tensor. Not tunable
-    therefore: a second call would not see what the first one saw.
-
-    product: grad weight [M, E]; z: [M, E]; affine: float32 (scale, shift, centre, ...) [., E];
-    drop_path_scale: [B]; gate, grad_mean: float32 [B, E], both or neither, and then nothing
-    activated is given; grad: of the output [M, C_out].
+    None stands for what is not there. Shapes are
+    those of `project_input`.
     """
-    count, wide = z.shape
-    part = count if gate is None else pixels
-    blocks = row_tiles("activation_gradient", z, part, wide)
-    splits = -(-part // blocks.band)
-    parts = count // part * splits
-    sums = z.new_empty((parts, 2, wide), dtype=torch.float32)
-    activated = torch.empty_like(z) if wants_activated else None
-    bias_parts = channels = bias_programs = 0
-    bias = None
-    if grad is not None:
-        channels = grad.shape[1]
-        bias_parts = -(-count // _BIAS_ROWS)
-        bias_programs = bias_parts * -(-channels // blocks.channels)
-        bias = z.new_empty((bias_parts, channels), dtype=torch.float32)
+    (count, wide), channels = z.shape, grad.shape[1]
+    blocks = gemm_blocks("project_weight", z, channels, wide, count)
+    if blocks.rows <= 32:  # few output channels make few threads, whose registers hold the depth
+        blocks = replace(blocks, depth=min(blocks.depth, 32))
+    channel_blocks = -(-channels // blocks.rows)
+    tiles = channel_blocks * -(-wide // blocks.columns)
+    if gate is None:
+        splits, part = reduction_splits(count, tiles, blocks.depth)
+        parts_per_split, grad_gate = 1, None
+    else:
+        batch, part = count // pixels, pixels
+        splits, parts_per_split = reduction_splits(batch, tiles, 1)
+        grad_gate = z.new_empty((batch, channel_blocks, wide), dtype=torch.float32)
+    # One row holds both gradients, so that one sum over the splits makes them.
+    partial = z.new_empty((splits, channels * (wide + has_bias)), dtype=torch.float32)
+    gated_weight = None if gate is None else weight
     launch(
-        activation_gradient_kernel,
-        (bias_programs + parts * -(-wide // blocks.channels),),
-        *(product, z, affine, drop_path_scale, gate, grad_mean, activated, sums, grad, bias),
-        *(count, pixels, wide, channels, blocks.band, splits, _BIAS_ROWS, bias_programs),
-        **_constants(blocks, activation),
-        reads=(product, z, affine, drop_path_scale, gate, grad_mean, grad),
-        writes=(product, activated, sums, bias),
+        project_weight_kernel,
+        (tiles + (channel_blocks if has_bias else 0), splits),
+        *(
+            *(grad, z, affine, drop_path_scale, gate, gated_weight, partial, grad_gate),
+            *(count, pixels, wide, channels, part, parts_per_split),
+        ),
+        HAS_BIAS=has_bias,
+        BLOCK_C=blocks.rows,
+        BLOCK_WIDE=blocks.columns,
+        BLOCK_ROWS=blocks.depth,
+        ACTIVATION=activation,
+        PRECISION=dot_precision(z),
+        num_warps=blocks.warps,
+        num_stages=blocks.stages,
+        reads=(grad, z, affine, drop_path_scale, gate, gated_weight),
+        writes=(partial, grad_gate),
+        flops=2 * count * wide * channels,
     )
-    return Sums(sums, 0), activated, None if bias is None else Sums(bias, 0)
-
-
-def _constants(blocks: StencilBlocks, activation: str) -> dict[str, Any]:
-    return {
-        "BLOCK_ROWS": blocks.width,
-        "BLOCK_WIDE": blocks.channels,
-        "ACTIVATION": activation,
-        "STAGES": blocks.stages,
-        "num_warps": blocks.warps,
-        "num_stages": blocks.stages,
-    }
+    weight_gradient, bias_gradient = sum_splits(partial).split(
+        (channels * wide, channels * has_bias)
+    )
+    return (
+        weight_gradient.view(channels, wide),
+        bias_gradient if has_bias else None,
+        None if grad_gate is None else Sums(grad_gate, 1),
+    )
