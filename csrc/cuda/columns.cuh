@@ -1,18 +1,18 @@
 #pragma once
 
-// How the two stencil kernels divide their work: a warp is a column.
+// How the two stencil kernels divide their work: a warp is a few neighbouring columns.
 //
-// A block owns 64 channels, two for each lane of a warp, so that a warp's load of a pixel is one
-// cache line in 16 bits and two in float32. Its warps are the neighbouring columns of a tile, with
-// the halo's columns as warps of their own, which only load and convert: a warp that has nothing to
-// do issues no instruction, so widths that divide badly cost nothing. All walk down the rows of the
-// tile together. A warp converts what it loads once, shows it to its neighbours in a ring of rows
-// in shared memory, one barrier for each row, and keeps its window of the stencil in registers. The
-// loop over the rows is unrolled by the ring's period (`kPhases`), so that nothing moves when the
-// window rolls, and raw rows are loaded that many rows ahead, to cover DRAM's latency.
+// A block owns 64 channels, two for each lane of a warp. Its warps are the neighbouring columns of
+// a tile, `wide` for each, and one warp more, which only loads and converts, has the halo's columns
+// on both sides. All walk down the rows of the tile together. What a warp loads comes by
+// asynchronous copies of 16 bytes into rows of its own in shared memory, several rows ahead and on
+// into the next tile: what covers DRAM's latency takes no registers, and no warp but its own waits
+// for it. A warp converts a pixel once, shows the columns at its edges to its neighbours in shared
+// memory, one barrier for each row, and keeps its window of the stencil in registers.
 //
-// Instructions per element decide how fast the kernels are: nothing in the loop divides, addresses
-// are 32-bit offsets from where a tile begins, and activations are parameters of the templates.
+// Instructions per element decide how fast the kernels are: nothing in the loop divides, what may
+// lie outside of the map is asked once for all columns of a row, and activations are parameters of
+// the templates.
 
 #include "cuda/element.cuh"
 #include "cuda/gelu.cuh"
@@ -23,23 +23,28 @@ namespace moat_kernels::cuda {
 constexpr int kLanes = 32;
 constexpr int kPair = 2;  // channels of a lane
 constexpr int kChunk = kLanes * kPair;
-constexpr int kMostWarps = kMostColumns + 2;
 // A band of rows has a halo too; with fewer rows than this it is not worth its while.
 constexpr int kLeastRows = 8;
 
 using FloatPair = Pack<float, kPair>;
-// Columns of a row in shared memory: one more on both sides, which is read and not used.
-constexpr int kRingColumns = kMostWarps + 2;
-// Rows of float32 by [row modulo phases].
-template <int phases>
-struct Ring {
-  float2 rows[phases][kRingColumns][kLanes];
-};
+
+// Warps of a block that have `wide` columns each.
+template <int wide>
+constexpr int kMostWorkers = (kMostColumns + wide - 1) / wide;
+template <int wide>
+constexpr int kMostWarps = kMostWorkers<wide> + 1;
+
+// What one asynchronous copy moves, and how many make a pixel.
+template <class T>
+constexpr int kPart = 16 / sizeof(T);
+template <class T>
+constexpr int kParts = kChunk / kPart<T>;
 
 // A map of height x width positions per image in tiles of about equal size.
 struct TileGrid {
   int height, width;
   int rows, columns;  // of a tile
+  int workers;        // warps that have those columns
   int bands, tiles_x;
   int chunks;      // of channels
   int64_t tiles;   // of all images
@@ -70,13 +75,14 @@ constexpr int64_t kMostElements = int64_t{1} << 30;
 
 // Bands are whole maps where these make enough blocks.
 inline TileGrid divide_map(const DepthwiseShape& shape, int height, int width,
-                           const BlockPlan& plan) {
+                           const BlockPlan& plan, int wide) {
   TileGrid grid;
   grid.height = height;
   grid.width = width;
   grid.chunks = divide_up(shape.channels, kChunk);
   grid.tiles_x = divide_up(width, plan.columns);
   grid.columns = divide_up(width, grid.tiles_x);
+  grid.workers = divide_up(grid.columns, wide);
   const int64_t wanted = divide_up(plan.target_blocks, grid.chunks);
   const int64_t bands = wanted / (shape.images * grid.tiles_x);
   const int64_t most = height < kLeastRows ? 1 : height / kLeastRows;
@@ -102,47 +108,79 @@ class Tiles {
   __device__ __forceinline__ explicit Tiles(const TileGrid& grid) {
     const int64_t split = split_of(grid);
     const int64_t first = grid.tiles * split / grid.splits;
-    left_ = static_cast<int>(grid.tiles * (split + 1) / grid.splits - first);
-    image_ = static_cast<int>(first / (grid.bands * grid.tiles_x));
+    count_ = static_cast<int>(grid.tiles * (split + 1) / grid.splits - first);
+    image_ = first / (grid.bands * grid.tiles_x);
     within_ = static_cast<int>(first % (grid.bands * grid.tiles_x));
   }
 
-  __device__ __forceinline__ bool done() const { return left_ <= 0; }
+  __device__ __forceinline__ int count() const { return count_; }
 
-  __device__ __forceinline__ Tile tile(const TileGrid& grid) const {
+  __device__ __forceinline__ Tile tile(const TileGrid& grid, int index) const {
+    const unsigned position = static_cast<unsigned>(within_) + index;
+    const unsigned image = position / (grid.bands * grid.tiles_x);
+    const int within = position - image * (grid.bands * grid.tiles_x);
     Tile tile;
-    tile.image = image_;
-    tile.row = within_ / grid.tiles_x * grid.rows;
-    tile.column = within_ % grid.tiles_x * grid.columns;
+    tile.image = image_ + image;
+    tile.row = within / grid.tiles_x * grid.rows;
+    tile.column = within % grid.tiles_x * grid.columns;
     tile.rows = min(grid.rows, grid.height - tile.row);
     tile.columns = min(grid.columns, grid.width - tile.column);
     return tile;
   }
 
-  __device__ __forceinline__ void next(const TileGrid& grid) {
-    --left_;
-    if (++within_ < grid.bands * grid.tiles_x) return;
-    within_ = 0;
-    ++image_;
-  }
-
  private:
-  int left_, image_, within_;
+  int64_t image_;
+  int within_, count_;
 };
 
-// What a thread is: a column, and its channels.
+// What a thread is: one of the warps that have columns, or the halo's, and its channels.
 struct Place {
   int warp, lane;
-  int channel;  // the first of the thread's, maybe beyond the last
+  int left;           // the warp to the left, that of the halo for the first
+  int first_channel;  // of the block
+  int channel;        // the first of the thread's, maybe beyond the last
 };
 
 __device__ __forceinline__ Place place_in(const TileGrid& grid) {
   Place place;
   place.warp = threadIdx.x / kLanes;
   place.lane = threadIdx.x % kLanes;
-  place.channel = blockIdx.x % grid.chunks * kChunk + place.lane * kPair;
+  place.left = place.warp == 0 ? grid.workers : place.warp - 1;
+  place.first_channel = blockIdx.x % grid.chunks * kChunk;
+  place.channel = place.first_channel + place.lane * kPair;
   return place;
 }
+
+// Where column `c` of a warp lies, from the tile's first. The halo's warp comes last: to the right
+// of it the others find the column behind the tile, to the left the one before it.
+template <int wide>
+__device__ __forceinline__ int column_of(const TileGrid& grid, const Place& place, int c) {
+  static_assert(wide >= 2, "the halo's warp has two columns");
+  return place.warp == grid.workers && c == wide - 1 ? -1 : place.warp * wide + c;
+}
+
+// 0 <= value < limit by one comparison; a limit of 0 admits nothing.
+__device__ __forceinline__ bool within(int value, int limit) {
+  return static_cast<unsigned>(value) < static_cast<unsigned>(limit);
+}
+
+// One of a thread's asynchronous copies, of rows that are counted down: of `count` of them, the
+// last one being `last`.
+template <class T>
+struct Copy {
+  const T* from;
+  int last, count;
+
+  // Of rows `first` up to `end` of `rows`.
+  __device__ __forceinline__ void set_rows(int rows, int first, int end) {
+    last = rows - end + 1;
+    count = max(end - first, 0);
+  }
+  __device__ __forceinline__ void begin(int left, uint32_t pitch, T* to) {
+    if (within(left - last, count)) copy_async(to, from);
+    from += pitch;
+  }
+};
 
 // A thread's channels of a pixel as they are stored, in one register where they fit: taken apart
 // only where they are used, they cost no instruction until then.
@@ -189,11 +227,6 @@ __device__ __forceinline__ Stored<T> round_pair(const float (&values)[kPair]) {
   } else {
     return {from_floats<T>(values)};
   }
-}
-
-// 0 <= value < limit by one comparison; a limit of 0 admits nothing.
-__device__ __forceinline__ bool within(int value, int limit) {
-  return static_cast<unsigned>(value) < static_cast<unsigned>(limit);
 }
 
 // The taps of a thread's channels, and the affine map before the activation.

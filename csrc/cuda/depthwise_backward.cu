@@ -7,11 +7,12 @@
 //   sums of dpre and of dpre z1 over all pixels, for the norm before the activation
 //
 // DRAM: reads dy2, z2 (if given) and z1, writes dpre, each once (dy2's and z2's halo again, mostly
-// from L2); 11 floats per channel and group of tiles. On chip: rows of dz2, which the columns of a
-// tile show each other, in shared memory; windows of dz2, taps, their gradients and the sums in
-// registers. Both gradients share the window, and an input pixel is activated once.
+// from L2); 11 floats per channel and group of tiles. On chip: rows of all three that are yet to
+// come, and what the warps of a tile show each other of dz2, in shared memory; windows of dz2,
+// taps, their gradients and the sums in registers. Both gradients share the window, and an input
+// pixel is activated once.
 //
-// A warp owns the stride x stride input pixels that begin at one position of the output's grid:
+// A column is the stride x stride input pixels that begin at one position of the output's grid:
 // together they meet each of the nine taps once, so stride 2 wastes nothing and does not diverge.
 
 #include "cuda/columns.cuh"
@@ -22,15 +23,26 @@ namespace {
 // How far above and left of a position its taps reach in the output.
 template <int stride>
 constexpr int kReach = stride == 1 ? 2 : 1;
+// Rows of dz2 that a position sees, and the unrolling of the loop over the rows in which nothing
+// moves when they roll on. At stride 2, where a row is as much work as four, one moves.
 template <int stride>
-constexpr int kPhases = kReach<stride> + 1;
+constexpr int kRows = kReach<stride> + 1;
+template <int stride>
+constexpr int kPhases = stride == 1 ? kRows<1> : 1;
+
+// Columns of a warp, rows that are on their way, and blocks that a multiprocessor is to hold.
+template <int stride>
+constexpr int kWide = 2;
+template <class T, int stride>
+constexpr int kStages = (stride == 1 ? 12 : 4) / static_cast<int>(sizeof(T));
+template <int stride>
+constexpr int kHeldBlocks = 2;
 
 struct BackwardArguments {
   DepthwiseShape shape;
   TileGrid grid;
   int first_row, first_column;  // of the grid of positions
   Pitches pitches;
-  int reach;  // kReach of the stride
   const void* dy2;
   NormBackward norm;
   const void* z1;
@@ -40,10 +52,32 @@ struct BackwardArguments {
   float* partials;
 };
 
+// A row of a warp as it is stored: its columns of dy2, then of z2, and their input pixels. The
+// halo's warp, which is the last, has no input.
 template <int stride>
+constexpr int kRawOutput = 2 * kWide<stride> * kChunk;
+template <int stride>
+constexpr int kRaw = kRawOutput<stride> + stride * stride * kWide<stride> * kChunk;
+template <int stride>
+constexpr int kRawRow = kMostWorkers<kWide<stride>> * kRaw<stride> + kRawOutput<stride>;
+
+// What a warp shows of its dz2: to the left its first column, which no position of stride 2 sees,
+// to the right its last.
+template <int stride>
+constexpr int kSides = kReach<stride>;
+template <int stride>
+using RingRow = float2[kMostWarps<kWide<stride>>][kSides<stride>][kLanes];
+
+// All warps have read their last row before the last barrier, behind which they write gradients.
+template <class T, int stride>
 union alignas(16) BackwardShared {
-  Ring<kPhases<stride>> ring;
-  float gradients[kMostColumns][kGradientRows][kChunk];
+  struct {
+    T raw[kStages<T, stride>][kRawRow<stride>];
+    RingRow<stride> ring[2];
+  } rows;
+  float gradients[kMostWorkers<kWide<stride>>][kGradientRows][kChunk];
+
+  static_assert(sizeof(gradients) <= sizeof(rows.raw), "the ring is still being read");
 };
 
 // What depends on the channel only.
@@ -70,92 +104,220 @@ struct Gradients {
   float product[kPair] = {};
 };
 
-// dz2 by [row modulo kPhases][columns to the left].
+// dz2 by [row][column], of which the warp's own begin at 1. Row `phase` is the newest one.
 template <int stride>
 struct Window {
-  float rows[kPhases<stride>][kReach<stride> + 1][kPair] = {};
+  float rows[kRows<stride>][kWide<stride> + kReach<stride>][kPair];
 };
 
-// One input pixel at offset (py, px) of its position: its dpre, and what it adds to the gradients.
+// An input pixel at offset (py, px) of the position in column c: its dpre, and what it adds to the
+// gradients.
 template <class T, Activation activation, int stride>
-__device__ __forceinline__ void input_pixel(int py, int px, int phase, const Window<stride>& window,
+__device__ __forceinline__ void input_pixel(int py, int px, int c, int phase,
+                                            const Window<stride>& window,
                                             const ChannelCoefficients& coefficients,
-                                            const Stored<T>& stored_z, T* dpre,
+                                            const Stored<T>& stored_z, T* dpre, bool stores,
                                             Gradients& gradients) {
   float z[kPair], gradient[kPair];
   widen(stored_z, z);
 #pragma unroll
-  for (int c = 0; c < kPair; ++c) {
-    const float y1 = fmaf(coefficients.scale[c], z[c], coefficients.shift[c]);
+  for (int k = 0; k < kPair; ++k) {
+    const float y1 = fmaf(coefficients.scale[k], z[k], coefficients.shift[k]);
     const ValueAndSlope h = activate_and_slope<activation>(y1);
     float sum = 0.0f;
 #pragma unroll
     for (int i = py; i < 3; i += stride) {
 #pragma unroll
       for (int j = px; j < 3; j += stride) {
-        const int row = (phase + kPhases<stride> - i / stride) % kPhases<stride>;
-        const float dz2 = window.rows[row][j / stride][c];
-        sum = fmaf(coefficients.taps[3 * i + j][c], dz2, sum);
-        gradients.taps[3 * i + j][c] = fmaf(h.value, dz2, gradients.taps[3 * i + j][c]);
+        const int row = (phase + kRows<stride> - i / stride) % kRows<stride>;
+        const float dz2 = window.rows[row][c + kReach<stride> - j / stride][k];
+        sum = fmaf(coefficients.taps[3 * i + j][k], dz2, sum);
+        gradients.taps[3 * i + j][k] = fmaf(h.value, dz2, gradients.taps[3 * i + j][k]);
       }
     }
-    gradient[c] = sum * h.slope;
+    gradient[k] = sum * h.slope;
   }
   const Stored<T> stored = round_pair<T>(gradient);
-  store_pair(dpre, stored);
+  if (stores) store_pair(dpre, stored);
   widen(stored, gradient);
 #pragma unroll
-  for (int c = 0; c < kPair; ++c) {
-    gradients.sum[c] += gradient[c];
-    gradients.product[c] = fmaf(gradient[c], z[c], gradients.product[c]);
+  for (int k = 0; k < kPair; ++k) {
+    gradients.sum[k] += gradient[k];
+    gradients.product[k] = fmaf(gradient[k], z[k], gradients.product[k]);
   }
 }
 
-// A thread's way down one tile. Rows count from the tile's first position.
+// The rows of a tile, from its first position.
+struct RowRange {
+  int position;  // the first one's
+  int first;     // rows above the map are zeros, as the window is
+};
+
+template <int stride>
+__device__ __forceinline__ RowRange rows_of(const BackwardArguments& arguments, const Tile& tile) {
+  const int position = arguments.first_row + tile.row;
+  return {position, max(-kReach<stride>, -position)};
+}
+
+// The column of dz2 that a warp has for one of positions.
+template <int stride>
+__device__ __forceinline__ int output_column(const BackwardArguments& arguments, const Tile& tile,
+                                             int column) {
+  return arguments.first_column + tile.column + column - (kReach<stride> - 1);
+}
+
+// The first input column of a position.
+template <int stride>
+__device__ __forceinline__ int input_column(const BackwardArguments& arguments, const Tile& tile,
+                                            int column) {
+  return (arguments.first_column + tile.column + column) * stride - arguments.shape.left;
+}
+
+// Copies a warp's rows, one at a time, of all tiles of the block.
+template <class T, int stride>
+class Loader {
+ public:
+  __device__ __forceinline__ Loader(const BackwardArguments& arguments, const Place& place,
+                                    const Tiles& tiles)
+      : arguments_(arguments), place_(place), tiles_(tiles) {
+    begin_tile();
+  }
+
+  // The next row; `to` is the thread's place in a row of the warp.
+  __device__ __forceinline__ void load(T* to) {
+#pragma unroll
+    for (int k = 0; k < kOutputs; ++k) {
+      outputs_[k].begin(left_, arguments_.pitches.out, to + k * kLanes * kPart<T>);
+    }
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) {
+      inputs_[k].begin(left_, arguments_.pitches.step,
+                       to + (kRawOutput<stride> + k * kLanes * kPart<T>));
+    }
+    close_copies();
+    if (--left_ == 0) begin_tile();
+  }
+
+ private:
+  static constexpr int kOutputs = divide_up(2 * kWide<stride> * kParts<T>, kLanes);
+  static constexpr int kInputs = divide_up(stride * stride * kWide<stride> * kParts<T>, kLanes);
+
+  // Without another tile there is nothing to copy: rows that are left become negative.
+  __device__ __forceinline__ void begin_tile() {
+    if (tile_ == tiles_.count()) {
+#pragma unroll
+      for (Copy<T>& copy : outputs_) copy.count = 0;
+#pragma unroll
+      for (Copy<T>& copy : inputs_) copy.count = 0;
+      return;
+    }
+    const Tile tile = tiles_.tile(arguments_.grid, tile_++);
+    const RowRange rows = rows_of<stride>(arguments_, tile);
+    left_ = tile.rows - rows.first;
+#pragma unroll
+    for (int k = 0; k < kOutputs; ++k) begin_output(tile, rows, k * kLanes, outputs_[k]);
+#pragma unroll
+    for (int k = 0; k < kInputs; ++k) begin_input(tile, rows, k * kLanes, inputs_[k]);
+  }
+
+  __device__ __forceinline__ void begin_output(const Tile& tile, const RowRange& rows, int first,
+                                               Copy<T>& copy) const {
+    const DepthwiseShape& shape = arguments_.shape;
+    const int index = first + place_.lane;
+    const int channel = place_.first_channel + index % kParts<T> * kPart<T>;
+    const int column =
+        column_of<kWide<stride>>(arguments_.grid, place_, index / kParts<T> % kWide<stride>);
+    const int x = output_column<stride>(arguments_, tile, column);
+    const bool copies = index < 2 * kWide<stride> * kParts<T> && channel < shape.channels &&
+                        column <= tile.columns + kReach<stride> - 2 && within(x, shape.out_width);
+    const int y = rows.position + rows.first;
+    const void* map = index < kWide<stride> * kParts<T> ? arguments_.dy2 : arguments_.norm.z2;
+    copy.from = static_cast<const T*>(map) +
+                ((tile.image * shape.out_height + y) * shape.out_width + x) * shape.channels +
+                channel;
+    copy.set_rows(left_, 0, copies ? min(left_, shape.out_height - y) : 0);
+  }
+
+  __device__ __forceinline__ void begin_input(const Tile& tile, const RowRange& rows, int first,
+                                              Copy<T>& copy) const {
+    constexpr int kColumns = kWide<stride> * stride;
+    const DepthwiseShape& shape = arguments_.shape;
+    const int index = first + place_.lane;
+    const int channel = place_.first_channel + index % kParts<T> * kPart<T>;
+    const int c = index / kParts<T> % kColumns;
+    const int column = place_.warp * kWide<stride> + c / stride;
+    const int x = input_column<stride>(arguments_, tile, column) + c % stride;
+    const int py = index / (kParts<T> * kColumns);
+    const bool copies = py < stride && channel < shape.channels &&
+                        place_.warp < arguments_.grid.workers && column < tile.columns &&
+                        within(x, shape.width);
+    const int y = (rows.position + rows.first) * stride + py - shape.top;
+    copy.from = static_cast<const T*>(arguments_.z1) +
+                ((tile.image * shape.height + y) * shape.width + x) * shape.channels + channel;
+    // From the first row of a position in the tile and of a pixel in the map.
+    copy.set_rows(left_, max(-rows.first, (stride - 1 - y) / stride),
+                  copies ? min(left_, divide_up(shape.height - y, stride)) : 0);
+  }
+
+  const BackwardArguments& arguments_;
+  const Place& place_;
+  const Tiles& tiles_;
+  int tile_ = 0;
+  int left_;  // rows of the tile
+  Copy<T> outputs_[kOutputs], inputs_[kInputs];
+};
+
+// A thread's way down the tiles, one after the other. Rows count from the tile's first position.
 template <class T, Activation activation, int stride>
 class Walk {
  public:
-  // `own` is the thread's place in the first row of the ring.
   __device__ __forceinline__ Walk(const BackwardArguments& arguments, const Place& place,
-                                  const Tile& tile, float2* own)
-      : own_(own), rows_(tile.rows), pitches_(arguments.pitches) {
-    const DepthwiseShape& shape = arguments.shape;
-    const bool has_channel = place.channel < shape.channels;
-    // Rows above the map are zeros, as the window is.
-    const int position = arguments.first_row + tile.row;
-    row_ = max(-kReach<stride>, -position);
-    const int left = arguments.first_column + tile.column - kReach<stride> + place.warp;
-    const bool loads =
-        has_channel && place.warp < tile.columns + kReach<stride> && within(left, shape.out_width);
-    end_ = loads ? min(tile.rows, shape.out_height - position) : -kReach<stride>;
-    out_offset_ = left * pitches_.pixel + place.channel;
-    const int64_t out_at =
-        (tile.image * shape.out_height + position + row_) * shape.out_width * shape.channels;
-    dy2_ = held_global(static_cast<const T*>(arguments.dy2) + out_at);
-    z2_ = held_global(static_cast<const T*>(arguments.norm.z2) + out_at);
+                                  const Tiles& tiles, BackwardShared<T, stride>& shared)
+      : arguments_(arguments), place_(place), loader_(arguments, place, tiles) {
+    T* raw = shared.rows.raw[0] + place.warp * kRaw<stride>;
+    to_ = held_shared(raw + place.lane * kPart<T>);
+    raw_ = held_shared(raw + place.lane * kPair);
+    own_ = held_shared(&shared.rows.ring[0][place.warp][0][place.lane]);
+    left_ = held_shared(&shared.rows.ring[0][place.left][kSides<stride> - 1][place.lane]);
+#pragma unroll 1
+    for (int stage = 0; stage < kStages<T, stride>; ++stage) {
+      loader_.load(to_ + stage * kRawRow<stride>);
+    }
+  }
 
-    // Input rows count from the tile's first inside the map; `limit_` of those are the thread's.
-    const bool works = has_channel && place.warp >= 1 && place.warp <= tile.columns;
-    const int x = (arguments.first_column + tile.column + place.warp - 1) * stride - shape.left;
-    const int top = max(position * stride - shape.top, 0);
-    const int bottom = min((position + tile.rows) * stride - shape.top, shape.height);
+  __device__ __forceinline__ void begin_tile(const Tile& tile) {
+    const DepthwiseShape& shape = arguments_.shape;
+    const RowRange rows = rows_of<stride>(arguments_, tile);
+    rows_ = tile.rows;
+    row_ = rows.first;
+    end_ = min(tile.rows, shape.out_height - rows.position);
+    output_columns_ = 0;
 #pragma unroll
-    for (int px = 0; px < stride; ++px) {
-      limit_[px] = works && within(x + px, shape.width) ? bottom - top : 0;
+    for (int c = 0; c < kWide<stride>; ++c) {
+      const int column = column_of<kWide<stride>>(arguments_.grid, place_, c);
+      const int x = output_column<stride>(arguments_, tile, column);
+      if (column <= tile.columns + kReach<stride> - 2 && within(x, shape.out_width)) {
+        output_columns_ |= 1 << c;
+      }
     }
-    // At stride 1 all positions are inside.
-    above_ = stride == 1 ? 0 : position * stride - shape.top - top;
-    offset_ = x * pitches_.pixel + place.channel;
-    const int64_t row_elements = int64_t{shape.width} * shape.channels;
-    const int64_t at = (tile.image * shape.height + top + above_ + row_ * stride) * row_elements;
-    z1_ = static_cast<const T*>(arguments.z1) + at;
-    dpre_ = held_global(static_cast<T*>(arguments.dpre) + at);
+    const bool works = place_.warp < arguments_.grid.workers;
+    const int first = place_.warp * kWide<stride>;
+    const int x = input_column<stride>(arguments_, tile, first);
+    input_columns_ = 0;
 #pragma unroll
-    for (int phase = 0; phase < kPhases<stride>; ++phase) {
-      load_output(phase, row_ + phase);
-      load_input(phase, row_ + phase, offset_ + phase * pitches_.step);
+    for (int c = 0; c < kWide<stride> * stride; ++c) {
+      if (works && first + c / stride < tile.columns && within(x + c, shape.width)) {
+        input_columns_ |= 1 << c;
+      }
     }
-    z1_ = held_global(z1_ + kPhases<stride> * stride * row_elements);
+    y_ = (rows.position + row_) * stride - shape.top;
+    dpre_ = static_cast<T*>(arguments_.dpre) +
+            ((tile.image * shape.height + y_) * shape.width + x) * shape.channels + place_.channel;
+#pragma unroll
+    for (auto& row : window_.rows) {
+#pragma unroll
+      for (auto& column : row) column[0] = column[1] = 0.0f;
+    }
   }
 
   __device__ __forceinline__ bool done() const { return row_ >= rows_; }
@@ -164,92 +326,138 @@ class Walk {
   template <int phase>
   __device__ __forceinline__ void step(const ChannelCoefficients& coefficients,
                                        Gradients& gradients) {
-    float (&dz2)[kPair] = window_.rows[phase][kReach<stride> - 1];
-    dz2[0] = dz2[1] = 0.0f;
-    if (row_ < end_) {
-      float gradient[kPair], z[kPair];
-      widen(next_dy2_[phase], gradient);
-      widen(next_z2_[phase], z);
+    constexpr int wide = kWide<stride>;
+    wait_for_copies_but<kStages<T, stride> - 1>();
+    __syncwarp();
+    if constexpr (stride == 2) {
 #pragma unroll
-      for (int c = 0; c < kPair; ++c) {
-        dz2[c] = fmaf(coefficients.slope[c], gradient[c],
-                      fmaf(coefficients.z2_slope[c], z[c], coefficients.constant[c]));
+      for (int column = 0; column < wide + kReach<stride>; ++column) {
+#pragma unroll
+        for (int k = 0; k < kPair; ++k) window_.rows[1][column][k] = window_.rows[0][column][k];
       }
     }
-    float2* ring = own_ + phase * kRingColumns * kLanes;
-    *ring = {dz2[0], dz2[1]};
-    load_output(phase, row_ + kPhases<stride>);
-    __syncthreads();
-    const auto show = [&](int j, float2 values) {
-      window_.rows[phase][j][0] = values.x;
-      window_.rows[phase][j][1] = values.y;
-    };
-    show(kReach<stride>, ring[-kLanes]);
-    if (stride == 1) show(0, ring[kLanes]);
+    auto& row = window_.rows[phase];
+    constexpr int all = (1 << wide) - 1;
+    const int columns = row_ < end_ ? output_columns_ : 0;
+    if (columns == all) {
 #pragma unroll
-    for (int py = 0; py < stride; ++py) {
+      for (int c = 0; c < wide; ++c) read_output(c, coefficients, row[c + 1]);
+    } else {
 #pragma unroll
-      for (int px = 0; px < stride; ++px) {
-        if (within(row_ * stride + above_ + py, limit_[px])) {
-          input_pixel<T, activation, stride>(
-              py, px, phase, window_, coefficients, next_z1_[phase][py][px],
-              dpre_ + (offset_ + py * pitches_.in + px * pitches_.pixel), gradients);
+      for (int c = 0; c < wide; ++c) {
+        row[c + 1][0] = row[c + 1][1] = 0.0f;
+        if (columns >> c & 1) read_output(c, coefficients, row[c + 1]);
+      }
+    }
+    float2* own = own_ + parity_;
+    const float2* left = left_ + parity_;
+    if (stride == 1) own[0] = {row[1][0], row[1][1]};
+    own[(kSides<stride> - 1) * kLanes] = {row[wide][0], row[wide][1]};
+    Stored<T> z[stride][stride * wide];
+    const int pixels = pixels_of_row();
+    if (input_columns_) {
+#pragma unroll
+      for (int py = 0; py < stride; ++py) {
+#pragma unroll
+        for (int c = 0; c < stride * wide; ++c) {
+          z[py][c] =
+              load_pair(raw_ + stage_ + kRawOutput<stride> + (py * stride * wide + c) * kChunk);
         }
       }
     }
-    load_input(phase, row_ + kPhases<stride>, offset_);
-    offset_ += pitches_.step;
+    __syncthreads();
+    loader_.load(to_ + stage_);
+    stage_ += kRawRow<stride>;
+    if (stage_ == kStages<T, stride> * kRawRow<stride>) stage_ = 0;
+    parity_ = kRingRow - parity_;
+    if (input_columns_) {
+      show(*left, row[0]);
+      if (stride == 1) show(own[kSides<stride> * kLanes], row[wide + kReach<stride> - 1]);
+      if (pixels == kAllPixels) {
+        input_pixels<phase, true>(pixels, coefficients, z, gradients);
+      } else if (pixels) {
+        input_pixels<phase, false>(pixels, coefficients, z, gradients);
+      }
+    }
+    dpre_ += arguments_.pitches.step;
+    y_ += stride;
     ++row_;
   }
 
  private:
-  __device__ __forceinline__ void load_output(int phase, int row) {
-    if (row < end_) {
-      next_dy2_[phase] = load_pair(dy2_ + out_offset_);
-      next_z2_[phase] = load_pair(z2_ + out_offset_);
+  static constexpr int kRingRow = kMostWarps<kWide<stride>> * kSides<stride> * kLanes;
+  static constexpr int kAllPixels = (1 << kWide<stride> * stride * stride) - 1;
+
+  __device__ __forceinline__ void read_output(int c, const ChannelCoefficients& coefficients,
+                                              float (&dz2)[kPair]) const {
+    const T* raw = raw_ + stage_ + c * kChunk;
+    float gradient[kPair], z[kPair];
+    widen(load_pair(raw), gradient);
+    widen(load_pair(raw + kWide<stride> * kChunk), z);
+#pragma unroll
+    for (int k = 0; k < kPair; ++k) {
+      dz2[k] = fmaf(coefficients.slope[k], gradient[k],
+                    fmaf(coefficients.z2_slope[k], z[k], coefficients.constant[k]));
     }
-    out_offset_ += pitches_.out;
   }
 
-  __device__ __forceinline__ void load_input(int phase, int row, uint32_t offset) {
+  // Those inside the map, a bit for each.
+  __device__ __forceinline__ int pixels_of_row() const {
+    if (stride == 1) return row_ < 0 ? 0 : input_columns_;
+    if (row_ < 0) return 0;
+    const int upper = within(y_, arguments_.shape.height) ? input_columns_ : 0;
+    const int lower = within(y_ + 1, arguments_.shape.height) ? input_columns_ : 0;
+    return upper | lower << kWide<stride> * stride;
+  }
+
+  static __device__ __forceinline__ void show(float2 values, float (&column)[kPair]) {
+    column[0] = values.x;
+    column[1] = values.y;
+  }
+
+  template <int phase, bool all>
+  __device__ __forceinline__ void input_pixels(int pixels, const ChannelCoefficients& coefficients,
+                                               const Stored<T> (&z)[stride][stride * kWide<stride>],
+                                               Gradients& gradients) {
+    const Pitches& pitches = arguments_.pitches;
 #pragma unroll
     for (int py = 0; py < stride; ++py) {
 #pragma unroll
-      for (int px = 0; px < stride; ++px) {
-        if (within(row * stride + above_ + py, limit_[px])) {
-          next_z1_[phase][py][px] =
-              load_pair(z1_ + (offset + py * pitches_.in + px * pitches_.pixel));
+      for (int c = 0; c < stride * kWide<stride>; ++c) {
+        if (all || pixels >> (py * stride * kWide<stride> + c) & 1) {
+          input_pixel<T, activation, stride>(py, c % stride, c / stride, phase, window_,
+                                             coefficients, z[py][c],
+                                             dpre_ + (py * pitches.in + c * pitches.pixel),
+                                             place_.channel < arguments_.shape.channels, gradients);
         }
       }
     }
   }
 
-  float2* own_;
-  int rows_;
-  const Pitches& pitches_;
-  int row_;
-  int end_;  // of the rows of dz2 that the thread loads
-  int limit_[stride];
-  int above_;
-  // An address is a row of the tile's image, a thread's 32 bits added to it by one instruction.
-  uint32_t out_offset_, offset_;
-  const T* dy2_;
-  const T* z2_;
-  const T* z1_;
-  T* dpre_;
-  // Of the rows that are yet to come.
-  Stored<T> next_dy2_[kPhases<stride>], next_z2_[kPhases<stride>];
-  Stored<T> next_z1_[kPhases<stride>][stride][stride];
+  const BackwardArguments& arguments_;
+  const Place& place_;
+  Loader<T, stride> loader_;
+  T* to_;  // where the thread's copies go, and where its channels are found, in the first stage
+  const T* raw_;
+  float2* own_;  // what the warp shows, and the one to the left
+  const float2* left_;
+  int stage_ = 0, parity_ = 0;  // offsets of the row
+  int rows_, row_;
+  int end_;                             // of the rows of dz2
+  int y_;                               // of the position's first input row
+  int output_columns_, input_columns_;  // those inside the map, a bit for each
+  T* dpre_;                             // of the position's first input pixel
   Window<stride> window_;
 };
 
-// Adds up all columns, in an order that is always the same, and writes one row of `partials`.
+// Adds up all warps, in an order that is always the same, and writes one row of `partials`.
+template <int most_workers>
 __device__ __forceinline__ void write_gradients(
     const BackwardArguments& arguments, const Place& place, const Gradients& gradients,
-    float (&shared)[kMostColumns][kGradientRows][kChunk]) {
-  const int columns = arguments.grid.columns;
+    float (&shared)[most_workers][kGradientRows][kChunk]) {
+  const int workers = arguments.grid.workers;
   const int channels = arguments.shape.channels;
-  if (place.warp >= 1 && place.warp <= columns) {
+  if (place.warp < workers) {
 #pragma unroll
     for (int row = 0; row < kGradientRows; ++row) {
       FloatPair values;
@@ -258,44 +466,43 @@ __device__ __forceinline__ void write_gradients(
         values.values[c] = row < kTaps ? gradients.taps[row < kTaps ? row : 0][c]
                                        : (row == kTaps ? gradients.sum[c] : gradients.product[c]);
       }
-      pack_at<float, kPair>(&shared[place.warp - 1][row][place.lane * kPair]) = values;
+      pack_at<float, kPair>(&shared[place.warp][row][place.lane * kPair]) = values;
     }
   }
   __syncthreads();
-  const int first_channel = place.channel - place.lane * kPair;
-  const int warps = columns + arguments.reach;
-  float* partial =
-      arguments.partials + split_of(arguments.grid) * kGradientRows * channels + first_channel;
-  for (int index = threadIdx.x; index < kGradientRows * kChunk; index += warps * kLanes) {
+  const int threads = (workers + 1) * kLanes;
+  float* partial = arguments.partials + split_of(arguments.grid) * kGradientRows * channels +
+                   place.first_channel;
+  for (int index = threadIdx.x; index < kGradientRows * kChunk; index += threads) {
     const int row = index / kChunk;
     const int channel = index % kChunk;
-    if (first_channel + channel >= channels) continue;
+    if (place.first_channel + channel >= channels) continue;
     float value = 0.0f;
-    for (int column = 0; column < columns; ++column) value += shared[column][row][channel];
+    for (int worker = 0; worker < workers; ++worker) value += shared[worker][row][channel];
     partial[row * channels + channel] = value;
   }
 }
 
 template <class T, Activation activation, int stride>
-__global__ void __launch_bounds__(kMostWarps* kLanes)
+__global__ void __launch_bounds__(kMostWarps<kWide<stride>>* kLanes, kHeldBlocks<stride>)
     depthwise_backward_kernel(BackwardArguments arguments) {
-  auto& shared = shared_memory<BackwardShared<stride>>();
+  auto& shared = shared_memory<BackwardShared<T, stride>>();
   const Place place = place_in(arguments.grid);
+  const Tiles tiles(arguments.grid);
+  Walk<T, activation, stride> walk(arguments, place, tiles, shared);
   const ChannelCoefficients coefficients = load_channels(arguments, place.channel);
-  float2* own = held_shared(&shared.ring.rows[0][place.warp + 1][place.lane]);
   Gradients gradients;
-  for (Tiles tiles(arguments.grid); !tiles.done(); tiles.next(arguments.grid)) {
-    Walk<T, activation, stride> walk(arguments, place, tiles.tile(arguments.grid), own);
+  for (int tile = 0; tile < tiles.count(); ++tile) {
+    walk.begin_tile(tiles.tile(arguments.grid, tile));
     while (!walk.done()) {
       walk.template step<0>(coefficients, gradients);
-      if (walk.done()) break;
-      walk.template step<1>(coefficients, gradients);
-      if constexpr (stride == 1) {
+      if constexpr (kPhases<stride> > 1) {
+        if (walk.done()) break;
+        walk.template step<1>(coefficients, gradients);
         if (walk.done()) break;
         walk.template step<2>(coefficients, gradients);
       }
     }
-    __syncthreads();
   }
   write_gradients(arguments, place, gradients, shared.gradients);
 }
@@ -304,7 +511,7 @@ __global__ void __launch_bounds__(kMostWarps* kLanes)
 TileGrid backward_grid(const DepthwiseShape& shape, const BlockPlan& plan) {
   const int rows = (shape.top + shape.height - 1) / shape.stride - shape.top / shape.stride + 1;
   const int columns = (shape.left + shape.width - 1) / shape.stride - shape.left / shape.stride + 1;
-  return divide_map(shape, rows, columns, plan);
+  return divide_map(shape, rows, columns, plan, shape.stride == 1 ? kWide<1> : kWide<2>);
 }
 
 template <class T, Activation activation>
@@ -312,8 +519,7 @@ int launch_backward(const BackwardArguments& arguments, void* stream) {
   const auto kernel = arguments.shape.stride == 1 ? &depthwise_backward_kernel<T, activation, 1>
                                                   : &depthwise_backward_kernel<T, activation, 2>;
   const TileGrid& grid = arguments.grid;
-  return launch(kernel, grid.splits * grid.chunks, (grid.columns + arguments.reach) * kLanes,
-                stream, arguments);
+  return launch(kernel, grid.splits * grid.chunks, (grid.workers + 1) * kLanes, stream, arguments);
 }
 
 }  // namespace
@@ -331,7 +537,6 @@ int depthwise_backward(const DepthwiseShape& shape, Element type, const void* dy
       shape.top / shape.stride,
       shape.left / shape.stride,
       pitches_of(shape),
-      shape.stride == 1 ? kReach<1> : kReach<2>,
       dy2,
       {norm.z2 ? norm.z2 : dy2, norm.slope, norm.z2_slope, norm.constant},
       z1,

@@ -4,11 +4,11 @@
 // with h1 = act(scale z1 + shift) inside the map and 0 outside: the padding follows the activation.
 //
 // DRAM: reads z1, writes z2, each once (a halo is read again, mostly from L2); per group of tiles
-// 3 floats per channel of statistics. On chip: rows of h1, which the columns of a tile show each
-// other, in shared memory; taps, the sums of the outputs that a row contributes to, and statistics
-// in registers. An input is activated once per tile.
+// 3 floats per channel of statistics. On chip: rows of z1 that are yet to come, and what the warps
+// of a tile show each other of h1, in shared memory; taps, the sums of the outputs that a row
+// contributes to, and statistics in registers. An input is activated once per tile.
 //
-// At stride 1 a warp owns an output and the input in its middle, at stride 2 an output and two
+// At stride 1 a column is an output and the input in its middle, at stride 2 an output and two
 // columns of inputs, of which only the first has a neighbour that needs it.
 
 #include "cuda/columns.cuh"
@@ -19,16 +19,14 @@ namespace {
 // Steps down before the first output is complete.
 template <int stride>
 constexpr int kReach = stride == 1 ? 2 : 1;
-template <int stride>
-constexpr int kPhases = kReach<stride> + 1;
-// The warp of the first output.
-template <int stride>
-constexpr int kFirstWarp = stride == 1 ? 1 : 0;
 
-// Warps that a multiprocessor is to hold at once, of one block or several, as far as registers
-// allow: in 16 bits and at stride 1 three blocks of 7 columns.
+// Columns of a warp, rows that are on their way, and blocks that a multiprocessor is to hold.
+template <int stride>
+constexpr int kWide = 2;
 template <class T, int stride>
-constexpr int kHeldWarps = stride == 2 ? kMostWarps : (sizeof(T) == 2 ? 28 : 20);
+constexpr int kStages = (stride == 1 ? 16 : 4) / static_cast<int>(sizeof(T));
+template <int stride>
+constexpr int kHeldBlocks = stride == 1 ? 3 : 2;
 
 // Sums of what a thread has seen of its channels, around the first value of each, so that nothing
 // cancels where the mean is large.
@@ -49,24 +47,41 @@ struct Moments {
   }
 };
 
+template <int workers>
 struct SharedMoments {
-  float pivot[kMostColumns][kChunk];
-  float mean[kMostColumns][kChunk];  // less the pivot
-  float squares[kMostColumns][kChunk];
-  int count[kMostColumns];
+  float pivot[workers][kChunk];
+  float mean[workers][kChunk];  // less the pivot
+  float squares[workers][kChunk];
+  int count[workers];
 };
 
+// A row of a warp as it is stored: its columns of `stride` rows of inputs.
 template <int stride>
+constexpr int kRaw = stride * stride * kWide<stride> * kChunk;
+
+// What a warp shows of its inputs: to the left its first column, to the right, at stride 1, its
+// last.
+template <int stride>
+constexpr int kSides = kReach<stride>;
+template <int stride>
+using RingRow = float2[stride][kMostWarps<kWide<stride>>][kSides<stride>][kLanes];
+
+// All warps have read their last row before the last barrier, behind which they write moments.
+template <class T, int stride>
 union alignas(16) ForwardShared {
-  Ring<kPhases<stride> * stride> ring;
-  SharedMoments moments;
+  struct {
+    T raw[kStages<T, stride>][kMostWarps<kWide<stride>>][kRaw<stride>];
+    RingRow<stride> ring[2];
+  } rows;
+  SharedMoments<kMostWorkers<kWide<stride>>> moments;
+
+  static_assert(sizeof(moments) <= sizeof(rows.raw), "the ring is still being read");
 };
 
 struct ForwardArguments {
   DepthwiseShape shape;
   TileGrid grid;
   Pitches pitches;
-  int reach;  // kReach of the stride
   Prologue prologue;
   const void* z1;
   const float* weights;
@@ -89,101 +104,246 @@ __device__ __forceinline__ ChannelCoefficients load_channels(const ForwardArgume
   return values;
 }
 
-// A thread's way down one tile. Step `row` loads the inputs that complete output `row` of the tile.
+// Step `row` of a tile loads the inputs that complete its output `row`.
+struct StepRange {
+  int first;  // what lies above the map would add nothing
+  int y;      // the first input row of the first step
+  int end;    // of the input rows
+};
+
+template <int stride>
+__device__ __forceinline__ StepRange steps_of(const DepthwiseShape& shape, const Tile& tile) {
+  StepRange steps;
+  steps.first = max(-kReach<stride>, min(0, shape.top / stride - tile.row - kReach<stride>));
+  steps.y = (tile.row + steps.first + kReach<stride>)*stride - shape.top;
+  steps.end = min((tile.row + tile.rows - 1) * stride - shape.top + 3, shape.height);
+  return steps;
+}
+
+// Input column `c` of a warp, of `stride` for each of its columns.
+struct InputColumn {
+  int x;
+  bool needed;  // inside the map
+};
+
+template <int stride>
+__device__ __forceinline__ InputColumn input_column(const ForwardArguments& arguments,
+                                                    const Place& place, const Tile& tile, int c) {
+  const int column = column_of<kWide<stride>>(arguments.grid, place, c / stride);
+  InputColumn input;
+  input.x =
+      (tile.column + column) * stride + c % stride - arguments.shape.left + (stride == 1 ? 1 : 0);
+  const bool needed = stride == 1 ? column <= tile.columns
+                                  : column >= 0 && (column < tile.columns ||
+                                                    (column == tile.columns && c % stride == 0));
+  input.needed = needed && within(input.x, arguments.shape.width);
+  return input;
+}
+
+// Copies a warp's rows, one step at a time, of all tiles of the block.
+template <class T, int stride>
+class Loader {
+ public:
+  __device__ __forceinline__ Loader(const ForwardArguments& arguments, const Place& place,
+                                    const Tiles& tiles)
+      : arguments_(arguments), place_(place), tiles_(tiles) {
+    begin_tile();
+  }
+
+  // The next step; `to` is the thread's place in a row of the warp.
+  __device__ __forceinline__ void load(T* to) {
+#pragma unroll
+    for (int k = 0; k < kCopies; ++k) {
+      copies_[k].begin(left_, arguments_.pitches.step, to + k * kLanes * kPart<T>);
+    }
+    close_copies();
+    if (--left_ == 0) begin_tile();
+  }
+
+ private:
+  static constexpr int kColumns = kWide<stride> * stride;
+  static constexpr int kCopies = divide_up(stride * kColumns * kParts<T>, kLanes);
+
+  // Without another tile there is nothing to copy: rows that are left become negative.
+  __device__ __forceinline__ void begin_tile() {
+    if (tile_ == tiles_.count()) {
+#pragma unroll
+      for (Copy<T>& copy : copies_) copy.count = 0;
+      return;
+    }
+    const DepthwiseShape& shape = arguments_.shape;
+    const Tile tile = tiles_.tile(arguments_.grid, tile_++);
+    const StepRange steps = steps_of<stride>(shape, tile);
+    left_ = tile.rows - steps.first;
+#pragma unroll
+    for (int k = 0; k < kCopies; ++k) {
+      const int index = k * kLanes + place_.lane;
+      const int channel = place_.first_channel + index % kParts<T> * kPart<T>;
+      const InputColumn column =
+          input_column<stride>(arguments_, place_, tile, index / kParts<T> % kColumns);
+      const int py = index / (kParts<T> * kColumns);
+      const bool copies = py < stride && channel < shape.channels && column.needed;
+      const int y = steps.y + py;
+      copies_[k].from =
+          static_cast<const T*>(arguments_.z1) +
+          ((tile.image * shape.height + y) * shape.width + column.x) * shape.channels + channel;
+      // From the first row inside the map.
+      copies_[k].set_rows(left_, max(0, (stride - 1 - y) / stride),
+                          copies ? min(left_, divide_up(steps.end - y, stride)) : 0);
+    }
+  }
+
+  const ForwardArguments& arguments_;
+  const Place& place_;
+  const Tiles& tiles_;
+  int tile_ = 0;
+  int left_;  // steps of the tile
+  Copy<T> copies_[kCopies];
+};
+
+// A thread's way down the tiles, one after the other.
 template <class T, Activation activation, Activation output_activation, int stride>
 class Walk {
  public:
-  // `own` is the thread's place in the first row of the ring.
   __device__ __forceinline__ Walk(const ForwardArguments& arguments, const Place& place,
-                                  const Tile& tile, const ChannelCoefficients& coefficients,
-                                  float2* own, Moments& moments)
-      : own_(own), rows_(tile.rows), pitches_(arguments.pitches) {
-    const DepthwiseShape& shape = arguments.shape;
-    const bool has_channel = place.channel < shape.channels;
-    // Steps whose inputs lie above the map would add nothing.
-    row_ = max(-kReach<stride>, min(0, shape.top / stride - tile.row - kReach<stride>));
-    const int column = tile.column + place.warp - kFirstWarp<stride>;
-    const bool works = has_channel && column >= tile.column && column < tile.column + tile.columns;
-    out_end_ = works ? tile.rows : 0;
-    pivot_row_ = moments.count == 0 ? 0 : -1;
-    moments.count += out_end_;
-    out_offset_ = column * pitches_.pixel + place.channel;
-    const int64_t out_at =
-        (tile.image * shape.out_height + tile.row + row_) * shape.out_width * shape.channels;
-    z2_ = held_global(static_cast<T*>(arguments.z2) + out_at);
+                                  const Tiles& tiles, ForwardShared<T, stride>& shared)
+      : arguments_(arguments), place_(place), loader_(arguments, place, tiles) {
+    T* raw = shared.rows.raw[0][place.warp];
+    to_ = held_shared(raw + place.lane * kPart<T>);
+    raw_ = held_shared(raw + place.lane * kPair);
+    own_ = held_shared(&shared.rows.ring[0][0][place.warp][0][place.lane]);
+    left_ = held_shared(&shared.rows.ring[0][0][place.left][kSides<stride> - 1][place.lane]);
+#pragma unroll 1
+    for (int stage = 0; stage < kStages<T, stride>; ++stage) loader_.load(to_ + stage * kRawRow);
+  }
 
-    const bool loads = has_channel && place.warp < tile.columns + kReach<stride>;
-    const int x = (tile.column + place.warp) * stride - shape.left;
-    const int bottom = min((tile.row + tile.rows - 1) * stride - shape.top + 3, shape.height);
+  __device__ __forceinline__ void begin_tile(const Tile& tile,
+                                             const ChannelCoefficients& coefficients,
+                                             Moments& moments) {
+    const DepthwiseShape& shape = arguments_.shape;
+    const StepRange steps = steps_of<stride>(shape, tile);
+    rows_ = tile.rows;
+    row_ = steps.first;
+    y_ = steps.y;
+    end_ = steps.end;
+    input_columns_ = 0;
 #pragma unroll
-    for (int px = 0; px < stride; ++px) {
-      limit_[px] = loads && (px == 0 || works) && within(x + px, shape.width) ? max(bottom, 0) : 0;
+    for (int c = 0; c < kColumns; ++c) {
+      if (input_column<stride>(arguments_, place_, tile, c).needed) input_columns_ |= 1 << c;
     }
-    y_ = (tile.row + row_ + kReach<stride>)*stride - shape.top;
-    offset_ = x * pitches_.pixel + place.channel;
-    const int64_t row_elements = int64_t{shape.width} * shape.channels;
-    z1_ = static_cast<const T*>(arguments.z1) + (tile.image * shape.height + y_) * row_elements;
+    const int first = place_.warp * kWide<stride>;
+    const bool works = place_.warp < arguments_.grid.workers;
+    outputs_ = works ? min(max(tile.columns - first, 0), kWide<stride>) : 0;
+    pivot_row_ = moments.count == 0 ? 0 : -1;
+    moments.count += outputs_ * rows_;
+    z2_ = static_cast<T*>(arguments_.z2) +
+          ((tile.image * shape.out_height + tile.row + row_) * shape.out_width + tile.column +
+           first) *
+              shape.channels +
+          place_.channel;
 #pragma unroll
-    for (int phase = 0; phase < kPhases<stride>; ++phase) {
-      load(phase, y_ + phase * stride, offset_ + phase * pitches_.step);
+    for (auto& sums : sums_) {
 #pragma unroll
-      for (int c = 0; c < kPair; ++c) sums_[phase][c] = coefficients.bias[c];
+      for (auto& sum : sums) {
+#pragma unroll
+        for (int k = 0; k < kPair; ++k) sum[k] = coefficients.bias[k];
+      }
     }
-    z1_ = held_global(z1_ + kPhases<stride> * stride * row_elements);
   }
 
   __device__ __forceinline__ bool done() const { return row_ >= rows_; }
 
-  template <int phase>
   __device__ __forceinline__ void step(const ChannelCoefficients& coefficients, Moments& moments) {
-    float inputs[stride][3][kPair];
-    float2* ring = own_ + phase * stride * kRingColumns * kLanes;
+    wait_for_copies_but<kStages<T, stride> - 1>();
+    __syncwarp();
+    Inputs inputs[stride];
+    const int pixels = pixels_of_step();
+    if (pixels == kAllPixels) {
+      read<true>(pixels, coefficients, inputs);
+    } else {
+      read<false>(pixels, coefficients, inputs);
+    }
+    float2* own = own_ + parity_;
+    const float2* left = left_ + parity_;
 #pragma unroll
     for (int py = 0; py < stride; ++py) {
+      const auto& first = inputs[py].columns[kOwn];
+      const auto& last = inputs[py].columns[kOwn + kColumns - 1];
+      own[py * kRingRow] = {first[0], first[1]};
+      if (stride == 1) own[py * kRingRow + kLanes] = {last[0], last[1]};
+    }
+    __syncthreads();
+    loader_.load(to_ + stage_);
+    stage_ += kRawRow;
+    if (stage_ == kStages<T, stride> * kRawRow) stage_ = 0;
+    parity_ = stride * kRingRow - parity_;
+    if (outputs_) {
 #pragma unroll
-      for (int px = 0; px < stride; ++px) {
-        float (&h)[kPair] = inputs[py][px + kFirstWarp<stride>];
-        h[0] = h[1] = 0.0f;
-        if (within(y_ + py, limit_[px])) {
-          widen(next_[phase][py][px], h);
+      for (int py = 0; py < stride; ++py) {
+        if (stride == 1) show(left[py * kRingRow], inputs[py].columns[0]);
+        show(own[py * kRingRow + kSides<stride> * kLanes], inputs[py].columns[kOwn + kColumns]);
+      }
 #pragma unroll
-          for (int c = 0; c < kPair; ++c) {
-            h[c] = activate<activation>(fmaf(coefficients.scale[c], h[c], coefficients.shift[c]));
-          }
+      for (int c = 0; c < kWide<stride>; ++c)
+        add<2>(c, inputs[0], sums_[0][c], sums_[0][c], coefficients);
+      if (row_ >= 0) {
+        if (outputs_ == kWide<stride>) {
+          finish<true>(moments);
+        } else {
+          finish<false>(moments);
         }
       }
-      const float (&first)[kPair] = inputs[py][kFirstWarp<stride>];
-      ring[py * kRingColumns * kLanes] = {first[0], first[1]};
-    }
-    load(phase, y_ + kPhases<stride> * stride, offset_);
-    offset_ += pitches_.step;
-    __syncthreads();
 #pragma unroll
-    for (int py = 0; py < stride; ++py) {
-      const float2* row = ring + py * kRingColumns * kLanes;
-      show(row[kLanes], inputs[py][2]);
-      if (stride == 1) show(row[-kLanes], inputs[py][0]);
+      for (int c = 0; c < kWide<stride>; ++c) {
+        if constexpr (stride == 1) {
+          add<1>(c, inputs[0], sums_[1][c], sums_[0][c], coefficients);
+          add<0>(c, inputs[0], coefficients.bias, sums_[1][c], coefficients);
+        } else {
+          add<0>(c, inputs[0], coefficients.bias, sums_[0][c], coefficients);
+          add<1>(c, inputs[1], sums_[0][c], sums_[0][c], coefficients);
+        }
+      }
     }
-    finish<(phase + 1) % kPhases<stride>>(inputs[0], coefficients, moments);
-    if constexpr (stride == 1) {
-      add<1>((phase + 2) % 3, inputs[0], coefficients);
-      add<0>(phase, inputs[0], coefficients);
-    } else {
-      add<0>(phase, inputs[0], coefficients);
-      add<1>(phase, inputs[1], coefficients);
-    }
+    z2_ += arguments_.pitches.out;
     y_ += stride;
     ++row_;
   }
 
  private:
-  __device__ __forceinline__ void load(int phase, int y, uint32_t offset) {
+  static constexpr int kColumns = kWide<stride> * stride;
+  static constexpr int kAllPixels = (1 << stride * kColumns) - 1;
+  static constexpr int kRawRow = kMostWarps<kWide<stride>> * kRaw<stride>;
+  static constexpr int kRingRow = kMostWarps<kWide<stride>> * kSides<stride> * kLanes;
+  static constexpr int kOwn = stride == 1 ? 1 : 0;
+
+  // A row of h1: the warp's columns, from kOwn, and its neighbours'.
+  struct Inputs {
+    float columns[(kWide<stride> - 1) * stride + 3][kPair];
+  };
+
+  // Those inside the map, a bit for each.
+  __device__ __forceinline__ int pixels_of_step() const {
+    const int upper = within(y_, end_) ? input_columns_ : 0;
+    if (stride == 1) return upper;
+    const int lower = within(y_ + 1, end_) ? input_columns_ : 0;
+    return upper | lower << kColumns;
+  }
+
+  template <bool all>
+  __device__ __forceinline__ void read(int pixels, const ChannelCoefficients& coefficients,
+                                       Inputs (&inputs)[stride]) const {
 #pragma unroll
     for (int py = 0; py < stride; ++py) {
 #pragma unroll
-      for (int px = 0; px < stride; ++px) {
-        if (within(y + py, limit_[px])) {
-          next_[phase][py][px] = load_pair(z1_ + (offset + py * pitches_.in + px * pitches_.pixel));
+      for (int c = 0; c < kColumns; ++c) {
+        float (&h)[kPair] = inputs[py].columns[kOwn + c];
+        if (!all) h[0] = h[1] = 0.0f;
+        if (all || pixels >> (py * kColumns + c) & 1) {
+          widen(load_pair(raw_ + stage_ + (py * kColumns + c) * kChunk), h);
+#pragma unroll
+          for (int k = 0; k < kPair; ++k) {
+            h[k] = activate<activation>(fmaf(coefficients.scale[k], h[k], coefficients.shift[k]));
+          }
         }
       }
     }
@@ -194,127 +354,122 @@ class Walk {
     input[1] = values.y;
   }
 
-  // What row i of the taps makes of a row of inputs.
+  // before + what row i of the taps makes of a row of inputs, for the output in column c.
   template <int i>
-  __device__ __forceinline__ void add(int output, const float (&inputs)[3][kPair],
-                                      const ChannelCoefficients& coefficients) {
+  static __device__ __forceinline__ void add(int c, const Inputs& inputs,
+                                             const float (&before)[kPair], float (&sums)[kPair],
+                                             const ChannelCoefficients& coefficients) {
 #pragma unroll
-    for (int c = 0; c < kPair; ++c) {
-      float sum = i == 0 ? coefficients.bias[c] : sums_[output][c];
+    for (int k = 0; k < kPair; ++k) {
+      float sum = before[k];
 #pragma unroll
-      for (int j = 0; j < 3; ++j) sum = fmaf(coefficients.taps[3 * i + j][c], inputs[j][c], sum);
-      sums_[output][c] = sum;
+      for (int j = 0; j < 3; ++j) {
+        sum = fmaf(coefficients.taps[3 * i + j][k], inputs.columns[c * stride + j][k], sum);
+      }
+      sums[k] = sum;
     }
   }
 
-  // Rounds, stores and counts an output, of which the last row of inputs is here.
-  template <int output>
-  __device__ __forceinline__ void finish(const float (&inputs)[3][kPair],
-                                         const ChannelCoefficients& coefficients,
-                                         Moments& moments) {
-    if (within(row_, out_end_)) {
-      add<2>(output, inputs, coefficients);
+  // Rounds, stores and counts the outputs of a row, of which the last row of inputs is here.
+  template <bool all>
+  __device__ __forceinline__ void finish(Moments& moments) {
+#pragma unroll
+    for (int c = 0; c < kWide<stride>; ++c) {
+      if (!all && c >= outputs_) return;
       float values[kPair];
 #pragma unroll
-      for (int c = 0; c < kPair; ++c) values[c] = activate<output_activation>(sums_[output][c]);
+      for (int k = 0; k < kPair; ++k) values[k] = activate<output_activation>(sums_[0][c][k]);
       const Stored<T> stored = round_pair<T>(values);
-      store_pair(z2_ + out_offset_, stored);
+      if (place_.channel < arguments_.shape.channels) {
+        store_pair(z2_ + c * arguments_.pitches.pixel, stored);
+      }
       widen(stored, values);
-      moments.add(values, row_ == pivot_row_);
+      moments.add(values, c == 0 && row_ == pivot_row_);
     }
-    out_offset_ += pitches_.out;
   }
 
-  float2* own_;
-  int rows_;
-  const Pitches& pitches_;
-  int row_, out_end_;
+  const ForwardArguments& arguments_;
+  const Place& place_;
+  Loader<T, stride> loader_;
+  T* to_;  // where the thread's copies go, and where its channels are found, in the first stage
+  const T* raw_;
+  float2* own_;  // what the warp shows, and the one to the left
+  const float2* left_;
+  int stage_ = 0, parity_ = 0;  // offsets of the row
+  int rows_, row_;
   int pivot_row_;      // whose output is the first that the thread sees; none is negative
-  int y_;              // of the first input row of the step
-  int limit_[stride];  // of the input rows that the thread loads
-  // An address is a row of the tile's image, a thread's 32 bits added to it by one instruction.
-  uint32_t out_offset_, offset_;
-  T* z2_;
-  const T* z1_;
-  // Of the rows that are yet to come.
-  Stored<T> next_[kPhases<stride>][stride][stride];
-  // Of the outputs that are not complete, by the phase in which they began.
-  float sums_[kPhases<stride>][kPair];
+  int y_, end_;        // of the step's first input row; of all
+  int input_columns_;  // those inside the map, a bit for each
+  int outputs_;        // columns of those
+  T* z2_;              // of the first output
+  // Of the outputs that are not complete, the older one first.
+  float sums_[kReach<stride>][kWide<stride>][kPair];
 };
 
-// Merges the moments of all columns into one row of `partials`, in the order of the columns.
-template <int stride>
+// Merges the moments of all warps into one row of `partials`, in the order of the columns.
+template <int most_workers>
 __device__ __forceinline__ void write_moments(const ForwardArguments& arguments, const Place& place,
-                                              const Moments& moments, SharedMoments& shared) {
-  const int columns = arguments.grid.columns;
-  const int column = place.warp - kFirstWarp<stride>;
-  if (column >= 0 && column < columns) {
+                                              const Moments& moments,
+                                              SharedMoments<most_workers>& shared) {
+  const int workers = arguments.grid.workers;
+  if (place.warp < workers) {
 #pragma unroll
     for (int c = 0; c < kPair; ++c) {
       const int channel = place.lane * kPair + c;
       const float mean = moments.count ? moments.sum[c] / moments.count : 0.0f;
-      shared.pivot[column][channel] = moments.pivot[c];
-      shared.mean[column][channel] = mean;
-      shared.squares[column][channel] = moments.square[c] - moments.sum[c] * mean;
+      shared.pivot[place.warp][channel] = moments.pivot[c];
+      shared.mean[place.warp][channel] = mean;
+      shared.squares[place.warp][channel] = moments.square[c] - moments.sum[c] * mean;
     }
-    if (place.lane == 0) shared.count[column] = moments.count;
+    if (place.lane == 0) shared.count[place.warp] = moments.count;
   }
   __syncthreads();
   const int channels = arguments.shape.channels;
-  const int first_channel = place.channel - place.lane * kPair;
   const int channel = threadIdx.x;
-  if (channel >= kChunk || first_channel + channel >= channels) return;
-  // Means around the first column's pivot, whose difference from the others is exact.
+  if (channel >= kChunk || place.first_channel + channel >= channels) return;
+  // Means around the first warp's pivot, whose difference from the others is exact.
   const float pivot = shared.pivot[0][channel];
   const auto mean_of = [&](int i) {
     return shared.pivot[i][channel] - pivot + shared.mean[i][channel];
   };
   float count = 0.0f;
   float mean = 0.0f;
-  for (int i = 0; i < columns; ++i) {
+  for (int i = 0; i < workers; ++i) {
     count += shared.count[i];
     mean += shared.count[i] * mean_of(i);
   }
   mean /= count;
   float squares = 0.0f;
-  for (int i = 0; i < columns; ++i) {
+  for (int i = 0; i < workers; ++i) {
     const float deviation = mean_of(i) - mean;
     squares += shared.squares[i][channel] + shared.count[i] * deviation * deviation;
   }
   float* partial =
-      arguments.partials + split_of(arguments.grid) * kMomentRows * channels + first_channel;
+      arguments.partials + split_of(arguments.grid) * kMomentRows * channels + place.first_channel;
   partial[channel] = count;
   partial[channels + channel] = pivot + mean;
   partial[2 * channels + channel] = squares;
 }
 
 template <class T, Activation activation, Activation output_activation, int stride>
-__global__ void __launch_bounds__(kHeldWarps<T, stride>* kLanes)
+__global__ void __launch_bounds__(kMostWarps<kWide<stride>>* kLanes, kHeldBlocks<stride>)
     depthwise_forward_kernel(ForwardArguments arguments) {
-  auto& shared = shared_memory<ForwardShared<stride>>();
+  auto& shared = shared_memory<ForwardShared<T, stride>>();
   const Place place = place_in(arguments.grid);
+  const Tiles tiles(arguments.grid);
+  Walk<T, activation, output_activation, stride> walk(arguments, place, tiles, shared);
   const ChannelCoefficients coefficients = load_channels(arguments, place.channel);
-  float2* own = held_shared(&shared.ring.rows[0][place.warp + 1][place.lane]);
   Moments moments;
-  for (Tiles tiles(arguments.grid); !tiles.done(); tiles.next(arguments.grid)) {
-    Walk<T, activation, output_activation, stride> walk(
-        arguments, place, tiles.tile(arguments.grid), coefficients, own, moments);
-    while (!walk.done()) {
-      walk.template step<0>(coefficients, moments);
-      if (walk.done()) break;
-      walk.template step<1>(coefficients, moments);
-      if constexpr (stride == 1) {
-        if (walk.done()) break;
-        walk.template step<2>(coefficients, moments);
-      }
-    }
-    __syncthreads();
+  for (int tile = 0; tile < tiles.count(); ++tile) {
+    walk.begin_tile(tiles.tile(arguments.grid, tile), coefficients, moments);
+    while (!walk.done()) walk.step(coefficients, moments);
   }
-  if (arguments.partials) write_moments<stride>(arguments, place, moments, shared.moments);
+  if (arguments.partials) write_moments(arguments, place, moments, shared.moments);
 }
 
 TileGrid forward_grid(const DepthwiseShape& shape, const BlockPlan& plan) {
-  return divide_map(shape, shape.out_height, shape.out_width, plan);
+  return divide_map(shape, shape.out_height, shape.out_width, plan,
+                    shape.stride == 1 ? kWide<1> : kWide<2>);
 }
 
 template <class T, Activation activation, Activation output_activation>
@@ -323,9 +478,8 @@ int launch_forward(const ForwardArguments& arguments, void* stream) {
                           ? &depthwise_forward_kernel<T, activation, output_activation, 1>
                           : &depthwise_forward_kernel<T, activation, output_activation, 2>;
   const TileGrid& grid = arguments.grid;
-  // A block that writes moments has a thread for each of its channels.
-  return launch(kernel, grid.splits * grid.chunks, (grid.columns + arguments.reach) * kLanes,
-                stream, arguments);
+  // A block that writes moments has a thread for each of its channels: two warps.
+  return launch(kernel, grid.splits * grid.chunks, (grid.workers + 1) * kLanes, stream, arguments);
 }
 
 template <class T, Activation activation>
@@ -344,16 +498,9 @@ int64_t depthwise_forward_partials(const DepthwiseShape& shape, const BlockPlan&
 int depthwise_forward(const DepthwiseShape& shape, Element type, const void* z1, Prologue prologue,
                       const float* weights, Epilogue epilogue, void* z2, float* partials,
                       const BlockPlan& plan, void* stream) {
-  const ForwardArguments arguments = {shape,
-                                      forward_grid(shape, plan),
-                                      pitches_of(shape),
-                                      shape.stride == 1 ? kReach<1> : kReach<2>,
-                                      prologue,
-                                      z1,
-                                      weights,
-                                      epilogue,
-                                      z2,
-                                      partials};
+  const ForwardArguments arguments = {
+      shape,   forward_grid(shape, plan), pitches_of(shape), prologue, z1, weights, epilogue, z2,
+      partials};
   return with_element(type, [&](auto element) {
     using T = decltype(element);
     return prologue.activation == Activation::gelu

@@ -7,7 +7,9 @@ namespace moat_kernels::cuda {
 
 constexpr int kTaps = 9;
 
-inline int divide_up(int value, int divisor) { return (value + divisor - 1) / divisor; }
+constexpr __host__ __device__ int divide_up(int value, int divisor) {
+  return (value + divisor - 1) / divisor;
+}
 
 template <class... Parameters, class... Arguments>
 int launch(void (*kernel)(Parameters...), int64_t blocks, int threads, void* stream,

@@ -49,6 +49,13 @@ __device__ __forceinline__ float min_or_nan(float left, float right) {
   return result;
 }
 
+// The larger one; NaN if either is.
+__device__ __forceinline__ float max_or_nan(float left, float right) {
+  float result;
+  asm("max.NaN.f32 %0, %1, %2;" : "=f"(result) : "f"(left), "f"(right));
+  return result;
+}
+
 // 2^x to two units in the last place; 0 below 2^-126.
 __device__ __forceinline__ float exp2_approximately(float x) {
   float result;
@@ -103,6 +110,24 @@ __device__ __forceinline__ void copy_async(void* shared, const void* global, boo
   asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(shared_address(shared)),
                "l"(global), "r"(bytes)
                : "memory");
+}
+
+// The same of 16 bytes that are there.
+__device__ __forceinline__ void copy_async(void* shared, const void* global) {
+  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared)),
+               "l"(global)
+               : "memory");
+}
+
+// Makes a group, maybe an empty one, of the copies that this thread has begun since the last.
+__device__ __forceinline__ void close_copies() {
+  asm volatile("cp.async.commit_group;" ::: "memory");
+}
+
+// Waits for the copies of all groups but the last `open`.
+template <int open>
+__device__ __forceinline__ void wait_for_copies_but() {
+  asm volatile("cp.async.wait_group %0;" ::"n"(open) : "memory");
 }
 
 // Waits for all copies that this thread has begun.

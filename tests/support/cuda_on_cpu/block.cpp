@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <deque>
 #include <map>
 #include <memory>
 #include <new>
@@ -45,7 +46,8 @@ struct Thread {
   Barrier* waits_at = nullptr;
   long generation = 0;
   long deposits = 0;
-  std::vector<std::function<void()>> postponed;
+  // Groups of copies, of which the last is still open.
+  std::deque<std::vector<std::function<void()>>> postponed{1};
 
   bool can_run() const { return !done && (!waits_at || waits_at->generation != generation); }
 };
@@ -229,11 +231,23 @@ void* shared_memory(const void* key, std::size_t size, std::size_t alignment) {
   return memory;
 }
 
-void postpone(std::function<void()> copy) { block->current->postponed.push_back(std::move(copy)); }
+void postpone(std::function<void()> copy) {
+  block->current->postponed.back().push_back(std::move(copy));
+}
+
+void close_postponed() { block->current->postponed.emplace_back(); }
+
+void do_postponed(std::size_t open) {
+  auto& groups = block->current->postponed;
+  while (groups.size() > open + 1) {
+    for (const auto& copy : groups.front()) copy();
+    groups.pop_front();
+  }
+}
 
 void do_postponed() {
-  for (const auto& copy : block->current->postponed) copy();
-  block->current->postponed.clear();
+  close_postponed();
+  do_postponed(0);
 }
 
 }  // namespace cuda_on_cpu

@@ -42,6 +42,10 @@ void* shared_memory(const void* key, std::size_t size, std::size_t alignment);
 
 // Keeps `copy` until the calling thread waits.
 void postpone(std::function<void()> copy);
+// Makes a group of what the thread has postponed since the last.
+void close_postponed();
+// All groups but the last `open`; without an argument, what is in none too.
+void do_postponed(std::size_t open);
 void do_postponed();
 
 }  // namespace cuda_on_cpu

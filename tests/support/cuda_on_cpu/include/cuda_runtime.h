@@ -16,6 +16,7 @@
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define __syncthreads() ::cuda_on_cpu::sync_block(__FILE__, __LINE__)
+#define __syncwarp() ::cuda_on_cpu::sync_warp()
 #define threadIdx (::cuda_on_cpu::thread_index())
 #define blockIdx (::cuda_on_cpu::block_index())
 

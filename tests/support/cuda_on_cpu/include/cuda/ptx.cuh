@@ -33,6 +33,9 @@ Object* held_global(Object* object) {
 inline float min_or_nan(float left, float right) {
   return left != left || right != right ? left + right : std::min(left, right);
 }
+inline float max_or_nan(float left, float right) {
+  return left != left || right != right ? left + right : std::max(left, right);
+}
 inline float exp2_approximately(float x) { return std::exp2(x); }
 inline float reciprocal_approximately(float x) { return 1.0f / x; }
 
@@ -46,6 +49,13 @@ inline void copy_async(void* shared, const void* global, bool valid) {
   });
 }
 
+inline void copy_async(void* shared, const void* global) { copy_async(shared, global, true); }
+
+inline void close_copies() { cuda_on_cpu::close_postponed(); }
+template <int open>
+void wait_for_copies_but() {
+  cuda_on_cpu::do_postponed(open);
+}
 inline void wait_for_copies() { cuda_on_cpu::do_postponed(); }
 
 // Lane l receives, of each matrix, elements 2 (l % 4) and the next of row l / 4.
