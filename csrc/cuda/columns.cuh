@@ -55,13 +55,13 @@ struct TileGrid {
 // them from constant memory.
 struct Pitches {
   uint32_t pixel, in, out;  // of maps before and behind the convolution
-  uint32_t step;            // input rows of one output row
+  uint32_t step;            // input rows of a step
 };
 
-inline Pitches pitches_of(const DepthwiseShape& shape) {
+inline Pitches pitches_of(const DepthwiseShape& shape, int step_inputs) {
   const uint32_t pixel = shape.channels;
   const uint32_t in = pixel * shape.width;
-  return {pixel, in, pixel * shape.out_width, in * shape.stride};
+  return {pixel, in, pixel * shape.out_width, in * step_inputs};
 }
 
 struct Tile {
@@ -102,10 +102,11 @@ __device__ __forceinline__ int64_t split_of(const TileGrid& grid) {
   return blockIdx.x / grid.chunks;
 }
 
-// The tiles of a block, one after the other.
+// The tiles of a block, one after the other. It lies in shared memory, where every thread writes
+// the same: between tiles it takes no registers.
 class Tiles {
  public:
-  __device__ __forceinline__ explicit Tiles(const TileGrid& grid) {
+  __device__ __forceinline__ void begin(const TileGrid& grid) {
     const int64_t split = split_of(grid);
     const int64_t first = grid.tiles * split / grid.splits;
     count_ = static_cast<int>(grid.tiles * (split + 1) / grid.splits - first);
@@ -143,8 +144,9 @@ struct Place {
 
 __device__ __forceinline__ Place place_in(const TileGrid& grid) {
   Place place;
-  place.warp = threadIdx.x / kLanes;
-  place.lane = threadIdx.x % kLanes;
+  const int thread = thread_number();
+  place.warp = thread / kLanes;
+  place.lane = thread % kLanes;
   place.left = place.warp == 0 ? grid.workers : place.warp - 1;
   place.first_channel = blockIdx.x % grid.chunks * kChunk;
   place.channel = place.first_channel + place.lane * kPair;

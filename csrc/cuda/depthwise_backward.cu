@@ -74,6 +74,7 @@ union alignas(16) BackwardShared {
   struct {
     T raw[kStages<T, stride>][kRawRow<stride>];
     RingRow<stride> ring[2];
+    Tiles tiles;
   } rows;
   float gradients[kMostWorkers<kWide<stride>>][kGradientRows][kChunk];
 
@@ -177,9 +178,8 @@ __device__ __forceinline__ int input_column(const BackwardArguments& arguments, 
 template <class T, int stride>
 class Loader {
  public:
-  __device__ __forceinline__ Loader(const BackwardArguments& arguments, const Place& place,
-                                    const Tiles& tiles)
-      : arguments_(arguments), place_(place), tiles_(tiles) {
+  __device__ __forceinline__ Loader(const BackwardArguments& arguments, const Tiles& tiles)
+      : arguments_(arguments), tiles_(tiles) {
     begin_tile();
   }
 
@@ -211,22 +211,24 @@ class Loader {
       for (Copy<T>& copy : inputs_) copy.count = 0;
       return;
     }
+    const Place place = place_in(arguments_.grid);
     const Tile tile = tiles_.tile(arguments_.grid, tile_++);
     const RowRange rows = rows_of<stride>(arguments_, tile);
     left_ = tile.rows - rows.first;
 #pragma unroll
-    for (int k = 0; k < kOutputs; ++k) begin_output(tile, rows, k * kLanes, outputs_[k]);
+    for (int k = 0; k < kOutputs; ++k) begin_output(place, tile, rows, k * kLanes, outputs_[k]);
 #pragma unroll
-    for (int k = 0; k < kInputs; ++k) begin_input(tile, rows, k * kLanes, inputs_[k]);
+    for (int k = 0; k < kInputs; ++k) begin_input(place, tile, rows, k * kLanes, inputs_[k]);
   }
 
-  __device__ __forceinline__ void begin_output(const Tile& tile, const RowRange& rows, int first,
+  __device__ __forceinline__ void begin_output(const Place& place, const Tile& tile,
+                                               const RowRange& rows, int first,
                                                Copy<T>& copy) const {
     const DepthwiseShape& shape = arguments_.shape;
-    const int index = first + place_.lane;
-    const int channel = place_.first_channel + index % kParts<T> * kPart<T>;
+    const int index = first + place.lane;
+    const int channel = place.first_channel + index % kParts<T> * kPart<T>;
     const int column =
-        column_of<kWide<stride>>(arguments_.grid, place_, index / kParts<T> % kWide<stride>);
+        column_of<kWide<stride>>(arguments_.grid, place, index / kParts<T> % kWide<stride>);
     const int x = output_column<stride>(arguments_, tile, column);
     const bool copies = index < 2 * kWide<stride> * kParts<T> && channel < shape.channels &&
                         column <= tile.columns + kReach<stride> - 2 && within(x, shape.out_width);
@@ -238,18 +240,19 @@ class Loader {
     copy.set_rows(left_, 0, copies ? min(left_, shape.out_height - y) : 0);
   }
 
-  __device__ __forceinline__ void begin_input(const Tile& tile, const RowRange& rows, int first,
+  __device__ __forceinline__ void begin_input(const Place& place, const Tile& tile,
+                                              const RowRange& rows, int first,
                                               Copy<T>& copy) const {
     constexpr int kColumns = kWide<stride> * stride;
     const DepthwiseShape& shape = arguments_.shape;
-    const int index = first + place_.lane;
-    const int channel = place_.first_channel + index % kParts<T> * kPart<T>;
+    const int index = first + place.lane;
+    const int channel = place.first_channel + index % kParts<T> * kPart<T>;
     const int c = index / kParts<T> % kColumns;
-    const int column = place_.warp * kWide<stride> + c / stride;
+    const int column = place.warp * kWide<stride> + c / stride;
     const int x = input_column<stride>(arguments_, tile, column) + c % stride;
     const int py = index / (kParts<T> * kColumns);
     const bool copies = py < stride && channel < shape.channels &&
-                        place_.warp < arguments_.grid.workers && column < tile.columns &&
+                        place.warp < arguments_.grid.workers && column < tile.columns &&
                         within(x, shape.width);
     const int y = (rows.position + rows.first) * stride + py - shape.top;
     copy.from = static_cast<const T*>(arguments_.z1) +
@@ -260,7 +263,6 @@ class Loader {
   }
 
   const BackwardArguments& arguments_;
-  const Place& place_;
   const Tiles& tiles_;
   int tile_ = 0;
   int left_;  // rows of the tile
@@ -272,8 +274,10 @@ template <class T, Activation activation, int stride>
 class Walk {
  public:
   __device__ __forceinline__ Walk(const BackwardArguments& arguments, const Place& place,
-                                  const Tiles& tiles, BackwardShared<T, stride>& shared)
-      : arguments_(arguments), place_(place), loader_(arguments, place, tiles) {
+                                  BackwardShared<T, stride>& shared)
+      : arguments_(arguments),
+        stores_(place.channel < arguments.shape.channels),
+        loader_(arguments, shared.rows.tiles) {
     T* raw = shared.rows.raw[0] + place.warp * kRaw<stride>;
     to_ = held_shared(raw + place.lane * kPart<T>);
     raw_ = held_shared(raw + place.lane * kPair);
@@ -286,6 +290,7 @@ class Walk {
   }
 
   __device__ __forceinline__ void begin_tile(const Tile& tile) {
+    const Place place = place_in(arguments_.grid);
     const DepthwiseShape& shape = arguments_.shape;
     const RowRange rows = rows_of<stride>(arguments_, tile);
     rows_ = tile.rows;
@@ -294,14 +299,14 @@ class Walk {
     output_columns_ = 0;
 #pragma unroll
     for (int c = 0; c < kWide<stride>; ++c) {
-      const int column = column_of<kWide<stride>>(arguments_.grid, place_, c);
+      const int column = column_of<kWide<stride>>(arguments_.grid, place, c);
       const int x = output_column<stride>(arguments_, tile, column);
       if (column <= tile.columns + kReach<stride> - 2 && within(x, shape.out_width)) {
         output_columns_ |= 1 << c;
       }
     }
-    const bool works = place_.warp < arguments_.grid.workers;
-    const int first = place_.warp * kWide<stride>;
+    const bool works = place.warp < arguments_.grid.workers;
+    const int first = place.warp * kWide<stride>;
     const int x = input_column<stride>(arguments_, tile, first);
     input_columns_ = 0;
 #pragma unroll
@@ -310,9 +315,14 @@ class Walk {
         input_columns_ |= 1 << c;
       }
     }
-    y_ = (rows.position + row_) * stride - shape.top;
+    y_ = rows.position * stride - shape.top;
+    const bool whole = output_columns_ == (1 << kWide<stride>)-1 &&
+                       input_columns_ == (1 << kWide<stride> * stride) - 1;
+    first_whole_ = max(0, divide_up(-y_, stride));
+    whole_ = whole ? max(min(end_, (shape.height - y_) / stride) - first_whole_, 0) : 0;
+    const int y = y_ + row_ * stride;
     dpre_ = static_cast<T*>(arguments_.dpre) +
-            ((tile.image * shape.height + y_) * shape.width + x) * shape.channels + place_.channel;
+            ((tile.image * shape.height + y) * shape.width + x) * shape.channels + place.channel;
 #pragma unroll
     for (auto& row : window_.rows) {
 #pragma unroll
@@ -326,9 +336,25 @@ class Walk {
   template <int phase>
   __device__ __forceinline__ void step(const ChannelCoefficients& coefficients,
                                        Gradients& gradients) {
-    constexpr int wide = kWide<stride>;
     wait_for_copies_but<kStages<T, stride> - 1>();
     __syncwarp();
+    if (within(row_ - first_whole_, whole_)) {
+      step<phase, true>(coefficients, gradients);
+    } else {
+      step<phase, false>(coefficients, gradients);
+    }
+    dpre_ += arguments_.pitches.step;
+    ++row_;
+  }
+
+ private:
+  static constexpr int kRingRow = kMostWarps<kWide<stride>> * kSides<stride> * kLanes;
+
+  // `whole`: nothing in it lies outside of the map.
+  template <int phase, bool whole>
+  __device__ __forceinline__ void step(const ChannelCoefficients& coefficients,
+                                       Gradients& gradients) {
+    constexpr int wide = kWide<stride>;
     if constexpr (stride == 2) {
 #pragma unroll
       for (int column = 0; column < wide + kReach<stride>; ++column) {
@@ -337,25 +363,18 @@ class Walk {
       }
     }
     auto& row = window_.rows[phase];
-    constexpr int all = (1 << wide) - 1;
-    const int columns = row_ < end_ ? output_columns_ : 0;
-    if (columns == all) {
+    const int columns = whole || row_ < end_ ? output_columns_ : 0;
 #pragma unroll
-      for (int c = 0; c < wide; ++c) read_output(c, coefficients, row[c + 1]);
-    } else {
-#pragma unroll
-      for (int c = 0; c < wide; ++c) {
-        row[c + 1][0] = row[c + 1][1] = 0.0f;
-        if (columns >> c & 1) read_output(c, coefficients, row[c + 1]);
-      }
+    for (int c = 0; c < wide; ++c) {
+      if (!whole) row[c + 1][0] = row[c + 1][1] = 0.0f;
+      if (whole || columns >> c & 1) read_output(c, coefficients, row[c + 1]);
     }
     float2* own = own_ + parity_;
     const float2* left = left_ + parity_;
     if (stride == 1) own[0] = {row[1][0], row[1][1]};
     own[(kSides<stride> - 1) * kLanes] = {row[wide][0], row[wide][1]};
     Stored<T> z[stride][stride * wide];
-    const int pixels = pixels_of_row();
-    if (input_columns_) {
+    if (whole || input_columns_) {
 #pragma unroll
       for (int py = 0; py < stride; ++py) {
 #pragma unroll
@@ -370,23 +389,23 @@ class Walk {
     stage_ += kRawRow<stride>;
     if (stage_ == kStages<T, stride> * kRawRow<stride>) stage_ = 0;
     parity_ = kRingRow - parity_;
-    if (input_columns_) {
-      show(*left, row[0]);
-      if (stride == 1) show(own[kSides<stride> * kLanes], row[wide + kReach<stride> - 1]);
-      if (pixels == kAllPixels) {
-        input_pixels<phase, true>(pixels, coefficients, z, gradients);
-      } else if (pixels) {
-        input_pixels<phase, false>(pixels, coefficients, z, gradients);
+    if (!whole && input_columns_ == 0) return;
+    show(*left, row[0]);
+    if (stride == 1) show(own[kSides<stride> * kLanes], row[wide + kReach<stride> - 1]);
+#pragma unroll
+    for (int py = 0; py < stride; ++py) {
+      const int pixels = whole ? input_columns_ : input_columns(py);
+#pragma unroll
+      for (int c = 0; c < stride * wide; ++c) {
+        if (whole || pixels >> c & 1) {
+          input_pixel<T, activation, stride>(
+              py, c % stride, c / stride, phase, window_, coefficients, z[py][c],
+              dpre_ + (py * arguments_.pitches.in + c * arguments_.pitches.pixel), stores_,
+              gradients);
+        }
       }
     }
-    dpre_ += arguments_.pitches.step;
-    y_ += stride;
-    ++row_;
   }
-
- private:
-  static constexpr int kRingRow = kMostWarps<kWide<stride>> * kSides<stride> * kLanes;
-  static constexpr int kAllPixels = (1 << kWide<stride> * stride * stride) - 1;
 
   __device__ __forceinline__ void read_output(int c, const ChannelCoefficients& coefficients,
                                               float (&dz2)[kPair]) const {
@@ -401,13 +420,11 @@ class Walk {
     }
   }
 
-  // Those inside the map, a bit for each.
-  __device__ __forceinline__ int pixels_of_row() const {
-    if (stride == 1) return row_ < 0 ? 0 : input_columns_;
-    if (row_ < 0) return 0;
-    const int upper = within(y_, arguments_.shape.height) ? input_columns_ : 0;
-    const int lower = within(y_ + 1, arguments_.shape.height) ? input_columns_ : 0;
-    return upper | lower << kWide<stride> * stride;
+  // Those of the row that lie inside the map, a bit for each.
+  __device__ __forceinline__ int input_columns(int py) const {
+    const bool inside =
+        row_ >= 0 && (stride == 1 || within(row_ * stride + y_ + py, arguments_.shape.height));
+    return inside ? input_columns_ : 0;
   }
 
   static __device__ __forceinline__ void show(float2 values, float (&column)[kPair]) {
@@ -415,27 +432,8 @@ class Walk {
     column[1] = values.y;
   }
 
-  template <int phase, bool all>
-  __device__ __forceinline__ void input_pixels(int pixels, const ChannelCoefficients& coefficients,
-                                               const Stored<T> (&z)[stride][stride * kWide<stride>],
-                                               Gradients& gradients) {
-    const Pitches& pitches = arguments_.pitches;
-#pragma unroll
-    for (int py = 0; py < stride; ++py) {
-#pragma unroll
-      for (int c = 0; c < stride * kWide<stride>; ++c) {
-        if (all || pixels >> (py * stride * kWide<stride> + c) & 1) {
-          input_pixel<T, activation, stride>(py, c % stride, c / stride, phase, window_,
-                                             coefficients, z[py][c],
-                                             dpre_ + (py * pitches.in + c * pitches.pixel),
-                                             place_.channel < arguments_.shape.channels, gradients);
-        }
-      }
-    }
-  }
-
   const BackwardArguments& arguments_;
-  const Place& place_;
+  bool stores_;  // the thread has channels
   Loader<T, stride> loader_;
   T* to_;  // where the thread's copies go, and where its channels are found, in the first stage
   const T* raw_;
@@ -444,7 +442,8 @@ class Walk {
   int stage_ = 0, parity_ = 0;  // offsets of the row
   int rows_, row_;
   int end_;                             // of the rows of dz2
-  int y_;                               // of the position's first input row
+  int first_whole_, whole_;             // rows in which nothing lies outside of the map
+  int y_;                               // the first input row
   int output_columns_, input_columns_;  // those inside the map, a bit for each
   T* dpre_;                             // of the position's first input pixel
   Window<stride> window_;
@@ -488,8 +487,9 @@ __global__ void __launch_bounds__(kMostWarps<kWide<stride>>* kLanes, kHeldBlocks
     depthwise_backward_kernel(BackwardArguments arguments) {
   auto& shared = shared_memory<BackwardShared<T, stride>>();
   const Place place = place_in(arguments.grid);
-  const Tiles tiles(arguments.grid);
-  Walk<T, activation, stride> walk(arguments, place, tiles, shared);
+  Tiles& tiles = shared.rows.tiles;
+  tiles.begin(arguments.grid);
+  Walk<T, activation, stride> walk(arguments, place, shared);
   const ChannelCoefficients coefficients = load_channels(arguments, place.channel);
   Gradients gradients;
   for (int tile = 0; tile < tiles.count(); ++tile) {
@@ -536,7 +536,7 @@ int depthwise_backward(const DepthwiseShape& shape, Element type, const void* dy
       backward_grid(shape, plan),
       shape.top / shape.stride,
       shape.left / shape.stride,
-      pitches_of(shape),
+      pitches_of(shape, shape.stride),
       dy2,
       {norm.z2 ? norm.z2 : dy2, norm.slope, norm.z2_slope, norm.constant},
       z1,

@@ -16,17 +16,21 @@
 namespace moat_kernels::cuda {
 namespace {
 
-// Steps down before the first output is complete.
+// Rows of outputs that are begun and not complete after a step, which takes two rows of inputs and
+// completes as many of outputs as there are in those.
 template <int stride>
 constexpr int kReach = stride == 1 ? 2 : 1;
+constexpr int kStepInputs = 2;
+template <int stride>
+constexpr int kStepOutputs = kStepInputs / stride;
 
-// Columns of a warp, rows that are on their way, and blocks that a multiprocessor is to hold.
+// Columns of a warp, steps that are on their way, and blocks that a multiprocessor is to hold.
 template <int stride>
 constexpr int kWide = 2;
 template <class T, int stride>
-constexpr int kStages = (stride == 1 ? 16 : 4) / static_cast<int>(sizeof(T));
+constexpr int kStages = (stride == 1 ? 8 : 6) / static_cast<int>(sizeof(T));
 template <int stride>
-constexpr int kHeldBlocks = stride == 1 ? 3 : 2;
+constexpr int kHeldBlocks = 2;
 
 // Sums of what a thread has seen of its channels, around the first value of each, so that nothing
 // cancels where the mean is large.
@@ -55,23 +59,24 @@ struct SharedMoments {
   int count[workers];
 };
 
-// A row of a warp as it is stored: its columns of `stride` rows of inputs.
+// What a warp reads in a step, as it is stored.
 template <int stride>
-constexpr int kRaw = stride * stride * kWide<stride> * kChunk;
+constexpr int kRaw = kStepInputs * kWide<stride> * stride * kChunk;
 
 // What a warp shows of its inputs: to the left its first column, to the right, at stride 1, its
 // last.
 template <int stride>
 constexpr int kSides = kReach<stride>;
 template <int stride>
-using RingRow = float2[stride][kMostWarps<kWide<stride>>][kSides<stride>][kLanes];
+using RingStep = float2[kStepInputs][kMostWarps<kWide<stride>>][kSides<stride>][kLanes];
 
 // All warps have read their last row before the last barrier, behind which they write moments.
 template <class T, int stride>
 union alignas(16) ForwardShared {
   struct {
     T raw[kStages<T, stride>][kMostWarps<kWide<stride>>][kRaw<stride>];
-    RingRow<stride> ring[2];
+    RingStep<stride> ring[2];
+    Tiles tiles;
   } rows;
   SharedMoments<kMostWorkers<kWide<stride>>> moments;
 
@@ -104,17 +109,19 @@ __device__ __forceinline__ ChannelCoefficients load_channels(const ForwardArgume
   return values;
 }
 
-// Step `row` of a tile loads the inputs that complete its output `row`.
+// The steps of a tile, by the rows of outputs that they complete, from the tile's first.
 struct StepRange {
   int first;  // what lies above the map would add nothing
-  int y;      // the first input row of the first step
-  int end;    // of the input rows
+  int count;
+  int y;    // the first input row of the first step
+  int end;  // of the input rows
 };
 
 template <int stride>
 __device__ __forceinline__ StepRange steps_of(const DepthwiseShape& shape, const Tile& tile) {
   StepRange steps;
   steps.first = max(-kReach<stride>, min(0, shape.top / stride - tile.row - kReach<stride>));
+  steps.count = divide_up(tile.rows - steps.first, kStepOutputs<stride>);
   steps.y = (tile.row + steps.first + kReach<stride>)*stride - shape.top;
   steps.end = min((tile.row + tile.rows - 1) * stride - shape.top + 3, shape.height);
   return steps;
@@ -144,9 +151,8 @@ __device__ __forceinline__ InputColumn input_column(const ForwardArguments& argu
 template <class T, int stride>
 class Loader {
  public:
-  __device__ __forceinline__ Loader(const ForwardArguments& arguments, const Place& place,
-                                    const Tiles& tiles)
-      : arguments_(arguments), place_(place), tiles_(tiles) {
+  __device__ __forceinline__ Loader(const ForwardArguments& arguments, const Tiles& tiles)
+      : arguments_(arguments), tiles_(tiles) {
     begin_tile();
   }
 
@@ -162,7 +168,7 @@ class Loader {
 
  private:
   static constexpr int kColumns = kWide<stride> * stride;
-  static constexpr int kCopies = divide_up(stride * kColumns * kParts<T>, kLanes);
+  static constexpr int kCopies = divide_up(kStepInputs * kColumns * kParts<T>, kLanes);
 
   // Without another tile there is nothing to copy: rows that are left become negative.
   __device__ __forceinline__ void begin_tile() {
@@ -172,29 +178,29 @@ class Loader {
       return;
     }
     const DepthwiseShape& shape = arguments_.shape;
+    const Place place = place_in(arguments_.grid);
     const Tile tile = tiles_.tile(arguments_.grid, tile_++);
     const StepRange steps = steps_of<stride>(shape, tile);
-    left_ = tile.rows - steps.first;
+    left_ = steps.count;
 #pragma unroll
     for (int k = 0; k < kCopies; ++k) {
-      const int index = k * kLanes + place_.lane;
-      const int channel = place_.first_channel + index % kParts<T> * kPart<T>;
+      const int index = k * kLanes + place.lane;
+      const int channel = place.first_channel + index % kParts<T> * kPart<T>;
       const InputColumn column =
-          input_column<stride>(arguments_, place_, tile, index / kParts<T> % kColumns);
+          input_column<stride>(arguments_, place, tile, index / kParts<T> % kColumns);
       const int py = index / (kParts<T> * kColumns);
-      const bool copies = py < stride && channel < shape.channels && column.needed;
+      const bool copies = py < kStepInputs && channel < shape.channels && column.needed;
       const int y = steps.y + py;
       copies_[k].from =
           static_cast<const T*>(arguments_.z1) +
           ((tile.image * shape.height + y) * shape.width + column.x) * shape.channels + channel;
       // From the first row inside the map.
-      copies_[k].set_rows(left_, max(0, (stride - 1 - y) / stride),
-                          copies ? min(left_, divide_up(steps.end - y, stride)) : 0);
+      copies_[k].set_rows(left_, max(0, (kStepInputs - 1 - y) / kStepInputs),
+                          copies ? min(left_, divide_up(steps.end - y, kStepInputs)) : 0);
     }
   }
 
   const ForwardArguments& arguments_;
-  const Place& place_;
   const Tiles& tiles_;
   int tile_ = 0;
   int left_;  // steps of the tile
@@ -206,8 +212,10 @@ template <class T, Activation activation, Activation output_activation, int stri
 class Walk {
  public:
   __device__ __forceinline__ Walk(const ForwardArguments& arguments, const Place& place,
-                                  const Tiles& tiles, ForwardShared<T, stride>& shared)
-      : arguments_(arguments), place_(place), loader_(arguments, place, tiles) {
+                                  ForwardShared<T, stride>& shared)
+      : arguments_(arguments),
+        stores_(place.channel < arguments.shape.channels),
+        loader_(arguments, shared.rows.tiles) {
     T* raw = shared.rows.raw[0][place.warp];
     to_ = held_shared(raw + place.lane * kPart<T>);
     raw_ = held_shared(raw + place.lane * kPair);
@@ -220,6 +228,7 @@ class Walk {
   __device__ __forceinline__ void begin_tile(const Tile& tile,
                                              const ChannelCoefficients& coefficients,
                                              Moments& moments) {
+    const Place place = place_in(arguments_.grid);
     const DepthwiseShape& shape = arguments_.shape;
     const StepRange steps = steps_of<stride>(shape, tile);
     rows_ = tile.rows;
@@ -229,18 +238,24 @@ class Walk {
     input_columns_ = 0;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      if (input_column<stride>(arguments_, place_, tile, c).needed) input_columns_ |= 1 << c;
+      if (input_column<stride>(arguments_, place, tile, c).needed) input_columns_ |= 1 << c;
     }
-    const int first = place_.warp * kWide<stride>;
-    const bool works = place_.warp < arguments_.grid.workers;
+    const int first = place.warp * kWide<stride>;
+    const bool works = place.warp < arguments_.grid.workers;
     outputs_ = works ? min(max(tile.columns - first, 0), kWide<stride>) : 0;
     pivot_row_ = moments.count == 0 ? 0 : -1;
     moments.count += outputs_ * rows_;
+    // Inside the map, and complete, is all of them.
+    const bool whole = input_columns_ == (1 << kColumns) - 1 && outputs_ == kWide<stride>;
+    const int above = divide_up(max(-y_, 0), kStepInputs) * kStepOutputs<stride>;
+    first_whole_ = max(max(row_ + above, 0), pivot_row_ + 1);
+    const int inputs = (end_ - kStepInputs - y_) / stride + row_ + 1;
+    whole_ = whole ? max(min(rows_ - kStepOutputs<stride> + 1, inputs) - first_whole_, 0) : 0;
     z2_ = static_cast<T*>(arguments_.z2) +
           ((tile.image * shape.out_height + tile.row + row_) * shape.out_width + tile.column +
            first) *
               shape.channels +
-          place_.channel;
+          place.channel;
 #pragma unroll
     for (auto& sums : sums_) {
 #pragma unroll
@@ -256,62 +271,18 @@ class Walk {
   __device__ __forceinline__ void step(const ChannelCoefficients& coefficients, Moments& moments) {
     wait_for_copies_but<kStages<T, stride> - 1>();
     __syncwarp();
-    Inputs inputs[stride];
-    const int pixels = pixels_of_step();
-    if (pixels == kAllPixels) {
-      read<true>(pixels, coefficients, inputs);
+    if (within(row_ - first_whole_, whole_)) {
+      step<true>(coefficients, moments);
     } else {
-      read<false>(pixels, coefficients, inputs);
+      step<false>(coefficients, moments);
     }
-    float2* own = own_ + parity_;
-    const float2* left = left_ + parity_;
-#pragma unroll
-    for (int py = 0; py < stride; ++py) {
-      const auto& first = inputs[py].columns[kOwn];
-      const auto& last = inputs[py].columns[kOwn + kColumns - 1];
-      own[py * kRingRow] = {first[0], first[1]};
-      if (stride == 1) own[py * kRingRow + kLanes] = {last[0], last[1]};
-    }
-    __syncthreads();
-    loader_.load(to_ + stage_);
-    stage_ += kRawRow;
-    if (stage_ == kStages<T, stride> * kRawRow) stage_ = 0;
-    parity_ = stride * kRingRow - parity_;
-    if (outputs_) {
-#pragma unroll
-      for (int py = 0; py < stride; ++py) {
-        if (stride == 1) show(left[py * kRingRow], inputs[py].columns[0]);
-        show(own[py * kRingRow + kSides<stride> * kLanes], inputs[py].columns[kOwn + kColumns]);
-      }
-#pragma unroll
-      for (int c = 0; c < kWide<stride>; ++c)
-        add<2>(c, inputs[0], sums_[0][c], sums_[0][c], coefficients);
-      if (row_ >= 0) {
-        if (outputs_ == kWide<stride>) {
-          finish<true>(moments);
-        } else {
-          finish<false>(moments);
-        }
-      }
-#pragma unroll
-      for (int c = 0; c < kWide<stride>; ++c) {
-        if constexpr (stride == 1) {
-          add<1>(c, inputs[0], sums_[1][c], sums_[0][c], coefficients);
-          add<0>(c, inputs[0], coefficients.bias, sums_[1][c], coefficients);
-        } else {
-          add<0>(c, inputs[0], coefficients.bias, sums_[0][c], coefficients);
-          add<1>(c, inputs[1], sums_[0][c], sums_[0][c], coefficients);
-        }
-      }
-    }
-    z2_ += arguments_.pitches.out;
-    y_ += stride;
-    ++row_;
+    z2_ += kStepOutputs<stride> * arguments_.pitches.out;
+    y_ += kStepInputs;
+    row_ += kStepOutputs<stride>;
   }
 
  private:
   static constexpr int kColumns = kWide<stride> * stride;
-  static constexpr int kAllPixels = (1 << stride * kColumns) - 1;
   static constexpr int kRawRow = kMostWarps<kWide<stride>> * kRaw<stride>;
   static constexpr int kRingRow = kMostWarps<kWide<stride>> * kSides<stride> * kLanes;
   static constexpr int kOwn = stride == 1 ? 1 : 0;
@@ -321,31 +292,69 @@ class Walk {
     float columns[(kWide<stride> - 1) * stride + 3][kPair];
   };
 
-  // Those inside the map, a bit for each.
-  __device__ __forceinline__ int pixels_of_step() const {
-    const int upper = within(y_, end_) ? input_columns_ : 0;
-    if (stride == 1) return upper;
-    const int lower = within(y_ + 1, end_) ? input_columns_ : 0;
-    return upper | lower << kColumns;
-  }
-
-  template <bool all>
-  __device__ __forceinline__ void read(int pixels, const ChannelCoefficients& coefficients,
-                                       Inputs (&inputs)[stride]) const {
+  // `whole`: nothing in it lies outside of the map, or is the thread's first.
+  template <bool whole>
+  __device__ __forceinline__ void step(const ChannelCoefficients& coefficients, Moments& moments) {
+    constexpr int wide = kWide<stride>;
+    Inputs inputs[kStepInputs];
 #pragma unroll
-    for (int py = 0; py < stride; ++py) {
+    for (int py = 0; py < kStepInputs; ++py) {
+      const int columns = whole || within(y_ + py, end_) ? input_columns_ : 0;
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         float (&h)[kPair] = inputs[py].columns[kOwn + c];
-        if (!all) h[0] = h[1] = 0.0f;
-        if (all || pixels >> (py * kColumns + c) & 1) {
-          widen(load_pair(raw_ + stage_ + (py * kColumns + c) * kChunk), h);
-#pragma unroll
-          for (int k = 0; k < kPair; ++k) {
-            h[k] = activate<activation>(fmaf(coefficients.scale[k], h[k], coefficients.shift[k]));
-          }
-        }
+        if (!whole) h[0] = h[1] = 0.0f;
+        if (whole || columns >> c & 1) read(py * kColumns + c, coefficients, h);
       }
+    }
+    float2* own = own_ + parity_;
+    const float2* left = left_ + parity_;
+#pragma unroll
+    for (int py = 0; py < kStepInputs; ++py) {
+      const auto& first = inputs[py].columns[kOwn];
+      const auto& last = inputs[py].columns[kOwn + kColumns - 1];
+      own[py * kRingRow] = {first[0], first[1]};
+      if (stride == 1) own[py * kRingRow + kLanes] = {last[0], last[1]};
+    }
+    __syncthreads();
+    loader_.load(to_ + stage_);
+    stage_ += kRawRow;
+    if (stage_ == kStages<T, stride> * kRawRow) stage_ = 0;
+    parity_ = kStepInputs * kRingRow - parity_;
+    if (!whole && outputs_ == 0) return;
+#pragma unroll
+    for (int py = 0; py < kStepInputs; ++py) {
+      if (stride == 1) show(left[py * kRingRow], inputs[py].columns[0]);
+      show(own[py * kRingRow + kSides<stride> * kLanes], inputs[py].columns[kOwn + kColumns]);
+    }
+#pragma unroll
+    for (int c = 0; c < wide; ++c) {
+      add<2>(c, inputs[0], sums_[0][c], sums_[0][c], coefficients);
+      if constexpr (stride == 1) {
+        add<1>(c, inputs[0], sums_[1][c], sums_[1][c], coefficients);
+        add<2>(c, inputs[1], sums_[1][c], sums_[1][c], coefficients);
+      }
+    }
+#pragma unroll
+    for (int r = 0; r < kStepOutputs<stride>; ++r) {
+      if (whole || within(row_ + r, rows_)) finish<whole>(r, moments);
+    }
+#pragma unroll
+    for (int c = 0; c < wide; ++c) {
+      add<0>(c, inputs[0], coefficients.bias, sums_[0][c], coefficients);
+      add<1>(c, inputs[1], sums_[0][c], sums_[0][c], coefficients);
+      if constexpr (stride == 1) {
+        add<0>(c, inputs[1], coefficients.bias, sums_[1][c], coefficients);
+      }
+    }
+  }
+
+  __device__ __forceinline__ void read(int pixel, const ChannelCoefficients& coefficients,
+                                       float (&h)[kPair]) const {
+    widen(load_pair(raw_ + stage_ + pixel * kChunk), h);
+#pragma unroll
+    for (int k = 0; k < kPair; ++k) {
+      h[k] = activate<activation>(fmaf(coefficients.scale[k], h[k], coefficients.shift[k]));
     }
   }
 
@@ -370,26 +379,26 @@ class Walk {
     }
   }
 
-  // Rounds, stores and counts the outputs of a row, of which the last row of inputs is here.
-  template <bool all>
-  __device__ __forceinline__ void finish(Moments& moments) {
+  // Rounds, stores and counts a complete row of outputs.
+  template <bool whole>
+  __device__ __forceinline__ void finish(int r, Moments& moments) {
 #pragma unroll
     for (int c = 0; c < kWide<stride>; ++c) {
-      if (!all && c >= outputs_) return;
+      if (!whole && c >= outputs_) return;
       float values[kPair];
 #pragma unroll
-      for (int k = 0; k < kPair; ++k) values[k] = activate<output_activation>(sums_[0][c][k]);
+      for (int k = 0; k < kPair; ++k) values[k] = activate<output_activation>(sums_[r][c][k]);
       const Stored<T> stored = round_pair<T>(values);
-      if (place_.channel < arguments_.shape.channels) {
-        store_pair(z2_ + c * arguments_.pitches.pixel, stored);
+      if (stores_) {
+        store_pair(z2_ + (r * arguments_.pitches.out + c * arguments_.pitches.pixel), stored);
       }
       widen(stored, values);
-      moments.add(values, c == 0 && row_ == pivot_row_);
+      moments.add(values, !whole && c == 0 && row_ + r == pivot_row_);
     }
   }
 
   const ForwardArguments& arguments_;
-  const Place& place_;
+  bool stores_;  // the thread has channels
   Loader<T, stride> loader_;
   T* to_;  // where the thread's copies go, and where its channels are found, in the first stage
   const T* raw_;
@@ -397,11 +406,12 @@ class Walk {
   const float2* left_;
   int stage_ = 0, parity_ = 0;  // offsets of the row
   int rows_, row_;
-  int pivot_row_;      // whose output is the first that the thread sees; none is negative
-  int y_, end_;        // of the step's first input row; of all
-  int input_columns_;  // those inside the map, a bit for each
-  int outputs_;        // columns of those
-  T* z2_;              // of the first output
+  int first_whole_, whole_;  // rows of steps in which nothing lies outside of the map
+  int pivot_row_;            // whose output is the first that the thread sees; none is negative
+  int y_, end_;              // of the step's first input row; of all
+  int input_columns_;        // those inside the map, a bit for each
+  int outputs_;              // columns of those
+  T* z2_;                    // of the first output
   // Of the outputs that are not complete, the older one first.
   float sums_[kReach<stride>][kWide<stride>][kPair];
 };
@@ -456,13 +466,16 @@ __global__ void __launch_bounds__(kMostWarps<kWide<stride>>* kLanes, kHeldBlocks
     depthwise_forward_kernel(ForwardArguments arguments) {
   auto& shared = shared_memory<ForwardShared<T, stride>>();
   const Place place = place_in(arguments.grid);
-  const Tiles tiles(arguments.grid);
-  Walk<T, activation, output_activation, stride> walk(arguments, place, tiles, shared);
+  Tiles& tiles = shared.rows.tiles;
+  tiles.begin(arguments.grid);
+  Walk<T, activation, output_activation, stride> walk(arguments, place, shared);
   const ChannelCoefficients coefficients = load_channels(arguments, place.channel);
   Moments moments;
   for (int tile = 0; tile < tiles.count(); ++tile) {
     walk.begin_tile(tiles.tile(arguments.grid, tile), coefficients, moments);
-    while (!walk.done()) walk.step(coefficients, moments);
+    do {
+      walk.step(coefficients, moments);
+    } while (!walk.done());
   }
   if (arguments.partials) write_moments(arguments, place, moments, shared.moments);
 }
@@ -498,9 +511,15 @@ int64_t depthwise_forward_partials(const DepthwiseShape& shape, const BlockPlan&
 int depthwise_forward(const DepthwiseShape& shape, Element type, const void* z1, Prologue prologue,
                       const float* weights, Epilogue epilogue, void* z2, float* partials,
                       const BlockPlan& plan, void* stream) {
-  const ForwardArguments arguments = {
-      shape,   forward_grid(shape, plan), pitches_of(shape), prologue, z1, weights, epilogue, z2,
-      partials};
+  const ForwardArguments arguments = {shape,
+                                      forward_grid(shape, plan),
+                                      pitches_of(shape, kStepInputs),
+                                      prologue,
+                                      z1,
+                                      weights,
+                                      epilogue,
+                                      z2,
+                                      partials};
   return with_element(type, [&](auto element) {
     using T = decltype(element);
     return prologue.activation == Activation::gelu

@@ -23,6 +23,13 @@ __device__ __forceinline__ uint32_t shared_address(const void* pointer) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(pointer));
 }
 
+// threadIdx.x, read anew: what is computed of it in places far apart takes no registers in between.
+__device__ __forceinline__ int thread_number() {
+  int number;
+  asm volatile("mov.u32 %0, %%tid.x;" : "=r"(number));
+  return number;
+}
+
 // The same value, and the same object in shared or global memory; all threads of the warp call it.
 // What comes of a shuffle the compiler keeps in a register: it would otherwise compute such values
 // again in every turn of a loop.

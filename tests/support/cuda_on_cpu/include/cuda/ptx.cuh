@@ -19,6 +19,7 @@ T& shared_memory() {
   return *static_cast<T*>(cuda_on_cpu::shared_memory(&key, sizeof(T), alignment));
 }
 
+inline int thread_number() { return threadIdx.x; }
 inline int held(int value) { return value; }
 template <class Object>
 Object* held_shared(Object* object) {
