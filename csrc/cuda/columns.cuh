@@ -137,7 +137,6 @@ class Tiles {
 // What a thread is: one of the warps that have columns, or the halo's, and its channels.
 struct Place {
   int warp, lane;
-  int left;           // the warp to the left, that of the halo for the first
   int first_channel;  // of the block
   int channel;        // the first of the thread's, maybe beyond the last
 };
@@ -147,14 +146,13 @@ __device__ __forceinline__ Place place_in(const TileGrid& grid) {
   const int thread = thread_number();
   place.warp = thread / kLanes;
   place.lane = thread % kLanes;
-  place.left = place.warp == 0 ? grid.workers : place.warp - 1;
   place.first_channel = blockIdx.x % grid.chunks * kChunk;
   place.channel = place.first_channel + place.lane * kPair;
   return place;
 }
 
-// Where column `c` of a warp lies, from the tile's first. The halo's warp comes last: to the right
-// of it the others find the column behind the tile, to the left the one before it.
+// Where column `c` of a warp lies, from the tile's first. The halo's warp, which comes last, has
+// the column behind the tile and the one before it.
 template <int wide>
 __device__ __forceinline__ int column_of(const TileGrid& grid, const Place& place, int c) {
   static_assert(wide >= 2, "the halo's warp has two columns");
@@ -166,23 +164,29 @@ __device__ __forceinline__ bool within(int value, int limit) {
   return static_cast<unsigned>(value) < static_cast<unsigned>(limit);
 }
 
-// One of a thread's asynchronous copies, of rows that are counted down: of `count` of them, the
-// last one being `last`.
-template <class T>
-struct Copy {
-  const T* from;
+// Some of a tile's rows, which are counted down: `count` of them, the last one being `last`.
+struct RowsLeft {
   int last, count;
 
   // Of rows `first` up to `end` of `rows`.
-  __device__ __forceinline__ void set_rows(int rows, int first, int end) {
+  __device__ __forceinline__ void set(int rows, int first, int end) {
     last = rows - end + 1;
     count = max(end - first, 0);
   }
-  __device__ __forceinline__ void begin(int left, uint32_t pitch, T* to) {
-    if (within(left - last, count)) copy_async(to, from);
-    from += pitch;
-  }
+  __device__ __forceinline__ bool contains(int left) const { return within(left - last, count); }
 };
+
+// A thread's copies of a row of `columns` pixels beside each other. Its rows follow in more of
+// them, or, where a row is less than a warp copies at once, in other threads.
+template <class T, int columns>
+constexpr int kRowCopies = columns * kParts<T> < kLanes ? 1 : columns * kParts<T> / kLanes;
+
+// The elements from the first of those to number `k`.
+template <class T, int columns>
+__device__ __forceinline__ uint32_t copy_offset(const Pitches& pitches, int k) {
+  constexpr int kCopies = kRowCopies<T, columns>;
+  return k / kCopies * pitches.in + k % kCopies * (kLanes / kParts<T>)*pitches.pixel;
+}
 
 // A thread's channels of a pixel as they are stored, in one register where they fit: taken apart
 // only where they are used, they cost no instruction until then.

@@ -62,23 +62,31 @@ template <int stride>
 constexpr int kRawRow = kMostWorkers<kWide<stride>> * kRaw<stride> + kRawOutput<stride>;
 
 // What a warp shows of its dz2: to the left its first column, which no position of stride 2 sees,
-// to the right its last.
+// to the right its last. It does so in the place behind its own number; what the halo's warp has to
+// the left of the tile comes first.
 template <int stride>
 constexpr int kSides = kReach<stride>;
 template <int stride>
-using RingRow = float2[kMostWarps<kWide<stride>>][kSides<stride>][kLanes];
+using RingRow = float2[kMostWarps<kWide<stride>> + 1][kSides<stride>][kLanes];
 
-// All warps have read their last row before the last barrier, behind which they write gradients.
+// What a warp has to know of its tile where some of a row lies outside of the map: in shared
+// memory, where all of its threads write the same, it takes no registers.
+struct WarpTile {
+  bool is_halo;
+  int rows, end;                      // of positions, and of dz2
+  int y;                              // the first position's first input row
+  int output_columns, input_columns;  // those inside the map, a bit for each
+};
+
 template <class T, int stride>
 union alignas(16) BackwardShared {
   struct {
     T raw[kStages<T, stride>][kRawRow<stride>];
     RingRow<stride> ring[2];
+    WarpTile warps[kMostWarps<kWide<stride>>];
     Tiles tiles;
   } rows;
   float gradients[kMostWorkers<kWide<stride>>][kGradientRows][kChunk];
-
-  static_assert(sizeof(gradients) <= sizeof(rows.raw), "the ring is still being read");
 };
 
 // What depends on the channel only.
@@ -185,15 +193,21 @@ class Loader {
 
   // The next row; `to` is the thread's place in a row of the warp.
   __device__ __forceinline__ void load(T* to) {
-#pragma unroll
-    for (int k = 0; k < kOutputs; ++k) {
-      outputs_[k].begin(left_, arguments_.pitches.out, to + k * kLanes * kPart<T>);
+    const Pitches& pitches = arguments_.pitches;
+    if (outputs_.contains(left_)) {
+      copy_async(to, outputs_from_);
+      if (kOutputs == 2) copy_async(to + kLanes * kPart<T>, outputs_from_ + z2_distance());
     }
+    outputs_from_ += pitches.out;
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
-      inputs_[k].begin(left_, arguments_.pitches.step,
-                       to + (kRawOutput<stride> + k * kLanes * kPart<T>));
+      const bool copies = kRowInputs == 1 || (input_copies_ >> k % kRowInputs & 1);
+      if (copies && inputs_[k / kRowInputs].contains(left_)) {
+        copy_async(to + (kRawOutput<stride> + k * kLanes * kPart<T>),
+                   inputs_from_ + copy_offset<T, kWide<stride> * stride>(pitches, k));
+      }
     }
+    inputs_from_ += pitches.step;
     close_copies();
     if (--left_ == 0) begin_tile();
   }
@@ -201,51 +215,54 @@ class Loader {
  private:
   static constexpr int kOutputs = divide_up(2 * kWide<stride> * kParts<T>, kLanes);
   static constexpr int kInputs = divide_up(stride * stride * kWide<stride> * kParts<T>, kLanes);
+  static constexpr int kRowInputs = kRowCopies<T, kWide<stride> * stride>;
 
   // Without another tile there is nothing to copy: rows that are left become negative.
   __device__ __forceinline__ void begin_tile() {
     if (tile_ == tiles_.count()) {
 #pragma unroll
-      for (Copy<T>& copy : outputs_) copy.count = 0;
-#pragma unroll
-      for (Copy<T>& copy : inputs_) copy.count = 0;
+      for (RowsLeft& rows : inputs_) rows.count = 0;
+      outputs_.count = 0;
       return;
     }
     const Place place = place_in(arguments_.grid);
     const Tile tile = tiles_.tile(arguments_.grid, tile_++);
     const RowRange rows = rows_of<stride>(arguments_, tile);
     left_ = tile.rows - rows.first;
+    begin_outputs(place, tile, rows);
+    input_copies_ = 0;
 #pragma unroll
-    for (int k = 0; k < kOutputs; ++k) begin_output(place, tile, rows, k * kLanes, outputs_[k]);
-#pragma unroll
-    for (int k = 0; k < kInputs; ++k) begin_input(place, tile, rows, k * kLanes, inputs_[k]);
+    for (int k = 0; k < kInputs; ++k) begin_input(place, tile, rows, k);
   }
 
-  __device__ __forceinline__ void begin_output(const Place& place, const Tile& tile,
-                                               const RowRange& rows, int first,
-                                               Copy<T>& copy) const {
+  __device__ __forceinline__ int64_t z2_distance() const {
+    return static_cast<const T*>(arguments_.norm.z2) - static_cast<const T*>(arguments_.dy2);
+  }
+
+  // One copy, of which half of the warp has dy2 and half z2, or one of each.
+  __device__ __forceinline__ void begin_outputs(const Place& place, const Tile& tile,
+                                                const RowRange& rows) {
+    constexpr int kRowParts = kWide<stride> * kParts<T>;
+    static_assert(kRowParts * (3 - kOutputs) == kLanes, "or begin one at a time");
     const DepthwiseShape& shape = arguments_.shape;
-    const int index = first + place.lane;
-    const int channel = place.first_channel + index % kParts<T> * kPart<T>;
+    const int channel = place.first_channel + place.lane % kParts<T> * kPart<T>;
     const int column =
-        column_of<kWide<stride>>(arguments_.grid, place, index / kParts<T> % kWide<stride>);
+        column_of<kWide<stride>>(arguments_.grid, place, place.lane / kParts<T> % kWide<stride>);
     const int x = output_column<stride>(arguments_, tile, column);
-    const bool copies = index < 2 * kWide<stride> * kParts<T> && channel < shape.channels &&
-                        column <= tile.columns + kReach<stride> - 2 && within(x, shape.out_width);
+    const bool copies = channel < shape.channels && column <= tile.columns + kReach<stride> - 2 &&
+                        within(x, shape.out_width);
     const int y = rows.position + rows.first;
-    const void* map = index < kWide<stride> * kParts<T> ? arguments_.dy2 : arguments_.norm.z2;
-    copy.from = static_cast<const T*>(map) +
-                ((tile.image * shape.out_height + y) * shape.out_width + x) * shape.channels +
-                channel;
-    copy.set_rows(left_, 0, copies ? min(left_, shape.out_height - y) : 0);
+    outputs_from_ =
+        static_cast<const T*>(place.lane < kRowParts ? arguments_.dy2 : arguments_.norm.z2) +
+        ((tile.image * shape.out_height + y) * shape.out_width + x) * shape.channels + channel;
+    outputs_.set(left_, 0, copies ? min(left_, shape.out_height - y) : 0);
   }
 
   __device__ __forceinline__ void begin_input(const Place& place, const Tile& tile,
-                                              const RowRange& rows, int first,
-                                              Copy<T>& copy) const {
+                                              const RowRange& rows, int k) {
     constexpr int kColumns = kWide<stride> * stride;
     const DepthwiseShape& shape = arguments_.shape;
-    const int index = first + place.lane;
+    const int index = k * kLanes + place.lane;
     const int channel = place.first_channel + index % kParts<T> * kPart<T>;
     const int c = index / kParts<T> % kColumns;
     const int column = place.warp * kWide<stride> + c / stride;
@@ -255,18 +272,25 @@ class Loader {
                         place.warp < arguments_.grid.workers && column < tile.columns &&
                         within(x, shape.width);
     const int y = (rows.position + rows.first) * stride + py - shape.top;
-    copy.from = static_cast<const T*>(arguments_.z1) +
-                ((tile.image * shape.height + y) * shape.width + x) * shape.channels + channel;
+    if (k == 0) {
+      inputs_from_ = static_cast<const T*>(arguments_.z1) +
+                     ((tile.image * shape.height + y) * shape.width + x) * shape.channels + channel;
+    }
+    if (copies) input_copies_ |= 1 << k % kRowInputs;
     // From the first row of a position in the tile and of a pixel in the map.
-    copy.set_rows(left_, max(-rows.first, (stride - 1 - y) / stride),
-                  copies ? min(left_, divide_up(shape.height - y, stride)) : 0);
+    inputs_[k / kRowInputs].set(
+        left_, max(-rows.first, (stride - 1 - y) / stride),
+        copies || kRowInputs > 1 ? min(left_, divide_up(shape.height - y, stride)) : 0);
   }
 
   const BackwardArguments& arguments_;
   const Tiles& tiles_;
   int tile_ = 0;
   int left_;  // rows of the tile
-  Copy<T> outputs_[kOutputs], inputs_[kInputs];
+  const T* outputs_from_;
+  const T* inputs_from_;
+  int input_copies_;  // those inside the map, a bit for each, of a row
+  RowsLeft outputs_, inputs_[kInputs / kRowInputs];
 };
 
 // A thread's way down the tiles, one after the other. Rows count from the tile's first position.
@@ -276,13 +300,13 @@ class Walk {
   __device__ __forceinline__ Walk(const BackwardArguments& arguments, const Place& place,
                                   BackwardShared<T, stride>& shared)
       : arguments_(arguments),
+        shared_(shared),
         stores_(place.channel < arguments.shape.channels),
         loader_(arguments, shared.rows.tiles) {
     T* raw = shared.rows.raw[0] + place.warp * kRaw<stride>;
     to_ = held_shared(raw + place.lane * kPart<T>);
     raw_ = held_shared(raw + place.lane * kPair);
-    own_ = held_shared(&shared.rows.ring[0][place.warp][0][place.lane]);
-    left_ = held_shared(&shared.rows.ring[0][place.left][kSides<stride> - 1][place.lane]);
+    own_ = held_shared(&shared.rows.ring[0][place.warp + 1][0][place.lane]);
 #pragma unroll 1
     for (int stage = 0; stage < kStages<T, stride>; ++stage) {
       loader_.load(to_ + stage * kRawRow<stride>);
@@ -293,34 +317,35 @@ class Walk {
     const Place place = place_in(arguments_.grid);
     const DepthwiseShape& shape = arguments_.shape;
     const RowRange rows = rows_of<stride>(arguments_, tile);
-    rows_ = tile.rows;
-    row_ = rows.first;
-    end_ = min(tile.rows, shape.out_height - rows.position);
-    output_columns_ = 0;
+    left_ = tile.rows - rows.first;
+    WarpTile mine = {};
+    mine.rows = tile.rows;
+    mine.end = min(tile.rows, shape.out_height - rows.position);
+    mine.y = rows.position * stride - shape.top;
 #pragma unroll
     for (int c = 0; c < kWide<stride>; ++c) {
       const int column = column_of<kWide<stride>>(arguments_.grid, place, c);
       const int x = output_column<stride>(arguments_, tile, column);
       if (column <= tile.columns + kReach<stride> - 2 && within(x, shape.out_width)) {
-        output_columns_ |= 1 << c;
+        mine.output_columns |= 1 << c;
       }
     }
-    const bool works = place.warp < arguments_.grid.workers;
+    mine.is_halo = place.warp == arguments_.grid.workers;
     const int first = place.warp * kWide<stride>;
     const int x = input_column<stride>(arguments_, tile, first);
-    input_columns_ = 0;
 #pragma unroll
     for (int c = 0; c < kWide<stride> * stride; ++c) {
-      if (works && first + c / stride < tile.columns && within(x + c, shape.width)) {
-        input_columns_ |= 1 << c;
+      if (!mine.is_halo && first + c / stride < tile.columns && within(x + c, shape.width)) {
+        mine.input_columns |= 1 << c;
       }
     }
-    y_ = rows.position * stride - shape.top;
-    const bool whole = output_columns_ == (1 << kWide<stride>)-1 &&
-                       input_columns_ == (1 << kWide<stride> * stride) - 1;
-    first_whole_ = max(0, divide_up(-y_, stride));
-    whole_ = whole ? max(min(end_, (shape.height - y_) / stride) - first_whole_, 0) : 0;
-    const int y = y_ + row_ * stride;
+    shared_.rows.warps[place.warp] = mine;
+    const bool whole = mine.output_columns == (1 << kWide<stride>)-1 &&
+                       mine.input_columns == (1 << kWide<stride> * stride) - 1;
+    const int first_whole = max(0, divide_up(-mine.y, stride));
+    const int end_whole = whole ? min(mine.end, (shape.height - mine.y) / stride) : 0;
+    whole_.set(left_, first_whole - rows.first, end_whole - rows.first);
+    const int y = mine.y + rows.first * stride;
     dpre_ = static_cast<T*>(arguments_.dpre) +
             ((tile.image * shape.height + y) * shape.width + x) * shape.channels + place.channel;
 #pragma unroll
@@ -330,7 +355,7 @@ class Walk {
     }
   }
 
-  __device__ __forceinline__ bool done() const { return row_ >= rows_; }
+  __device__ __forceinline__ bool done() const { return left_ == 0; }
 
   // One row.
   template <int phase>
@@ -338,17 +363,17 @@ class Walk {
                                        Gradients& gradients) {
     wait_for_copies_but<kStages<T, stride> - 1>();
     __syncwarp();
-    if (within(row_ - first_whole_, whole_)) {
+    if (whole_.contains(left_)) {
       step<phase, true>(coefficients, gradients);
     } else {
       step<phase, false>(coefficients, gradients);
     }
     dpre_ += arguments_.pitches.step;
-    ++row_;
+    --left_;
   }
 
  private:
-  static constexpr int kRingRow = kMostWarps<kWide<stride>> * kSides<stride> * kLanes;
+  static constexpr int kRingRow = (kMostWarps<kWide<stride>> + 1) * kSides<stride> * kLanes;
 
   // `whole`: nothing in it lies outside of the map.
   template <int phase, bool whole>
@@ -362,49 +387,69 @@ class Walk {
         for (int k = 0; k < kPair; ++k) window_.rows[1][column][k] = window_.rows[0][column][k];
       }
     }
+    WarpTile tile;
+    int number = 0;
+    if constexpr (!whole) {
+      tile = shared_.rows.warps[thread_number() / kLanes];
+      number = tile.rows - left_;
+    }
     auto& row = window_.rows[phase];
-    const int columns = whole || row_ < end_ ? output_columns_ : 0;
 #pragma unroll
     for (int c = 0; c < wide; ++c) {
       if (!whole) row[c + 1][0] = row[c + 1][1] = 0.0f;
-      if (whole || columns >> c & 1) read_output(c, coefficients, row[c + 1]);
-    }
-    float2* own = own_ + parity_;
-    const float2* left = left_ + parity_;
-    if (stride == 1) own[0] = {row[1][0], row[1][1]};
-    own[(kSides<stride> - 1) * kLanes] = {row[wide][0], row[wide][1]};
-    Stored<T> z[stride][stride * wide];
-    if (whole || input_columns_) {
-#pragma unroll
-      for (int py = 0; py < stride; ++py) {
-#pragma unroll
-        for (int c = 0; c < stride * wide; ++c) {
-          z[py][c] =
-              load_pair(raw_ + stage_ + kRawOutput<stride> + (py * stride * wide + c) * kChunk);
-        }
+      if (whole || (number < tile.end && (tile.output_columns >> c & 1))) {
+        read_output(c, coefficients, row[c + 1]);
       }
     }
-    __syncthreads();
-    loader_.load(to_ + stage_);
-    stage_ += kRawRow<stride>;
-    if (stage_ == kStages<T, stride> * kRawRow<stride>) stage_ = 0;
+    float2* own = own_ + parity_;
     parity_ = kRingRow - parity_;
-    if (!whole && input_columns_ == 0) return;
-    show(*left, row[0]);
+    float2* last = own + (kSides<stride> - 1) * kLanes;
+    if (!whole && tile.is_halo) last -= (arguments_.grid.workers + 1) * kSides<stride> * kLanes;
+    if (stride == 1) own[0] = {row[1][0], row[1][1]};
+    *last = {row[wide][0], row[wide][1]};
+    const bool works = whole || tile.input_columns != 0;
+    Stored<T> z[stride * wide];
+    if (works) read_inputs(0, z);
+    __syncthreads();
+    if (stride == 1 || !works) next_stage();
+    if (!works) return;
+    show(own[-kLanes], row[0]);
     if (stride == 1) show(own[kSides<stride> * kLanes], row[wide + kReach<stride> - 1]);
 #pragma unroll
     for (int py = 0; py < stride; ++py) {
-      const int pixels = whole ? input_columns_ : input_columns(py);
+      if (py == 1) {
+        read_inputs(1, z);
+        __syncwarp();
+        next_stage();
+      }
+      const bool inside =
+          whole || (number >= 0 && within(tile.y + number * stride + py, arguments_.shape.height));
 #pragma unroll
       for (int c = 0; c < stride * wide; ++c) {
-        if (whole || pixels >> c & 1) {
+        if (whole || (inside && (tile.input_columns >> c & 1))) {
           input_pixel<T, activation, stride>(
-              py, c % stride, c / stride, phase, window_, coefficients, z[py][c],
+              py, c % stride, c / stride, phase, window_, coefficients, z[c],
               dpre_ + (py * arguments_.pitches.in + c * arguments_.pitches.pixel), stores_,
               gradients);
         }
       }
     }
+  }
+
+  __device__ __forceinline__ void read_inputs(int py,
+                                              Stored<T> (&z)[stride * kWide<stride>]) const {
+#pragma unroll
+    for (int c = 0; c < stride * kWide<stride>; ++c) {
+      z[c] = load_pair(raw_ + stage_ + kRawOutput<stride> +
+                       (py * stride * kWide<stride> + c) * kChunk);
+    }
+  }
+
+  // Copies another row to where this one was, which all threads of the warp have read.
+  __device__ __forceinline__ void next_stage() {
+    loader_.load(to_ + stage_);
+    stage_ += kRawRow<stride>;
+    if (stage_ == kStages<T, stride> * kRawRow<stride>) stage_ = 0;
   }
 
   __device__ __forceinline__ void read_output(int c, const ChannelCoefficients& coefficients,
@@ -420,32 +465,22 @@ class Walk {
     }
   }
 
-  // Those of the row that lie inside the map, a bit for each.
-  __device__ __forceinline__ int input_columns(int py) const {
-    const bool inside =
-        row_ >= 0 && (stride == 1 || within(row_ * stride + y_ + py, arguments_.shape.height));
-    return inside ? input_columns_ : 0;
-  }
-
   static __device__ __forceinline__ void show(float2 values, float (&column)[kPair]) {
     column[0] = values.x;
     column[1] = values.y;
   }
 
   const BackwardArguments& arguments_;
+  BackwardShared<T, stride>& shared_;
   bool stores_;  // the thread has channels
   Loader<T, stride> loader_;
   T* to_;  // where the thread's copies go, and where its channels are found, in the first stage
   const T* raw_;
-  float2* own_;  // what the warp shows, and the one to the left
-  const float2* left_;
+  float2* own_;                 // what the warp shows
   int stage_ = 0, parity_ = 0;  // offsets of the row
-  int rows_, row_;
-  int end_;                             // of the rows of dz2
-  int first_whole_, whole_;             // rows in which nothing lies outside of the map
-  int y_;                               // the first input row
-  int output_columns_, input_columns_;  // those inside the map, a bit for each
-  T* dpre_;                             // of the position's first input pixel
+  int left_;                    // rows of the tile
+  RowsLeft whole_;              // those in which nothing lies outside of the map
+  T* dpre_;                     // of the position's first input pixel
   Window<stride> window_;
 };
 
@@ -504,6 +539,7 @@ __global__ void __launch_bounds__(kMostWarps<kWide<stride>>* kLanes, kHeldBlocks
       }
     }
   }
+  __syncthreads();
   write_gradients(arguments, place, gradients, shared.gradients);
 }
 

@@ -64,11 +64,23 @@ template <int stride>
 constexpr int kRaw = kStepInputs * kWide<stride> * stride * kChunk;
 
 // What a warp shows of its inputs: to the left its first column, to the right, at stride 1, its
-// last.
+// last. It does so in the place behind its own number; what the halo's warp has to the left of the
+// tile comes first.
 template <int stride>
 constexpr int kSides = kReach<stride>;
 template <int stride>
-using RingStep = float2[kStepInputs][kMostWarps<kWide<stride>>][kSides<stride>][kLanes];
+using RingStep = float2[kStepInputs][kMostWarps<kWide<stride>> + 1][kSides<stride>][kLanes];
+
+// What a warp has to know of its tile where some of a step lies outside of the map: in shared
+// memory, where all of its threads write the same, it takes no registers.
+struct WarpTile {
+  bool is_halo;
+  int rows, end_row;  // of outputs, and behind the last step
+  int y, end;         // the input row of a step that begins with output 0; of all
+  int input_columns;  // those inside the map, a bit for each
+  int outputs;        // columns of those
+  int pivot_row;      // whose output is the first that the thread sees; none is negative
+};
 
 // All warps have read their last row before the last barrier, behind which they write moments.
 template <class T, int stride>
@@ -76,6 +88,7 @@ union alignas(16) ForwardShared {
   struct {
     T raw[kStages<T, stride>][kMostWarps<kWide<stride>>][kRaw<stride>];
     RingStep<stride> ring[2];
+    WarpTile warps[kMostWarps<kWide<stride>>];
     Tiles tiles;
   } rows;
   SharedMoments<kMostWorkers<kWide<stride>>> moments;
@@ -160,8 +173,12 @@ class Loader {
   __device__ __forceinline__ void load(T* to) {
 #pragma unroll
     for (int k = 0; k < kCopies; ++k) {
-      copies_[k].begin(left_, arguments_.pitches.step, to + k * kLanes * kPart<T>);
+      if (copied_[k].contains(left_)) {
+        copy_async(to + k * kLanes * kPart<T>,
+                   from_ + copy_offset<T, kColumns>(arguments_.pitches, k));
+      }
     }
+    from_ += arguments_.pitches.step;
     close_copies();
     if (--left_ == 0) begin_tile();
   }
@@ -174,7 +191,7 @@ class Loader {
   __device__ __forceinline__ void begin_tile() {
     if (tile_ == tiles_.count()) {
 #pragma unroll
-      for (Copy<T>& copy : copies_) copy.count = 0;
+      for (RowsLeft& rows : copied_) rows.count = 0;
       return;
     }
     const DepthwiseShape& shape = arguments_.shape;
@@ -191,12 +208,14 @@ class Loader {
       const int py = index / (kParts<T> * kColumns);
       const bool copies = py < kStepInputs && channel < shape.channels && column.needed;
       const int y = steps.y + py;
-      copies_[k].from =
-          static_cast<const T*>(arguments_.z1) +
-          ((tile.image * shape.height + y) * shape.width + column.x) * shape.channels + channel;
+      if (k == 0) {
+        from_ = static_cast<const T*>(arguments_.z1) +
+                ((tile.image * shape.height + y) * shape.width + column.x) * shape.channels +
+                channel;
+      }
       // From the first row inside the map.
-      copies_[k].set_rows(left_, max(0, (kStepInputs - 1 - y) / kStepInputs),
-                          copies ? min(left_, divide_up(steps.end - y, kStepInputs)) : 0);
+      copied_[k].set(left_, max(0, (kStepInputs - 1 - y) / kStepInputs),
+                     copies ? min(left_, divide_up(steps.end - y, kStepInputs)) : 0);
     }
   }
 
@@ -204,7 +223,8 @@ class Loader {
   const Tiles& tiles_;
   int tile_ = 0;
   int left_;  // steps of the tile
-  Copy<T> copies_[kCopies];
+  const T* from_;
+  RowsLeft copied_[kCopies];
 };
 
 // A thread's way down the tiles, one after the other.
@@ -214,13 +234,13 @@ class Walk {
   __device__ __forceinline__ Walk(const ForwardArguments& arguments, const Place& place,
                                   ForwardShared<T, stride>& shared)
       : arguments_(arguments),
+        shared_(shared),
         stores_(place.channel < arguments.shape.channels),
         loader_(arguments, shared.rows.tiles) {
     T* raw = shared.rows.raw[0][place.warp];
     to_ = held_shared(raw + place.lane * kPart<T>);
     raw_ = held_shared(raw + place.lane * kPair);
-    own_ = held_shared(&shared.rows.ring[0][0][place.warp][0][place.lane]);
-    left_ = held_shared(&shared.rows.ring[0][0][place.left][kSides<stride> - 1][place.lane]);
+    own_ = held_shared(&shared.rows.ring[0][0][place.warp + 1][0][place.lane]);
 #pragma unroll 1
     for (int stage = 0; stage < kStages<T, stride>; ++stage) loader_.load(to_ + stage * kRawRow);
   }
@@ -231,29 +251,32 @@ class Walk {
     const Place place = place_in(arguments_.grid);
     const DepthwiseShape& shape = arguments_.shape;
     const StepRange steps = steps_of<stride>(shape, tile);
-    rows_ = tile.rows;
-    row_ = steps.first;
-    y_ = steps.y;
-    end_ = steps.end;
-    input_columns_ = 0;
+    left_ = steps.count;
+    WarpTile mine = {};
+    mine.rows = tile.rows;
+    mine.end_row = steps.first + steps.count * kStepOutputs<stride>;
+    mine.y = steps.y - steps.first * stride;
+    mine.end = steps.end;
 #pragma unroll
     for (int c = 0; c < kColumns; ++c) {
-      if (input_column<stride>(arguments_, place, tile, c).needed) input_columns_ |= 1 << c;
+      if (input_column<stride>(arguments_, place, tile, c).needed) mine.input_columns |= 1 << c;
     }
     const int first = place.warp * kWide<stride>;
-    const bool works = place.warp < arguments_.grid.workers;
-    outputs_ = works ? min(max(tile.columns - first, 0), kWide<stride>) : 0;
-    pivot_row_ = moments.count == 0 ? 0 : -1;
-    moments.count += outputs_ * rows_;
-    // Inside the map, and complete, is all of them.
-    const bool whole = input_columns_ == (1 << kColumns) - 1 && outputs_ == kWide<stride>;
-    const int above = divide_up(max(-y_, 0), kStepInputs) * kStepOutputs<stride>;
-    first_whole_ = max(max(row_ + above, 0), pivot_row_ + 1);
-    const int inputs = (end_ - kStepInputs - y_) / stride + row_ + 1;
-    whole_ = whole ? max(min(rows_ - kStepOutputs<stride> + 1, inputs) - first_whole_, 0) : 0;
+    mine.is_halo = place.warp == arguments_.grid.workers;
+    mine.outputs = mine.is_halo ? 0 : min(max(tile.columns - first, 0), kWide<stride>);
+    mine.pivot_row = moments.count == 0 ? 0 : -1;
+    moments.count += mine.outputs * tile.rows;
+    shared_.rows.warps[place.warp] = mine;
+    // Whole steps: from the first with rows inside the map only, and no pivot, to the last.
+    const bool whole = mine.input_columns == (1 << kColumns) - 1 && mine.outputs == kWide<stride>;
+    const int first_whole = max(max(divide_up(-mine.y, stride), 0), mine.pivot_row + 1);
+    const int end_whole =
+        min(tile.rows - kStepOutputs<stride>, (steps.end - kStepInputs - mine.y) / stride) + 1;
+    whole_.set(left_, divide_up(first_whole - steps.first, kStepOutputs<stride>),
+               whole ? divide_up(end_whole - steps.first, kStepOutputs<stride>) : 0);
     z2_ = static_cast<T*>(arguments_.z2) +
-          ((tile.image * shape.out_height + tile.row + row_) * shape.out_width + tile.column +
-           first) *
+          ((tile.image * shape.out_height + tile.row + steps.first) * shape.out_width +
+           tile.column + first) *
               shape.channels +
           place.channel;
 #pragma unroll
@@ -266,25 +289,24 @@ class Walk {
     }
   }
 
-  __device__ __forceinline__ bool done() const { return row_ >= rows_; }
+  __device__ __forceinline__ bool done() const { return left_ == 0; }
 
   __device__ __forceinline__ void step(const ChannelCoefficients& coefficients, Moments& moments) {
     wait_for_copies_but<kStages<T, stride> - 1>();
     __syncwarp();
-    if (within(row_ - first_whole_, whole_)) {
+    if (whole_.contains(left_)) {
       step<true>(coefficients, moments);
     } else {
       step<false>(coefficients, moments);
     }
     z2_ += kStepOutputs<stride> * arguments_.pitches.out;
-    y_ += kStepInputs;
-    row_ += kStepOutputs<stride>;
+    --left_;
   }
 
  private:
   static constexpr int kColumns = kWide<stride> * stride;
   static constexpr int kRawRow = kMostWarps<kWide<stride>> * kRaw<stride>;
-  static constexpr int kRingRow = kMostWarps<kWide<stride>> * kSides<stride> * kLanes;
+  static constexpr int kRingRow = (kMostWarps<kWide<stride>> + 1) * kSides<stride> * kLanes;
   static constexpr int kOwn = stride == 1 ? 1 : 0;
 
   // A row of h1: the warp's columns, from kOwn, and its neighbours'.
@@ -296,35 +318,44 @@ class Walk {
   template <bool whole>
   __device__ __forceinline__ void step(const ChannelCoefficients& coefficients, Moments& moments) {
     constexpr int wide = kWide<stride>;
+    WarpTile tile;
+    int row = 0;  // the first that the step completes
+    if constexpr (!whole) {
+      tile = shared_.rows.warps[thread_number() / kLanes];
+      row = tile.end_row - left_ * kStepOutputs<stride>;
+    }
     Inputs inputs[kStepInputs];
 #pragma unroll
     for (int py = 0; py < kStepInputs; ++py) {
-      const int columns = whole || within(y_ + py, end_) ? input_columns_ : 0;
+      const bool inside = whole || within(tile.y + row * stride + py, tile.end);
 #pragma unroll
       for (int c = 0; c < kColumns; ++c) {
         float (&h)[kPair] = inputs[py].columns[kOwn + c];
         if (!whole) h[0] = h[1] = 0.0f;
-        if (whole || columns >> c & 1) read(py * kColumns + c, coefficients, h);
+        if (whole || (inside && (tile.input_columns >> c & 1))) {
+          read(py * kColumns + c, coefficients, h);
+        }
       }
     }
     float2* own = own_ + parity_;
-    const float2* left = left_ + parity_;
+    float2* last = own + kLanes;
+    if (!whole && tile.is_halo) last -= (arguments_.grid.workers + 1) * kSides<stride> * kLanes;
 #pragma unroll
     for (int py = 0; py < kStepInputs; ++py) {
-      const auto& first = inputs[py].columns[kOwn];
-      const auto& last = inputs[py].columns[kOwn + kColumns - 1];
-      own[py * kRingRow] = {first[0], first[1]};
-      if (stride == 1) own[py * kRingRow + kLanes] = {last[0], last[1]};
+      const auto& left = inputs[py].columns[kOwn];
+      const auto& right = inputs[py].columns[kOwn + kColumns - 1];
+      own[py * kRingRow] = {left[0], left[1]};
+      if (stride == 1) last[py * kRingRow] = {right[0], right[1]};
     }
     __syncthreads();
     loader_.load(to_ + stage_);
     stage_ += kRawRow;
     if (stage_ == kStages<T, stride> * kRawRow) stage_ = 0;
     parity_ = kStepInputs * kRingRow - parity_;
-    if (!whole && outputs_ == 0) return;
+    if (!whole && tile.outputs == 0) return;
 #pragma unroll
     for (int py = 0; py < kStepInputs; ++py) {
-      if (stride == 1) show(left[py * kRingRow], inputs[py].columns[0]);
+      if (stride == 1) show(own[py * kRingRow - kLanes], inputs[py].columns[0]);
       show(own[py * kRingRow + kSides<stride> * kLanes], inputs[py].columns[kOwn + kColumns]);
     }
 #pragma unroll
@@ -337,7 +368,9 @@ class Walk {
     }
 #pragma unroll
     for (int r = 0; r < kStepOutputs<stride>; ++r) {
-      if (whole || within(row_ + r, rows_)) finish<whole>(r, moments);
+      if (whole || within(row + r, tile.rows)) {
+        finish<whole>(r, tile.outputs, row + r == tile.pivot_row, moments);
+      }
     }
 #pragma unroll
     for (int c = 0; c < wide; ++c) {
@@ -381,10 +414,10 @@ class Walk {
 
   // Rounds, stores and counts a complete row of outputs.
   template <bool whole>
-  __device__ __forceinline__ void finish(int r, Moments& moments) {
+  __device__ __forceinline__ void finish(int r, int outputs, bool is_first, Moments& moments) {
 #pragma unroll
     for (int c = 0; c < kWide<stride>; ++c) {
-      if (!whole && c >= outputs_) return;
+      if (!whole && c >= outputs) return;
       float values[kPair];
 #pragma unroll
       for (int k = 0; k < kPair; ++k) values[k] = activate<output_activation>(sums_[r][c][k]);
@@ -393,25 +426,21 @@ class Walk {
         store_pair(z2_ + (r * arguments_.pitches.out + c * arguments_.pitches.pixel), stored);
       }
       widen(stored, values);
-      moments.add(values, !whole && c == 0 && row_ + r == pivot_row_);
+      moments.add(values, !whole && c == 0 && is_first);
     }
   }
 
   const ForwardArguments& arguments_;
+  ForwardShared<T, stride>& shared_;
   bool stores_;  // the thread has channels
   Loader<T, stride> loader_;
   T* to_;  // where the thread's copies go, and where its channels are found, in the first stage
   const T* raw_;
-  float2* own_;  // what the warp shows, and the one to the left
-  const float2* left_;
+  float2* own_;                 // what the warp shows
   int stage_ = 0, parity_ = 0;  // offsets of the row
-  int rows_, row_;
-  int first_whole_, whole_;  // rows of steps in which nothing lies outside of the map
-  int pivot_row_;            // whose output is the first that the thread sees; none is negative
-  int y_, end_;              // of the step's first input row; of all
-  int input_columns_;        // those inside the map, a bit for each
-  int outputs_;              // columns of those
-  T* z2_;                    // of the first output
+  int left_;                    // steps of the tile
+  RowsLeft whole_;              // those in which nothing lies outside of the map
+  T* z2_;                       // of the first output
   // Of the outputs that are not complete, the older one first.
   float sums_[kReach<stride>][kWide<stride>][kPair];
 };

@@ -374,9 +374,15 @@ class TestOnTheHost:
     ) -> None:
         monkeypatch.setenv("CUDA_ON_CPU_SKIP_BARRIER", barrier)
         name = barrier.partition(":")[0]
-        assert any(
-            not same(all_results(seed, monkeypatch)[name], expected[name]) for seed in range(1, 4)
-        )
+
+        def right(seed: int) -> bool:
+            try:
+                return same(all_results(seed, monkeypatch)[name], expected[name])
+            except RuntimeError as error:  # what threads do next may depend on what they share
+                assert "launch failure" in str(error)
+                return False
+
+        assert not all(right(seed) for seed in range(1, 4))
 
 
 @pytest.mark.parametrize(
