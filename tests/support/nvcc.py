@@ -51,7 +51,6 @@ class Kernel:
     spilled_bytes: int
     shared_bytes: int
     threads: int
-    loads_of_pairs: int
     matrix_multiplies: int
     asynchronous_copies: int
 
@@ -106,7 +105,6 @@ def _read_ptx(text: str) -> dict[str, dict[str, int]]:
     return {
         _readable(entry[: entry.index("(")]): {
             "threads": int(re.search(r"\.maxntid (\d+)", entry)[1]),
-            "loads_of_pairs": len(re.findall(r"ld\.global[\w.]*\.(u32|v2\.\w32)", entry)),
             "matrix_multiplies": entry.count("mma.sync"),
             "asynchronous_copies": entry.count("cp.async.cg"),
         }
