@@ -156,6 +156,9 @@ __device__ __forceinline__ void input_pixel(int py, int px, int c, int phase,
   }
 }
 
+// More rows than a tile has.
+constexpr int kMostLeft = 0x7fffffff;
+
 // The rows of a tile, from its first position.
 struct RowRange {
   int position;  // the first one's
@@ -194,7 +197,7 @@ class Loader {
   // The next row; `to` is the thread's place in a row of the warp.
   __device__ __forceinline__ void load(T* to) {
     const Pitches& pitches = arguments_.pitches;
-    if (outputs_.contains(left_)) {
+    if (left_ >= outputs_last_) {
       copy_async(to, outputs_from_);
       if (kOutputs == 2) copy_async(to + kLanes * kPart<T>, outputs_from_ + z2_distance());
     }
@@ -222,7 +225,6 @@ class Loader {
     if (tile_ == tiles_.count()) {
 #pragma unroll
       for (RowsLeft& rows : inputs_) rows.count = 0;
-      outputs_.count = 0;
       return;
     }
     const Place place = place_in(arguments_.grid);
@@ -255,7 +257,8 @@ class Loader {
     outputs_from_ =
         static_cast<const T*>(place.lane < kRowParts ? arguments_.dy2 : arguments_.norm.z2) +
         ((tile.image * shape.out_height + y) * shape.out_width + x) * shape.channels + channel;
-    outputs_.set(left_, 0, copies ? min(left_, shape.out_height - y) : 0);
+    outputs_last_ =
+        copies && shape.out_height > y ? max(left_ - (shape.out_height - y), 0) + 1 : kMostLeft;
   }
 
   __device__ __forceinline__ void begin_input(const Place& place, const Tile& tile,
@@ -290,7 +293,8 @@ class Loader {
   const T* outputs_from_;
   const T* inputs_from_;
   int input_copies_;  // those inside the map, a bit for each, of a row
-  RowsLeft outputs_, inputs_[kInputs / kRowInputs];
+  int outputs_last_;  // of the rows of dz2, which begin with the first
+  RowsLeft inputs_[kInputs / kRowInputs];
 };
 
 // A thread's way down the tiles, one after the other. Rows count from the tile's first position.
