@@ -102,8 +102,8 @@ __device__ __forceinline__ int64_t split_of(const TileGrid& grid) {
   return blockIdx.x / grid.chunks;
 }
 
-// The tiles of a block, one after the other. It lies in shared memory, where every thread writes
-// the same: between tiles it takes no registers.
+// The tiles of a block. It lies in shared memory, where every thread writes the same: between tiles
+// it takes no registers.
 class Tiles {
  public:
   __device__ __forceinline__ void begin(const TileGrid& grid) {
@@ -132,6 +132,23 @@ class Tiles {
  private:
   int64_t image_;
   int within_, count_;
+};
+
+// The number of a warp's next tile, in shared memory too.
+class TileCounter {
+ public:
+  __device__ __forceinline__ void begin() { number_ = 0; }
+
+  // For all threads of the warp.
+  __device__ __forceinline__ int next() {
+    const int number = number_;
+    __syncwarp();
+    number_ = number + 1;
+    return number;
+  }
+
+ private:
+  int number_;
 };
 
 // What a thread is: one of the warps that have columns, or the halo's, and its channels.

@@ -85,6 +85,7 @@ union alignas(16) BackwardShared {
     RingRow<stride> ring[2];
     WarpTile warps[kMostWarps<kWide<stride>>];
     Tiles tiles;
+    TileCounter loaded[kMostWarps<kWide<stride>>], walked[kMostWarps<kWide<stride>>];
   } rows;
   float gradients[kMostWorkers<kWide<stride>>][kGradientRows][kChunk];
 };
@@ -189,8 +190,9 @@ __device__ __forceinline__ int input_column(const BackwardArguments& arguments, 
 template <class T, int stride>
 class Loader {
  public:
-  __device__ __forceinline__ Loader(const BackwardArguments& arguments, const Tiles& tiles)
-      : arguments_(arguments), tiles_(tiles) {
+  __device__ __forceinline__ Loader(const BackwardArguments& arguments,
+                                    BackwardShared<T, stride>& shared)
+      : arguments_(arguments), shared_(shared) {
     begin_tile();
   }
 
@@ -205,7 +207,10 @@ class Loader {
 #pragma unroll
     for (int k = 0; k < kInputs; ++k) {
       const bool copies = kRowInputs == 1 || (input_copies_ >> k % kRowInputs & 1);
-      if (copies && inputs_[k / kRowInputs].contains(left_)) {
+      const RowsLeft& rows = inputs_[k / kRowInputs];
+      // At stride 1 they reach to the end of the tile.
+      const bool contained = stride == 1 ? within(left_ - 1, rows.count) : rows.contains(left_);
+      if (copies && contained) {
         copy_async(to + (kRawOutput<stride> + k * kLanes * kPart<T>),
                    inputs_from_ + copy_offset<T, kWide<stride> * stride>(pitches, k));
       }
@@ -222,13 +227,15 @@ class Loader {
 
   // Without another tile there is nothing to copy: rows that are left become negative.
   __device__ __forceinline__ void begin_tile() {
-    if (tile_ == tiles_.count()) {
+    const Place place = place_in(arguments_.grid);
+    const Tiles& tiles = shared_.rows.tiles;
+    const int number = shared_.rows.loaded[place.warp].next();
+    if (number >= tiles.count()) {
 #pragma unroll
       for (RowsLeft& rows : inputs_) rows.count = 0;
       return;
     }
-    const Place place = place_in(arguments_.grid);
-    const Tile tile = tiles_.tile(arguments_.grid, tile_++);
+    const Tile tile = tiles.tile(arguments_.grid, number);
     const RowRange rows = rows_of<stride>(arguments_, tile);
     left_ = tile.rows - rows.first;
     begin_outputs(place, tile, rows);
@@ -287,8 +294,7 @@ class Loader {
   }
 
   const BackwardArguments& arguments_;
-  const Tiles& tiles_;
-  int tile_ = 0;
+  BackwardShared<T, stride>& shared_;
   int left_;  // rows of the tile
   const T* outputs_from_;
   const T* inputs_from_;
@@ -306,7 +312,7 @@ class Walk {
       : arguments_(arguments),
         shared_(shared),
         stores_(place.channel < arguments.shape.channels),
-        loader_(arguments, shared.rows.tiles) {
+        loader_(arguments, shared) {
     T* raw = shared.rows.raw[0] + place.warp * kRaw<stride>;
     to_ = held_shared(raw + place.lane * kPart<T>);
     raw_ = held_shared(raw + place.lane * kPair);
@@ -317,8 +323,12 @@ class Walk {
     }
   }
 
-  __device__ __forceinline__ void begin_tile(const Tile& tile) {
+  // False where there is no other.
+  __device__ __forceinline__ bool begin_tile() {
     const Place place = place_in(arguments_.grid);
+    const int number = shared_.rows.walked[place.warp].next();
+    if (number >= shared_.rows.tiles.count()) return false;
+    const Tile tile = shared_.rows.tiles.tile(arguments_.grid, number);
     const DepthwiseShape& shape = arguments_.shape;
     const RowRange rows = rows_of<stride>(arguments_, tile);
     left_ = tile.rows - rows.first;
@@ -357,6 +367,7 @@ class Walk {
 #pragma unroll
       for (auto& column : row) column[0] = column[1] = 0.0f;
     }
+    return true;
   }
 
   __device__ __forceinline__ bool done() const { return left_ == 0; }
@@ -526,13 +537,13 @@ __global__ void __launch_bounds__(kMostWarps<kWide<stride>>* kLanes, kHeldBlocks
     depthwise_backward_kernel(BackwardArguments arguments) {
   auto& shared = shared_memory<BackwardShared<T, stride>>();
   const Place place = place_in(arguments.grid);
-  Tiles& tiles = shared.rows.tiles;
-  tiles.begin(arguments.grid);
+  shared.rows.tiles.begin(arguments.grid);
+  shared.rows.loaded[place.warp].begin();
+  shared.rows.walked[place.warp].begin();
   Walk<T, activation, stride> walk(arguments, place, shared);
   const ChannelCoefficients coefficients = load_channels(arguments, place.channel);
   Gradients gradients;
-  for (int tile = 0; tile < tiles.count(); ++tile) {
-    walk.begin_tile(tiles.tile(arguments.grid, tile));
+  while (walk.begin_tile()) {
     while (!walk.done()) {
       walk.template step<0>(coefficients, gradients);
       if constexpr (kPhases<stride> > 1) {

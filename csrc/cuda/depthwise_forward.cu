@@ -90,6 +90,7 @@ union alignas(16) ForwardShared {
     RingStep<stride> ring[2];
     WarpTile warps[kMostWarps<kWide<stride>>];
     Tiles tiles;
+    TileCounter loaded[kMostWarps<kWide<stride>>], walked[kMostWarps<kWide<stride>>];
   } rows;
   SharedMoments<kMostWorkers<kWide<stride>>> moments;
 
@@ -164,8 +165,9 @@ __device__ __forceinline__ InputColumn input_column(const ForwardArguments& argu
 template <class T, int stride>
 class Loader {
  public:
-  __device__ __forceinline__ Loader(const ForwardArguments& arguments, const Tiles& tiles)
-      : arguments_(arguments), tiles_(tiles) {
+  __device__ __forceinline__ Loader(const ForwardArguments& arguments,
+                                    ForwardShared<T, stride>& shared)
+      : arguments_(arguments), shared_(shared) {
     begin_tile();
   }
 
@@ -189,14 +191,16 @@ class Loader {
 
   // Without another tile there is nothing to copy: rows that are left become negative.
   __device__ __forceinline__ void begin_tile() {
-    if (tile_ == tiles_.count()) {
+    const Place place = place_in(arguments_.grid);
+    const Tiles& tiles = shared_.rows.tiles;
+    const int number = shared_.rows.loaded[place.warp].next();
+    if (number >= tiles.count()) {
 #pragma unroll
       for (RowsLeft& rows : copied_) rows.count = 0;
       return;
     }
     const DepthwiseShape& shape = arguments_.shape;
-    const Place place = place_in(arguments_.grid);
-    const Tile tile = tiles_.tile(arguments_.grid, tile_++);
+    const Tile tile = tiles.tile(arguments_.grid, number);
     const StepRange steps = steps_of<stride>(shape, tile);
     left_ = steps.count;
 #pragma unroll
@@ -220,8 +224,7 @@ class Loader {
   }
 
   const ForwardArguments& arguments_;
-  const Tiles& tiles_;
-  int tile_ = 0;
+  ForwardShared<T, stride>& shared_;
   int left_;  // steps of the tile
   const T* from_;
   RowsLeft copied_[kCopies];
@@ -236,7 +239,7 @@ class Walk {
       : arguments_(arguments),
         shared_(shared),
         stores_(place.channel < arguments.shape.channels),
-        loader_(arguments, shared.rows.tiles) {
+        loader_(arguments, shared) {
     T* raw = shared.rows.raw[0][place.warp];
     to_ = held_shared(raw + place.lane * kPart<T>);
     raw_ = held_shared(raw + place.lane * kPair);
@@ -245,10 +248,13 @@ class Walk {
     for (int stage = 0; stage < kStages<T, stride>; ++stage) loader_.load(to_ + stage * kRawRow);
   }
 
-  __device__ __forceinline__ void begin_tile(const Tile& tile,
-                                             const ChannelCoefficients& coefficients,
+  // False where there is no other.
+  __device__ __forceinline__ bool begin_tile(const ChannelCoefficients& coefficients,
                                              Moments& moments) {
     const Place place = place_in(arguments_.grid);
+    const int number = shared_.rows.walked[place.warp].next();
+    if (number >= shared_.rows.tiles.count()) return false;
+    const Tile tile = shared_.rows.tiles.tile(arguments_.grid, number);
     const DepthwiseShape& shape = arguments_.shape;
     const StepRange steps = steps_of<stride>(shape, tile);
     left_ = steps.count;
@@ -287,6 +293,7 @@ class Walk {
         for (int k = 0; k < kPair; ++k) sum[k] = coefficients.bias[k];
       }
     }
+    return true;
   }
 
   __device__ __forceinline__ bool done() const { return left_ == 0; }
@@ -495,13 +502,13 @@ __global__ void __launch_bounds__(kMostWarps<kWide<stride>>* kLanes, kHeldBlocks
     depthwise_forward_kernel(ForwardArguments arguments) {
   auto& shared = shared_memory<ForwardShared<T, stride>>();
   const Place place = place_in(arguments.grid);
-  Tiles& tiles = shared.rows.tiles;
-  tiles.begin(arguments.grid);
+  shared.rows.tiles.begin(arguments.grid);
+  shared.rows.loaded[place.warp].begin();
+  shared.rows.walked[place.warp].begin();
   Walk<T, activation, output_activation, stride> walk(arguments, place, shared);
   const ChannelCoefficients coefficients = load_channels(arguments, place.channel);
   Moments moments;
-  for (int tile = 0; tile < tiles.count(); ++tile) {
-    walk.begin_tile(tiles.tile(arguments.grid, tile), coefficients, moments);
+  while (walk.begin_tile(coefficients, moments)) {
     do {
       walk.step(coefficients, moments);
     } while (!walk.done());
