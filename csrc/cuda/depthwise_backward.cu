@@ -34,7 +34,7 @@ constexpr int kPhases = stride == 1 ? kRows<1> : 1;
 template <int stride>
 constexpr int kWide = 2;
 template <class T, int stride>
-constexpr int kStages = (stride == 1 ? 12 : 4) / static_cast<int>(sizeof(T));
+constexpr int kStages = (stride == 1 ? 10 : 4) / static_cast<int>(sizeof(T));
 template <int stride>
 constexpr int kHeldBlocks = 2;
 
@@ -63,11 +63,11 @@ constexpr int kRawRow = kMostWorkers<kWide<stride>> * kRaw<stride> + kRawOutput<
 
 // What a warp shows of its dz2: to the left its first column, which no position of stride 2 sees,
 // to the right its last. It does so in the place behind its own number; what the halo's warp has to
-// the left of the tile comes first.
+// the left of the tile comes first. Behind both lie its channels' constants of dz2.
 template <int stride>
 constexpr int kSides = kReach<stride>;
 template <int stride>
-using RingRow = float2[kMostWarps<kWide<stride>> + 1][kSides<stride>][kLanes];
+using RingRow = float2[kMostWarps<kWide<stride>> + 1][kSides<stride> + 1][kLanes];
 
 // What a warp has to know of its tile where some of a row lies outside of the map: in shared
 // memory, where all of its threads write the same, it takes no registers.
@@ -92,7 +92,7 @@ union alignas(16) BackwardShared {
 
 // What depends on the channel only.
 struct ChannelCoefficients : StencilCoefficients {
-  float slope[kPair], z2_slope[kPair], constant[kPair];
+  float slope[kPair], z2_slope[kPair];
 };
 
 __device__ __forceinline__ ChannelCoefficients load_channels(const BackwardArguments& arguments,
@@ -103,7 +103,6 @@ __device__ __forceinline__ ChannelCoefficients load_channels(const BackwardArgum
   // Without a norm dy2 is loaded as z2 too, and dz2 is the sum of its halves, which is exact.
   load_coefficients(arguments.norm.slope, channel, channels, 0.5f, values.slope);
   load_coefficients(arguments.norm.z2_slope, channel, channels, 0.5f, values.z2_slope);
-  load_coefficients(arguments.norm.constant, channel, channels, 0.0f, values.constant);
   return values;
 }
 
@@ -317,6 +316,12 @@ class Walk {
     to_ = held_shared(raw + place.lane * kPart<T>);
     raw_ = held_shared(raw + place.lane * kPair);
     own_ = held_shared(&shared.rows.ring[0][place.warp + 1][0][place.lane]);
+    float constants[kPair];
+    load_coefficients(arguments.norm.constant, place.channel, arguments.shape.channels, 0.0f,
+                      constants);
+    for (auto& row : shared.rows.ring) {
+      row[place.warp + 1][kSides<stride>][place.lane] = {constants[0], constants[1]};
+    }
 #pragma unroll 1
     for (int stage = 0; stage < kStages<T, stride>; ++stage) {
       loader_.load(to_ + stage * kRawRow<stride>);
@@ -388,7 +393,8 @@ class Walk {
   }
 
  private:
-  static constexpr int kRingRow = (kMostWarps<kWide<stride>> + 1) * kSides<stride> * kLanes;
+  static constexpr int kPlace = (kSides<stride> + 1) * kLanes;
+  static constexpr int kRingRow = (kMostWarps<kWide<stride>> + 1) * kPlace;
 
   // `whole`: nothing in it lies outside of the map.
   template <int phase, bool whole>
@@ -409,17 +415,19 @@ class Walk {
       number = tile.rows - left_;
     }
     auto& row = window_.rows[phase];
+    const float2* own_constants = own_ + parity_ + kSides<stride> * kLanes;
+    const float constants[kPair] = {own_constants->x, own_constants->y};
 #pragma unroll
     for (int c = 0; c < wide; ++c) {
       if (!whole) row[c + 1][0] = row[c + 1][1] = 0.0f;
       if (whole || (number < tile.end && (tile.output_columns >> c & 1))) {
-        read_output(c, coefficients, row[c + 1]);
+        read_output(c, coefficients, constants, row[c + 1]);
       }
     }
     float2* own = own_ + parity_;
     parity_ = kRingRow - parity_;
     float2* last = own + (kSides<stride> - 1) * kLanes;
-    if (!whole && tile.is_halo) last -= (arguments_.grid.workers + 1) * kSides<stride> * kLanes;
+    if (!whole && tile.is_halo) last -= (arguments_.grid.workers + 1) * kPlace;
     if (stride == 1) own[0] = {row[1][0], row[1][1]};
     *last = {row[wide][0], row[wide][1]};
     const bool works = whole || tile.input_columns != 0;
@@ -428,8 +436,8 @@ class Walk {
     __syncthreads();
     if (stride == 1 || !works) next_stage();
     if (!works) return;
-    show(own[-kLanes], row[0]);
-    if (stride == 1) show(own[kSides<stride> * kLanes], row[wide + kReach<stride> - 1]);
+    show(own[-2 * kLanes], row[0]);
+    if (stride == 1) show(own[kPlace], row[wide + kReach<stride> - 1]);
 #pragma unroll
     for (int py = 0; py < stride; ++py) {
       if (py == 1) {
@@ -468,6 +476,7 @@ class Walk {
   }
 
   __device__ __forceinline__ void read_output(int c, const ChannelCoefficients& coefficients,
+                                              const float (&constants)[kPair],
                                               float (&dz2)[kPair]) const {
     const T* raw = raw_ + stage_ + c * kChunk;
     float gradient[kPair], z[kPair];
@@ -476,7 +485,7 @@ class Walk {
 #pragma unroll
     for (int k = 0; k < kPair; ++k) {
       dz2[k] = fmaf(coefficients.slope[k], gradient[k],
-                    fmaf(coefficients.z2_slope[k], z[k], coefficients.constant[k]));
+                    fmaf(coefficients.z2_slope[k], z[k], constants[k]));
     }
   }
 
