@@ -17,13 +17,14 @@ from moat_kernels.ops.common.registration import LIBRARY, register_fake
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
 from moat_kernels.ops.triton_support.launching import architecture
 
-# Blocks that a launch aims at: several times what a GPU holds at once, so that the last ones leave
-# little of it idle, yet few enough that their partial sums are small beside the maps.
-TARGET_BLOCKS = 1056
+# Blocks that a launch aims at: two for each that an H200 holds at once (132 multiprocessors, two
+# each), so that the last ones leave little of it idle, yet few enough that filling their pipelines
+# and their partial sums cost little.
+TARGET_BLOCKS = 528
 # Columns of a tile, at most 14 (csrc/cuda/columns.cuh), of which MOAT's widths are multiples, or of
-# 7: what was fastest on an H200, backward by stride (docs/cuda_kernels.md).
-FORWARD_COLUMNS = 7
-BACKWARD_COLUMNS = {1: 14, 2: 7}
+# 7; backward by stride. With 14 the halo's warp comes to seven others.
+FORWARD_COLUMNS = 14
+BACKWARD_COLUMNS = {1: 14, 2: 14}
 ACTIVATIONS = ("identity", "gelu")
 # The first with bfloat16 and asynchronous copies.
 OLDEST_ARCHITECTURE = 80
