@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from moat_kernels.configuration import METADATA_KEY, ConfigurationError, adaptations
+from moat_kernels.drop_path import DropPath, drawing_together
 from moat_kernels.inspection import interception
 from moat_kernels.modules import FusedInvertedBottleneck, FusedMBConv, FusedMOATBlock
 from moat_kernels.ops.common.backends import keep_backend
@@ -150,12 +152,27 @@ class Backbone(nn.Module):
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x must be [B, {self.in_chans}, H, W], got {found}")
         outputs = [self._run(self.stem, x)]
-        for stage in islice(self.stages, last):
-            x = outputs[-1]
-            for block in stage if isinstance(stage, nn.ModuleList) else (stage,):
-                x = self._run(block, x)
-            outputs.append(x)
+        with self._drawing_together(outputs[0]):
+            for stage in islice(self.stages, last):
+                x = outputs[-1]
+                for block in stage if isinstance(stage, nn.ModuleList) else (stage,):
+                    x = self._run(block, x)
+                outputs.append(x)
         return outputs
+
+    def _drawing_together(self, x: Tensor) -> contextlib.AbstractContextManager[None]:
+        """One draw for the drop paths of all blocks, for maps like x; none if they do not train."""
+        if not torch.is_grad_enabled() or torch.compiler.is_compiling() or type(x) is not Tensor:
+            return contextlib.nullcontext()
+        drawing = []
+        for block in chain.from_iterable(
+            stage if isinstance(stage, nn.ModuleList | nn.Sequential) else (stage,)
+            for stage in self.stages
+        ):
+            drop_path = block._modules.get("drop_path") if isinstance(block, MBConvBlock) else None
+            if isinstance(drop_path, DropPath) and drop_path.training and drop_path.probability:
+                drawing += [drop_path] * (2 if isinstance(block, MOATBlock) else 1)
+        return drawing_together(drawing, x) if drawing else contextlib.nullcontext()
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's raw map [B, C, ceil(H/32), ceil(W/32)]."""

@@ -23,12 +23,11 @@ def unsupported(
     """Why this backend does not cover a call; empty: it does. tensors: as `attention_half`'s."""
     if is_exporting():
         return "an export"
+    given = (tensor for tensor in (y, *tensors) if tensor is not None)
+    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in given):
+        return "gradients"
     *layers, table = tensors
-    reason = backend.unsupported(y, layers, table, description)
-    if not reason and torch.is_grad_enabled():
-        given = (tensor for tensor in (y, *tensors) if tensor is not None)
-        reason = "gradients" if any(tensor.requires_grad for tensor in given) else ""
-    return reason
+    return backend.unsupported(y, layers, table, description)
 
 
 def evaluate(
