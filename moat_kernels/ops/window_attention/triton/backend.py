@@ -6,6 +6,7 @@ Accumulates in float32; float32 products are exact unless PyTorch's own are TF32
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -25,10 +26,15 @@ from moat_kernels.ops.window_attention.description import WindowAttentionDescrip
 from moat_kernels.ops.window_attention.triton.launch_table import (
     BIAS_GRADIENT_PROGRAMS,
     GRADIENT_PROGRAMS,
+    GROUP_PROGRAMS,
     LARGEST_IN_ONE,
+    SUM_PROGRAMS,
     AttentionBlocks,
     attention_blocks,
-    row_slots,
+    is_held,
+    next_power_of_2,
+    padded_tokens,
+    sums_by_queries,
     window_splits,
 )
 
@@ -37,6 +43,9 @@ HEAD_DIMS = (16, 32, 64)
 # Of slabs, of a window's columns and of the table's: so many are read at a time by the kernel that
 # folds slabs into the table's gradient.
 FOLD_BLOCKS = {"BLOCK_SPLITS": 8, "BLOCK_COLUMNS": 16, "BLOCK_OFFSETS": 32}
+
+# Elements of the bias that a program spreads out.
+SPREAD_BLOCK = 1024
 
 
 def unsupported(
@@ -57,14 +66,11 @@ class _Call:
         batch, height, width, _ = qkv.shape
         heads, head_dim = description.heads, description.head_dim
         self.qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
-        # Kernels without a table take any pointer in its place.
-        self.table = self.qkv if bias_table is None else bias_table.contiguous()
         self.batch, self.heads, self.head_dim = batch, heads, head_dim
         self.map = (height, width)
         self.window = description.window_for(height, width)
         self.tokens = self.window[0] * self.window[1]
-        slots = row_slots(self.window[1])
-        self.slots = self.window[0] * slots
+        self.padded = padded_tokens(self.tokens)
         rows, columns = window_counts(height, width, self.window)
         self.windows = batch * rows * columns
         self.parts_first = description.qkv_layout == "qkv_heads"
@@ -79,18 +85,51 @@ class _Call:
             width,
             *self.window,
         )
+        ends = ((height - 1) * self.qkv.stride(1) + width * self.qkv.stride(2), height * width)
+        longest = max(ends[0], ends[1] * 3 * heads * head_dim)
         self.constants = {
-            "ROW_SLOTS": slots,
             "GRID": description.partition == "grid",
+            "RAGGED": height % self.window[0] != 0 or width % self.window[1] != 0,
+            "LONG": longest >= 2**31,
+            "PADDED": self.padded,
             "HEAD_DIM": head_dim,
             "PRECISION": "tf32" if multiplies_as_tf32() else "ieee",
         }
         self.has_table = bias_table is not None
+        # Kernels without a table take any pointer in its place.
+        self.tiles = self.qkv if bias_table is None else self._spread(bias_table)
+
+    def _spread(self, table: Tensor) -> Tensor:
+        """The bias of every pair of tokens, `spread_bias_kernel`'s tiles."""
+        from moat_kernels.ops.window_attention.triton.kernels.position_bias import (
+            spread_bias_kernel,
+        )
+
+        exact = self.qkv.dtype == torch.float32
+        shape = (self.heads, self.padded, self.padded)
+        tiles = table.new_empty(shape, dtype=torch.float32 if exact else torch.float16)
+        launch(
+            spread_bias_kernel,
+            (self.padded**2 // SPREAD_BLOCK, self.heads),
+            table.contiguous(),
+            tiles,
+            *self.window,
+            reads=(table,),
+            writes=(tiles,),
+            PADDED=self.padded,
+            BLOCK=SPREAD_BLOCK,
+            num_warps=4,
+        )
+        return tiles
 
     def configure(self, kernel: str) -> tuple[AttentionBlocks, dict[str, Any]]:
         """A kernel's launch, and the same as its options."""
         chosen = attention_blocks(
             *(kernel, self.qkv, self.windows, self.tokens, self.heads, self.head_dim)
+        )
+        # A tile has no more rows and columns than there are of the bias.
+        chosen = replace(
+            chosen, queries=min(chosen.queries, self.padded), keys=min(chosen.keys, self.padded)
         )
         return chosen, {
             **self.constants,
@@ -100,9 +139,19 @@ class _Call:
             "num_stages": chosen.stages,
         }
 
+    def walk(self, block: int) -> dict[str, Any]:
+        """Options of a kernel that walks over a window's tokens, a block at a time."""
+        rest = self.tokens % block
+        held = is_held(self.qkv, self.tokens, block)
+        return {"REST": rest and max(16, next_power_of_2(rest)), "HELD": held}
+
     def blocks(self, size: int) -> int:
-        """Blocks of `size` slots in a window."""
-        return -(-self.slots // size)
+        """Blocks of `size` tokens in a window."""
+        return -(-self.tokens // size)
+
+    def groups(self, size: int) -> int:
+        """Over how many programs a window's blocks of `size` tokens go: enough for any GPU."""
+        return min(self.blocks(size), -(-GROUP_PROGRAMS // max(1, self.windows * self.heads)))
 
     def product_flops(self, products: int) -> int:
         """Of so many products of two matrices for each window, [tokens, head_dim, tokens]."""
@@ -115,6 +164,11 @@ class _Call:
         return packed.unflatten(3, (*shape, self.head_dim)).select(
             3 if self.parts_first else 4, index
         )
+
+    def slabs(self, splits: int) -> Tensor:
+        """Empty ones, see `PartialGradients`."""
+        shape = (splits, self.heads, self.padded, self.padded)
+        return self.qkv.new_empty(shape, dtype=torch.float32)
 
     def statistic(self) -> Tensor:
         """An empty float32 per query, [B, heads, H, W]."""
@@ -141,16 +195,17 @@ def forward(
     chosen, options = call.configure("forward")
     launch(
         forward_kernel,
-        (call.blocks(chosen.queries) * call.windows, call.heads),
+        (call.windows, call.heads, call.groups(chosen.queries)),
         call.qkv,
-        call.table,
+        call.tiles,
         output,
         log_sum_exp,
         *call.geometry,
-        reads=(call.qkv, call.table),
+        reads=(call.qkv, call.tiles),
         writes=(output, log_sum_exp),
         flops=call.product_flops(2),
         HAS_TABLE=call.has_table,
+        **call.walk(chosen.keys),
         **options,
     )
     return Forward(output, [log_sum_exp])
@@ -176,7 +231,8 @@ def backward(
 class PartialGradients(NamedTuple):
     """The gradient of qkv, and what the other gradients are sums of, along the first axis.
 
-    slabs: [splits, heads, tokens, tokens], float32, of the scores, query by key; None: not needed.
+    slabs: [splits, heads, padded, padded], float32, of the scores, query by key, of which
+        [tokens, tokens] count; None: not needed.
     sums: [splits, 3 * heads * head_dim], float32, of qkv's gradient over all tokens; None likewise.
     """
 
@@ -213,9 +269,11 @@ def _partial_gradients(
     if call.tokens <= LARGEST_IN_ONE:
         return _gradient(call, grad, output, log_sum_exp, needs_table, needs_sums)
     grad_qkv = call.qkv.new_empty(call.qkv.shape)
-    _, delta = _query_gradient(call, grad, output, log_sum_exp, grad_qkv)
+    sums_scores = needs_table and sums_by_queries(call.qkv, call.tokens)
+    _, delta, slabs = _query_gradient(call, grad, output, log_sum_exp, grad_qkv, sums_scores)
     _key_value_gradient(call, grad, log_sum_exp, delta, grad_qkv)
-    slabs = _score_sums(call, grad, log_sum_exp, delta) if needs_table else None
+    if needs_table and slabs is None:
+        slabs = _score_sums(call, grad, log_sum_exp, delta)
     sums = grad_qkv.sum((0, 1, 2), dtype=torch.float32)[None] if needs_sums else None
     return PartialGradients(grad_qkv, slabs, sums)
 
@@ -233,14 +291,14 @@ def _gradient(
     from moat_kernels.ops.window_attention.triton.kernels.gradient import gradient_kernel
 
     _, options = call.configure("gradient")
-    held, walked = options.pop("BLOCK_QUERIES"), options.pop("BLOCK_KEYS")
+    options["BLOCK_QUERIES"] = call.padded  # the whole window
     splits = call.windows
     if needs_table or needs_sums:
         splits = window_splits(call.windows, call.heads, GRADIENT_PROGRAMS)
     grad_qkv = call.qkv.new_empty(call.qkv.shape)
     slabs = sums = None
     if needs_table:
-        slabs = log_sum_exp.new_empty(splits, call.heads, call.tokens, call.tokens)
+        slabs = call.slabs(splits)
     if needs_sums:
         sums = log_sum_exp.new_empty(splits, call.qkv.shape[3])
     launch(
@@ -250,18 +308,16 @@ def _gradient(
         output,
         log_sum_exp,
         call.qkv,
-        call.table,
+        call.tiles,
         grad_qkv,
         slabs,
         sums,
         *call.geometry,
         call.batch,
-        reads=(grad, output, log_sum_exp, call.qkv, call.table),
+        reads=(grad, output, log_sum_exp, call.qkv, call.tiles),
         writes=(grad_qkv, slabs, sums),
-        flops=call.product_flops(7),
+        flops=call.product_flops(5),
         HAS_TABLE=call.has_table,
-        BLOCK_HELD=held,
-        BLOCK_WALKED=walked,
         **options,
     )
     return PartialGradients(grad_qkv, slabs, sums)
@@ -269,31 +325,44 @@ def _gradient(
 
 @tunable
 def _query_gradient(
-    call: _Call, grad: Tensor, output: Tensor, log_sum_exp: Tensor, grad_qkv: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(gradient of the queries, written into grad_qkv, and delta of every query)."""
+    call: _Call,
+    grad: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    grad_qkv: Tensor,
+    sums_scores: bool = False,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(gradient of the queries, written into grad_qkv, delta of every query, slabs if asked)."""
     from moat_kernels.ops.window_attention.triton.kernels import backward as kernels
 
     delta = call.statistic()
     chosen, options = call.configure("query")
+    blocks = call.blocks(chosen.queries)
+    splits, slabs = call.windows, None
+    if sums_scores:
+        splits = window_splits(call.windows, call.heads * blocks, SUM_PROGRAMS)
+        slabs = call.slabs(splits)
     launch(
         kernels.query_gradient_kernel,
-        (call.blocks(chosen.queries) * call.windows, call.heads),
+        (blocks * splits, call.heads),
         grad,
         output,
         log_sum_exp,
         call.qkv,
-        call.table,
+        call.tiles,
         grad_qkv,
         delta,
+        slabs,
         *call.geometry,
-        reads=(grad, output, log_sum_exp, call.qkv, call.table),
-        writes=(Part(grad_qkv, 1, 3), delta),
+        call.batch,
+        reads=(grad, output, log_sum_exp, call.qkv, call.tiles),
+        writes=(Part(grad_qkv, 1, 3), delta, slabs),
         flops=call.product_flops(3),
         HAS_TABLE=call.has_table,
+        **call.walk(chosen.keys),
         **options,
     )
-    return call.part(grad_qkv, 0), delta
+    return call.part(grad_qkv, 0), delta, slabs
 
 
 @tunable
@@ -306,18 +375,19 @@ def _key_value_gradient(
     chosen, options = call.configure("key_value")
     launch(
         kernels.key_value_gradient_kernel,
-        (call.blocks(chosen.keys) * call.windows, call.heads),
+        (call.windows, call.heads, call.groups(chosen.keys)),
         grad,
         log_sum_exp,
         delta,
         call.qkv,
-        call.table,
+        call.tiles,
         grad_qkv,
         *call.geometry,
-        reads=(grad, log_sum_exp, delta, call.qkv, call.table),
+        reads=(grad, log_sum_exp, delta, call.qkv, call.tiles),
         writes=(Part(grad_qkv, 2, 3),),
         flops=call.product_flops(4),
         HAS_TABLE=call.has_table,
+        **call.walk(chosen.queries),
         **options,
     )
     return call.part(grad_qkv, 1), call.part(grad_qkv, 2)
@@ -331,7 +401,7 @@ def _score_sums(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -
     chosen, options = call.configure("bias")
     tiles = call.blocks(chosen.queries) * call.blocks(chosen.keys)
     splits = max(1, min(call.windows, BIAS_GRADIENT_PROGRAMS // (tiles * call.heads)))
-    slabs = delta.new_empty(splits, call.heads, call.tokens, call.tokens)
+    slabs = call.slabs(splits)
     launch(
         kernels.bias_gradient_kernel,
         (tiles, call.heads, splits),
@@ -339,11 +409,11 @@ def _score_sums(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -
         log_sum_exp,
         delta,
         call.qkv,
-        call.table,
+        call.tiles,
         slabs,
         *call.geometry,
         call.batch,
-        reads=(grad, log_sum_exp, delta, call.qkv, call.table),
+        reads=(grad, log_sum_exp, delta, call.qkv, call.tiles),
         writes=(slabs,),
         flops=call.product_flops(2),
         **options,

@@ -34,9 +34,8 @@ class AttentionBlocks:
 SMALL_WINDOW = 64
 SMALL, LARGE = "small window", "large window"
 
-# A program keeps its block of queries and walks over keys, of "key_value" the other way round. That
-# of "gradient" (of small windows) does both: it keeps as many keys as queries, and walks over as
-# many.
+# A program keeps its block of queries and walks over keys, of "key_value" the other way round. For
+# "gradient" (of small windows) a block of queries is the whole window, whatever stands here.
 LAUNCHES = register_launch_table(
     LaunchTable(
         "window_attention",
@@ -96,6 +95,16 @@ LAUNCHES = register_launch_table(
 # kernels of more programs were faster on an H200.
 LARGEST_IN_ONE = SMALL_WINDOW
 
+# Windows of up to so many tokens are held in shared memory.
+LARGEST_HELD = 256
+
+# Programs among which the blocks of a window are shared out, if there are few windows: enough for
+# several on each multiprocessor.
+GROUP_PROGRAMS = 528
+
+# Programs of "query" that sum gradients of scores: as many as run at a time on a large GPU.
+SUM_PROGRAMS = 264
+
 # Programs that sum the table's gradient, in a kernel of their own: enough for several on each
 # multiprocessor of any GPU. A constant, so that the order of summation is the same on all of them.
 BIAS_GRADIENT_PROGRAMS = 1024
@@ -110,13 +119,27 @@ def size_of(tokens: int) -> str:
     return SMALL if tokens <= SMALL_WINDOW else LARGE
 
 
-def row_slots(window_width: int) -> int:
-    """In how many slots kernels count the tokens of a window's row.
+def next_power_of_2(size: int) -> int:
+    """The smallest that is not below `size`."""
+    return 1 << (size - 1).bit_length()
 
-    The next power of 2, which is cheap to divide by, if three quarters of the slots have a token.
+
+def padded_tokens(tokens: int) -> int:
+    """`padded_tokens` of the kernels: rows and columns of the bias of a window's tokens."""
+    return 64 if tokens <= 64 else -(-tokens // 128) * 128
+
+
+def is_held(like: Tensor, tokens: int, block: int) -> bool:
+    """Whether kernels keep a window's keys (or queries) in shared memory, and unroll over blocks.
+
+    In float32 products are so many instructions that unrolling them takes too many.
     """
-    power = 1 << (window_width - 1).bit_length()
-    return power if 3 * power <= 4 * window_width else window_width
+    return like.element_size() == 2 and tokens <= min(LARGEST_HELD, 8 * block)
+
+
+def sums_by_queries(like: Tensor, tokens: int) -> bool:
+    """Whether "query" sums gradients of scores: its sums of [queries, tokens] need registers."""
+    return like.element_size() == 2 and tokens <= LARGEST_HELD
 
 
 def window_splits(windows: int, heads: int, programs: int) -> int:
