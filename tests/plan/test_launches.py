@@ -60,14 +60,24 @@ def attention_half_launches(side: int, recompute: str) -> tuple[list[str], list[
     return launches(block.attention_half, meta_map(64, side))
 
 
-FORWARD = ["norm_and_cast_kernel", "addmm", "forward_kernel", "addmm", "addcmul"]
+FORWARD = [
+    *("norm_and_cast_kernel", "addmm", "spread_bias_kernel", "forward_kernel", "addmm", "addcmul"),
+]
 
 
 def test_the_attention_half() -> None:
     forward, backward = attention_half_launches(7, "none")
     assert forward == ["bernoulli_", *FORWARD]
     assert backward == [
-        *("branch_gradient_kernel", "mm", "mm", "gradient_kernel", "mm", "mm"),
+        *(
+            "branch_gradient_kernel",
+            "mm",
+            "mm",
+            "spread_bias_kernel",
+            "gradient_kernel",
+            "mm",
+            "mm",
+        ),
         *("layer_norm_backward_kernel", "fold_sums_kernel"),
     ]
 
@@ -75,14 +85,14 @@ def test_the_attention_half() -> None:
 def test_the_attention_half_of_large_windows() -> None:
     """Three kernels in place of one, and a sum: faster on an H200 from some 64 tokens on."""
     forward, backward = attention_half_launches(14, "none")
-    assert (len(forward), len(backward)) == (6, 11)
+    assert (len(forward), len(backward)) == (7, 12)
 
 
 def test_recomputing_the_attention_half_draws_once() -> None:
     forward, backward = attention_half_launches(7, "block")
     assert forward == ["bernoulli_", *FORWARD]
     assert backward[: len(FORWARD)] == FORWARD
-    assert len(backward) == len(FORWARD) + 8
+    assert len(backward) == len(FORWARD) + 9
 
 
 DRAW = ["bernoulli_", "div_"]

@@ -137,7 +137,7 @@ def test_gradients_of_float32_weights_are_not_rounded(device: str) -> None:
 
 def test_large_windows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those with several backward kernels of attention."""
-    monkeypatch.setattr(window_attention, "LARGEST_IN_ONE", 0)
+    monkeypatch.setattr(window_attention, "in_one", lambda *_: False)
     block, y = make_block(device, **CASES["windows"]), make_map(device)
     check(train(fused, block, y), exactly(block, y))
 

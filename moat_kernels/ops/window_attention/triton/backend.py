@@ -6,7 +6,7 @@ Accumulates in float32; float32 products are exact unless PyTorch's own are TF32
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -27,10 +27,10 @@ from moat_kernels.ops.window_attention.triton.launch_table import (
     BIAS_GRADIENT_PROGRAMS,
     GRADIENT_PROGRAMS,
     GROUP_PROGRAMS,
-    LARGEST_IN_ONE,
     SUM_PROGRAMS,
     AttentionBlocks,
     attention_blocks,
+    in_one,
     is_held,
     next_power_of_2,
     padded_tokens,
@@ -105,9 +105,10 @@ class _Call:
             spread_bias_kernel,
         )
 
-        exact = self.qkv.dtype == torch.float32
+        # float16 has three bits more than the weights will be rounded to, and half the bytes.
+        low = self.qkv.dtype == torch.bfloat16
         shape = (self.heads, self.padded, self.padded)
-        tiles = table.new_empty(shape, dtype=torch.float32 if exact else torch.float16)
+        tiles = table.new_empty(shape, dtype=torch.float16 if low else torch.float32)
         launch(
             spread_bias_kernel,
             (self.padded**2 // SPREAD_BLOCK, self.heads),
@@ -168,7 +169,8 @@ class _Call:
     def slabs(self, splits: int) -> Tensor:
         """Empty ones, see `PartialGradients`."""
         shape = (splits, self.heads, self.padded, self.padded)
-        return self.qkv.new_empty(shape, dtype=torch.float32)
+        whole = self.qkv.new_empty(shape, dtype=torch.float32)
+        return whole[:, :, : self.tokens, : self.tokens]
 
     def statistic(self) -> Tensor:
         """An empty float32 per query, [B, heads, H, W]."""
@@ -228,11 +230,22 @@ def backward(
     return partial.qkv, _fold_table(call, partial.slabs, bias_table.dtype)
 
 
+@dataclass(frozen=True)
+class ScoreSums:
+    """`PartialGradients.slabs`, whose number depends on the launch."""
+
+    slabs: Tensor
+
+    def whole(self) -> Tensor:
+        """What tuning compares."""
+        return self.slabs.sum(0)
+
+
 class PartialGradients(NamedTuple):
     """The gradient of qkv, and what the other gradients are sums of, along the first axis.
 
-    slabs: [splits, heads, padded, padded], float32, of the scores, query by key, of which
-        [tokens, tokens] count; None: not needed.
+    slabs: [splits, heads, tokens, tokens], float32, of the scores, query by key, in memory
+        [splits, heads, padded, padded] (`padded_tokens`); None: not needed.
     sums: [splits, 3 * heads * head_dim], float32, of qkv's gradient over all tokens; None likewise.
     """
 
@@ -266,16 +279,16 @@ def _partial_gradients(
     grad = grad.contiguous()
     (log_sum_exp,) = saved
     needs_table = needs_table and call.has_table
-    if call.tokens <= LARGEST_IN_ONE:
+    if in_one(call.qkv, call.tokens):
         return _gradient(call, grad, output, log_sum_exp, needs_table, needs_sums)
     grad_qkv = call.qkv.new_empty(call.qkv.shape)
     sums_scores = needs_table and sums_by_queries(call.qkv, call.tokens)
-    _, delta, slabs = _query_gradient(call, grad, output, log_sum_exp, grad_qkv, sums_scores)
+    _, delta, scores = _query_gradient(call, grad, output, log_sum_exp, grad_qkv, sums_scores)
     _key_value_gradient(call, grad, log_sum_exp, delta, grad_qkv)
-    if needs_table and slabs is None:
-        slabs = _score_sums(call, grad, log_sum_exp, delta)
+    if needs_table and scores is None:
+        scores = _score_sums(call, grad, log_sum_exp, delta)
     sums = grad_qkv.sum((0, 1, 2), dtype=torch.float32)[None] if needs_sums else None
-    return PartialGradients(grad_qkv, slabs, sums)
+    return PartialGradients(grad_qkv, None if scores is None else scores.slabs, sums)
 
 
 @tunable
@@ -317,6 +330,7 @@ def _gradient(
         reads=(grad, output, log_sum_exp, call.qkv, call.tiles),
         writes=(grad_qkv, slabs, sums),
         flops=call.product_flops(5),
+        enable_fp_fusion=False,
         HAS_TABLE=call.has_table,
         **options,
     )
@@ -330,9 +344,9 @@ def _query_gradient(
     output: Tensor,
     log_sum_exp: Tensor,
     grad_qkv: Tensor,
-    sums_scores: bool = False,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(gradient of the queries, written into grad_qkv, delta of every query, slabs if asked)."""
+    sums_scores: bool,
+) -> tuple[Tensor, Tensor, ScoreSums | None]:
+    """(gradient of the queries, written into grad_qkv, delta of every query, sums if asked)."""
     from moat_kernels.ops.window_attention.triton.kernels import backward as kernels
 
     delta = call.statistic()
@@ -358,11 +372,12 @@ def _query_gradient(
         reads=(grad, output, log_sum_exp, call.qkv, call.tiles),
         writes=(Part(grad_qkv, 1, 3), delta, slabs),
         flops=call.product_flops(3),
+        enable_fp_fusion=False,
         HAS_TABLE=call.has_table,
         **call.walk(chosen.keys),
         **options,
     )
-    return call.part(grad_qkv, 0), delta, slabs
+    return call.part(grad_qkv, 0), delta, None if slabs is None else ScoreSums(slabs)
 
 
 @tunable
@@ -394,8 +409,8 @@ def _key_value_gradient(
 
 
 @tunable
-def _score_sums(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -> Tensor:
-    """`PartialGradients.slabs`, each summed in a fixed order."""
+def _score_sums(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -> ScoreSums:
+    """Each summed in a fixed order."""
     from moat_kernels.ops.window_attention.triton.kernels import backward as kernels
 
     chosen, options = call.configure("bias")
@@ -418,7 +433,7 @@ def _score_sums(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -
         flops=call.product_flops(2),
         **options,
     )
-    return slabs
+    return ScoreSums(slabs)
 
 
 def _fold_table(call: _Call, slabs: Tensor, dtype: torch.dtype) -> Tensor:

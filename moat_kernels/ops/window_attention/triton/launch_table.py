@@ -1,14 +1,14 @@
 """How the Triton kernels of window attention are launched: its launch table.
 
-Chosen by counting registers and shared memory (docs/gpu_kernels.md has what each compiles to).
-Those of Hopper (9) were measured on an H200, the others on no GPU:
-`python -m moat_kernels.tune` does that.
+Chosen by counting instructions, registers and shared memory (docs/gpu_kernels.md has what each
+compiles to), and measured on no GPU: `python -m moat_kernels.tune` does that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moat_kernels.ops.triton_support.choice import choose
@@ -18,6 +18,7 @@ from moat_kernels.ops.triton_support.launch_table import (
     LaunchTable,
     register_launch_table,
 )
+from moat_kernels.ops.triton_support.launching import architecture
 
 
 @dataclass(frozen=True)
@@ -40,15 +41,15 @@ LAUNCHES = register_launch_table(
     LaunchTable(
         "window_attention",
         {
-            ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
-            ("forward", 2, LARGE): AttentionBlocks(128, 32, 8, 2),
-            ("query", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
-            ("query", 2, LARGE): AttentionBlocks(128, 32, 8, 2),
-            ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 2),
-            ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 2),
-            ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
-            ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 2),
-            ("gradient", 2, SMALL): AttentionBlocks(64, 16, 4, 1),
+            ("forward", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+            ("forward", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+            ("query", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+            ("query", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+            ("key_value", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+            ("key_value", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+            ("bias", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+            ("bias", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+            ("gradient", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
             ("forward", 4, SMALL): AttentionBlocks(64, 16, 8, 1),
             ("forward", 4, LARGE): AttentionBlocks(64, 16, 8, 1),
             ("query", 4, SMALL): AttentionBlocks(32, 32, 4, 2),
@@ -57,6 +58,7 @@ LAUNCHES = register_launch_table(
             ("key_value", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
             ("bias", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
             ("bias", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
+            # Where nothing is compiled, in tests: its registers would spill, see `in_one`.
             ("gradient", 4, SMALL): AttentionBlocks(64, 16, 8, 1),
         },
         choices={
@@ -70,33 +72,26 @@ LAUNCHES = register_launch_table(
                 ("key_value", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
                 ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
             },
-            9: {  # measured on an H200, see docs/launch_tables.md
-                ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
-                ("forward", 2, LARGE): AttentionBlocks(64, 16, 4, 1),
-                ("query", 2, LARGE): AttentionBlocks(128, 16, 8, 1),
-                ("key_value", 2, LARGE): AttentionBlocks(16, 64, 4, 1),
-                ("bias", 2, LARGE): AttentionBlocks(64, 64, 4, 2),
-                ("gradient", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+            9: {  # sums the scores' gradients as well, see `sums_by_queries`
+                ("query", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
             },
-            10: {  # with two stages registers spill, those of "gradient" under Triton 3.6
-                ("gradient", 2, SMALL): AttentionBlocks(64, 32, 8, 1),
-                ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
-                ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 1),
-                ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 1),
-                ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
-                ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            10: {  # with fewer warps registers spill
+                ("gradient", 2, SMALL): AttentionBlocks(64, 64, 8, 1),
+            },
+            12: {  # with one stage registers spill
+                ("gradient", 2, SMALL): AttentionBlocks(64, 64, 4, 2),
             },
         },
     )
 )
 
-# Windows of up to so many tokens have one backward kernel: each of its programs has a sum of tokens
-# times tokens in the second-level cache, as many as there are programs at a time. Beyond, three
-# kernels of more programs were faster on an H200.
+# Windows of up to so many tokens have one backward kernel in 16 bits.
 LARGEST_IN_ONE = SMALL_WINDOW
 
-# Windows of up to so many tokens are held in shared memory.
+# Windows of up to so many tokens are held in shared memory, and have room in registers for the sums
+# of a block of queries.
 LARGEST_HELD = 256
+LARGEST_SUMMED = 208
 
 # Programs among which the blocks of a window are shared out, if there are few windows: enough for
 # several on each multiprocessor.
@@ -137,9 +132,18 @@ def is_held(like: Tensor, tokens: int, block: int) -> bool:
     return like.element_size() == 2 and tokens <= min(LARGEST_HELD, 8 * block)
 
 
+def in_one(like: Tensor, tokens: int) -> bool:
+    """Whether one kernel is the backward pass: in float32 its registers would spill."""
+    return like.element_size() == 2 and tokens <= LARGEST_IN_ONE
+
+
 def sums_by_queries(like: Tensor, tokens: int) -> bool:
-    """Whether "query" sums gradients of scores: its sums of [queries, tokens] need registers."""
-    return like.element_size() == 2 and tokens <= LARGEST_HELD
+    """Whether "query" sums gradients of scores too, [queries, tokens] of them in registers.
+
+    Otherwise "bias" computes the scores again. Elsewhere than on Hopper registers would spill.
+    """
+    hopper = architecture(like.device) // 10 == 9
+    return hopper and like.dtype == torch.bfloat16 and tokens <= LARGEST_SUMMED
 
 
 def window_splits(windows: int, heads: int, programs: int) -> int:

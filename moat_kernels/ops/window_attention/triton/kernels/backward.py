@@ -84,9 +84,9 @@ def zero_blocks(
     """Zeros for every block of keys, [ROWS, keys] each: a tuple."""
     blocks = ()
     for _ in tl.static_range(0, FULL, BLOCK_KEYS):
-        blocks = blocks + (tl.zeros([ROWS, BLOCK_KEYS], tl.float32),)
+        blocks = blocks + (tl.zeros([ROWS, BLOCK_KEYS], tl.float32),)  # noqa: RUF005
     if REST > 0:
-        blocks = blocks + (tl.zeros([ROWS, REST], tl.float32),)
+        blocks = blocks + (tl.zeros([ROWS, REST], tl.float32),)  # noqa: RUF005
     return blocks
 
 
@@ -107,18 +107,20 @@ def query_gradient_kernel(
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
     batch_size,
-    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, HAS_TABLE: tl.constexpr, PADDED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, HAS_TABLE: tl.constexpr,
+    PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     REST: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale dS K and delta of a block of queries, in every splits-th window of a head.
 
-    slabs [splits, heads, PADDED, PADDED] (or None, and unless HELD) are sums of dS over a program's
+    slabs [splits, heads, PADDED, PADDED] (None unless HELD) are sums of dS over a program's
     windows: no atomics, and always the same order.
 
     Reads q, k, v, output and its gradient once from DRAM; writes dQ once, a float32 delta per
-    query, and its slab. Scores, dP and the sums stay in registers. HELD: blocks of keys are written
-    out one after the other.
+    query, and its slab. Scores, dP and the sums stay in registers. HELD: the loop over blocks of
+    keys is unrolled, the last of REST. Compiled without fusing multiplications and additions: dS is
+    rounded once for its product and its sum, instead of waiting for the latter in two registers.
 
     Grid: (query blocks * splits, heads). Maps but qkv are contiguous; grad_qkv has the layout of
     qkv.
@@ -154,10 +156,13 @@ def query_gradient_kernel(
 
         sums = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
         if HELD:
+            # 0, which the compiler does not see: it would keep the offsets of all keys in registers
+            # from window to window, and spill them.
+            zero = index >> 31
             added = ()
             for start in tl.static_range(0, TOKENS, BLOCK_KEYS):
                 key, value, key_valid, _ = load_keys(
-                    base, start + tl.arange(0, BLOCK_KEYS if start < FULL else REST),
+                    base, start + zero + tl.arange(0, BLOCK_KEYS if start < FULL else REST),
                     row, column,
                     stride_row, stride_column, stride_part,
                     height, width, window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
@@ -168,7 +173,7 @@ def query_gradient_kernel(
                     BLOCK_QUERIES, key.shape[0], RAGGED, HAS_TABLE, PADDED, PRECISION,
                 )  # fmt: skip
                 if slabs is not None:
-                    added = added + (score_sums[start // BLOCK_KEYS] + grad_score,)
+                    added = added + (score_sums[start // BLOCK_KEYS] + grad_score,)  # noqa: RUF005
                 sums = tl.dot(grad_score.to(key.dtype), key, sums, input_precision=PRECISION)
             score_sums = added
         else:
@@ -221,8 +226,9 @@ def key_value_gradient_kernel(
     grad_output, log_sum_exp, delta, qkv, tiles, grad_qkv,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
-    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, HAS_TABLE: tl.constexpr, PADDED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, HAS_TABLE: tl.constexpr,
+    PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     REST: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dK = scale dS^T Q and dV = P^T G for every groups-th block of keys of a window.
@@ -259,13 +265,14 @@ def key_value_gradient_kernel(
                 window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
             )  # fmt: skip
             difference = tl.load(delta + query_pixel, mask=valid, other=0.0)
-            held = held + ((query, gradient, normalizer, difference, valid),)
+            held = held + ((query, gradient, normalizer, difference, valid),)  # noqa: RUF005
 
     step = tl.num_programs(2) * BLOCK_KEYS
     for first in range(tl.program_id(2) * BLOCK_KEYS, TOKENS, step):
         key, value, key_valid, pixel = load_keys(
             base, first + tl.arange(0, BLOCK_KEYS), row, column,
-            stride_row, stride_column, stride_part, height, width, window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
+            stride_row, stride_column, stride_part, height, width, window_height, window_width,
+            GRID, RAGGED, LONG, HEAD_DIM,
         )  # fmt: skip
         key_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
         value_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
@@ -302,8 +309,9 @@ def bias_gradient_kernel(
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
     batch_size,
-    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, PADDED: tl.constexpr,
+    HEAD_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     """slabs[split, head] += dS over every splits-th window, one tile of [tokens, tokens] a program.
 
@@ -331,7 +339,8 @@ def bias_gradient_kernel(
         statistic = (batch * heads + head) * height * width + origin
         query, gradient, normalizer, query_valid, pixel = load_queries(
             base, grad_output + place, log_sum_exp + statistic,
-            first_query + tl.arange(0, BLOCK_QUERIES), row, column, stride_row, stride_column, heads, height, width,
+            first_query + tl.arange(0, BLOCK_QUERIES), row, column,
+            stride_row, stride_column, heads, height, width,
             window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
         )  # fmt: skip
         difference = tl.load(delta + statistic + pixel, mask=query_valid, other=0.0)

@@ -81,9 +81,12 @@ def scores(
     tiles: this head's (`spread_bias_kernel`), or any pointer if not HAS_TABLE. Columns beyond the
     window are -inf there already.
     """
-    values = tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * (scale * LOG2_E)
+    values = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
     if HAS_TABLE:
-        values += bias_tile(tiles, first_row, first_column, PADDED, ROWS, COLUMNS)
+        bias = bias_tile(tiles, first_row, first_column, PADDED, ROWS, COLUMNS)
+        values = tl.fma(values, scale * LOG2_E, bias)
+    else:
+        values *= scale * LOG2_E
     if RAGGED or not HAS_TABLE:
         values = tl.where(column_valid[None, :], values, float("-inf"))
     return values
@@ -121,15 +124,16 @@ def load_all_keys(
     for start in tl.static_range(0, FULL, BLOCK_KEYS):
         key, value, valid, _ = load_keys(
             base, start + tl.arange(0, BLOCK_KEYS), row, column,
-            stride_row, stride_column, stride_part, height, width, window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
+            stride_row, stride_column, stride_part, height, width, window_height, window_width,
+            GRID, RAGGED, LONG, HEAD_DIM,
         )  # fmt: skip
-        keys, values, valids = keys + (key,), values + (value,), valids + (valid,)
+        keys, values, valids = keys + (key,), values + (value,), valids + (valid,)  # noqa: RUF005
     if REST > 0:
         key, value, valid, _ = load_keys(
             base, FULL + tl.arange(0, REST), row, column, stride_row, stride_column, stride_part,
             height, width, window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
         )  # fmt: skip
-        keys, values, valids = keys + (key,), values + (value,), valids + (valid,)
+        keys, values, valids = keys + (key,), values + (value,), valids + (valid,)  # noqa: RUF005
     return keys, values, valids
 
 
@@ -168,8 +172,9 @@ def forward_kernel(
     qkv, tiles, output, log_sum_exp,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
-    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, HAS_TABLE: tl.constexpr, PADDED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, HAS_TABLE: tl.constexpr,
+    PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     REST: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """output = softmax(scale Q K^T + bias) V for every groups-th block of queries of a window.
@@ -233,7 +238,8 @@ def forward_kernel(
                 )  # fmt: skip
             if REST > 0:
                 key, value, valid, _ = load_keys(
-                    base, FULL + tl.arange(0, REST), row, column, stride_row, stride_column, stride_part,
+                    base, FULL + tl.arange(0, REST), row, column,
+                    stride_row, stride_column, stride_part,
                     height, width, window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
                 )  # fmt: skip
                 state = attend(

@@ -43,9 +43,9 @@ def gradient_kernel(
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
     batch_size,
-    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, HAS_TABLE: tl.constexpr, PADDED: tl.constexpr,
-    HEAD_DIM: tl.constexpr, BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, HAS_TABLE: tl.constexpr,
+    PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ, dK, dV of every splits-th window of a head, and what they add to other gradients.
 
@@ -103,7 +103,7 @@ def gradient_kernel(
                 BLOCK_QUERIES, BLOCK_KEYS, RAGGED, HAS_TABLE, PADDED, PRECISION,
             )  # fmt: skip
             if slabs is not None:
-                added = added + (score_sums[block] + grad_score,)
+                added = added + (score_sums[block] + grad_score,)  # noqa: RUF005
             low = weight.to(gradient.dtype)
             value_gradient = tl.dot(tl.trans(low), gradient, input_precision=PRECISION)
             low = grad_score.to(query.dtype)

@@ -6,8 +6,8 @@ tiles [heads, tokens, tokens] that all windows read, mostly from the first- and 
 
 A tile is stored in the order in which a tensor core's sum lies in the registers of a warp: 16 rows
 by 8 columns, thread t of 32 having columns 2 (t % 4) and the next of rows t / 4 and t / 4 + 8. Each
-thread's share of `2 * VECTOR` columns is one vector of 16 bytes. So it needs no shared memory to get
-from there to the scores. Another order of threads would be as right, and slower.
+thread's share of `2 * VECTOR` columns is one vector of 16 bytes. So nothing crosses shared memory
+between there and the scores. On a GPU with another order it would, and be as right.
 
 Importing this imports triton.
 """
