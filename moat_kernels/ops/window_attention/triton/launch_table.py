@@ -41,12 +41,12 @@ LAUNCHES = register_launch_table(
     LaunchTable(
         "window_attention",
         {
-            ("forward", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
-            ("forward", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
-            ("query", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
-            ("query", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
-            ("key_value", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
-            ("key_value", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+            ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+            ("forward", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            ("query", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+            ("query", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            ("key_value", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+            ("key_value", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
             ("bias", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
             ("bias", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
             ("gradient", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
@@ -72,14 +72,25 @@ LAUNCHES = register_launch_table(
                 ("key_value", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
                 ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
             },
-            9: {  # sums the scores' gradients as well, see `sums_by_queries`
-                ("query", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            # Registers allow larger tiles. "query" sums the scores too, see `sums_by_queries`.
+            9: {
+                ("forward", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("forward", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+                ("query", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("key_value", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("key_value", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
             },
-            10: {  # with fewer warps registers spill
+            10: {  # with one stage, and "gradient" with fewer warps, registers spill
+                ("forward", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("forward", 2, LARGE): AttentionBlocks(64, 64, 4, 2),
+                ("key_value", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("key_value", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
                 ("gradient", 2, SMALL): AttentionBlocks(64, 64, 8, 1),
             },
-            12: {  # with one stage registers spill
+            12: {  # with one stage, in float32 with fewer warps, registers spill
                 ("gradient", 2, SMALL): AttentionBlocks(64, 64, 4, 2),
+                ("key_value", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
+                ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
             },
         },
     )
@@ -104,9 +115,8 @@ SUM_PROGRAMS = 264
 # multiprocessor of any GPU. A constant, so that the order of summation is the same on all of them.
 BIAS_GRADIENT_PROGRAMS = 1024
 
-# Likewise of the one backward kernel: several rounds of what fits a GPU, for few to be idle in the
-# last, but each has a slab.
-GRADIENT_PROGRAMS = 1024
+# Likewise of the one backward kernel: twice what runs at a time on a large GPU; each has a slab.
+GRADIENT_PROGRAMS = 528
 
 
 def size_of(tokens: int) -> str:
