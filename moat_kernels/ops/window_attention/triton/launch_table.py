@@ -81,8 +81,10 @@ LAUNCHES = register_launch_table(
                 ("key_value", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
             },
             10: {  # with one stage, and "gradient" with fewer warps, registers spill
-                ("forward", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("forward", 2, SMALL): AttentionBlocks(64, 64, 4, 2),
                 ("forward", 2, LARGE): AttentionBlocks(64, 64, 4, 2),
+                ("query", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("query", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
                 ("key_value", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
                 ("key_value", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
                 ("gradient", 2, SMALL): AttentionBlocks(64, 64, 8, 1),

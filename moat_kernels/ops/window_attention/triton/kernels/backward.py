@@ -140,6 +140,10 @@ def query_gradient_kernel(
         score_sums = zero_blocks(BLOCK_QUERIES, FULL, BLOCK_KEYS, REST)
 
     for index in range(split, batch_size * windows, splits):
+        # 0, which the compiler does not see: it would keep offsets of all tokens in registers from
+        # window to window, and spill them. With sums it spills less if those of queries stay.
+        zero = index >> 31
+        query_token = token + zero if slabs is None else token
         batch, row, column = find_window(index, height, width, window_height, window_width, GRID)
         base = qkv + batch * stride_batch + head * stride_head
         base += row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
@@ -147,7 +151,7 @@ def query_gradient_kernel(
         place = (batch * height * width + origin) * heads * HEAD_DIM + head * HEAD_DIM
         statistic = (batch * heads + head) * height * width + origin
         query, gradient, normalizer, valid, pixel = load_queries(
-            base, grad_output + place, log_sum_exp + statistic, token, row, column,
+            base, grad_output + place, log_sum_exp + statistic, query_token, row, column,
             stride_row, stride_column, heads, height, width, window_height, window_width,
             GRID, RAGGED, LONG, HEAD_DIM,
         )  # fmt: skip
@@ -156,9 +160,6 @@ def query_gradient_kernel(
 
         sums = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
         if HELD:
-            # 0, which the compiler does not see: it would keep the offsets of all keys in registers
-            # from window to window, and spill them.
-            zero = index >> 31
             added = ()
             for start in tl.static_range(0, TOKENS, BLOCK_KEYS):
                 key, value, key_valid, _ = load_keys(

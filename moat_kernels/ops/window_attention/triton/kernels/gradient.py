@@ -55,7 +55,8 @@ def gradient_kernel(
     qkv_sums [splits, 3 * heads * HEAD_DIM] (or None), packed as qkv, of dQ, dK, dV over tokens too.
 
     Reads q, k, v, output and its gradient and a float32 per query once from DRAM; writes dQ, dK and
-    dV once, and the sums, which stay in registers: no atomics, and always the same order.
+    dV once, and the sums, which stay in registers: no atomics, and always the same order. Compiled
+    without fusing multiplications and additions, as `query_gradient_kernel`.
 
     Grid: (splits, heads). Maps but qkv are contiguous; grad_qkv has the layout of qkv.
     """
@@ -75,6 +76,8 @@ def gradient_kernel(
         value_totals = tl.zeros([BLOCK_KEYS // 16, 8, HEAD_DIM], tl.float32)
 
     for index in range(split, batch_size * windows, tl.num_programs(0)):
+        # 0, see `query_gradient_kernel`.
+        zero = index >> 31
         batch, row, column = find_window(index, height, width, window_height, window_width, GRID)
         base = qkv + batch * stride_batch + head * stride_head
         base += row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
@@ -84,7 +87,8 @@ def gradient_kernel(
         place = (batch * height * width + origin) * heads * HEAD_DIM + head * HEAD_DIM
         statistic = (batch * heads + head) * height * width + origin
         query, gradient, normalizer, valid, pixel = load_queries(
-            base, grad_output + place, log_sum_exp + statistic, tl.arange(0, BLOCK_QUERIES),
+            base, grad_output + place, log_sum_exp + statistic,
+            zero + tl.arange(0, BLOCK_QUERIES),
             row, column, stride_row, stride_column, heads, height, width,
             window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
         )  # fmt: skip
@@ -93,7 +97,7 @@ def gradient_kernel(
         added = ()
         for block in tl.static_range(BLOCKS):
             key, value, key_valid, key_pixel = load_keys(
-                base, block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS), row, column,
+                base, block * BLOCK_KEYS + zero + tl.arange(0, BLOCK_KEYS), row, column,
                 stride_row, stride_column, stride_part,
                 height, width, window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
             )  # fmt: skip
