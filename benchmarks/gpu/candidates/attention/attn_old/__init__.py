@@ -1,0 +1,1 @@
+"""Window attention by Triton kernels."""

@@ -1,0 +1,373 @@
+"""Window attention by Triton kernels, on NVIDIA (and, not tried, AMD) GPUs.
+
+Reads windows from the packed map in place, by strides; saves the log-sum-exp of every query.
+Accumulates in float32; float32 products are exact unless PyTorch's own are TF32.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from moat_kernels.ops.triton_support.launching import (
+    launch,
+    multiplies_as_tf32,
+    tunable,
+    unsupported_tensor,
+)
+from moat_kernels.ops.triton_support.traffic import Part
+from moat_kernels.ops.window_attention.algebra.partition import window_counts
+from moat_kernels.ops.window_attention.algebra.position_bias import table_size
+from moat_kernels.ops.window_attention.contract import Forward
+from moat_kernels.ops.window_attention.description import WindowAttentionDescription
+from attn_old.launch_table import (
+    BIAS_GRADIENT_PROGRAMS,
+    GRADIENT_PROGRAMS,
+    LARGEST_IN_ONE,
+    AttentionBlocks,
+    attention_blocks,
+    row_slots,
+    window_splits,
+)
+
+HEAD_DIMS = (16, 32, 64)
+
+# Of slabs, of a window's columns and of the table's: so many are read at a time by the kernel that
+# folds slabs into the table's gradient.
+FOLD_BLOCKS = {"BLOCK_SPLITS": 8, "BLOCK_COLUMNS": 16, "BLOCK_OFFSETS": 32}
+
+
+def unsupported(
+    qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
+) -> str:
+    """Why this backend does not cover a call; empty: it does."""
+    if description.head_dim not in HEAD_DIMS:
+        return f"head_dim {description.head_dim}"
+    return unsupported_tensor(qkv)
+
+
+class _Call:
+    """What the kernels of one call have in common."""
+
+    def __init__(
+        self, qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
+    ) -> None:
+        batch, height, width, _ = qkv.shape
+        heads, head_dim = description.heads, description.head_dim
+        self.qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
+        # Kernels without a table take any pointer in its place.
+        self.table = self.qkv if bias_table is None else bias_table.contiguous()
+        self.batch, self.heads, self.head_dim = batch, heads, head_dim
+        self.map = (height, width)
+        self.window = description.window_for(height, width)
+        self.tokens = self.window[0] * self.window[1]
+        slots = row_slots(self.window[1])
+        self.slots = self.window[0] * slots
+        rows, columns = window_counts(height, width, self.window)
+        self.windows = batch * rows * columns
+        self.parts_first = description.qkv_layout == "qkv_heads"
+        # Strides of (q, k, v) and of heads.
+        packed = (heads * head_dim, head_dim) if self.parts_first else (head_dim, 3 * head_dim)
+        self.geometry = (
+            *self.qkv.stride()[:3],
+            *packed,
+            description.scale_or_default(),
+            heads,
+            height,
+            width,
+            *self.window,
+        )
+        self.constants = {
+            "ROW_SLOTS": slots,
+            "GRID": description.partition == "grid",
+            "HEAD_DIM": head_dim,
+            "PRECISION": "tf32" if multiplies_as_tf32() else "ieee",
+        }
+        self.has_table = bias_table is not None
+
+    def configure(self, kernel: str) -> tuple[AttentionBlocks, dict[str, Any]]:
+        """A kernel's launch, and the same as its options."""
+        chosen = attention_blocks(
+            *(kernel, self.qkv, self.windows, self.tokens, self.heads, self.head_dim)
+        )
+        return chosen, {
+            **self.constants,
+            "BLOCK_QUERIES": chosen.queries,
+            "BLOCK_KEYS": chosen.keys,
+            "num_warps": chosen.warps,
+            "num_stages": chosen.stages,
+        }
+
+    def blocks(self, size: int) -> int:
+        """Blocks of `size` slots in a window."""
+        return -(-self.slots // size)
+
+    def product_flops(self, products: int) -> int:
+        """Of so many products of two matrices for each window, [tokens, head_dim, tokens]."""
+        pairs = self.windows * self.heads * self.tokens**2
+        return 2 * products * pairs * self.head_dim
+
+    def part(self, packed: Tensor, index: int) -> Tensor:
+        """q, k or v (index 0, 1 or 2) of every head in a map packed as qkv is."""
+        shape = (3, self.heads) if self.parts_first else (self.heads, 3)
+        return packed.unflatten(3, (*shape, self.head_dim)).select(
+            3 if self.parts_first else 4, index
+        )
+
+    def statistic(self) -> Tensor:
+        """An empty float32 per query, [B, heads, H, W]."""
+        return self.qkv.new_empty(self.batch, self.heads, *self.map, dtype=torch.float32)
+
+
+def evaluate(
+    qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
+) -> Tensor:
+    """The output [B, H, W, heads*head_dim]."""
+    return forward(qkv, bias_table, description).output
+
+
+@tunable
+def forward(
+    qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
+) -> Forward:
+    """The output and the log2-sum-exp of every query, [B, heads, H, W]."""
+    from attn_old.kernels.forward import forward_kernel
+
+    call = _Call(qkv, bias_table, description)
+    output = qkv.new_empty(*qkv.shape[:3], description.heads * description.head_dim)
+    log_sum_exp = call.statistic()
+    chosen, options = call.configure("forward")
+    launch(
+        forward_kernel,
+        (call.blocks(chosen.queries) * call.windows, call.heads),
+        call.qkv,
+        call.table,
+        output,
+        log_sum_exp,
+        *call.geometry,
+        reads=(call.qkv, call.table),
+        writes=(output, log_sum_exp),
+        flops=call.product_flops(2),
+        HAS_TABLE=call.has_table,
+        **options,
+    )
+    return Forward(output, [log_sum_exp])
+
+
+def backward(
+    grad: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    description: WindowAttentionDescription,
+    output: Tensor,
+    saved: list[Tensor],
+    needs_table: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Gradients of qkv and, in its dtype, of the bias table."""
+    call = _Call(qkv, bias_table, description)
+    partial = _partial_gradients(call, grad, output, saved, needs_table, needs_sums=False)
+    if bias_table is None or partial.slabs is None:
+        return partial.qkv, None
+    return partial.qkv, _fold_table(call, partial.slabs, bias_table.dtype)
+
+
+class PartialGradients(NamedTuple):
+    """The gradient of qkv, and what the other gradients are sums of, along the first axis.
+
+    slabs: [splits, heads, tokens, tokens], float32, of the scores, query by key; None: not needed.
+    sums: [splits, 3 * heads * head_dim], float32, of qkv's gradient over all tokens; None likewise.
+    """
+
+    qkv: Tensor
+    slabs: Tensor | None
+    sums: Tensor | None
+
+
+def partial_gradients(
+    grad: Tensor,
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    description: WindowAttentionDescription,
+    output: Tensor,
+    saved: list[Tensor],
+    needs_table: bool,
+) -> PartialGradients:
+    """`backward`, for who adds the slabs up in a kernel of its own, and qkv's sums with them."""
+    call = _Call(qkv, bias_table, description)
+    return _partial_gradients(call, grad, output, saved, needs_table, needs_sums=True)
+
+
+def _partial_gradients(
+    call: _Call,
+    grad: Tensor,
+    output: Tensor,
+    saved: list[Tensor],
+    needs_table: bool,
+    needs_sums: bool,
+) -> PartialGradients:
+    grad = grad.contiguous()
+    (log_sum_exp,) = saved
+    needs_table = needs_table and call.has_table
+    if call.tokens <= LARGEST_IN_ONE:
+        return _gradient(call, grad, output, log_sum_exp, needs_table, needs_sums)
+    grad_qkv = call.qkv.new_empty(call.qkv.shape)
+    _, delta = _query_gradient(call, grad, output, log_sum_exp, grad_qkv)
+    _key_value_gradient(call, grad, log_sum_exp, delta, grad_qkv)
+    slabs = _score_sums(call, grad, log_sum_exp, delta) if needs_table else None
+    sums = grad_qkv.sum((0, 1, 2), dtype=torch.float32)[None] if needs_sums else None
+    return PartialGradients(grad_qkv, slabs, sums)
+
+
+@tunable
+def _gradient(
+    call: _Call,
+    grad: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    needs_table: bool,
+    needs_sums: bool,
+) -> PartialGradients:
+    """All of it in one kernel."""
+    from attn_old.kernels.gradient import gradient_kernel
+
+    _, options = call.configure("gradient")
+    held, walked = options.pop("BLOCK_QUERIES"), options.pop("BLOCK_KEYS")
+    splits = call.windows
+    if needs_table or needs_sums:
+        splits = window_splits(call.windows, call.heads, GRADIENT_PROGRAMS)
+    grad_qkv = call.qkv.new_empty(call.qkv.shape)
+    slabs = sums = None
+    if needs_table:
+        slabs = log_sum_exp.new_empty(splits, call.heads, call.tokens, call.tokens)
+    if needs_sums:
+        sums = log_sum_exp.new_empty(splits, call.qkv.shape[3])
+    launch(
+        gradient_kernel,
+        (splits, call.heads),
+        grad,
+        output,
+        log_sum_exp,
+        call.qkv,
+        call.table,
+        grad_qkv,
+        slabs,
+        sums,
+        *call.geometry,
+        call.batch,
+        reads=(grad, output, log_sum_exp, call.qkv, call.table),
+        writes=(grad_qkv, slabs, sums),
+        flops=call.product_flops(7),
+        HAS_TABLE=call.has_table,
+        BLOCK_HELD=held,
+        BLOCK_WALKED=walked,
+        **options,
+    )
+    return PartialGradients(grad_qkv, slabs, sums)
+
+
+@tunable
+def _query_gradient(
+    call: _Call, grad: Tensor, output: Tensor, log_sum_exp: Tensor, grad_qkv: Tensor
+) -> tuple[Tensor, Tensor]:
+    """(gradient of the queries, written into grad_qkv, and delta of every query)."""
+    from attn_old.kernels import backward as kernels
+
+    delta = call.statistic()
+    chosen, options = call.configure("query")
+    launch(
+        kernels.query_gradient_kernel,
+        (call.blocks(chosen.queries) * call.windows, call.heads),
+        grad,
+        output,
+        log_sum_exp,
+        call.qkv,
+        call.table,
+        grad_qkv,
+        delta,
+        *call.geometry,
+        reads=(grad, output, log_sum_exp, call.qkv, call.table),
+        writes=(Part(grad_qkv, 1, 3), delta),
+        flops=call.product_flops(3),
+        HAS_TABLE=call.has_table,
+        **options,
+    )
+    return call.part(grad_qkv, 0), delta
+
+
+@tunable
+def _key_value_gradient(
+    call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor, grad_qkv: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of keys and values, written into grad_qkv."""
+    from attn_old.kernels import backward as kernels
+
+    chosen, options = call.configure("key_value")
+    launch(
+        kernels.key_value_gradient_kernel,
+        (call.blocks(chosen.keys) * call.windows, call.heads),
+        grad,
+        log_sum_exp,
+        delta,
+        call.qkv,
+        call.table,
+        grad_qkv,
+        *call.geometry,
+        reads=(grad, log_sum_exp, delta, call.qkv, call.table),
+        writes=(Part(grad_qkv, 2, 3),),
+        flops=call.product_flops(4),
+        HAS_TABLE=call.has_table,
+        **options,
+    )
+    return call.part(grad_qkv, 1), call.part(grad_qkv, 2)
+
+
+@tunable
+def _score_sums(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -> Tensor:
+    """`PartialGradients.slabs`, each summed in a fixed order."""
+    from attn_old.kernels import backward as kernels
+
+    chosen, options = call.configure("bias")
+    tiles = call.blocks(chosen.queries) * call.blocks(chosen.keys)
+    splits = max(1, min(call.windows, BIAS_GRADIENT_PROGRAMS // (tiles * call.heads)))
+    slabs = delta.new_empty(splits, call.heads, call.tokens, call.tokens)
+    launch(
+        kernels.bias_gradient_kernel,
+        (tiles, call.heads, splits),
+        grad,
+        log_sum_exp,
+        delta,
+        call.qkv,
+        call.table,
+        slabs,
+        *call.geometry,
+        call.batch,
+        reads=(grad, log_sum_exp, delta, call.qkv, call.table),
+        writes=(slabs,),
+        flops=call.product_flops(2),
+        **options,
+    )
+    return slabs
+
+
+def _fold_table(call: _Call, slabs: Tensor, dtype: torch.dtype) -> Tensor:
+    """[heads, 2*wh-1, 2*ww-1] in `dtype`, summed in a fixed order."""
+    from attn_old.kernels.backward import fold_table_kernel
+
+    rows, columns = table_size(call.window)
+    grad_table = slabs.new_empty(call.heads, rows, columns, dtype=dtype)
+    launch(
+        fold_table_kernel,
+        (rows, -(-columns // FOLD_BLOCKS["BLOCK_OFFSETS"]), call.heads),
+        slabs,
+        grad_table,
+        len(slabs),
+        call.heads,
+        *call.window,
+        reads=(slabs,),
+        writes=(grad_table,),
+        **FOLD_BLOCKS,
+        num_warps=4,
+    )
+    return grad_table
