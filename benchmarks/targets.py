@@ -287,7 +287,7 @@ READING_TARGET = Target(
 HOST_TARGET = Target(
     "host time of a block on a GPU, over stock's",
     *(bench_host_time.HOST_TIME[0].name, TIME, "fused", ("stock",)),
-    at_most=1.0,
+    at_most=0.5,
 )
 TARGETS = [
     *(*block_targets(), *attention_targets(), *low_precision_targets(), *model_targets()),

@@ -27,9 +27,9 @@ LEAST_SECONDS = 2.7e-6
 # Of the host from one launch of PyTorch's to the next: 154 ms of a fused step, eager, by 4723, most
 # of them PyTorch's (run 5); 21 to 42 microseconds in other runs on the same kind of machine.
 HOST_SECONDS = 33e-6
-# Likewise of this package's, with what Python does around it: 71.1 ms of the fused step in run 7
-# less the former of 202, by 339; 75 to 132 ms were seen in run 8.
-OWN_HOST_SECONDS = 190e-6
+# Likewise of this package's, with what Python does around it, once calls are replayed: 36.5 ms of
+# the fused step in run 9 less the former of 202, by 339.
+OWN_HOST_SECONDS = 88e-6
 
 
 def graphed_seconds(passes: Sequence[Pass], gpu: Gpu) -> float:

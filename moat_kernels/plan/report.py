@@ -23,7 +23,8 @@ launches  forward / all; PyTorch launches somewhat more than its operators show
 step      at least: each kernel's bytes at full DRAM bandwidth or its products at the full rate,
           whichever takes longer; launches and all that is less than ideal come on top
           graph: a forecast for a CUDA graph, kernels as near their floors as on the H200
-          eager: that, or what a host takes for the launches (33 us each; 21 to 42 were seen)
+          eager: that, or what a host takes for the launches (88 us for each of this package's,
+          33 for others; hosts differ by a half)
           docs/roofline.md has both beside what was measured"""
 
 WIDTH = 12
