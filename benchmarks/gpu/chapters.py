@@ -45,8 +45,8 @@ def correctness(card: Card) -> list[str]:
     measured = any(row["passed"] for row in rows)
     return [
         "Each case runs repeatedly on memory that is NaN where nothing was written, and is compared"
-        " with float64. Errors are relative to the largest element. They are those of the cases that"
-        " passed: a case that does not gives a reason instead.",
+        " with float64. Errors are relative to the largest element. They are those of the cases"
+        " that passed: a case that does not gives a reason instead.",
         "",
         *(format_table(tuple(rows[0]), rows) if measured or failed else [f"Errors: {NOT_YET}."]),
         "",

@@ -1,8 +1,8 @@
 """Every kernel, dtype and recompute level at a small and a MOAT shape against float64.
 
 Uninitialised memory is NaN, so that unwritten elements show, and every step runs three times, the
-last time replayed: the bits must be the same. A step reports how far it is from float64, and how far stock operations in the
-same dtype are.
+last time replayed: the bits must be the same. A step reports how far it is from float64, and how
+far stock operations in the same dtype are.
 """
 
 from __future__ import annotations

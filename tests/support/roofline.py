@@ -80,7 +80,7 @@ counted on an H200 where the trace had 1746, 66 of which drop path no longer mak
   launch of PyTorch's and {OWN_HOST_SECONDS * 1e6:g} µs for each of this package's, with the Python
   around it.
 
-These five numbers were measured with moat_0 at batch 64 on H200s, in runs 5, 7 and 8 of
+These five numbers were measured with moat_0 at batch 64 on H200s, in runs 5, 8 and 9 of
 [gpu_results.md](gpu_results.md); `moat_kernels/plan/forecast.py` says how each follows. Fused steps
 that only run 5 has were of the kernels of then, ten times as many: what stands beside them is what
 to expect now. Eager times vary with the host by a half.
