@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from support.small_model import make_model
-from support.tolerances import BACKEND_OUTPUT, assert_close
+from support.tolerances import BACKEND_MODEL_OUTPUT, BACKEND_OUTPUT, assert_close
 
 import moat_kernels as mk
 from moat_kernels.checkpoints import load_checkpoint
@@ -61,12 +61,12 @@ def test_images_of_other_channels(in_chans: int) -> None:
     fused = make_model(torch.float32, in_chans=in_chans)
     x = torch.randn(2, in_chans, 33, 40)
     exact = make_model(in_chans=in_chans, fused=False)
-    assert_close(fused(x), exact(x.double()).float(), BACKEND_OUTPUT[torch.float32])
+    assert_close(fused(x), exact(x.double()).float(), BACKEND_MODEL_OUTPUT)
     plain.eval(), fused.eval(), exact.eval()
     with torch.no_grad():
         expected = exact(x.double()).float()
-        assert_close(fused(x), expected, BACKEND_OUTPUT[torch.float32])
-        assert_close(mk.freeze(fused)(x), expected, BACKEND_OUTPUT[torch.float32])
+        assert_close(fused(x), expected, BACKEND_MODEL_OUTPUT)
+        assert_close(mk.freeze(fused)(x), expected, BACKEND_MODEL_OUTPUT)
     with pytest.raises(ValueError, match=rf"x must be \[B, {in_chans}, H, W\], got \(1, 3, 8, 8\)"):
         fused(torch.zeros(1, 3, 8, 8))
 

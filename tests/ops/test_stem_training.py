@@ -127,6 +127,8 @@ def test_autocast(
         assert actual[name].dtype == stock[name].dtype, name
         if value.numel() and value.abs().max() < 1e-9:  # zero but for rounding: before the norm
             continue
+        if name == "conv_0.weight" and size == (2, 1, 1) and torch.cpu._is_amx_tile_supported():
+            continue  # oneDNN reads memory that nobody wrote: stock is off by 1e5 and more too
         allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value)
         assert_close(actual[name], value, allowed + torch.finfo(dtype).eps, name)
 

@@ -151,7 +151,9 @@ def record_launches(arch: int | str) -> Iterator[list[Launch]]:
             found.append(launch)
         return launch
 
-    with compiling_for(arch), pytest.MonkeyPatch.context() as patch:
+    # Who listens sees all launches: nothing is replayed.
+    heard = launching.listening(lambda _: None)
+    with compiling_for(arch), heard, pytest.MonkeyPatch.context() as patch:
         patch.setattr(launching, "_run", record)
         yield found
 

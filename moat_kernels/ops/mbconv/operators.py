@@ -113,7 +113,7 @@ def backward(
         if name in needed and source is not None:
             gradient = gradients[name]
             # Asking takes a tenth of what an operator does that has nothing to do.
-            if gradient.shape != source.shape:
+            if gradient.shape != source.shape or gradient.stride() != source.stride():
                 gradient = gradient.reshape(source.shape)
             if gradient.dtype != source.dtype:
                 gradient = gradient.to(source.dtype)

@@ -31,7 +31,6 @@ MOST_TAPES = 512
 # What kernels and launch tables ask of an address.
 ALIGNMENT = 16
 
-
 # The tapes of every function that is replayed.
 _all_tapes: list[dict[tuple[Any, ...], Any]] = []
 
@@ -64,7 +63,8 @@ def replayed(
                 key.append(user_choices(tensors[0].device))
                 kind = tuple(key)
                 tape = tapes.get(kind)
-            except (TypeError, Unreplayable):  # unhashable, or tensors that are not plain ones
+            # No tensors, something unhashable, or tensors that are not plain ones.
+            except (IndexError, TypeError, Unreplayable):
                 return function(*arguments)
             if tape is None or tape is _NEVER:
                 if len(tapes) >= MOST_TAPES:
