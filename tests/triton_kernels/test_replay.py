@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import ctypes
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,7 +19,7 @@ from moat_kernels import use_backend
 pytest.importorskip("triton")
 
 from moat_kernels.ops.triton_support import replay
-from moat_kernels.ops.triton_support.launching import listening
+from moat_kernels.ops.triton_support.launching import launch, listening
 from moat_kernels.ops.triton_support.replay import replayed
 
 SHAPE = (2, 24, 5, 6)
@@ -184,3 +186,70 @@ def test_arguments_that_share_memory(device: str, replays: list[int]) -> None:
     for _ in range(3):  # the same tensor twice is one argument
         assert torch.equal(added(memory, memory), memory + 2 * memory)
     assert len(replays) == 3
+
+
+class AddOne:
+    """In place of a compiled kernel: y = x + 1 on the CPU, by addresses as Triton launches."""
+
+    arg_names = ("x", "y", "count", "BLOCK")
+    fn = SimpleNamespace(__name__="add_one")
+    function, packed_metadata = 7, (4, 1, 0)
+
+    def __init__(self) -> None:
+        self.launches: list[tuple[Any, ...]] = []
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., AddOne]:
+        def launched(x: Tensor, y: Tensor, count: int, BLOCK: int, **_: Any) -> AddOne:
+            self._add(x.data_ptr(), y.data_ptr(), count)
+            return self
+
+        return launched
+
+    def run(self, *arguments: Any) -> None:
+        *launch, x, y, count, _ = arguments
+        self.launches.append(tuple(launch))
+        self._add(x, y, count)
+
+    def _add(self, x: int, y: int, count: int) -> None:
+        source, target = ((ctypes.c_float * count).from_address(each) for each in (x, y))
+        for index in range(count):
+            target[index] = source[index] + 1
+
+
+class Driver:
+    """What a tape asks Triton's driver for."""
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 42 + device
+
+
+def test_compiled_kernels_get_addresses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of arguments wherever they begin, of parts of an output, of small temporary memory."""
+    from triton.runtime.driver import driver
+
+    monkeypatch.setattr(driver, "_active", Driver())
+    kernel = AddOne()
+
+    def add(x: Tensor, y: Tensor) -> None:
+        launch(kernel, (1, 2), x, y, x.numel(), reads=(x,), writes=(y,), BLOCK=8)
+
+    @replayed()
+    def chained(x: Tensor) -> Tensor:
+        once, twice = torch.empty_like(x), torch.empty_like(x)
+        add(x, once)
+        add(once, twice)
+        output = x.new_empty(3, len(x))
+        add(twice, output[2])
+        output[0].copy_(x)
+        torch.add(output[2], 1, out=output[1])
+        return output[1:]
+
+    memory = torch.arange(64.0)
+    for begin in (0, 8, 4, 40):
+        x = memory[begin : begin + 8]
+        assert torch.equal(chained(x), torch.stack([x + 4, x + 3]))
+    # Of the last two calls: grid, stream, and what the kernel was compiled to.
+    assert kernel.launches == 6 * [(1, 2, 1, 42, 7, (4, 1, 0), None, None, None)]

@@ -1,15 +1,17 @@
 """A tape as a Python function: straight lines without a decision, written as source and compiled.
 
 def replay(inputs):
-    (v0, v1, ...) = inputs                                     the tensor of each slot
+    (v0, v1, ) = inputs                                         the tensor of each slot
     stream = get_stream(0)
-    v9 = empty(c0, c1, dtype=c2, device=c3)
+    memory = empty((1024,), (1,), dtype=c3, device=c4)          of small temporary tensors
+    small = memory.data_ptr()
+    v9 = empty((64, 128), (128, 1), dtype=c5, device=c6)
     p0 = v0.data_ptr()
     p9 = v9.data_ptr()
-    run4(784, 1, 1, stream, function4, metadata4, None, None, None, p0, p9 + 128, 12544, ...)
-    v10 = operator11(v9, strided(v1, (4, 4), (4, 1), 0))
+    run7(784, 1, 1, stream, function8, metadata9, None, None, None, p0, small + 512, p9, 64)
+    v10 = operator10(v9, strided(v1, (4, 4), (4, 1), 0))
     del v9
-    return Forward(v10, ...)
+    return Forward11(v10, [])
 """
 
 from __future__ import annotations
