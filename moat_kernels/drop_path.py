@@ -95,8 +95,9 @@ def drawing_together(modules: Sequence[DropPath], x: Tensor) -> Iterator[None]:
 def _rates(
     probabilities: tuple[float, ...], dtype: torch.dtype, device: torch.device
 ) -> tuple[Tensor, Tensor]:
-    """(the survival probabilities, float32, and 1 by each, in `dtype`), [n, 1]: kept, as a copy to
-    a GPU waits for it.
+    """(the survival probabilities, float32, and 1 by each, in `dtype`), [n, 1].
+
+    Kept, as copying them to a GPU makes the host wait.
     """
     with _disable_current_modes():
         keep = torch.tensor([[1.0 - each] for each in probabilities], dtype=torch.float64)

@@ -188,6 +188,56 @@ def test_arguments_that_share_memory(device: str, replays: list[int]) -> None:
     assert len(replays) == 3
 
 
+def test_what_operators_return(device: str, replays: list[int]) -> None:
+    """Lists of one, tuples, parts of what is new; results that nobody uses."""
+
+    @replayed()
+    def several(x: Tensor) -> list[Tensor]:
+        (one,) = torch._foreach_add([x], 1.0)
+        variance, mean = torch.var_mean(x, 0)
+        values, _ = x.sort(1)
+        part = torch.cat([x, x])[1:].mul_(2)
+        return [one, variance, mean, values, part]
+
+    for _ in range(4):
+        x = torch.randn(3, 2, device=device)
+        twice = torch.cat([x, x])[1:] * 2
+        expected = [x + 1, *torch.var_mean(x, 0), x.sort(1).values, twice]
+        assert all(map(torch.equal, several(x), expected))
+    assert len(replays) == 2
+
+
+def test_kinds_are_told_apart(device: str) -> None:
+    @replayed()
+    def kind_of(x: Tensor, other: Any) -> Tensor:
+        if isinstance(other, Tensor):
+            return x + other
+        return x * 3 if isinstance(other, int) else x * 5
+
+    x = torch.randn(4, device=device)
+    for _ in range(3):
+        assert torch.equal(kind_of(x, x), x + x)
+        assert torch.equal(kind_of(x, 0), x * 3)
+        assert torch.equal(kind_of(x, []), x * 5)
+        assert torch.equal(kind_of(x, ()), x * 5)
+
+
+def test_tapes_outlive_calls_that_cannot_be_replayed(
+    device: str, replays: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay, "MOST_TAPES", 2)
+
+    @replayed()
+    def doubled(x: Tensor, looks: bool) -> Tensor:
+        return x * 2 if not looks or x.sum().isfinite() else x
+
+    x = torch.randn(4, device=device)
+    for _ in range(4):
+        for looks in (True, False):
+            assert torch.equal(doubled(x, looks), x * 2)
+    assert len(replays) == 2
+
+
 class AddOne:
     """In place of a compiled kernel: y = x + 1 on the CPU, by addresses as Triton launches."""
 

@@ -66,10 +66,12 @@ def replayed(
             # No tensors, something unhashable, or tensors that are not plain ones.
             except (IndexError, TypeError, Unreplayable):
                 return function(*arguments)
-            if tape is None or tape is _NEVER:
+            if tape is _NEVER:
+                return function(*arguments)
+            if tape is None:
                 if len(tapes) >= MOST_TAPES:
                     tapes.clear()
-                tapes.setdefault(kind, _ONCE)
+                tapes[kind] = _ONCE
                 return function(*arguments)
             if tape is _ONCE:
                 result, tapes[kind] = _record(function, arguments, tensors)
@@ -129,7 +131,7 @@ def _describe(
         if kind is Tensor or kind is Parameter:
             position = positions.setdefault(id(value), len(tensors))
             if position < len(tensors):
-                key.append(position)
+                key += (_describe, position)  # no argument equals that
                 continue
             tensors.append(value)
             key += (value.shape, value.stride(), value.dtype, value.device)
@@ -137,10 +139,10 @@ def _describe(
         elif value is None:
             key.append(None)
         elif isinstance(value, (tuple, list)):
-            key.append(len(value))
+            key += (kind, len(value))
             _describe(value, tensors, key, positions)
         elif isinstance(value, dict):
-            key += value
+            key += (kind, len(value), *value)
             _describe(value.values(), tensors, key, positions)
         elif isinstance(value, Tensor):
             raise Unreplayable(f"a {kind.__name__}")

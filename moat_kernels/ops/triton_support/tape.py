@@ -59,12 +59,14 @@ class Operation:
     """A call of an operator. arguments, options: with a Layout for each tensor.
 
     results: of each tensor that it returns its slot; None where that was there before.
+    unpacked: whether it returns them in a list or a tuple.
     """
 
     operator: Any
     arguments: tuple[Any, ...]
     options: dict[str, Any]
     results: tuple[int | None, ...]
+    unpacked: bool
 
     def uses(self) -> Iterator[int]:
         return slots_in((self.arguments, self.options))
@@ -157,7 +159,8 @@ class Recorder(TorchDispatchMode):
         return result
 
     def _see(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> None:
-        returned = [each for each in tree_leaves(result) if isinstance(each, Tensor)]
+        leaves = tree_leaves(result)
+        returned = [each for each in leaves if isinstance(each, Tensor)]
         given = [each for each in tree_leaves((args, kwargs)) if isinstance(each, Tensor)]
         if given and not returned and not func._schema.is_mutable:
             raise Unreplayable(f"{func}, which looks at values")
@@ -166,10 +169,13 @@ class Recorder(TorchDispatchMode):
             return
         is_new = [_storage(each) not in self._in_storage for each in returned]
         if any(is_new) or func._schema.is_mutable:
+            if returned and len(returned) < len(leaves):
+                raise Unreplayable(f"{func}, which returns more than tensors")
             arguments, options = self.described((args, kwargs))
             pairs = zip(returned, is_new, strict=True)
             slots = tuple(self._add(each) if new else None for each, new in pairs)
-            self.steps.append(Operation(func, arguments, options, slots))
+            unpacked = isinstance(result, (tuple, list))
+            self.steps.append(Operation(func, arguments, options, slots, unpacked))
 
     def hear(self, launched: Launched) -> None:
         """For `listening`."""

@@ -131,11 +131,7 @@ class _Writer:
     def _operate(self, step: Operation) -> None:
         results = [f"v{slot}" if slot is not None else "_" for slot in step.results]
         self.held.update(slot for slot in step.results if slot is not None)
-        target = ", ".join(results)
-        if len(step.operator._schema.returns) > 1:
-            target += ","
-        elif target and "Tensor[]" in str(step.operator._schema.returns[0].type):
-            target = f"[{target}]"
+        target = f"[{', '.join(results)}]" if step.unpacked else "".join(results)
         arguments = [self._expression(each) for each in step.arguments]
         arguments += [f"{name}={self._expression(each)}" for name, each in step.options.items()]
         call = f"{self._constant(step.operator, 'operator')}({', '.join(arguments)})"
@@ -194,7 +190,7 @@ class _Writer:
         if layout == whole:
             return name
         dtype = "" if layout.dtype == base.dtype else f", {self._constant(layout.dtype)}"
-        if layout.slot >= self.inputs and not dtype:  # begins where its storage does
+        if layout.slot >= self.inputs and not base.storage_offset() and not dtype:
             return f"{name}.as_strided({layout.size}, {layout.stride}, {layout.offset})"
         return f"strided({name}, {layout.size}, {layout.stride}, {layout.offset}{dtype})"
 
