@@ -34,6 +34,9 @@
   namespace avx512_bf16 {                 \
   __VA_ARGS__                             \
   }                                       \
+  namespace amx {                         \
+  __VA_ARGS__                             \
+  }                                       \
   }
 
 #else

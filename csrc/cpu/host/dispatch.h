@@ -5,7 +5,7 @@
 namespace moat_kernels::cpu {
 
 // In the order of MOAT_KERNELS_DISPATCH.
-enum class Isa { baseline, avx2, avx512, avx512_bf16 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16, amx };
 
 // The widest instruction set that this CPU has and the build knows, or the one that the environment
 // variable MOAT_KERNELS_CPU_ISA names. Throws std::runtime_error if that is unknown or not usable.
@@ -24,7 +24,8 @@ Function choose(const Function (&variants)[count]) {
 #define MOAT_KERNELS_DISPATCH(function)                                                \
   ::moat_kernels::cpu::choose(                                                         \
       {&::moat_kernels::cpu::baseline::function, &::moat_kernels::cpu::avx2::function, \
-       &::moat_kernels::cpu::avx512::function, &::moat_kernels::cpu::avx512_bf16::function})
+       &::moat_kernels::cpu::avx512::function, &::moat_kernels::cpu::avx512_bf16::function, \
+       &::moat_kernels::cpu::amx::function})
 
 #else
 

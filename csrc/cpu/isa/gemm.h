@@ -8,7 +8,7 @@
 // take while the loads stay below their own limit. All sizes along the depth are in words
 // (product.h), which in float are elements.
 
-#include "cpu/isa/product.h"
+#include "cpu/isa/tiles.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
@@ -27,6 +27,10 @@ struct Strided {
   int64_t row_stride;
   int64_t depth_stride;
 };
+
+inline Strided from_depth(Strided a, int64_t k) {
+  return {a.data + k * a.depth_stride, a.row_stride, a.depth_stride};
+}
 
 // Memory that will be read soon. While a product runs it asks for a cache line in every four steps
 // of depth, so that operands from beyond the caches arrive while others are used.
@@ -150,14 +154,10 @@ template <class Function>
   }
 }
 
-// C[rows x columns] (+)= A B. C is read only if `accumulate`, and written, with its columns rounded
-// up to a vector, to c[row * c_stride + column]. panel_stride: words from one panel of B to the
-// next; depth_stride: from one step of depth to the next in a panel. bias: where C is not read,
-// each row starts from it, if it is not null; as many sums as columns are written.
-template <class Kind = FloatProduct>
-inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b,
-                 int64_t panel_stride, int64_t depth_stride, float* c, int64_t c_stride,
-                 bool accumulate, const float* bias = nullptr) {
+template <class Kind>
+inline void gemm_on_vectors(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b,
+                            int64_t panel_stride, int64_t depth_stride, float* c, int64_t c_stride,
+                            bool accumulate, const float* bias) {
   const int64_t pieces = larger(divide_up(depth, kDepth), 1);
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t first = depth * piece / pieces;
@@ -192,6 +192,115 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const 
       });
     });
   }
+}
+
+#if defined(__AMX_TILE__)
+
+// Memory ahead for products on tiles: each step asks for as many lines as it takes for a panel to be
+// there when `blocks` blocks of rows have used the one before.
+struct TilesAhead {
+  Ahead ahead;
+  int64_t lines;
+
+  TilesAhead(Ahead ahead, TileDepth depth, int64_t rows)
+      : ahead(ahead),
+        lines(divide_up(depth.words * kPanel, kLineWords * divide_up(rows, kTileBlock))) {}
+
+  [[gnu::always_inline]] void operator()() {
+    for (int64_t i = 0; i < lines && ahead.next < ahead.end; ++i) {
+      __builtin_prefetch(ahead.next, 0, kIntoL2);
+      ahead.next += kLineWords;
+    }
+  }
+};
+
+// copy[row][k] = the words of a transposed matrix, for whole vectors of rows and k.
+inline void transpose_words(Strided a, int64_t rows, int64_t depth, Matrix<float> copy) {
+  for (int64_t row = 0; row < rows; row += kWidth) {
+    for (int64_t k = 0; k < depth; k += kWidth) {
+      Vec words[kWidth];
+      unroll<kWidth>([&](auto i) __attribute__((always_inline)) {
+        words[i] = k + i < depth ? load(a.data + row + (k + i) * a.depth_stride) : Vec{};
+      });
+      transpose(words);
+      unroll<kWidth>([&](auto i)
+                         __attribute__((always_inline)) { store(copy.at(row + i, k).data, words[i]); });
+    }
+  }
+}
+
+// The part of `gemm` on tiles: of a depth of at most kDepth, without the words that are left over.
+template <class Kind>
+inline void gemm_on_tiles(int64_t rows, int64_t columns, TileDepth depth, Strided a, const float* b,
+                          int64_t panel_stride, int64_t depth_stride, Matrix<const float> start,
+                          Matrix<float> c) {
+  if (rows == 0) return;
+  TileRegisters registers;
+  registers.configure(rows, depth);
+  const auto multiply = [&](auto tiles, Matrix<const float> block, int64_t row, int64_t count,
+                            int64_t column, auto&& ahead) __attribute__((always_inline)) {
+    multiply_tiles<Kind, decltype(tiles)::value>(
+        count, columns - column, block, {b + column / kPanel * panel_stride, depth_stride}, depth,
+        start.data ? start.at(row, column) : start, c.at(row, column), ahead);
+  };
+  if (a.depth_stride == 1) {
+    for (int64_t column = 0; column < columns; column += kPanel) {
+      const float* panel = b + column / kPanel * panel_stride;
+      TilesAhead ahead(after_piece(panel, depth.covered(), panel_stride / kPanel,
+                                   column + kPanel >= columns),
+                       depth, rows);
+      for_tile_rows(rows, [&](auto tiles, int64_t row, int64_t count)
+                              __attribute__((always_inline)) {
+        multiply(tiles, {a.data + row * a.row_stride, a.row_stride}, row, count, column, ahead);
+      });
+    }
+    return;
+  }
+  // A power of two would map the rows of the copy to few sets of a cache.
+  constexpr int64_t kPitch = kDepth + 16;
+  alignas(64) float memory[kTileBlock * kPitch];
+  const Matrix<float> copy = {memory, kPitch};
+  for_tile_rows(rows, [&](auto tiles, int64_t row, int64_t count) __attribute__((always_inline)) {
+    transpose_words({a.data + row, 1, a.depth_stride}, count, depth.covered(), copy);
+    for (int64_t column = 0; column < columns; column += kPanel) {
+      multiply(tiles, {memory, kPitch}, row, count, column, [] {});
+    }
+  });
+}
+
+#endif
+
+// C[rows x columns] (+)= A B. C is read only if `accumulate`, and written, with its columns rounded
+// up to a vector, to c[row * c_stride + column]. panel_stride: words from one panel of B to the
+// next; depth_stride: from one step of depth to the next in a panel. bias: where C is not read,
+// each row starts from it, if it is not null; as many sums as columns are written.
+template <class Kind = FloatProduct>
+inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const float* b,
+                 int64_t panel_stride, int64_t depth_stride, float* c, int64_t c_stride,
+                 bool accumulate, const float* bias = nullptr) {
+#if defined(__AMX_TILE__)
+  if constexpr (kOnTiles<Kind>) {
+    const int64_t pieces = divide_up(depth, kDepth);
+    for (int64_t piece = 0; piece < pieces; ++piece) {
+      const int64_t first = depth * piece / pieces;
+      const TileDepth steps(depth * (piece + 1) / pieces - first);
+      const Matrix<float> sums = {c, c_stride};
+      const bool reads_c = accumulate || piece > 0;
+      const Matrix<const float> start = {reads_c ? c : bias, reads_c ? c_stride : 0};
+      gemm_on_tiles<Kind>(rows, columns, steps, from_depth(a, first), b + first * depth_stride,
+                          panel_stride, depth_stride, start, sums);
+      const int64_t end = first + steps.covered();
+      const int64_t left = depth * (piece + 1) / pieces - end;
+      if (left > 0) {
+        gemm_on_vectors<Kind>(rows, columns, left, from_depth(a, end), b + end * depth_stride,
+                              panel_stride, depth_stride, c, c_stride, true, nullptr);
+      }
+    }
+    if (pieces > 0) return;
+  }
+#endif
+  gemm_on_vectors<Kind>(rows, columns, depth, a, b, panel_stride, depth_stride, c, c_stride,
+                        accumulate, bias);
 }
 
 // destination[words of the depth][kPanel] = source[column][depth]^T, columns beyond `columns` zero,

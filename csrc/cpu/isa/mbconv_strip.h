@@ -121,6 +121,43 @@ inline const float* input_pixels(const MBConvProblem& problem, int64_t image, in
   return result;
 }
 
+// out[offsets[row]] = act(sums[row]) for a block's `column` and those behind it. Sums of bytes become
+// numbers first.
+template <class Kind, Activation kind, int rows>
+[[gnu::always_inline]] inline void activate_sums(const typename Kind::Sum (&sums)[rows][kVectors],
+                                                 const PackedBlock& weights, int64_t column,
+                                                 const int32_t* offsets, float* out) {
+  unroll<(rows + 1) / 2>([&](auto pair) __attribute__((always_inline)) {
+    constexpr int kFirst = 2 * pair;
+    constexpr int kRowsHere = rows - kFirst < 2 ? 1 : 2;
+    Vec values[kRowsHere * kVectors];
+    unroll<kRowsHere * kVectors>([&](auto i) __attribute__((always_inline)) {
+      constexpr int v = i % kVectors;
+      const typename Kind::Sum sum = sums[kFirst + i / kVectors][v];
+      if constexpr (Kind::kScaled) {
+        values[i] = fma(__builtin_convertvector(sum, Vec),
+                        load(weights.expand_factor + column + v * kWidth),
+                        load(weights.expand_bias + column + v * kWidth));
+      } else {
+        values[i] = sum;
+      }
+    });
+    activate<kind, kRowsHere * kVectors, typename Kind::Element>(values);
+    unroll<kRowsHere * kVectors>([&](auto i) __attribute__((always_inline)) {
+      store(out + offsets[kFirst + i / kVectors] + (i % kVectors) * kWidth, values[i]);
+    });
+  });
+}
+
+// sums[row][vector] = those of a panel in memory.
+template <class Sum, int rows>
+[[gnu::always_inline]] inline void load_sums(const float* panel, Sum (&sums)[rows][kVectors]) {
+  unroll<rows * kVectors>([&](auto i) __attribute__((always_inline)) {
+    sums[i / kVectors][i % kVectors] =
+        load_as<Sum>(panel + i / kVectors * kPanel + i % kVectors * kWidth);
+  });
+}
+
 // expanded[offsets[p]] = act(x[p] W + bias) for `pixels` rows of x [pixels][words].
 template <class Kind, Activation kind>
 inline void expand_pixels(const float* x, int64_t pixels, int64_t words, int64_t channels,
@@ -159,31 +196,50 @@ inline void expand_pixels(const float* x, int64_t pixels, int64_t words, int64_t
           });
           return;
         }
-        unroll<(kCount + 1) / 2>([&](auto pair) __attribute__((always_inline)) {
-          constexpr int kFirst = 2 * pair;
-          constexpr int kRowsHere = kCount - kFirst < 2 ? 1 : 2;
-          Vec values[kRowsHere * kVectors];
-          unroll<kRowsHere * kVectors>([&](auto i) __attribute__((always_inline)) {
-            constexpr int v = i % kVectors;
-            const Sum sum = sums[kFirst + i / kVectors][v];
-            if constexpr (Kind::kScaled) {
-              values[i] =
-                  fma(__builtin_convertvector(sum, Vec),
-                      load(weights.expand_factor + column + v * kWidth), load(bias + v * kWidth));
-            } else {
-              values[i] = sum;
-            }
-          });
-          activate<kind, kRowsHere * kVectors, typename Kind::Element>(values);
-          unroll<kRowsHere * kVectors>([&](auto i) __attribute__((always_inline)) {
-            store(out + offsets[pixel + kFirst + i / kVectors] + (i % kVectors) * kWidth,
-                  values[i]);
-          });
-        });
+        activate_sums<Kind, kind>(sums, weights, column, offsets + pixel, out);
       });
     }
   }
 }
+
+#if defined(__AMX_TILE__)
+
+// The same on tiles, whose sums take the way through memory.
+template <class Kind, Activation kind>
+inline void expand_pixels_on_tiles(const float* x, int64_t pixels, int64_t words, int64_t channels,
+                                   const PackedBlock& weights, const int32_t* offsets,
+                                   float* expanded) {
+  const TileDepth depth(words);
+  TileRegisters registers;
+  registers.configure(pixels, depth);
+  alignas(64) float memory[kTileBlock * kPanel];
+  for (int64_t column = 0; column < channels; column += kPanel) {
+    const float* panel = weights.expand + column * words;
+    const float* bias = Kind::kScaled ? nullptr : weights.expand_bias + column;
+    float* out = expanded + column;
+    TilesAhead ahead(after_piece(panel, words, words, true), depth, pixels);
+    for_tile_rows(pixels, [&](auto tiles, int64_t first, int64_t count)
+                              __attribute__((always_inline)) {
+      const float* a = x + first * words;
+      multiply_tiles<Kind, decltype(tiles)::value, 2>(count, {a, words}, {panel, kPanel}, depth,
+                                                      {bias, 0}, {memory, kPanel}, ahead);
+      for_row_blocks(count, [&](auto block_rows, int64_t row) __attribute__((always_inline)) {
+        constexpr int kCount = decltype(block_rows)::value;
+        typename Kind::Sum sums[kCount][kVectors];
+        load_sums(memory + row * kPanel, sums);
+        if (depth.covered() < words) {
+          const int64_t done = depth.covered();
+          Ahead none = {};
+          multiply<Kind, kCount, kVectors>({a + row * words + done, words, 1}, panel + done * kPanel,
+                                           kPanel, words - done, sums, none);
+        }
+        activate_sums<Kind, kind>(sums, weights, column, offsets + first + row, out);
+      });
+    });
+  }
+}
+
+#endif
 
 inline void clear(float* values, int64_t count) {
   __builtin_memset(values, 0, static_cast<size_t>(count) * sizeof(float));
@@ -256,9 +312,17 @@ struct StripWalk {
       }
     }
     with_activation(problem.expand_activation, [&](auto kind) __attribute__((always_inline)) {
-      expand_pixels<Kind, decltype(kind)::value>(x, images * expanded_rows.count() * problem.width,
-                                                 input_words(problem), channels, weights,
-                                                 tiles.offsets, tiles.expanded);
+      constexpr Activation kKind = decltype(kind)::value;
+      const int64_t pixels = images * expanded_rows.count() * problem.width;
+      const int64_t words = input_words(problem);
+#if defined(__AMX_TILE__)
+      if constexpr (kOnTiles<Kind>) {
+        return expand_pixels_on_tiles<Kind, kKind>(x, pixels, words, channels, weights,
+                                                   tiles.offsets, tiles.expanded);
+      }
+#endif
+      expand_pixels<Kind, kKind>(x, pixels, words, channels, weights, tiles.offsets,
+                                 tiles.expanded);
     });
     if (carries) {
       const int64_t first = tile_rows.count() - carried_rows(problem);

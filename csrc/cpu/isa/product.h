@@ -81,6 +81,12 @@ struct BFloat16Product : PackedWords {
   [[gnu::always_inline]] static Vec word_of(const Vec (&rows)[kPerWord]) {
     return interleave_rounded(rows[0], rows[1]);
   }
+#if defined(__AMX_TILE__)
+  template <int sums, int a, int b>
+  [[gnu::always_inline]] static void multiply_add_tiles() {
+    add_tile_products<sums, a, b>();
+  }
+#endif
 };
 
 // Vectors of floats as bytes: value / scale + zero, rounded and clamped to 0 ... 255; NaN is 0.
@@ -112,6 +118,12 @@ struct Int8Product : PackedWords {
   [[gnu::always_inline]] static IntVec multiply_add(Vec a, Vec b, IntVec sums) {
     return add_products(a, b, sums);
   }
+#if defined(__AMX_TILE__)
+  template <int sums, int a, int b>
+  [[gnu::always_inline]] static void multiply_add_tiles() {
+    add_tile_byte_products<sums, a, b>();
+  }
+#endif
 };
 
 #endif

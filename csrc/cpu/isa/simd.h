@@ -223,6 +223,41 @@ struct Float16 {
 }
 #endif
 
+#if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)
+// The tile registers, by number; strides are in words. Compilers' own intrinsics do not tell them
+// that memory is read and written.
+template <class Shapes>
+[[gnu::always_inline]] inline void configure_tiles(const Shapes* shapes) {
+  asm volatile("ldtilecfg %0" ::"m"(*shapes) : "memory");
+}
+[[gnu::always_inline]] inline void release_tiles() { asm volatile("tilerelease" ::: "memory"); }
+
+template <int tile>
+[[gnu::always_inline]] inline void clear_tile() {
+  asm volatile("tilezero %%tmm%c0" ::"i"(tile) : "memory");
+}
+template <int tile>
+[[gnu::always_inline]] inline void load_tile(const float* source, int64_t stride) {
+  asm volatile("tileloadd (%1,%2,4), %%tmm%c0" ::"i"(tile), "r"(source), "r"(stride) : "memory");
+}
+template <int tile>
+[[gnu::always_inline]] inline void store_tile(float* destination, int64_t stride) {
+  asm volatile("tilestored %%tmm%c0, (%1,%2,4)" ::"i"(tile), "r"(destination), "r"(stride)
+               : "memory");
+}
+
+// sums += a b in bfloat16.
+template <int sums, int a, int b>
+[[gnu::always_inline]] inline void add_tile_products() {
+  asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(a), "i"(b) : "memory");
+}
+// The same of unsigned bytes in a and signed ones in b.
+template <int sums, int a, int b>
+[[gnu::always_inline]] inline void add_tile_byte_products() {
+  asm volatile("tdpbusd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(sums), "i"(a), "i"(b) : "memory");
+}
+#endif
+
 [[gnu::always_inline]] inline Vec load(const Float16* source) {
   const BitsVec bits = load_half_bits(source);
   const BitsVec magnitude = (bits & 0x7fffu) << 13;
