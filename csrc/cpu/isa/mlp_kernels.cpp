@@ -19,6 +19,9 @@ namespace {
 constexpr int64_t kBlockWords = 64;
 // Words from one row to the next in a tile: a power of two would map rows to few sets of a cache.
 constexpr int64_t kTilePitch = kBlockWords + 16;
+// The same in elements.
+template <class Kind>
+constexpr int64_t kStride = kTilePitch * Kind::kPerWord;
 
 int64_t input_words(const MlpProblem& problem) {
   return words_of(problem.product, problem.channels);
@@ -96,12 +99,38 @@ void normalize(const MlpProblem& problem, const float* packed, int64_t first, in
   });
 }
 
+// to[row][0 .. kPanel) = act(sums[row]), as elements of the next product.
+template <class Kind, Activation kind, int rows>
+[[gnu::always_inline]] inline void activate_rows(const Vec (&sums)[rows][kVectors],
+                                                 typename Kind::Element* to) {
+  unroll<(rows + 1) / 2>([&](auto pair) __attribute__((always_inline)) {
+    constexpr int kFirst = 2 * pair;
+    constexpr int kVecs = (rows - kFirst < 2 ? 1 : 2) * kVectors;
+    Vec values[kVecs];
+    unroll<kVecs>([&](auto i) __attribute__((always_inline)) {
+      values[i] = sums[kFirst + i / kVectors][i % kVectors];
+    });
+    activate<kind, kVecs, typename Kind::Element>(values);
+    unroll<kVecs>([&](auto i) __attribute__((always_inline)) {
+      store(to + (kFirst + i / kVectors) * kStride<Kind> + (i % kVectors) * kWidth, values[i]);
+    });
+  });
+}
+
 // to[row][0 .. kPanel) = act(a[row] W + bias), as elements of the next product, for one panel of W.
 // partial: [rows][kPanel], sums of a part of the depth.
 template <class Kind, Activation kind>
 void activated_panel(int64_t rows, int64_t words, const float* a, const float* panel,
                      const float* bias, float* partial, typename Kind::Element* to) {
-  constexpr int64_t kStride = kTilePitch * Kind::kPerWord;
+#if defined(__AMX_TILE__)
+  if constexpr (kOnTiles<Kind>) {
+    return finished_on_tiles<Kind>(rows, kPanel, words, a, panel, bias,
+                                   [&](int64_t, int64_t row, const auto& sums)
+                                       __attribute__((always_inline)) {
+                                         activate_rows<Kind, kind>(sums, to + row * kStride<Kind>);
+                                       });
+  }
+#endif
   const int64_t pieces = larger(divide_up(words, kDepth), 1);
   for (int64_t piece = 0; piece < pieces; ++piece) {
     const int64_t first = words * piece / pieces;
@@ -128,18 +157,7 @@ void activated_panel(int64_t rows, int64_t words, const float* a, const float* p
         });
         return;
       }
-      unroll<(kCount + 1) / 2>([&](auto pair) __attribute__((always_inline)) {
-        constexpr int kFirst = 2 * pair;
-        constexpr int kVecs = (kCount - kFirst < 2 ? 1 : 2) * kVectors;
-        Vec values[kVecs];
-        unroll<kVecs>([&](auto i) __attribute__((always_inline)) {
-          values[i] = sums[kFirst + i / kVectors][i % kVectors];
-        });
-        activate<kind, kVecs, typename Kind::Element>(values);
-        unroll<kVecs>([&](auto i) __attribute__((always_inline)) {
-          store(to + (row + kFirst + i / kVectors) * kStride + (i % kVectors) * kWidth, values[i]);
-        });
-      });
+      activate_rows<Kind, kind>(sums, to + row * kStride<Kind>);
     });
   }
 }
