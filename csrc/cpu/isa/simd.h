@@ -221,6 +221,25 @@ struct Float16 {
   };
   return vec_of(rounded(even) | (rounded(odd) << 16));
 }
+
+// first[0], first[1] ... second[0], second[1] ... as BFloat16.
+[[gnu::always_inline]] inline Vec join_rounded(Vec first, Vec second) {
+  return (Vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+#endif
+
+#if defined(__AVX512F__)
+// x - floor(x); NaN for NaN.
+[[gnu::always_inline]] inline Vec fraction(Vec x) {
+  return (Vec)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEG_INF);
+}
+
+// value * 2^floor(exponent) where the exponent is at least `least` or NaN, else 0.
+[[gnu::always_inline]] inline Vec times_power_of_2(Vec value, Vec exponent, float least) {
+  const __mmask16 kept =
+      _mm512_cmp_ps_mask((__m512)exponent, (__m512)broadcast(least), _CMP_NLT_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(kept, (__m512)value, (__m512)exponent);
+}
 #endif
 
 #if defined(__AMX_TILE__) && defined(__AMX_BF16__) && defined(__AMX_INT8__)

@@ -1,9 +1,9 @@
 #pragma once
 
 // Products on the CPU's matrix unit (AMX): one instruction adds to a tile of C, 16 x 16 sums, the
-// product of a tile of A and one of B, 16 words deep (product.h): 16 cycles, in which vectors make a
-// sixteenth of these products. Tiles are loaded from matrices as they lie in memory, A [rows][words]
-// and B [words][columns], which is what the panels of gemm.h hold.
+// product of a tile of A and one of B, 16 words deep (product.h): 16 cycles, in which vectors make
+// a sixteenth of these products. Tiles are loaded from matrices as they lie in memory, A
+// [rows][words] and B [words][columns], which is what the panels of gemm.h hold.
 //
 // A block of C has 32 x 32 sums, hence four tiles, to which each step of depth adds the products of
 // two tiles of A and two of B: 4 loads of 1 KiB for 4 products. A tile takes the same time however
@@ -24,10 +24,15 @@ template <class Kind>
 constexpr bool kOnTiles = false;
 #endif
 
-#if defined(__AMX_TILE__)
-
 constexpr int64_t kTile = 16;  // rows and columns of C, and words of depth, that tiles have at most
 constexpr int64_t kTileBlock = 2 * kTile;
+
+// Small operands that are made for one product have zeros up to a multiple of so many words of
+// depth.
+template <class Kind>
+constexpr int64_t kDepthUnit = kOnTiles<Kind> ? kTile : 1;
+
+#if defined(__AMX_TILE__)
 
 // The tile registers of a block: C's by row and column of tiles, A's by row, B's by column.
 constexpr int tile_of_c(int row, int column) { return row * 2 + column; }
@@ -103,8 +108,8 @@ class TileRegisters {
   inline static thread_local State state = {};
 };
 
-// Calls function(Constant<tiles>, first_row, rows) over blocks of a tile of rows or two; those of two
-// have more than kTile rows, of which some may be in both.
+// Calls function(Constant<tiles>, first_row, rows) over blocks of a tile of rows or two; those of
+// two have more than kTile rows, of which some may be in both.
 template <class Function>
 [[gnu::always_inline]] inline void for_tile_rows(int64_t rows, Function&& function) {
   int64_t row = 0;

@@ -128,7 +128,7 @@ struct HeadBackward {
   [[gnu::always_inline]] void differentiate(int64_t query, int64_t row, int64_t key) const {
     auto* weight = elements_of<Kind>(weights) + row * scores_stride() + key;
     auto* gradient = elements_of<Kind>(score_gradients) + row * scores_stride() + key;
-    const int64_t depth = words_of<Kind>(head_dim);
+    const int64_t depth = depth_words<Kind>(head_dim);
     const int64_t row_stride = row_words<Kind>(head_dim);
     Vec sums[rows][vectors];
     unroll<rows>([&](auto r) __attribute__((always_inline)) {
