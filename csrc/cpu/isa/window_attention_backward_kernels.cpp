@@ -26,6 +26,18 @@ int64_t block_tiles(int64_t tokens) {
   return smaller(kMostBlockTiles, larger(1, fitting));
 }
 
+// Queries of a block on the tiles of tiles.h: whole ones along the depth of products, too.
+int64_t block_queries(int64_t tokens) {
+  const bool two = 2 * kTileBlock * round_up(tokens, kPanel) <= kBlockFloats;
+  return two ? 2 * kTileBlock : kTileBlock;
+}
+
+// Floats of P of a block in any window of at most `tokens` tokens, which are whole panels.
+template <class Kind>
+int64_t largest_block(int64_t tokens) {
+  return larger(kBlockFloats, (kOnTiles<Kind> ? kTileBlock : kRows) * tokens);
+}
+
 // One thread's working memory.
 struct Buffers {
   float* strips;  // Per head, as are the next ones up to `dots`.
@@ -60,7 +72,6 @@ Buffers buffers_in(float* memory, const WindowAttentionBackward& problem) {
   const int64_t tokens = round_up(most_tokens(problem), kPanel);
   const int64_t length = round_up(problem.head_dim, kWidth);
   const int64_t heads = problem.heads_per_unit;
-  const int64_t rows = block_tiles(tokens) * kRows;
   Scratch scratch{memory};
   Buffers buffers;
   buffers.strips_size = round_up(largest_strips(problem).size(), kPanel);
@@ -86,7 +97,7 @@ Buffers buffers_in(float* memory, const WindowAttentionBackward& problem) {
   buffers.log_sum_exp = scratch.take(tokens);
   buffers.key_gradients = scratch.take(buffers.matrix_size);
   buffers.value_gradients = scratch.take(buffers.matrix_size);
-  buffers.scores_size = rows * tokens;
+  buffers.scores_size = largest_block<Kind>(tokens);
   buffers.weights = scratch.take(buffers.scores_size);
   buffers.score_gradients = scratch.take(buffers.scores_size);
   buffers.runs = reinterpret_cast<int32_t*>(scratch.take(tokens));
@@ -123,32 +134,28 @@ struct HeadBackward {
   [[gnu::always_inline]] int64_t row_length() const { return round_up(head_dim, kWidth); }
 
   // P and dS of some rows of a block and one panel of keys, in elements of what products read; dS
-  // is added to the strips' gradient.
-  template <int rows, int vectors>
-  [[gnu::always_inline]] void differentiate(int64_t query, int64_t row, int64_t key) const {
+  // is added to the strips' gradient. The others add products with keys and values to sums.
+  template <int rows, int vectors, class AddScores, class AddGradients>
+  [[gnu::always_inline]] void differentiate(int64_t query, int64_t row, int64_t key,
+                                            AddScores&& add_scores,
+                                            AddGradients&& add_gradients) const {
     auto* weight = elements_of<Kind>(weights) + row * scores_stride() + key;
     auto* gradient = elements_of<Kind>(score_gradients) + row * scores_stride() + key;
-    const int64_t depth = depth_words<Kind>(head_dim);
-    const int64_t row_stride = row_words<Kind>(head_dim);
     Vec sums[rows][vectors];
     unroll<rows>([&](auto r) __attribute__((always_inline)) {
       unroll<vectors>([&](auto v) __attribute__((always_inline)) {
         sums[r][v] = bias ? load(bias + runs[query + r] + key + v * kWidth) : Vec{};
       });
     });
-    multiply_rows<Kind, kSteps<HeadDim>, rows, vectors>(query_words + query * row_stride,
-                                                        row_stride, packed_keys + key * depth,
-                                                        kPanel, depth, sums);
+    add_scores(sums);
     unroll<rows>([&](auto r) __attribute__((always_inline)) {
       const float shift = log_sum_exp[query + r];
       unroll<vectors>([&](auto v) __attribute__((always_inline)) {
-        store(weight + r * scores_stride() + v * kWidth, exponential2(sums[r][v] - shift));
+        store(weight + r * scores_stride() + v * kWidth, weight_of(sums[r][v] - shift));
         sums[r][v] = broadcast(dots[query + r]);
       });
     });
-    multiply_rows<Kind, kSteps<HeadDim>, rows, vectors>(output_gradient_words + query * row_stride,
-                                                        row_stride, packed_values + key * depth,
-                                                        kPanel, depth, sums);
+    add_gradients(sums);
     const bool whole = key + vectors * kWidth <= tokens;
     unroll<rows>([&](auto r) __attribute__((always_inline)) {
       float* run = bias_gradients ? bias_gradients + runs[query + r] + key : nullptr;
@@ -163,11 +170,38 @@ struct HeadBackward {
     });
   }
 
+  [[gnu::always_inline]] static Vec weight_of(Vec score) {
+#if defined(__AMX_TILE__)
+    if constexpr (kOnTiles<Kind>) return rounded_exponential2(score);
+#endif
+    return exponential2(score);
+  }
+
+  // The same with products by vectors.
+  template <int rows, int vectors>
+  [[gnu::always_inline]] void differentiate(int64_t query, int64_t row, int64_t key) const {
+    const int64_t depth = words_of<Kind>(head_dim);
+    const int64_t row_stride = row_words<Kind>(head_dim);
+    const auto multiply = [&](const float* a, const float* b,
+                              Vec(&sums)[rows][vectors]) __attribute__((always_inline)) {
+      multiply_rows<Kind, kSteps<HeadDim>, rows, vectors>(a + query * row_stride, row_stride,
+                                                          b + key * depth, kPanel, depth, sums);
+    };
+    differentiate<rows, vectors>(
+        query, row, key,
+        [&](Vec(&sums)[rows][vectors])
+            __attribute__((always_inline)) { multiply(query_words, packed_keys, sums); },
+        [&](Vec(&sums)[rows][vectors]) __attribute__((always_inline)) {
+          multiply(output_gradient_words, packed_values, sums);
+        });
+  }
+
   // P or dS of `count` queries of a block as words along these.
   const float* along_queries(float* scores, int64_t count) const {
     if constexpr (Kind::kPerWord == 1) return scores;
     float* words = scores + scores_size / Kind::kPerWord;
     pair_rows(scores, count, scores_stride(), words);
+    clear_rows(words, words_of<Kind>(count), depth_words<Kind>(count), scores_stride());
     return words;
   }
 
@@ -203,6 +237,13 @@ struct HeadBackward {
     });
   }
 
+#if defined(__AMX_TILE__)
+  void differentiate_on_tiles() const;
+  void add_block_on_tiles(int64_t first, int64_t count) const;
+  void add_transposed_on_tiles(const float* a, const float* b, int64_t first, int64_t count,
+                               float* sums) const;
+#endif
+
   // Everything that tiles begin to end of the queries contribute.
   void add_block(RowTiles tiles, int64_t begin, int64_t end) const {
     const int64_t first = tiles.start(begin);
@@ -232,6 +273,9 @@ struct HeadBackward {
   }
 
   void differentiate() const {
+#if defined(__AMX_TILE__)
+    if constexpr (kOnTiles<Kind>) return differentiate_on_tiles();
+#endif
     const RowTiles tiles = {tokens, Kind::kPerWord};
     const int64_t blocks = divide_up(tiles.count(), block_tiles(tokens));
     for (int64_t block = 0; block < blocks; ++block) {
@@ -239,6 +283,85 @@ struct HeadBackward {
     }
   }
 };
+
+#if defined(__AMX_TILE__)
+
+// The same with products on tiles (tiles.h), all of one shape. The gradients of keys and values are
+// transposed until the end, as P and dS are operands B as they lie in words along the queries.
+template <class HeadDim, class Kind>
+void HeadBackward<HeadDim, Kind>::differentiate_on_tiles() const {
+  TileRegisters registers;
+  registers.configure(kTile, TileDepth(kTile));
+  for (int64_t first = 0; first < tokens; first += block_queries(tokens)) {
+    add_block_on_tiles(first, smaller(block_queries(tokens), tokens - first));
+  }
+}
+
+template <class HeadDim, class Kind>
+void HeadBackward<HeadDim, Kind>::add_block_on_tiles(int64_t first, int64_t count) const {
+  alignas(64) float scores[kTileBlock * kPanel];
+  alignas(64) float gradients[kTileBlock * kPanel];
+  const int64_t length = row_words<Kind>(head_dim);
+  for_tile_rows(count, [&](auto tiles, int64_t row, int64_t rows) {
+    for (int64_t key = 0; key < tokens; key += kPanel) {
+      const auto multiply = [&](const float* a, const float* b, float* products) {
+        multiply_tiles<Kind, decltype(tiles)::value, 2>(
+            rows, {a + (first + row) * length, length}, {b + key * length, kPanel},
+            TileDepth(length), {}, {products, kPanel}, [] {});
+      };
+      multiply(query_words, packed_keys, scores);
+      multiply(output_gradient_words, packed_values, gradients);
+      for_few_rows(rows, [&](auto few, int64_t i) __attribute__((always_inline)) {
+        constexpr int kFew = decltype(few)::value;
+        const auto add = [&](const float* products,
+                             Vec(&sums)[kFew][kVectors]) __attribute__((always_inline)) {
+          unroll<kFew * kVectors>([&](auto j) __attribute__((always_inline)) {
+            sums[j / kVectors][j % kVectors] += load(products + i * kPanel + j * kWidth);
+          });
+        };
+        differentiate<kFew, kVectors>(
+            first + row + i, row + i, key,
+            [&](Vec(&sums)[kFew][kVectors]) __attribute__((always_inline)) { add(scores, sums); },
+            [&](Vec(&sums)[kFew][kVectors])
+                __attribute__((always_inline)) { add(gradients, sums); });
+      });
+    }
+  });
+  add_transposed_on_tiles(output_gradient_token_words, along_queries(weights, count), first, count,
+                          value_gradients);
+  add_transposed_on_tiles(query_token_words, along_queries(score_gradients, count), first, count,
+                          key_gradients);
+  const Matrix<const float> changes = {score_gradients, scores_stride() / Kind::kPerWord};
+  for (int64_t column = 0; column < row_length(); column += kPanel) {
+    for_tile_rows(count, [&](auto tiles, int64_t row, int64_t rows) {
+      multiply_tiles<Kind, decltype(tiles)::value>(
+          rows, row_length() - column, changes.at(row, 0), {key_token_words + column, row_length()},
+          TileDepth(depth_words<Kind>(tokens)), {},
+          {query_gradients + (first + row) * row_length() + column, row_length()}, [] {});
+    });
+  }
+}
+
+// sums [head_dim, tokens] (+)= A^T B: A [count, head_dim] in words along the tokens, whose
+// transpose lies behind them, B [count, tokens] in words along the queries of a block.
+template <class HeadDim, class Kind>
+void HeadBackward<HeadDim, Kind>::add_transposed_on_tiles(const float* a, const float* b,
+                                                          int64_t first, int64_t count,
+                                                          float* sums) const {
+  const int64_t stride = scores_stride();
+  const int64_t words = depth_words<Kind>(tokens);
+  const float* transposed = a + words * row_length() + first / Kind::kPerWord;
+  for (int64_t key = 0; key < tokens; key += kPanel) {
+    for_tile_rows(row_length(), [&](auto tiles, int64_t row, int64_t rows) {
+      const Matrix<float> c = {sums + row * stride + key, stride};
+      multiply_tiles<Kind, decltype(tiles)::value, 2>(
+          rows, {transposed + row * words, words}, {b + key, stride},
+          TileDepth(depth_words<Kind>(count)), {first > 0 ? c.data : nullptr, stride}, c, [] {});
+    });
+  }
+}
+
+#endif
 
 // Some heads of a window.
 template <class HeadDim, class Kind>
@@ -268,6 +391,12 @@ struct WindowBackward {
     };
     const auto to_token_words = [&](const float* from, float* to) {
       rows_to_token_words<Kind>(from, tokens, length, to);
+#if defined(__AMX_TILE__)
+      if constexpr (kOnTiles<Kind>) {
+        const int64_t words = depth_words<Kind>(tokens);
+        transpose_words({to, 1, length}, length, words, {to + words * length, words});
+      }
+#endif
     };
     // The values' rows and the output's pass through the memory of others.
     float* values = buffers.output_gradients;
@@ -352,7 +481,15 @@ struct WindowBackward {
     copy(buffers.value_gradients, of_head(buffers.output_gradients));
   }
 
+  // Gradients of keys or values: rows of them or, on tiles, their transpose.
   void copy(const float* source, float* destination) const {
+#if defined(__AMX_TILE__)
+    if constexpr (kOnTiles<Kind>) {
+      const int64_t length = rows().row_length();
+      const Strided transposed = {source, 1, round_up(window.tokens(), kPanel)};
+      return transpose_words(transposed, window.tokens(), length, {destination, length});
+    }
+#endif
     const int64_t size = window.tokens() * rows().row_length();
     for (int64_t i = 0; i < size; i += kWidth) store(destination + i, load(source + i));
   }

@@ -68,16 +68,6 @@ template <class Function>
   }
 }
 
-// Calls function(Constant<count>, first_row) over four rows at a time, then over the rest one by
-// one.
-template <class Function>
-[[gnu::always_inline]] inline void for_few_rows(int64_t rows, Function&& function) {
-  constexpr int kFew = 4;
-  int64_t row = 0;
-  for (; row + kFew <= rows; row += kFew) function(Constant<kFew>{}, row);
-  for (; row < rows; ++row) function(Constant<1>{}, row);
-}
-
 // One head of one window. Rows of queries are row_length words, the rest zeros; keys are packed by
 // pack_rows; rows of values are words of kPerWord tokens in value_columns columns.
 template <class HeadDim, class Kind = FloatProduct, class Writer = Rounded<float>>
@@ -249,63 +239,75 @@ struct HeadForward {
     for (int64_t row = 0; row < rows; ++row) log_sum_exp[query + row] = largest[row];
   }
 
-  // Adds the bias to the scores of some rows, and finds the largest per lane.
+  // Adds the bias to the scores of some rows, and finds the largest per lane. Here and below, what
+  // loops read is in variables, as their stores might change members.
   template <int rows>
   [[gnu::always_inline]] void add_bias(int64_t query, int64_t row) const {
-    float* first = scores + row * scores_stride();
+    const int64_t stride = scores_stride();
+    const int64_t keys_end = tokens;
+    float* const first = scores + row * stride;
+    const bool biased = bias;
+    const float* biases[rows];
     Vec largest[rows];
-    unroll<rows>([&](auto r)
-                     __attribute__((always_inline)) { largest[r] = broadcast(-__builtin_inff()); });
+    unroll<rows>([&](auto r) __attribute__((always_inline)) {
+      biases[r] = biased ? bias + runs[query + row + r] : first;
+      largest[r] = broadcast(-__builtin_inff());
+    });
     const auto add = [&](int64_t key, auto&& keep) __attribute__((always_inline)) {
       unroll<rows>([&](auto r) __attribute__((always_inline)) {
-        float* place = first + r * scores_stride() + key;
-        Vec score = load(place);
-        if (bias) score += load(bias + runs[query + row + r] + key);
-        score = keep(score);
-        largest[r] = maximum(score, largest[r]);
-        store(place, score);
+        float* const place = first + r * stride + key;
+        const Vec score = load(place);
+        const Vec kept = keep(biased ? score + load(biases[r] + key) : score);
+        largest[r] = maximum(kept, largest[r]);
+        store(place, kept);
       });
     };
     int64_t key = 0;
-    for (; key + kWidth <= tokens; key += kWidth) {
+    for (; key + kWidth <= keys_end; key += kWidth) {
       add(key, [](Vec score) __attribute__((always_inline)) { return score; });
     }
-    if (key < tokens) {
+    if (key < keys_end) {
       add(key, [&](Vec score) __attribute__((always_inline)) {
-        return keep_lanes(score, tokens - key, -__builtin_inff());
+        return keep_lanes(score, keys_end - key, -__builtin_inff());
       });
     }
-    unroll<rows>([&](auto r) __attribute__((always_inline)) {
-      store(maxima + (row + r) * kWidth, largest[r]);
-    });
+    float* const lanes = maxima + row * kWidth;
+    unroll<rows>([&](auto r)
+                     __attribute__((always_inline)) { store(lanes + r * kWidth, largest[r]); });
   }
 
   // The exponentials of some rows in place, and their sums per lane in place of the maxima.
   template <int rows>
   [[gnu::always_inline]] void weigh(int64_t row, const float (&largest)[kTileBlock]) const {
-    float* first = scores + row * scores_stride();
+    const int64_t stride = scores_stride();
+    const int64_t keys_end = tokens;
+    float* const first = scores + row * stride;
+    Vec shifts[rows];
     Vec sums[rows] = {};
+    unroll<rows>([&](auto r)
+                     __attribute__((always_inline)) { shifts[r] = broadcast(largest[row + r]); });
     const auto weights = [&](auto r, int64_t key) __attribute__((always_inline)) {
-      const Vec weights =
-          rounded_exponential2(load(first + r * scores_stride() + key) - largest[row + r]);
-      sums[r] += weights;
-      return weights;
+      const Vec weight = rounded_exponential2(load(first + r * stride + key) - shifts[r]);
+      sums[r] += weight;
+      return weight;
     };
     int64_t key = 0;
-    for (; key + kWidth < tokens; key += kPanel) {
+    for (; key + kWidth < keys_end; key += kPanel) {
       unroll<rows>([&](auto r) __attribute__((always_inline)) {
         const Vec left = weights(r, key);
         const Vec right = weights(r, key + kWidth);
-        store(first + r * scores_stride() + key / Kind::kPerWord, join_rounded(left, right));
+        store(first + r * stride + key / Kind::kPerWord, join_rounded(left, right));
       });
     }
-    unroll<rows>([&](auto r) __attribute__((always_inline)) {
-      if (key < tokens) {
-        store(first + r * scores_stride() + key / Kind::kPerWord,
-              join_rounded(weights(r, key), Vec{}));
-      }
-      store(maxima + (row + r) * kWidth, sums[r]);
-    });
+    if (key < keys_end) {
+      unroll<rows>([&](auto r) __attribute__((always_inline)) {
+        const Vec last = weights(r, key);
+        store(first + r * stride + key / Kind::kPerWord, join_rounded(last, Vec{}));
+      });
+    }
+    float* const lanes = maxima + row * kWidth;
+    unroll<rows>([&](auto r)
+                     __attribute__((always_inline)) { store(lanes + r * kWidth, sums[r]); });
   }
 
   // output = scores V * factors.
@@ -317,10 +319,11 @@ struct HeadForward {
       multiply_tiles<Kind, tiles>(
           rows, columns, {scores, scores_stride()}, {values + column, value_columns()},
           TileDepth(depth_words<Kind>(tokens)), {}, {result, kPanel}, [] {});
+      const Writer to = output.at(query * output_stride + column);
+      const int64_t stride = output_stride;
       for (int64_t row = 0; row < rows; ++row) {
         for (int64_t i = 0; i < columns; i += kWidth) {
-          output.store((query + row) * output_stride + column + i,
-                       load(result + row * kPanel + i) * factors[row]);
+          to.store(row * stride + i, load(result + row * kPanel + i) * factors[row]);
         }
       }
     }

@@ -31,7 +31,7 @@ constexpr float kLn2 = 0.693147181f;
 }
 
 #if defined(__AVX512F__)
-// 2^x for x <= 0, relative error 9e-5, which is a twentieth of bfloat16's own rounding; 0 below
+// 2^x for x < 128, relative error 9e-5, which is a twentieth of bfloat16's own rounding; 0 below
 // -126, NaN for NaN.
 [[gnu::always_inline]] inline Vec rounded_exponential2(Vec x) {
   // The minimax fit of degree 3 to 2^r on [0, 1) that is 1 at 0.
@@ -177,6 +177,16 @@ struct RowTiles {
     }
   }
 };
+
+// Calls function(Constant<count>, first_row) over four rows at a time, then over the rest one by
+// one.
+template <class Function>
+[[gnu::always_inline]] inline void for_few_rows(int64_t rows, Function&& function) {
+  constexpr int kFew = 4;
+  int64_t row = 0;
+  for (; row + kFew <= rows; row += kFew) function(Constant<kFew>{}, row);
+  for (; row < rows; ++row) function(Constant<1>{}, row);
+}
 
 template <int... i>
 [[gnu::always_inline]] inline IntVec lane_numbers(std::integer_sequence<int, i...>) {
@@ -385,6 +395,10 @@ inline void pack_rows(float* matrix, int64_t tokens, int64_t head_dim, float* pa
   pack(matrix, length, padded, depth_words<Kind>(head_dim), nullptr, nullptr, packed);
 }
 
+inline int64_t table_size(const WindowAttention& problem) {
+  return (2 * problem.window_height - 1) * (2 * problem.window_width - 1);
+}
+
 // Bias without a tokens x tokens tensor. For queries in column j of a window, strip j holds the
 // bias by key row - query row (2 * rows - 1 of them) and key column: the bias of query (i, j) on
 // all keys is then one run of rows * columns floats. A table row's slice for one j is contiguous,
@@ -425,8 +439,13 @@ struct BiasStrips {
 
   // The strips of one head's table, times log2(e).
   void expand(const WindowAttention& problem, const float* table, float* strips) const {
+    const int64_t size = table_size(problem);
     for_slices(problem, [&](int64_t strip, int64_t slice) {
-      for (int64_t i = 0; i < columns; ++i) strips[strip + i] = table[slice + i] * kLog2E;
+      for (int64_t i = 0; i < columns; i += kWidth) {
+        // What lies behind a slice is overwritten by the next, or is room behind the strips.
+        const float* from = table + slice + i;
+        store(strips + strip + i, load_part(from, size - slice - i) * kLog2E);
+      }
     });
   }
 
@@ -437,10 +456,6 @@ struct BiasStrips {
     });
   }
 };
-
-inline int64_t table_size(const WindowAttention& problem) {
-  return (2 * problem.window_height - 1) * (2 * problem.window_width - 1);
-}
 
 inline BiasStrips largest_strips(const WindowAttention& problem) {
   BiasStrips strips;
