@@ -21,7 +21,13 @@ from torch import Tensor, nn
 import moat_kernels as mk
 from moat_kernels.calibration import quantization_of
 from moat_kernels.freeze import FrozenBlock
-from moat_kernels.ops.frozen import FrozenSequence, mbconv_step, multiplies
+from moat_kernels.functional import WindowAttentionDescription
+from moat_kernels.ops.frozen import (
+    FrozenSequence,
+    attention_half_step,
+    mbconv_step,
+    multiplies,
+)
 from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
 
 pytestmark = [
@@ -134,6 +140,39 @@ def test_single_blocks(
     assert isinstance(frozen, FrozenBlock)
     for x in (torch.randn(2, channels[0], 9, 13), torch.randn(1, channels[0], 5, 31)):
         assert_close_for(dtype, frozen(x), block, x)
+
+
+@pytest.mark.each_isa
+@pytest.mark.parametrize("head_dim", [8, 24, 32, 40, 64])
+@pytest.mark.parametrize("window", [(1, 1), (3, 5), (4, 4), (1, 17), (3, 11), (7, 7), (14, 14)])
+@torch.no_grad()
+def test_attention_of_any_number_of_tokens(window: tuple[int, int], head_dim: int) -> None:
+    """Matrix tiles of 16 tokens, which these fill or not, in several windows."""
+    torch.manual_seed(0)
+    block = mk.FusedMOATBlock(16, 2 * head_dim, head_dim=head_dim, window_size=window)
+    frozen = mk.freeze(randomize_norms(block).eval(), torch.bfloat16)
+    height, width = window
+    for size in (window, (2 * height - 1, 3 * width)):
+        x = torch.randn(2, 16, *size)
+        assert_close_for(torch.bfloat16, frozen(x), block, x)
+
+
+@pytest.mark.each_isa
+@pytest.mark.parametrize("tokens", [5, 16, 20, 40])
+@torch.no_grad()
+def test_tokens_that_are_not_finite_stay_in_their_window(tokens: int) -> None:
+    description = WindowAttentionDescription(2, 24, (1, tokens))
+    weights = [torch.randn(144, 48) / 7, None, torch.randn(48, 48) / 7, None]
+    table = torch.randn(2, 1, 2 * tokens - 1)
+    step = attention_half_step([None, None, *weights, table], 1e-5, description, torch.bfloat16)
+    sequence = FrozenSequence([step])
+    x = torch.randn(1, 48, 3, tokens).contiguous(memory_format=torch.channels_last)
+    (clean,) = sequence.outputs(x, [0])
+    for value in (float("nan"), float("inf")):
+        x[0, 5, 1, tokens // 2] = value
+        (found,) = sequence.outputs(x, [0])
+        assert torch.equal(found[:, :, [0, 2]], clean[:, :, [0, 2]])
+        assert found[:, :, 1].isnan().all()
 
 
 @pytest.mark.each_isa

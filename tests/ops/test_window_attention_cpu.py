@@ -48,6 +48,20 @@ def check(qkv: Tensor, table: Tensor | None, description: WindowAttentionDescrip
         assert_close(actual[name], value, tolerance[torch.float32], name, floor=0.1)
 
 
+def check_low_precision(
+    description: WindowAttentionDescription, shape: tuple[int, int, int], dtype: torch.dtype
+) -> None:
+    """The kernels are about as close to float64 as stock is in the dtype."""
+    qkv, table = make_inputs(description, shape, dtype=dtype)
+    exact = run("reference", qkv, table, description, torch.float64)
+    stock = run("reference", qkv, table, description, dtype)
+    fused = run("cpu", qkv, table, description, dtype)
+    for name, value in exact.items():
+        # The gradient of the table of one token is zero but for rounding.
+        allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value, floor=0.1)
+        assert_close(fused[name], value, allowed + torch.finfo(dtype).eps, name, floor=0.1)
+
+
 @pytest.mark.each_isa
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize("kind", ["window", "grid"])
@@ -95,14 +109,68 @@ def test_a_bias_common_to_all_keys_changes_nothing(offset: float) -> None:
 def test_low_precision_is_as_close_to_float64_as_stock(
     shape: tuple[int, int, int], window, head_dim: int, dtype: torch.dtype
 ) -> None:
-    description = WindowAttentionDescription(2, head_dim, window)
-    qkv, table = make_inputs(description, shape, dtype=dtype)
-    exact = run("reference", qkv, table, description, torch.float64)
-    stock = run("reference", qkv, table, description, dtype)
-    fused = run("cpu", qkv, table, description, dtype)
-    for name, value in exact.items():
-        allowed = LOW_PRECISION_FACTOR * relative_error(stock[name], value)
-        assert_close(fused[name], value, allowed + torch.finfo(dtype).eps, name)
+    check_low_precision(WindowAttentionDescription(2, head_dim, window), shape, dtype)
+
+
+@pytest.mark.each_isa
+@pytest.mark.parametrize("head_dim", [8, 24, 32, 40, 64])
+@pytest.mark.parametrize("tokens", [1, 15, 16, 17, 31, 33, 49, 50, 196])
+def test_bfloat16_of_any_number_of_tokens(tokens: int, head_dim: int) -> None:
+    """Matrix tiles of 16 tokens, which these fill or not, in several windows."""
+    description = WindowAttentionDescription(2, head_dim, (1, tokens))
+    check_low_precision(description, (2, 3, tokens), torch.bfloat16)
+
+
+@pytest.mark.each_isa
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_small_windows_beside_large_ones(dtype: torch.dtype) -> None:
+    """Of those at the map's end more queries make a block, whose scores fit the memory, too."""
+    description = WindowAttentionDescription(1, 32, (32, 32))
+    if dtype == torch.float32:
+        check(*make_inputs(description, (1, 39, 39)), description)
+    else:
+        check_low_precision(description, (1, 39, 39), dtype)
+
+
+@pytest.mark.each_isa
+@pytest.mark.parametrize("tokens", [5, 16, 20, 40])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_in_bfloat16_stays_in_its_window(value: float, tokens: int) -> None:
+    description = WindowAttentionDescription(2, 24, (1, tokens))
+    inputs = make_inputs(description, (1, 3, tokens), dtype=torch.bfloat16)
+    clean = run("cpu", *inputs, description, torch.bfloat16)
+    for part in range(3):
+        qkv = inputs[0].clone()
+        qkv[0, 1, tokens // 2, 48 * part] = value
+        found = run("cpu", qkv, inputs[1], description, torch.bfloat16)
+        expected = run("reference", qkv, inputs[1], description)
+        assert torch.equal(found["output"].isnan(), expected["output"].isnan())
+        for name in ("output", "qkv"):
+            assert torch.equal(found[name][:, [0, 2]], clean[name][:, [0, 2]])
+
+
+@pytest.mark.each_isa
+def test_keys_masked_by_the_table_count_nothing_in_bfloat16() -> None:
+    qkv, table = make_inputs(WHOLE, (1, 1, 40), dtype=torch.bfloat16)
+    table[:, :, 40:] = -float("inf")
+    whole = run("cpu", qkv, table, WHOLE, torch.bfloat16)["output"]
+    first = run("cpu", qkv[:, :, :18], table[:, :, 22:57], WHOLE, torch.bfloat16)["output"]
+    assert torch.equal(whole[:, :, :18], first)
+
+
+@pytest.mark.each_isa
+def test_the_same_bits_in_bfloat16_for_any_number_of_threads() -> None:
+    description = WindowAttentionDescription(2, 32, (14, 14))
+    inputs = make_inputs(description, (1, 20, 30), dtype=torch.bfloat16)
+    expected = run("cpu", *inputs, description, torch.bfloat16)
+    for threads in (2, 3):
+        torch.set_num_threads(threads)
+        try:
+            found = run("cpu", *inputs, description, torch.bfloat16)
+        finally:
+            torch.set_num_threads(1)
+        for name, value in expected.items():
+            assert torch.equal(found[name], value), name
 
 
 def test_empty_batch() -> None:

@@ -81,8 +81,8 @@ Buffers buffers_in(float* memory, const AttentionHalf& problem) {
     matrix = scratch.take((rows + kPanel) * head_columns(problem));
   buffers.keys = scratch.take(tokens * head_columns(problem));
   buffers.values = scratch.take(tokens * head_columns(problem));
-  buffers.scores = scratch.take(kBlockTiles * kRows * tokens);
-  buffers.maxima = scratch.take(kBlockTiles * kRows * kWidth);
+  buffers.scores = scratch.take(scores_size(tokens));
+  buffers.maxima = scratch.take(kBlockQueries * kWidth);
   buffers.strips = scratch.take(problem.bias_table ? largest_strips(problem).size() : 0);
   buffers.runs = reinterpret_cast<int32_t*>(scratch.take(tokens));
   buffers.result = scratch.take(rows * kPanel);
@@ -115,26 +115,6 @@ void round_rows(const AttentionHalf& problem, int64_t first, int64_t last, float
       for (int64_t i = words_of<Kind>(columns); i < words; ++i) matrix[row * words + i] = 0.0f;
     }
   }
-}
-
-// Rows of values [tokens][head_columns] in words of kPerWord tokens: where they lie, or in `words`.
-template <class Kind>
-const float* join_rows(const AttentionHalf& problem, const float* values, int64_t tokens,
-                       float* words) {
-  constexpr int kPerWord = Kind::kPerWord;
-  if constexpr (kPerWord == 1) return values;
-  const int64_t columns = head_columns(problem);
-  for (int64_t token = 0; token < tokens; token += kPerWord) {
-    float* to = words + token / kPerWord * columns;
-    for (int64_t column = 0; column < columns; column += kWidth) {
-      Vec rows[kPerWord];
-      unroll<kPerWord>([&](auto i) __attribute__((always_inline)) {
-        rows[i] = token + i < tokens ? load(values + (token + i) * columns + column) : Vec{};
-      });
-      store(to + column, Kind::word_of(rows));
-    }
-  }
-  return words;
 }
 
 // out = y + result [rows][kPanel] for rows first to last and `columns` channels from `column` on.
@@ -301,6 +281,9 @@ void attend(const AttentionHalf& problem, const AttentionUnit& unit, int64_t hea
   const int64_t rows = rows_of(problem, unit);
   const int64_t first = rows * block / blocks;
   const int64_t last = rows * (block + 1) / blocks;
+#if defined(__AMX_TILE__)
+  const TileRegisters registers;  // of all its products
+#endif
   make_part<Kind>(problem, kQueries, packed, normalized, first, last, buffers);
   make_part<Kind>(problem, kKeys, packed, normalized, 0, rows, buffers);
   make_part<Kind>(problem, kValues, packed, normalized, 0, rows, buffers);
@@ -322,8 +305,9 @@ void attend(const AttentionHalf& problem, const AttentionUnit& unit, int64_t hea
       strips.list_runs(buffers.runs);
       strips.expand(problem, problem.bias_table + head * table_size(problem), buffers.strips);
     }
-    const float* values = join_rows<Side>(problem, buffers.matrices[kValues] + start * columns,
-                                          tokens, buffers.values);
+    float* rows_of_values = buffers.matrices[kValues] + start * columns;
+    float* values = Side::kPerWord > 1 ? buffers.values : rows_of_values;
+    rows_to_token_words<Side>(rows_of_values, tokens, columns, values);
     with_head_dim(problem.head_dim, [&](auto head_dim) {
       pack_rows<Side>(buffers.matrices[kKeys] + start * length, tokens, head_dim, buffers.keys);
       using Writer = typename Kind::Writer;

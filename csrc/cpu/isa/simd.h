@@ -214,12 +214,37 @@ struct Float16 {
   __builtin_memcpy(destination, &bytes, sizeof(bytes));
 }
 
+using PairedHalfBitsVec = uint16_t __attribute__((vector_size(kWidth * 4)));
+
+// 0, kWidth, 1, kWidth + 1 ...
+template <int... i>
+[[gnu::always_inline]] inline PairedHalfBitsVec interleaved(std::integer_sequence<int, i...>) {
+  return PairedHalfBitsVec{(i / 2 + i % 2 * kWidth)...};
+}
+
+// first[0], first[1] ... second[0], second[1] ... as BFloat16.
+[[gnu::always_inline]] inline Vec join_rounded(Vec first, Vec second) {
+  return (Vec)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+}
+
 // even[0], odd[0], even[1], odd[1] ... as BFloat16.
 [[gnu::always_inline]] inline Vec interleave_rounded(Vec even, Vec odd) {
-  const auto rounded = [](Vec value) __attribute__((always_inline)) {
-    return __builtin_convertvector((HalfBitsVec)_mm512_cvtneps_pbh((__m512)value), BitsVec);
-  };
-  return vec_of(rounded(even) | (rounded(odd) << 16));
+  const auto order = interleaved(std::make_integer_sequence<int, 2 * kWidth>{});
+  return (Vec)_mm512_maskz_permutexvar_epi16(~0u, (__m512i)order, (__m512i)join_rounded(even, odd));
+}
+#endif
+
+#if defined(__AVX512F__)
+// x - floor(x); NaN for NaN.
+[[gnu::always_inline]] inline Vec fraction(Vec x) {
+  return (Vec)_mm512_maskz_reduce_ps(0xffff, (__m512)x, _MM_FROUND_TO_NEG_INF);
+}
+
+// value * 2^floor(exponent) where the exponent is at least `least` or NaN, else 0.
+[[gnu::always_inline]] inline Vec times_power_of_2(Vec value, Vec exponent, float least) {
+  const __mmask16 kept =
+      _mm512_cmp_ps_mask((__m512)exponent, (__m512)broadcast(least), _CMP_NLT_UQ);
+  return (Vec)_mm512_maskz_scalef_ps(kept, (__m512)value, (__m512)exponent);
 }
 #endif
 

@@ -24,10 +24,15 @@ template <class Kind>
 constexpr bool kOnTiles = false;
 #endif
 
-#if defined(__AMX_TILE__)
-
 constexpr int64_t kTile = 16;  // rows and columns of C, and words of depth, that tiles have at most
 constexpr int64_t kTileBlock = 2 * kTile;
+
+// Small operands that are made for one product have zeros up to a multiple of so many words of
+// depth.
+template <class Kind>
+constexpr int64_t kDepthUnit = kOnTiles<Kind> ? kTile : 1;
+
+#if defined(__AMX_TILE__)
 
 // The tile registers of a block: C's by row and column of tiles, A's by row, B's by column.
 constexpr int tile_of_c(int row, int column) { return row * 2 + column; }

@@ -10,21 +10,11 @@
 // stream. Maps in bfloat16 are multiplied in it where the CPU does, P and dS as well; the rest is
 // in floats.
 
-#include "cpu/common/pack_kernels.h"
 #include "cpu/common/window_attention_kernels.h"
-#include "cpu/isa/window_attention_tiles.h"
+#include "cpu/isa/window_attention_head_backward.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 namespace {
-
-// Floats of P, and as many of dS, held at a time: together they take half of a 256 KB L2 cache.
-constexpr int64_t kBlockFloats = 16384;
-constexpr int64_t kMostBlockTiles = 11;
-
-int64_t block_tiles(int64_t tokens) {
-  const int64_t fitting = kBlockFloats / round_up(tokens, kPanel) / kRows;
-  return smaller(kMostBlockTiles, larger(1, fitting));
-}
 
 // One thread's working memory.
 struct Buffers {
@@ -60,7 +50,6 @@ Buffers buffers_in(float* memory, const WindowAttentionBackward& problem) {
   const int64_t tokens = round_up(most_tokens(problem), kPanel);
   const int64_t length = round_up(problem.head_dim, kWidth);
   const int64_t heads = problem.heads_per_unit;
-  const int64_t rows = block_tiles(tokens) * kRows;
   Scratch scratch{memory};
   Buffers buffers;
   buffers.strips_size = round_up(largest_strips(problem).size(), kPanel);
@@ -86,159 +75,13 @@ Buffers buffers_in(float* memory, const WindowAttentionBackward& problem) {
   buffers.log_sum_exp = scratch.take(tokens);
   buffers.key_gradients = scratch.take(buffers.matrix_size);
   buffers.value_gradients = scratch.take(buffers.matrix_size);
-  buffers.scores_size = rows * tokens;
+  buffers.scores_size = largest_block<Kind>(tokens);
   buffers.weights = scratch.take(buffers.scores_size);
   buffers.score_gradients = scratch.take(buffers.scores_size);
   buffers.runs = reinterpret_cast<int32_t*>(scratch.take(tokens));
   buffers.size = scratch.used;
   return buffers;
 }
-
-// One head of one window, its operands in scratch memory: `words` along the rows, `token_words`
-// along the tokens (cpu/isa/product.h).
-template <class HeadDim, class Kind>
-struct HeadBackward {
-  HeadDim head_dim;
-  int64_t tokens;
-  const float* bias;      // In strips, or null.
-  float* bias_gradients;  // The same.
-  const int32_t* runs;    // Per query, where its bias starts in these.
-  const float* query_words;
-  const float* query_token_words;
-  const float* key_token_words;
-  const float* output_gradient_words;
-  const float* output_gradient_token_words;
-  const float* packed_keys;
-  const float* packed_values;
-  const float* dots;
-  const float* log_sum_exp;
-  float* query_gradients;  // May be the queries.
-  float* key_gradients;
-  float* value_gradients;
-  float* weights;
-  float* score_gradients;
-  int64_t scores_size;
-
-  int64_t scores_stride() const { return round_up(tokens, kPanel); }
-  [[gnu::always_inline]] int64_t row_length() const { return round_up(head_dim, kWidth); }
-
-  // P and dS of some rows of a block and one panel of keys, in elements of what products read; dS
-  // is added to the strips' gradient.
-  template <int rows, int vectors>
-  [[gnu::always_inline]] void differentiate(int64_t query, int64_t row, int64_t key) const {
-    auto* weight = elements_of<Kind>(weights) + row * scores_stride() + key;
-    auto* gradient = elements_of<Kind>(score_gradients) + row * scores_stride() + key;
-    const int64_t depth = words_of<Kind>(head_dim);
-    const int64_t row_stride = row_words<Kind>(head_dim);
-    Vec sums[rows][vectors];
-    unroll<rows>([&](auto r) __attribute__((always_inline)) {
-      unroll<vectors>([&](auto v) __attribute__((always_inline)) {
-        sums[r][v] = bias ? load(bias + runs[query + r] + key + v * kWidth) : Vec{};
-      });
-    });
-    multiply_rows<Kind, kSteps<HeadDim>, rows, vectors>(query_words + query * row_stride,
-                                                        row_stride, packed_keys + key * depth,
-                                                        kPanel, depth, sums);
-    unroll<rows>([&](auto r) __attribute__((always_inline)) {
-      const float shift = log_sum_exp[query + r];
-      unroll<vectors>([&](auto v) __attribute__((always_inline)) {
-        store(weight + r * scores_stride() + v * kWidth, exponential2(sums[r][v] - shift));
-        sums[r][v] = broadcast(dots[query + r]);
-      });
-    });
-    multiply_rows<Kind, kSteps<HeadDim>, rows, vectors>(output_gradient_words + query * row_stride,
-                                                        row_stride, packed_values + key * depth,
-                                                        kPanel, depth, sums);
-    const bool whole = key + vectors * kWidth <= tokens;
-    unroll<rows>([&](auto r) __attribute__((always_inline)) {
-      float* run = bias_gradients ? bias_gradients + runs[query + r] + key : nullptr;
-      unroll<vectors>([&](auto v) __attribute__((always_inline)) {
-        const int64_t place = r * scores_stride() + v * kWidth;
-        Vec change = load(weight + place) * sums[r][v];
-        // What lies beyond the tokens would be added to the strips, and be part of the last word.
-        if (!whole) change = keep_lanes(change, tokens - key - v * kWidth, 0.0f);
-        store(gradient + place, change);
-        if (bias_gradients) store(run + v * kWidth, load(run + v * kWidth) + change);
-      });
-    });
-  }
-
-  // P or dS of `count` queries of a block as words along these.
-  const float* along_queries(float* scores, int64_t count) const {
-    if constexpr (Kind::kPerWord == 1) return scores;
-    float* words = scores + scores_size / Kind::kPerWord;
-    pair_rows(scores, count, scores_stride(), words);
-    return words;
-  }
-
-  // sums (+)= A^T B for all keys: A [count, tokens] is P or dS, B [count, head_dim] of the block,
-  // both in words along the queries.
-  void add_transposed(const float* a, const float* b, int64_t count, bool accumulate,
-                      float* sum) const {
-    for_columns(head_dim, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
-      constexpr int kVectorsHere = decltype(vectors)::value;
-      const RowTiles tiles = {tokens};
-      tiles.for_each(0, tiles.count(), [&](auto rows, int64_t key) __attribute__((always_inline)) {
-        constexpr int kRowsHere = decltype(rows)::value;
-        float* tile = sum + key * row_length() + column;
-        Vec sums[kRowsHere][kVectorsHere];
-        unroll<kRowsHere>([&](auto r) __attribute__((always_inline)) {
-          unroll<kVectorsHere>([&](auto v) __attribute__((always_inline)) {
-            sums[r][v] = accumulate ? load(tile + r * row_length() + v * kWidth) : Vec{};
-          });
-        });
-        multiply_columns<Kind, kSteps<HeadDim>, kRowsHere, kVectorsHere>(
-            a + key, scores_stride(), b + column, row_length(), words_of<Kind>(count), sums);
-        store_tile<kRowsHere, kVectorsHere>(tile, sums);
-      });
-    });
-  }
-
-  template <int rows, int vectors>
-  [[gnu::always_inline]] void store_tile(float* tile, const Vec (&sums)[rows][vectors]) const {
-    unroll<rows>([&](auto r) __attribute__((always_inline)) {
-      unroll<vectors>([&](auto v) __attribute__((always_inline)) {
-        store(tile + r * row_length() + v * kWidth, sums[r][v]);
-      });
-    });
-  }
-
-  // Everything that tiles begin to end of the queries contribute.
-  void add_block(RowTiles tiles, int64_t begin, int64_t end) const {
-    const int64_t first = tiles.start(begin);
-    const int64_t count = tiles.start(end) - first;
-    for_keys(head_dim, tokens, [&](auto vectors, int64_t key) __attribute__((always_inline)) {
-      tiles.for_each(begin, end, [&](auto rows, int64_t query) __attribute__((always_inline)) {
-        differentiate<decltype(rows)::value, decltype(vectors)::value>(query, query - first, key);
-      });
-    });
-    const int64_t first_word = first / Kind::kPerWord * row_length();
-    add_transposed(along_queries(weights, count), output_gradient_token_words + first_word, count,
-                   begin > 0, value_gradients);
-    add_transposed(along_queries(score_gradients, count), query_token_words + first_word, count,
-                   begin > 0, key_gradients);
-    const int64_t stride = scores_stride() / Kind::kPerWord;
-    for_columns(head_dim, [&](auto vectors, int64_t column) __attribute__((always_inline)) {
-      constexpr int kVectorsHere = decltype(vectors)::value;
-      tiles.for_each(begin, end, [&](auto rows, int64_t query) __attribute__((always_inline)) {
-        constexpr int kRowsHere = decltype(rows)::value;
-        Vec sums[kRowsHere][kVectorsHere] = {};
-        multiply_rows<Kind, kSteps<HeadDim>, kRowsHere, kVectorsHere>(
-            score_gradients + (query - first) * stride, stride, key_token_words + column,
-            row_length(), words_of<Kind>(tokens), sums);
-        store_tile<kRowsHere, kVectorsHere>(query_gradients + query * row_length() + column, sums);
-      });
-    });
-  }
-
-  void differentiate() const {
-    const RowTiles tiles = {tokens, Kind::kPerWord};
-    const int64_t blocks = divide_up(tiles.count(), block_tiles(tokens));
-    for (int64_t block = 0; block < blocks; ++block) {
-      add_block(tiles, tiles.count() * block / blocks, tiles.count() * (block + 1) / blocks);
-    }
-  }
-};
 
 // Some heads of a window.
 template <class HeadDim, class Kind>
@@ -269,6 +112,16 @@ struct WindowBackward {
     const auto to_token_words = [&](const float* from, float* to) {
       rows_to_token_words<Kind>(from, tokens, length, to);
     };
+    // On tiles the transpose follows, whose words are the same.
+    const auto to_both_words = [&](const float* from, float* to) {
+      to_token_words(from, to);
+#if defined(__AMX_TILE__)
+      if constexpr (kOnTiles<Kind>) {
+        const int64_t words = depth_words<Kind>(tokens);
+        transpose_words({to, 1, length}, length, words, {to + words * length, words});
+      }
+#endif
+    };
     // The values' rows and the output's pass through the memory of others.
     float* values = buffers.output_gradients;
     float* outputs = buffers.keys;
@@ -284,7 +137,7 @@ struct WindowBackward {
       dot_rows(outputs + at, buffers.output_gradients + at,
                buffers.dots + head * buffers.tokens_size);
       to_words(buffers.output_gradients + at, buffers.output_gradient_words + at);
-      to_token_words(buffers.output_gradients + at, buffers.output_gradient_token_words + at);
+      to_both_words(buffers.output_gradients + at, buffers.output_gradient_token_words + at);
     });
     read_qkv(1, 1.0f, buffers.keys);
     for_heads([&](int64_t, int64_t at) {
@@ -295,7 +148,7 @@ struct WindowBackward {
     read_qkv(0, problem.scale * kLog2E, buffers.queries);
     for_heads([&](int64_t, int64_t at) {
       to_words(buffers.queries + at, buffers.query_words + at);
-      to_token_words(buffers.queries + at, buffers.query_token_words + at);
+      to_both_words(buffers.queries + at, buffers.query_token_words + at);
     });
   }
 
@@ -352,7 +205,15 @@ struct WindowBackward {
     copy(buffers.value_gradients, of_head(buffers.output_gradients));
   }
 
+  // Gradients of keys or values: rows of them or, on tiles, their transpose.
   void copy(const float* source, float* destination) const {
+#if defined(__AMX_TILE__)
+    if constexpr (kOnTiles<Kind>) {
+      const int64_t length = rows().row_length();
+      const Strided transposed = {source, 1, round_up(window.tokens(), kPanel)};
+      return transpose_words(transposed, window.tokens(), length, {destination, length});
+    }
+#endif
     const int64_t size = window.tokens() * rows().row_length();
     for (int64_t i = 0; i < size; i += kWidth) store(destination + i, load(source + i));
   }

@@ -40,8 +40,8 @@ Buffers buffers_in(float* memory, const WindowAttentionForward& problem) {
   buffers.queries = scratch.take(heads * buffers.matrix_size);
   buffers.keys = scratch.take(heads * buffers.matrix_size);
   buffers.values = scratch.take(heads * buffers.matrix_size);
-  buffers.scores = scratch.take(kBlockTiles * kRows * tokens);
-  buffers.maxima = scratch.take(kBlockTiles * kRows * kWidth);
+  buffers.scores = scratch.take(scores_size(tokens));
+  buffers.maxima = scratch.take(kBlockQueries * kWidth);
   buffers.log_sum_exp = scratch.take(tokens);
   buffers.runs = reinterpret_cast<int32_t*>(scratch.take(tokens));
   buffers.size = scratch.used;

@@ -6,11 +6,37 @@
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
-// A block of queries, in tiles: a panel of keys or values serves all of them from L1.
+// A block of queries, in tiles of registers: a panel of keys or values serves all of them from L1.
 constexpr int64_t kBlockTiles = 4;
+// At most, also on the tiles of tiles.h.
+constexpr int64_t kBlockQueries = 32;
+static_assert(kBlockTiles * kRows <= kBlockQueries && kTileBlock <= kBlockQueries);
+
+// Floats from the scores of a query to those of the next, for `tokens` keys.
+template <class Kind>
+[[gnu::always_inline]] inline int64_t stride_of_scores(int64_t tokens) {
+  // Tiles of rows a power of two apart would map to few sets of a cache.
+  return round_up(tokens, kPanel) + (kOnTiles<Kind> ? kTile : 0);
+}
+
+// Floats of the scores of a block, of any kind.
+inline int64_t scores_size(int64_t tokens) {
+  return kBlockQueries * (round_up(tokens, kPanel) + kTile);
+}
 
 // kRows floats, rounded up to vectors.
 constexpr int kRowLanes = (kRows + kWidth - 1) / kWidth * kWidth;
+
+// Halves lanes of rows that are apart by half a vector, and rows with them, until there is one.
+template <int half, class Function>
+[[gnu::always_inline]] inline void reduce_halves(Vec (&rows)[kWidth], Function&& function) {
+  constexpr auto lanes = std::make_integer_sequence<int, kWidth>{};
+  unroll<half>([&](auto i) __attribute__((always_inline)) {
+    rows[i] = function(interleave_low(rows[i], rows[i + half], lanes),
+                       interleave_high(rows[i], rows[i + half], lanes));
+  });
+  if constexpr (half > 1) reduce_halves<half / 2>(rows, function);
+}
 
 // Per vector of lanes, reduces every row's lanes: the result of row i is lane i.
 template <int rows, class Function>
@@ -23,12 +49,23 @@ template <int rows, class Function>
       constexpr int row = group * kWidth + i;
       tile[i] = values[row < rows ? row : rows - 1];
     });
-    transpose(tile);
-    for (int step = kWidth / 2; step > 0; step /= 2) {
-      for (int i = 0; i < step; ++i) tile[i] = function(tile[i], tile[i + step]);
-    }
+    reduce_halves<kWidth / 2>(tile, function);
     store(results + group * kWidth, tile[0]);
   });
+}
+
+// The same for any number of vectors of lanes in memory; there is room for a whole vector of
+// results.
+template <class Function>
+[[gnu::always_inline]] inline void reduce_lanes(const float* lanes, int64_t rows, float* results,
+                                                Function&& function) {
+  for (int64_t first = 0; first < rows; first += kWidth) {
+    Vec values[kWidth];
+    unroll<kWidth>([&](auto i) __attribute__((always_inline)) {
+      values[i] = load(lanes + smaller(first + i, rows - 1) * kWidth);
+    });
+    reduce_rows<kWidth>(values, results + first, function);
+  }
 }
 
 // One head of one window. Rows of queries are row_length words, the rest zeros; keys are packed by
@@ -48,7 +85,7 @@ struct HeadForward {
   Writer output;       // May be the queries.
   int64_t output_stride;
 
-  int64_t scores_stride() const { return round_up(tokens, kPanel); }
+  [[gnu::always_inline]] int64_t scores_stride() const { return stride_of_scores<Kind>(tokens); }
   [[gnu::always_inline]] int64_t row_length() const { return row_words<Kind>(head_dim); }
   [[gnu::always_inline]] int64_t value_columns() const { return round_up(head_dim, kWidth); }
 
@@ -130,6 +167,9 @@ struct HeadForward {
 
   // Queries first to last.
   void attend(int64_t first, int64_t last) const {
+#if defined(__AMX_TILE__)
+    if constexpr (kOnTiles<Kind>) return attend_on_tiles(first, last);
+#endif
     const RowTiles tiles = {last - first};
     for (int64_t tile = 0; tile < tiles.count(); tile += kBlockTiles) {
       attend_tiles(first, tiles, tile, smaller(tile + kBlockTiles, tiles.count()));
@@ -150,6 +190,145 @@ struct HeadForward {
       average<decltype(rows)::value>(first + row, row - block, total);
     });
   }
+
+#if defined(__AMX_TILE__)
+  // The same with products on tiles (tiles.h). All of these have the same shape; what is not filled
+  // holds zeros, or the results of other queries.
+  void attend_on_tiles(int64_t first, int64_t last) const {
+    TileRegisters registers;
+    registers.configure(kTile, TileDepth(kTile));
+    for_tile_rows(last - first, [&](auto tiles, int64_t row, int64_t count) {
+      constexpr int kTiles = decltype(tiles)::value;
+      multiply_keys<kTiles>(first + row, count);
+      alignas(64) float factors[kTileBlock];
+      exponentiate_rows(first + row, count, factors);
+      multiply_values<kTiles>(first + row, count, factors);
+    });
+  }
+
+  // scores = queries K^T of `rows` queries; there are whole panels of keys.
+  template <int tiles>
+  void multiply_keys(int64_t query, int64_t rows) const {
+    const Matrix<const float> block = {queries + query * row_length(), row_length()};
+    const Matrix<float> products = {scores, scores_stride()};
+    for (int64_t key = 0; key < tokens; key += kPanel) {
+      multiply_tiles<Kind, tiles>(rows, tokens - key, block, {keys + key * row_length(), kPanel},
+                                  TileDepth(row_length()), {}, products.at(0, key), [] {});
+    }
+  }
+
+  // scores = 2^(scores + bias - their largest) as the product with the values reads them, and
+  // factors = 1 / their sums.
+  void exponentiate_rows(int64_t query, int64_t rows, float (&factors)[kTileBlock]) const {
+    alignas(64) float largest[kTileBlock];
+    for_few_rows(rows, [&](auto count, int64_t row) __attribute__((always_inline)) {
+      add_bias<decltype(count)::value>(query, row);
+    });
+    reduce_lanes(maxima, rows, largest, [](Vec a, Vec b) { return maximum(a, b); });
+    for_few_rows(rows, [&](auto count, int64_t row) __attribute__((always_inline)) {
+      weigh<decltype(count)::value>(row, largest);
+    });
+    float* sums = maxima;
+    reduce_lanes(sums, rows, factors, [](Vec a, Vec b) { return a + b; });
+    for (int64_t row = 0; row < rows; row += kWidth) {
+      const Vec sum = load(factors + row);
+      store(largest + row, load(largest + row) + logarithm2(sum));
+      store(factors + row, 1.0f / sum);
+    }
+    if (!log_sum_exp) return;
+    for (int64_t row = 0; row < rows; ++row) log_sum_exp[query + row] = largest[row];
+  }
+
+  // Adds the bias to the scores of some rows, and finds the largest per lane. Here and below, what
+  // loops read is in variables, as their stores might change members.
+  template <int rows>
+  [[gnu::always_inline]] void add_bias(int64_t query, int64_t row) const {
+    const int64_t stride = scores_stride();
+    const int64_t keys_end = tokens;
+    float* const first = scores + row * stride;
+    const bool biased = bias;
+    const float* biases[rows];
+    Vec largest[rows];
+    unroll<rows>([&](auto r) __attribute__((always_inline)) {
+      biases[r] = biased ? bias + runs[query + row + r] : first;
+      largest[r] = broadcast(-__builtin_inff());
+    });
+    const auto add = [&](int64_t key, auto&& keep) __attribute__((always_inline)) {
+      unroll<rows>([&](auto r) __attribute__((always_inline)) {
+        float* const place = first + r * stride + key;
+        const Vec score = load(place);
+        const Vec kept = keep(biased ? score + load(biases[r] + key) : score);
+        largest[r] = maximum(kept, largest[r]);
+        store(place, kept);
+      });
+    };
+    int64_t key = 0;
+    for (; key + kWidth <= keys_end; key += kWidth) {
+      add(key, [](Vec score) __attribute__((always_inline)) { return score; });
+    }
+    if (key < keys_end) {
+      add(key, [&](Vec score) __attribute__((always_inline)) {
+        return keep_lanes(score, keys_end - key, -__builtin_inff());
+      });
+    }
+    float* const lanes = maxima + row * kWidth;
+    unroll<rows>([&](auto r)
+                     __attribute__((always_inline)) { store(lanes + r * kWidth, largest[r]); });
+  }
+
+  // The exponentials of some rows in place, and their sums per lane in place of the maxima.
+  template <int rows>
+  [[gnu::always_inline]] void weigh(int64_t row, const float (&largest)[kTileBlock]) const {
+    const int64_t stride = scores_stride();
+    const int64_t keys_end = tokens;
+    float* const first = scores + row * stride;
+    Vec shifts[rows];
+    Vec sums[rows] = {};
+    unroll<rows>([&](auto r)
+                     __attribute__((always_inline)) { shifts[r] = broadcast(largest[row + r]); });
+    const auto weights = [&](auto r, int64_t key) __attribute__((always_inline)) {
+      const Vec weight = rounded_exponential2(load(first + r * stride + key) - shifts[r]);
+      sums[r] += weight;
+      return weight;
+    };
+    int64_t key = 0;
+    for (; key + kWidth < keys_end; key += kPanel) {
+      unroll<rows>([&](auto r) __attribute__((always_inline)) {
+        const Vec left = weights(r, key);
+        const Vec right = weights(r, key + kWidth);
+        store(first + r * stride + key / Kind::kPerWord, join_rounded(left, right));
+      });
+    }
+    if (key < keys_end) {
+      unroll<rows>([&](auto r) __attribute__((always_inline)) {
+        const Vec last = weights(r, key);
+        store(first + r * stride + key / Kind::kPerWord, join_rounded(last, Vec{}));
+      });
+    }
+    float* const lanes = maxima + row * kWidth;
+    unroll<rows>([&](auto r)
+                     __attribute__((always_inline)) { store(lanes + r * kWidth, sums[r]); });
+  }
+
+  // output = scores V * factors.
+  template <int tiles>
+  void multiply_values(int64_t query, int64_t rows, const float (&factors)[kTileBlock]) const {
+    alignas(64) float result[kTileBlock * kPanel];
+    for (int64_t column = 0; column < value_columns(); column += kPanel) {
+      const int64_t columns = smaller(value_columns() - column, kPanel);
+      multiply_tiles<Kind, tiles>(
+          rows, columns, {scores, scores_stride()}, {values + column, value_columns()},
+          TileDepth(depth_words<Kind>(tokens)), {}, {result, kPanel}, [] {});
+      const Writer to = output.at(query * output_stride + column);
+      const int64_t stride = output_stride;
+      for (int64_t row = 0; row < rows; ++row) {
+        for (int64_t i = 0; i < columns; i += kWidth) {
+          to.store(row * stride + i, load(result + row * kPanel + i) * factors[row]);
+        }
+      }
+    }
+  }
+#endif
 };
 
 }  // namespace moat_kernels::cpu::MOAT_KERNELS_ISA
