@@ -300,6 +300,10 @@ class FrozenSequence:
         self._plans: dict[tuple[int, ...], tuple[Tensor, list[Tensor]]] = {}
 
     @property
+    def steps(self) -> tuple[FrozenStep, ...]:
+        return self._steps
+
+    @property
     def bytes(self) -> int:
         """Of the packed weights."""
         return sum(step.packed.nbytes for step in self._steps)
