@@ -21,7 +21,8 @@ from moat_kernels.ops.triton_support import user_table
 # Names as Linux prints them in /proc/cpuinfo: those that decide which kernel runs, and how fast.
 _CPU_FEATURES = (
     *("avx2", "fma", "f16c", "avx512f", "avx512bw", "avx512dq", "avx512vl"),
-    *("avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_tile", "amx_bf16", "amx_fp16"),
+    *("avx512_bf16", "avx512_vnni", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8"),
+    "amx_fp16",
     *("asimd", "asimdhp", "bf16", "sve", "sve2", "i8mm"),
 )
 

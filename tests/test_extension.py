@@ -62,7 +62,9 @@ def test_the_widest_instruction_set_of_this_cpu_is_chosen(answers: dict[str, str
     by_torch = {"AVX512": "avx512", "AVX2": "avx2"}
     expected = by_torch.get(torch.backends.cpu.get_cpu_capability(), "baseline")
     if torch.cpu._is_avx512_bf16_supported() and torch.cpu._is_vnni_supported():
-        expected = "avx512_bf16"
+        # The CPU alone does not say that Linux allows tiles.
+        tiles = torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
+        expected = "amx" if tiles else "avx512_bf16"
     assert answers[""] == expected
 
 
@@ -82,7 +84,8 @@ def test_the_environment_chooses_an_instruction_set_that_the_cpu_has(
 @needs_extension
 def test_an_unknown_instruction_set_is_refused(answers: dict[str, str]) -> None:
     message = (
-        "MOAT_KERNELS_CPU_ISA='avx3' is unknown; it may be baseline, avx2, avx512 or avx512_bf16"
+        "MOAT_KERNELS_CPU_ISA='avx3' is unknown; "
+        "it may be baseline, avx2, avx512, avx512_bf16 or amx"
     )
     assert message in answers["avx3"]
 

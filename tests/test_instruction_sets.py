@@ -8,6 +8,7 @@ import shutil
 import subprocess
 
 import pytest
+from support.instruction_sets import INSTRUCTION_SETS
 from support.native import needs_extension
 
 pytestmark = [
@@ -24,10 +25,26 @@ FUNCTION = re.compile(r"^[0-9a-f]+ <(?P<name>.+)>:$")
 AVX = re.compile(r"^\s+[0-9a-f]+:\t(\{\w+\} )?v[a-z0-9]+ ")
 AVX512 = re.compile(r"%zmm|%k[0-7]|%[xy]mm(1[6-9]|2\d|3[01])\b")
 BF16_OR_VNNI = re.compile(r"\t(\{\w+\} )?(vdpbf16ps|vcvtne2?ps2bf16|vpdp(bu|ws)sds?) ")
+AMX = re.compile(r"\t(tile(loadd|stored|zero|release)|(ld|st)tilecfg|tdp[a-z0-9]+) ?")
 # Mangled names hold the namespace with its length: moat_kernels::cpu::avx2::...
-AVX512_BF16_NAME = "11avx512_bf16"
+AMX_NAME = "3amx"
+AVX512_BF16_NAME = rf"11avx512_bf16|{AMX_NAME}"
 AVX512_NAME = rf"6avx512|{AVX512_BF16_NAME}"
 AVX2_NAME = rf"4avx2|{AVX512_NAME}"
+
+
+ORDER = ["", *INSTRUCTION_SETS]
+
+
+def instruction_set(line: str) -> str:
+    """The narrowest set that has the instruction of a line: "" for none of those below."""
+    if AMX.search(line):
+        return "amx"
+    if BF16_OR_VNNI.search(line):
+        return "avx512_bf16"
+    if AVX512.search(line):
+        return "avx512"
+    return "avx2" if AVX.match(line) else ""
 
 
 def instruction_sets_of_functions() -> dict[str, str]:
@@ -41,21 +58,18 @@ def instruction_sets_of_functions() -> dict[str, str]:
         if match := FUNCTION.match(line):
             name = match["name"]
             found[name] = ""
-        elif BF16_OR_VNNI.search(line):
-            found[name] = "avx512_bf16"
-        elif found.get(name) != "avx512_bf16" and AVX512.search(line):
-            found[name] = "avx512"
-        elif not found.get(name) and AVX.match(line):
-            found[name] = "avx2"
+        else:
+            found[name] = max(found.get(name, ""), instruction_set(line), key=ORDER.index)
     return found
 
 
 @pytest.mark.parametrize(
     ("sets", "allowed"),
     [
-        (("avx2", "avx512", "avx512_bf16"), AVX2_NAME),
-        (("avx512", "avx512_bf16"), AVX512_NAME),
-        (("avx512_bf16",), AVX512_BF16_NAME),
+        (("avx2", "avx512", "avx512_bf16", "amx"), AVX2_NAME),
+        (("avx512", "avx512_bf16", "amx"), AVX512_NAME),
+        (("avx512_bf16", "amx"), AVX512_BF16_NAME),
+        (("amx",), AMX_NAME),
     ],
 )
 def test_wide_instructions_stay_in_the_functions_of_their_instruction_set(
@@ -68,5 +82,6 @@ def test_wide_instructions_stay_in_the_functions_of_their_instruction_set(
 
 def test_the_wide_instructions_are_there() -> None:
     found = instruction_sets_of_functions()
-    for isa, name in (("avx2", "4avx2"), ("avx512", "6avx512"), ("avx512_bf16", AVX512_BF16_NAME)):
+    names = {"avx2": "4avx2", "avx512": "6avx512", "avx512_bf16": "11avx512_bf16", "amx": AMX_NAME}
+    for isa, name in names.items():
         assert any(found_isa == isa and name in function for function, found_isa in found.items())

@@ -89,6 +89,20 @@ def test_products_in_bfloat16(
     check([correct[0], correct[1], *gradients[1:]], correct)
 
 
+@pytest.mark.each_isa
+@multiplies_bfloat16
+@pytest.mark.parametrize("depth", [16, 48, 80])
+@pytest.mark.parametrize("rows", [1, 2, 15, 16, 17, 31, 32, 33, 47, 49, 65])
+def test_rows_and_depths_that_do_not_fill_tiles(rows: int, depth: int) -> None:
+    """Matrix units multiply tiles of 16 rows and of at most 32 numbers of depth."""
+    x, weight, bias, grad = (tensor.bfloat16() for tensor in make(rows, depth, 32))
+    output = forward(x, weight.float(), bias.float())
+    gradients = backward(grad, x, weight.float(), torch.float32, True, True)
+    correct = expected(x, weight, bias, grad)
+    assert_close(output, correct[0], STORED_ROUNDING[torch.bfloat16], "output")
+    check([correct[0], *gradients], correct)
+
+
 def test_maps_and_dense_copies_of_what_is_not_contiguous() -> None:
     x, weight, bias, grad = make(2 * 5 * 7, 32, 48)
     map_of_x = x.view(2, 5, 7, 32).transpose(1, 2)

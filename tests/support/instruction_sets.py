@@ -12,7 +12,7 @@ import torch
 
 TESTS = Path(__file__).parents[1]
 # From the narrowest on: a CPU that has one has those before it.
-INSTRUCTION_SETS = ["baseline", "avx2", "avx512", "avx512_bf16"]
+INSTRUCTION_SETS = ["baseline", "avx2", "avx512", "avx512_bf16", "amx"]
 
 
 def run_marked_tests(isa: str) -> None:

@@ -21,9 +21,9 @@ Function choose(const Function (&variants)[count]) {
 // As many as MOAT_KERNELS_DECLARE_PER_ISA declares.
 #if defined(__x86_64__)
 
-#define MOAT_KERNELS_DISPATCH(function)                                                \
-  ::moat_kernels::cpu::choose(                                                         \
-      {&::moat_kernels::cpu::baseline::function, &::moat_kernels::cpu::avx2::function, \
+#define MOAT_KERNELS_DISPATCH(function)                                                     \
+  ::moat_kernels::cpu::choose(                                                              \
+      {&::moat_kernels::cpu::baseline::function, &::moat_kernels::cpu::avx2::function,      \
        &::moat_kernels::cpu::avx512::function, &::moat_kernels::cpu::avx512_bf16::function, \
        &::moat_kernels::cpu::amx::function})
 

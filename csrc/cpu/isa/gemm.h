@@ -196,8 +196,11 @@ inline void gemm_on_vectors(int64_t rows, int64_t columns, int64_t depth, Stride
 
 #if defined(__AMX_TILE__)
 
-// Memory ahead for products on tiles: each step asks for as many lines as it takes for a panel to be
-// there when `blocks` blocks of rows have used the one before.
+// Tiles of A and B take the same room of the L1 cache: at this depth they and C share 48 KB.
+constexpr int64_t kDepthOnTiles = 192;
+
+// Memory ahead for products on tiles: each step asks for as many lines as it takes for a panel to
+// be there when `blocks` blocks of rows have used the one before.
 struct TilesAhead {
   Ahead ahead;
   int64_t lines;
@@ -223,13 +226,15 @@ inline void transpose_words(Strided a, int64_t rows, int64_t depth, Matrix<float
         words[i] = k + i < depth ? load(a.data + row + (k + i) * a.depth_stride) : Vec{};
       });
       transpose(words);
-      unroll<kWidth>([&](auto i)
-                         __attribute__((always_inline)) { store(copy.at(row + i, k).data, words[i]); });
+      unroll<kWidth>([&](auto i) __attribute__((always_inline)) {
+        store(copy.at(row + i, k).data, words[i]);
+      });
     }
   }
 }
 
-// The part of `gemm` on tiles: of a depth of at most kDepth, without the words that are left over.
+// The part of `gemm` on tiles: of a depth of at most kDepthOnTiles, without the words that are left
+// over.
 template <class Kind>
 inline void gemm_on_tiles(int64_t rows, int64_t columns, TileDepth depth, Strided a, const float* b,
                           int64_t panel_stride, int64_t depth_stride, Matrix<const float> start,
@@ -246,18 +251,18 @@ inline void gemm_on_tiles(int64_t rows, int64_t columns, TileDepth depth, Stride
   if (a.depth_stride == 1) {
     for (int64_t column = 0; column < columns; column += kPanel) {
       const float* panel = b + column / kPanel * panel_stride;
-      TilesAhead ahead(after_piece(panel, depth.covered(), panel_stride / kPanel,
-                                   column + kPanel >= columns),
-                       depth, rows);
-      for_tile_rows(rows, [&](auto tiles, int64_t row, int64_t count)
-                              __attribute__((always_inline)) {
-        multiply(tiles, {a.data + row * a.row_stride, a.row_stride}, row, count, column, ahead);
-      });
+      TilesAhead ahead(
+          after_piece(panel, depth.covered(), panel_stride / kPanel, column + kPanel >= columns),
+          depth, rows);
+      for_tile_rows(
+          rows, [&](auto tiles, int64_t row, int64_t count) __attribute__((always_inline)) {
+            multiply(tiles, {a.data + row * a.row_stride, a.row_stride}, row, count, column, ahead);
+          });
     }
     return;
   }
   // A power of two would map the rows of the copy to few sets of a cache.
-  constexpr int64_t kPitch = kDepth + 16;
+  constexpr int64_t kPitch = kDepthOnTiles + 16;
   alignas(64) float memory[kTileBlock * kPitch];
   const Matrix<float> copy = {memory, kPitch};
   for_tile_rows(rows, [&](auto tiles, int64_t row, int64_t count) __attribute__((always_inline)) {
@@ -266,6 +271,53 @@ inline void gemm_on_tiles(int64_t rows, int64_t columns, TileDepth depth, Stride
       multiply(tiles, {memory, kPitch}, row, count, column, [] {});
     }
   });
+}
+
+// sums[row][vector] = those of a panel in memory.
+template <class Sum, int rows>
+[[gnu::always_inline]] inline void load_sums(const float* panel, Sum (&sums)[rows][kVectors]) {
+  unroll<rows * kVectors>([&](auto i) __attribute__((always_inline)) {
+    sums[i / kVectors][i % kVectors] =
+        load_as<Sum>(panel + i / kVectors * kPanel + i % kVectors * kWidth);
+  });
+}
+
+// Calls finish(column, row, sums[rows][kVectors]) for blocks of rows of start + A B, where A is
+// [rows][words] and B has panels for `columns` columns, one behind the other; start: a row of sums,
+// or null for zeros. Sums take their way through memory that stays in L1.
+template <class Kind, class Finish>
+[[gnu::always_inline]] inline void finished_on_tiles(int64_t rows, int64_t columns, int64_t words,
+                                                     const float* a, const float* panels,
+                                                     const float* start, Finish&& finish) {
+  const TileDepth depth(words);
+  TileRegisters registers;
+  registers.configure(rows, depth);
+  alignas(64) float memory[kTileBlock * kPanel];
+  for (int64_t column = 0; column < columns; column += kPanel) {
+    const float* panel = panels + column * words;
+    const float* start_of_panel = start ? start + column : nullptr;
+    TilesAhead ahead(after_piece(panel, words, words, true), depth, rows);
+    for_tile_rows(
+        rows, [&](auto tiles, int64_t first, int64_t count) __attribute__((always_inline)) {
+          const float* block = a + first * words;
+          multiply_tiles<Kind, decltype(tiles)::value, kVectors>(
+              count, {block, words}, {panel, kPanel}, depth, {start_of_panel, 0}, {memory, kPanel},
+              ahead);
+          for_row_blocks(count, [&](auto block_rows, int64_t row) __attribute__((always_inline)) {
+            constexpr int kCount = decltype(block_rows)::value;
+            typename Kind::Sum sums[kCount][kVectors];
+            load_sums(memory + row * kPanel, sums);
+            const int64_t done = depth.covered();
+            if (done < words) {
+              Ahead nothing = {};
+              multiply<Kind, kCount, kVectors>({block + row * words + done, words, 1},
+                                               panel + done * kPanel, kPanel, words - done, sums,
+                                               nothing);
+            }
+            finish(column, first + row, sums);
+          });
+        });
+  }
 }
 
 #endif
@@ -280,7 +332,7 @@ inline void gemm(int64_t rows, int64_t columns, int64_t depth, Strided a, const 
                  bool accumulate, const float* bias = nullptr) {
 #if defined(__AMX_TILE__)
   if constexpr (kOnTiles<Kind>) {
-    const int64_t pieces = divide_up(depth, kDepth);
+    const int64_t pieces = divide_up(depth, kDepthOnTiles);
     for (int64_t piece = 0; piece < pieces; ++piece) {
       const int64_t first = depth * piece / pieces;
       const TileDepth steps(depth * (piece + 1) / pieces - first);

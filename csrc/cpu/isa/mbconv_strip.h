@@ -121,8 +121,8 @@ inline const float* input_pixels(const MBConvProblem& problem, int64_t image, in
   return result;
 }
 
-// out[offsets[row]] = act(sums[row]) for a block's `column` and those behind it. Sums of bytes become
-// numbers first.
+// out[offsets[row]] = act(sums[row]) for a block's `column` and those behind it. Sums of bytes
+// become numbers first.
 template <class Kind, Activation kind, int rows>
 [[gnu::always_inline]] inline void activate_sums(const typename Kind::Sum (&sums)[rows][kVectors],
                                                  const PackedBlock& weights, int64_t column,
@@ -146,15 +146,6 @@ template <class Kind, Activation kind, int rows>
     unroll<kRowsHere * kVectors>([&](auto i) __attribute__((always_inline)) {
       store(out + offsets[kFirst + i / kVectors] + (i % kVectors) * kWidth, values[i]);
     });
-  });
-}
-
-// sums[row][vector] = those of a panel in memory.
-template <class Sum, int rows>
-[[gnu::always_inline]] inline void load_sums(const float* panel, Sum (&sums)[rows][kVectors]) {
-  unroll<rows * kVectors>([&](auto i) __attribute__((always_inline)) {
-    sums[i / kVectors][i % kVectors] =
-        load_as<Sum>(panel + i / kVectors * kPanel + i % kVectors * kWidth);
   });
 }
 
@@ -204,39 +195,17 @@ inline void expand_pixels(const float* x, int64_t pixels, int64_t words, int64_t
 
 #if defined(__AMX_TILE__)
 
-// The same on tiles, whose sums take the way through memory.
+// The same on tiles.
 template <class Kind, Activation kind>
 inline void expand_pixels_on_tiles(const float* x, int64_t pixels, int64_t words, int64_t channels,
                                    const PackedBlock& weights, const int32_t* offsets,
                                    float* expanded) {
-  const TileDepth depth(words);
-  TileRegisters registers;
-  registers.configure(pixels, depth);
-  alignas(64) float memory[kTileBlock * kPanel];
-  for (int64_t column = 0; column < channels; column += kPanel) {
-    const float* panel = weights.expand + column * words;
-    const float* bias = Kind::kScaled ? nullptr : weights.expand_bias + column;
-    float* out = expanded + column;
-    TilesAhead ahead(after_piece(panel, words, words, true), depth, pixels);
-    for_tile_rows(pixels, [&](auto tiles, int64_t first, int64_t count)
-                              __attribute__((always_inline)) {
-      const float* a = x + first * words;
-      multiply_tiles<Kind, decltype(tiles)::value, 2>(count, {a, words}, {panel, kPanel}, depth,
-                                                      {bias, 0}, {memory, kPanel}, ahead);
-      for_row_blocks(count, [&](auto block_rows, int64_t row) __attribute__((always_inline)) {
-        constexpr int kCount = decltype(block_rows)::value;
-        typename Kind::Sum sums[kCount][kVectors];
-        load_sums(memory + row * kPanel, sums);
-        if (depth.covered() < words) {
-          const int64_t done = depth.covered();
-          Ahead none = {};
-          multiply<Kind, kCount, kVectors>({a + row * words + done, words, 1}, panel + done * kPanel,
-                                           kPanel, words - done, sums, none);
-        }
-        activate_sums<Kind, kind>(sums, weights, column, offsets + first + row, out);
+  const float* start = Kind::kScaled ? nullptr : weights.expand_bias;
+  finished_on_tiles<Kind>(
+      pixels, channels, words, x, weights.expand, start,
+      [&](int64_t column, int64_t pixel, const auto& sums) __attribute__((always_inline)) {
+        activate_sums<Kind, kind>(sums, weights, column, offsets + pixel, expanded + column);
       });
-    });
-  }
 }
 
 #endif

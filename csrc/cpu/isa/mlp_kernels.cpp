@@ -167,6 +167,15 @@ template <class Kind, Activation kind, int rows>
 template <class Kind, Activation kind>
 void activated_panel(int64_t rows, int64_t words, const float* a, const float* panel,
                      float* partial, const HiddenPanel<Kind>& hidden) {
+#if defined(__AMX_TILE__)
+  if constexpr (kOnTiles<Kind>) {
+    return finished_on_tiles<Kind>(
+        rows, kPanel, words, a, panel, Kind::kScaled ? nullptr : hidden.bias,
+        [&](int64_t, int64_t row, const auto& sums) __attribute__((always_inline)) {
+          activate_rows<Kind, kind>(sums, hidden.at_row(row));
+        });
+  }
+#endif
   using Sum = typename Kind::Sum;
   const int64_t pieces = larger(divide_up(words, kDepth), 1);
   for (int64_t piece = 0; piece < pieces; ++piece) {

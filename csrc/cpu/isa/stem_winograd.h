@@ -144,6 +144,9 @@ inline bool winograd_rows(const WinogradRows& rows, const float* input, const fl
   const int64_t tiles = divide_up(rows.columns, 2);
   const int64_t groups = divide_up(tiles, kMostTiles);
   bool finite = true;
+#if defined(__AMX_TILE__)
+  const TileRegisters registers;  // configured once for all products
+#endif
   for (int64_t group = 0; group < groups; ++group) {
     const int64_t first = tiles * group / groups;
     const int64_t count = tiles * (group + 1) / groups - first;

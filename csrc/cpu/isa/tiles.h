@@ -1,9 +1,9 @@
 #pragma once
 
 // Products on the CPU's matrix unit (AMX): one instruction adds to a tile of C, 16 x 16 sums, the
-// product of a tile of A and one of B, 16 words deep (product.h): 16 cycles, in which vectors make a
-// sixteenth of these products. Tiles are loaded from matrices as they lie in memory, A [rows][words]
-// and B [words][columns], which is what the panels of gemm.h hold.
+// product of a tile of A and one of B, 16 words deep (product.h): 16 cycles, in which vectors make
+// a sixteenth of these products. Tiles are loaded from matrices as they lie in memory, A
+// [rows][words] and B [words][columns], which is what the panels of gemm.h hold.
 //
 // A block of C has 32 x 32 sums, hence four tiles, to which each step of depth adds the products of
 // two tiles of A and two of B: 4 loads of 1 KiB for 4 products. A tile takes the same time however
@@ -103,8 +103,8 @@ class TileRegisters {
   inline static thread_local State state = {};
 };
 
-// Calls function(Constant<tiles>, first_row, rows) over blocks of a tile of rows or two; those of two
-// have more than kTile rows, of which some may be in both.
+// Calls function(Constant<tiles>, first_row, rows) over blocks of a tile of rows or two; those of
+// two have more than kTile rows, of which some may be in both.
 template <class Function>
 [[gnu::always_inline]] inline void for_tile_rows(int64_t rows, Function&& function) {
   int64_t row = 0;
