@@ -141,7 +141,10 @@ def observe(
         kept = observations.inputs[id(module)] = []
         _on_input(memo[id(module)], partial(_keep, kept))
     for module in stock.modules():
-        module.__class__ = _STOCK.get(type(module), stock_class(module))
+        module.__class__ = _STOCK.get(type(module), type(module))
+    for block in operands:
+        for module in memo[block].modules():
+            module.__class__ = stock_class(module)
     observations.results = [numbers_of(stock(batch)) for batch in batches]
     return observations
 
