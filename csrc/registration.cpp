@@ -63,7 +63,8 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
          ", int heads, int head_dim, float scale, float eps, bool grid, ScalarType dtype, " +
          quantizations + ") -> (Tensor, Tensor)");
   define("cpu_freeze_mlp(" + schema_of<MlpTensors>() +
-         ", str activation, float eps, ScalarType dtype) -> (Tensor, Tensor)");
+         ", str activation, float eps, ScalarType dtype, " + quantizations +
+         ") -> (Tensor, Tensor)");
   define("cpu_freeze_head(" + schema_of<HeadTensors>() + ", float eps) -> (Tensor, Tensor)");
   define("cpu_freeze_for_maps(Tensor step, " + schema_of<Placement>() +
          ", Tensor? position_table) -> (Tensor, Tensor)");

@@ -16,15 +16,17 @@ from moat_kernels.adapters.base import Adapter, MBConvAdapter
 from moat_kernels.adapters.freezing import (
     HalfReader,
     MlpReader,
+    Operands,
     TransformerPart,
     bottleneck_step,
 )
 from moat_kernels.adapters.fused import FusedModule, is_changed, stock_class
-from moat_kernels.adapters.reading import NotCovered, child_names, refuse_hooks
+from moat_kernels.adapters.reading import Bottleneck, NotCovered, child_names, refuse_hooks
 from moat_kernels.adapters.registry import find_adapter
 from moat_kernels.backbone import endpoints, feature_maps
-from moat_kernels.calibration import LayerError, Observations, choose_int8, observe
+from moat_kernels.calibration import LayerError, Observations, choose_int8
 from moat_kernels.inspection import interception
+from moat_kernels.int8 import quantize, unfrozen_layers
 from moat_kernels.models import MOAT
 from moat_kernels.modules import FusedInvertedBottleneck, check_runs_as_made
 from moat_kernels.ops.common.backends import backend_status, warn_once
@@ -72,8 +74,8 @@ def freeze(
         float16, whose products are always in float32;
         int8, where the CPU multiplies that and bfloat16 (AVX512_VNNI): the 1x1 convolutions and
         linear layers of blocks, as far as their errors on the calibration allow, and the rest in
-        bfloat16; the frozen parts' `int8_report` says which. Values of operands are clamped to
-        what the calibration saw, so what is not finite is lost.
+        bfloat16; `int8_report` of the result says which. Values of operands are clamped to what
+        the calibration saw, so what is not finite is lost.
         Sums, norms, GELU and softmax are always in float32 (sums of bytes in int32).
     calibration: for int8, batches as `model` takes them: some dozens of images of the kind that it
         will see, prepared in the same way.
@@ -96,8 +98,7 @@ def freeze(
     if not frozen:
         found = "; ".join(reasons) or "it has no MOAT or fused block"
         raise ValueError(f"nothing in model can be frozen: {found}")
-    if calibration is not None:
-        _quantize(model, calibration, frozen)
+    report = None if calibration is None else quantize(model, list(calibration), frozen)
     for reason in reasons:
         warn_once(f"freeze: {reason}; left as it is")
     for used in {maps or part.sequence.dtype for part in frozen.values()}:
@@ -108,8 +109,11 @@ def freeze(
             )
     for part in list(frozen.values()):
         if isinstance(part, FrozenTransformerBlock):
-            part.copy_branch(frozen)
-    return copy.deepcopy(model, frozen)
+            part.let_go(frozen)
+    result: Any = copy.deepcopy(model, frozen)
+    if report is not None and not isinstance(result, FrozenModule):
+        result.int8_report = report + unfrozen_layers(left)
+    return result
 
 
 def _check_arguments(model: object, dtype: object, calibration: object) -> None:
@@ -126,18 +130,6 @@ def _check_arguments(model: object, dtype: object, calibration: object) -> None:
             "dtype must be another than torch.int8, which needs the native kernels and a CPU with "
             "AVX512_VNNI and AVX512_BF16"
         )
-
-
-def _quantize(model: nn.Module, calibration: Iterable[Any], frozen: dict[int, Any]) -> None:
-    """Put what multiplies in int8 in the place of frozen parts."""
-    parts = [
-        module for module in model.modules() if isinstance(frozen.get(id(module)), FrozenModule)
-    ]
-    observations = observe(model, calibration, parts)
-    for module in parts:
-        kind = type(frozen[id(module)])
-        if observations.inputs[id(module)]:
-            frozen[id(module)] = kind(module, torch.bfloat16, observations)
 
 
 def _freeze_inside(
@@ -205,11 +197,11 @@ def _checked_adapter(module: FusedModule) -> Adapter:
     return adapter
 
 
-def _fused_step(module: FusedModule, maps: torch.dtype | None) -> FrozenStep:
+def _fused_bottleneck(module: FusedModule) -> Bottleneck:
     adapter = _checked_adapter(module)
     if not isinstance(adapter, MBConvAdapter):
         raise CannotFreeze("an attention without a block around it that is known")
-    return bottleneck_step(adapter.read(module), maps)
+    return adapter.read(module)
 
 
 def _frozen_transformer_block(
@@ -307,7 +299,7 @@ class FrozenModule(nn.Module):
                 alternative(torch.float32, _unquantized),
                 observations.inputs[id(module)],
             )
-        self.sequence = FrozenSequence(steps)
+        self.use(steps)
         # The steps that the stages end with.
         self._ends = [end - 1 for end in accumulate(map(len, stages))]
         self.training = False
@@ -317,6 +309,14 @@ class FrozenModule(nn.Module):
         module: Any, maps: torch.dtype | None, quantizations: Quantize
     ) -> list[list[FrozenStep]]:
         raise NotImplementedError
+
+    def use(self, steps: Sequence[FrozenStep]) -> None:
+        """Compute these."""
+        self.sequence = FrozenSequence(steps)
+
+    def operands(self, module: Any) -> list[Operands]:
+        """As `int8.Part.operands`."""
+        return []
 
     def train(self: Module, mode: bool = True) -> Module:
         """Stays in eval mode, also inside a model that is trained."""
@@ -357,8 +357,24 @@ class FrozenBlock(FrozenModule):
         quantizations: Quantize,
     ) -> list[list[FrozenStep]]:
         if not isinstance(module, FusedInvertedBottleneck | FusedStem):
-            return [[_fused_step(module, maps)]]
+            return [[bottleneck_step(_fused_bottleneck(module), maps, *quantizations(module))]]
         return [module.frozen_steps(maps, quantizations(module))]
+
+    def operands(self, module: nn.Module) -> list[Operands]:
+        if not isinstance(module, FusedModule):
+            return []
+        project = _fused_bottleneck(module).project
+        return [] if project is None else [(module, project)]
+
+    def steps_in_int8(
+        self, module: FusedModule, quantizations: Sequence[Quantizations]
+    ) -> list[FrozenStep]:
+        """As `int8.Part.steps_in_int8`."""
+        (steps,) = self._stages_of(module, torch.bfloat16, lambda _: quantizations)
+        return steps
+
+    def unfrozen_names(self) -> tuple[str, ...]:
+        return ()
 
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
@@ -393,7 +409,9 @@ class FrozenTransformerBlock(nn.Module):
         self, part: TransformerPart, block: nn.Module, maps: torch.dtype | None = None
     ) -> None:
         super().__init__()
+        self._part: TransformerPart | None = part
         self.halves = FrozenHalves(part, maps)
+        self.int8_report = self.halves.int8_report
         self._rows, self._branch, self._branch_rows = part.rows, part.branch, part.branch_rows
         for name in part.branch:
             self.add_module(name, getattr(block, name))
@@ -404,8 +422,26 @@ class FrozenTransformerBlock(nn.Module):
         """That of the halves."""
         return self.halves.sequence
 
-    def copy_branch(self, copies: dict[int, Any]) -> None:
+    def use(self, steps: Sequence[FrozenStep]) -> None:
+        self.halves.use(steps)
+
+    def operands(self, _: nn.Module) -> list[Operands]:
+        """As `int8.Part.operands`."""
+        return self._part.operands() if self._part else []
+
+    def steps_in_int8(
+        self, _: nn.Module, quantizations: Sequence[Quantizations]
+    ) -> list[FrozenStep]:
+        """As `int8.Part.steps_in_int8`."""
+        assert self._part is not None
+        return self._part.steps(torch.bfloat16, quantizations)
+
+    def unfrozen_names(self) -> tuple[str, ...]:
+        return self._branch
+
+    def let_go(self, copies: dict[int, Any]) -> None:
         """Share nothing with the block any more. copies: of other modules, by id."""
+        self._part = None
         for name in self._branch:
             self.add_module(name, copy.deepcopy(getattr(self, name), copies))
 

@@ -63,12 +63,17 @@ def reason_to_skip(note: str) -> str:
         return note.removeprefix("not run, ")
     needed = note.removeprefix("needs ")
     assert needed != note, f"a note begins with 'needs' or 'not run,', got {note!r}"
+    return next(filter(None, map(reason_to_lack, needed.split(" and "))), "")
+
+
+def reason_to_lack(needed: str) -> str:
+    """Why it is not here; empty if it is. A missing package skips the test."""
     if needed == "the native kernels":
         return "" if load_extension().usable else f"native kernels {load_extension().reason}"
     if needed == "the native kernels in int8":
         usable = load_extension().usable and multiplies(torch.int8)
         return "" if usable else "no native kernels, or a CPU that does not multiply int8"
-    import_peer(needed)  # skips where it is missing
+    import_peer(needed)
     return ""
 
 

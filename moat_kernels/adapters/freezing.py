@@ -8,7 +8,7 @@ of. As it is known by names alone, `freeze` tries it out.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -38,6 +38,9 @@ from moat_kernels.ops.frozen import (
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 from moat_kernels.tensor_access import tensor_of
+
+# The two modules whose inputs are the operands of a step's int8 products.
+Operands = tuple[nn.Module, nn.Module]
 
 
 def bottleneck_step(
@@ -81,11 +84,17 @@ class TransformerPart(ABC):
     branch_rows: bool = False
 
     @abstractmethod
-    def steps(self, maps: torch.dtype | None) -> list[FrozenStep]:
+    def steps(
+        self, maps: torch.dtype | None, quantizations: Sequence[Quantizations] = ()
+    ) -> list[FrozenStep]:
         """The steps, their weights packed as they are now. Raises CannotFreeze or NotCovered.
 
-        maps: as of `attention_half_step`.
+        maps: as of `attention_half_step`. quantizations: of each, if they are to multiply in int8.
         """
+
+    @abstractmethod
+    def operands(self) -> list[Operands]:
+        """Of each step."""
 
     @abstractmethod
     def example(self, leading: tuple[int, ...]) -> Tensor:
@@ -113,13 +122,18 @@ class Mlp(TransformerPart):
     layer_scale: nn.Module | None = None
 
     @torch.no_grad()
-    def steps(self, maps: torch.dtype | None) -> list[FrozenStep]:
+    def steps(
+        self, maps: torch.dtype | None, quantizations: Sequence[Quantizations] = ()
+    ) -> list[FrozenStep]:
         activation = read_activation(self.activation)
         norm = _check_layer_norm(self.norm, "MLP")
         fc1, fc2 = _read_plain(self.fc1), _scaled(self.fc2, self.layer_scale, "MLP")
         check_normalized_shape(norm, len(fc2[0]))
         tensors = [tensor_of(norm, "weight"), tensor_of(norm, "bias"), *fc1, *fc2]
-        return [mlp_step(tensors, activation, norm.eps, maps)]
+        return [mlp_step(tensors, activation, norm.eps, maps, *quantizations)]
+
+    def operands(self) -> list[Operands]:
+        return [(self.fc1, self.fc2)]
 
     def example(self, leading: tuple[int, ...]) -> Tensor:
         return self._example(leading, 3, 4, tensor_of(self.fc2, "weight"))
@@ -142,11 +156,19 @@ class AttentionHalf(TransformerPart):
     map_size: tuple[int, int] | None = None
     mlp: Mlp | None = None
 
-    def steps(self, maps: torch.dtype | None) -> list[FrozenStep]:
-        return [self._attention_step(maps), *(self.mlp.steps(maps) if self.mlp else [])]
+    def steps(
+        self, maps: torch.dtype | None, quantizations: Sequence[Quantizations] = ()
+    ) -> list[FrozenStep]:
+        mlp = self.mlp.steps(maps, quantizations[1:]) if self.mlp else []
+        return [self._attention_step(maps, *quantizations[:1]), *mlp]
+
+    def operands(self) -> list[Operands]:
+        return [(self.qkv, self.proj), *(self.mlp.operands() if self.mlp else [])]
 
     @torch.no_grad()
-    def _attention_step(self, maps: torch.dtype | None) -> FrozenStep:
+    def _attention_step(
+        self, maps: torch.dtype | None, *quantizations: Quantizations
+    ) -> FrozenStep:
         norm, description = _check_layer_norm(self.norm, "attention"), self.attention.description
         qkv = _qkv(self.qkv, description)
         proj = _scaled(self.proj, self.layer_scale, "attention")
@@ -162,6 +184,7 @@ class AttentionHalf(TransformerPart):
             norm.eps,
             replace(description, qkv_layout="qkv_heads"),
             maps,
+            *quantizations,
         )
 
         return replace(step, place=_checked_place(step, description.window_size, self.map_size))

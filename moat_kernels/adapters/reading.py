@@ -286,11 +286,15 @@ def read_drop_path(module: nn.Module) -> DropPathReading | DropPath | None:
 
 @dataclass(frozen=True)
 class Bottleneck:
-    """An inverted bottleneck as `functional.mbconv` takes it."""
+    """An inverted bottleneck as `functional.mbconv` takes it.
+
+    project: the module of the last convolution.
+    """
 
     description: MBConvDescription
     parameters: MBConvParameters
     drop_path: DropPathReading | DropPath | None = None
+    project: nn.Module | None = None
 
 
 class BottleneckModules(NamedTuple):
@@ -395,7 +399,7 @@ def read_bottleneck(
         gate.expand if gate else None,
         shortcut,
     )
-    return Bottleneck(description, read_tensors(modules), drop_path)
+    return Bottleneck(description, read_tensors(modules), drop_path, project)
 
 
 def _one_activation(norm: NormReading, activation: nn.Module | None) -> str:

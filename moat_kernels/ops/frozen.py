@@ -236,12 +236,14 @@ def mlp_step(
     activation: str,
     eps: float,
     maps: torch.dtype | None = None,
+    quantizations: Quantizations = _NOT_QUANTIZED,
 ) -> FrozenStep:
     """y + fc2(activation(fc1(norm(y)))) of each pixel of [B, C, H, W]. Raises CannotFreeze.
 
     tensors: weight [C] and bias of the norm, weight [hidden, C] and bias of fc1, weight [C, hidden]
         and bias of fc2. Only the last two weights must be given.
     activation: as of `MBConvDescription`.
+    quantizations: if given, it multiplies in int8, for which `maps` must be bfloat16.
     """
     dtype = _dtype_of(tensors)
     fc1, fc2 = tensors[2], tensors[4]
@@ -253,9 +255,10 @@ def mlp_step(
     if any(t is not None and t.shape != shape for t, shape in zip(tensors, shapes, strict=True)):
         raise CannotFreeze("an MLP whose layers do not fit together")
     native, packed = torch.ops.moat_kernels.cpu_freeze_mlp.default(
-        *tensors, activation, eps, maps or dtype
+        *tensors, activation, eps, maps or dtype, *quantizations[0], *quantizations[1]
     )
-    return FrozenStep("MLP", False, native, packed, dtype, maps or dtype, Placement)
+    int8 = quantizations is not _NOT_QUANTIZED
+    return FrozenStep("MLP", int8, native, packed, dtype, maps or dtype, Placement)
 
 
 @torch.no_grad()
@@ -295,6 +298,10 @@ class FrozenSequence:
             raise CannotFreeze("tensors of several dtypes")
         # By C, H, W of x: the native steps, and the tensors that they read.
         self._plans: dict[tuple[int, ...], tuple[Tensor, list[Tensor]]] = {}
+
+    @property
+    def steps(self) -> tuple[FrozenStep, ...]:
+        return self._steps
 
     @property
     def bytes(self) -> int:

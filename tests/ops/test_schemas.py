@@ -83,7 +83,7 @@ ARGUMENTS = {
     ),
     "cpu_freeze_mlp": (
         *("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),
-        *("activation", "eps", "dtype"),
+        *("activation", "eps", "dtype", *QUANTIZATIONS),
     ),
     "cpu_freeze_head": ("norm_weight", "norm_bias", "head_weight", "head_bias", "eps"),
 }

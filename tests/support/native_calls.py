@@ -368,7 +368,7 @@ def frozen_attention_half(
 
 
 def frozen_mlp(y: Tensor, tensors: list[Tensor | None], activation: str, eps: float) -> Tensor:
-    return run_frozen(y, OPS.cpu_freeze_mlp(*tensors, activation, eps, torch.float32))
+    return run_frozen(y, OPS.cpu_freeze_mlp(*tensors, activation, eps, *IN_FLOAT32))
 
 
 def frozen_head(x: Tensor, tensors: list[Tensor | None], eps: float) -> Tensor:

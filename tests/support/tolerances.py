@@ -62,6 +62,10 @@ FOLDED_ROUNDING = 3
 # square over the results'; the largest of single values, of other images and sizes, is some three
 # times that, and bfloat16's own comes on top.
 INT8_ERROR = 0.06
+# A step in int8 against its own arithmetic: half a unit in the last place of bfloat16 (2^-8) for
+# the result, as much again for bytes that differ by one from those of float64, as norms and
+# activations that lie near the middle between two are rounded to 2^-11.
+INT8_STEP = 2.0**-7
 
 # The same factor over eight inputs to a model that magnifies rounding at random: of one tensor
 # (0.7 to 2.0 by the interpreter, so many inputs tell it to a half), and in the median over all

@@ -1,6 +1,7 @@
 #pragma once
 
 #include "cpu/common/per_isa.h"
+#include "cpu/common/quantization.h"
 #include "cpu/common/types.h"
 
 namespace moat_kernels::cpu {
@@ -20,6 +21,8 @@ struct MlpProblem {
   void* result = nullptr;
   ElementType element = ElementType::float32;  // of y and the result
   Product product = Product::float32;
+  // For bytes: of the normalised rows, and of the hidden channels.
+  Quantization norm_quantization, hidden_quantization;
 };
 
 }  // namespace moat_kernels::cpu

@@ -137,14 +137,17 @@ std::tuple<Tensor, Tensor> freeze_attention_half(const AttentionHalfTensors& ten
 }
 
 std::tuple<Tensor, Tensor> freeze_mlp(const MlpTensors& tensors, const std::string& activation,
-                                      double eps, ScalarType dtype) {
+                                      double eps, ScalarType dtype,
+                                      const Quantizations& quantizations) {
   const MlpTensors kept = readable(tensors);
   Step step = {};
   step.kind = StepKind::mlp;
   MlpProblem& problem = step.mlp;
   problem = read_mlp(kept, parse_activation(activation), eps);
   problem.element = element_type("dtype", dtype);
-  problem.product = product_of(dtype);
+  problem.product = quantized_product(dtype, quantizations);
+  problem.norm_quantization = quantizations.first();
+  problem.hidden_quantization = quantizations.second();
   const Tensor& like = *kept.fc1_weight;
   const Tensor packed = pack<MlpEval>(problem, like);
   problem.norm_weight = problem.norm_bias = nullptr;

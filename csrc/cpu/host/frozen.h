@@ -24,7 +24,7 @@ struct Placement : Fields {
 
 // What turns the two operands of a step's int8 products to bytes (cpu/common/quantization.h): of an
 // inverted bottleneck x and what the project convolution reads, of an attention half what qkv and
-// proj read. Scales of zero: other products.
+// proj read, of an MLP what fc1 and fc2 read. Scales of zero: other products.
 struct Quantizations : Fields {
   double first_scale = 0, first_zero = 0, second_scale = 0, second_zero = 0;
 

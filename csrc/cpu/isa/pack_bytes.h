@@ -63,8 +63,8 @@ inline FactorAndShift to_number(Quantization a, float scale, float sum, float bi
   return {factor, bias - a.zero * factor * sum};
 }
 
-// A panel of `columns` rows of `source`, each of `depth` times its column_scale. shift: holds their
-// biases, and then with `factor` what turns sums to numbers.
+// A panel of `columns` rows of `source`, each of `depth` times its column_scale, which may be null.
+// shift: holds their biases, and then with `factor` what turns sums to numbers.
 inline void pack_scaled(Quantization a, const float* source, int64_t columns, int64_t depth,
                         const float* column_scale, const float* depth_scale, float* panel,
                         float* shift, float* factor) {
@@ -74,7 +74,8 @@ inline void pack_scaled(Quantization a, const float* source, int64_t columns, in
       factor[i] = 0.0f;
       continue;
     }
-    const WeightColumn column = {source + i * depth, depth, column_scale[i], depth_scale};
+    const WeightColumn column = {source + i * depth, depth, column_scale ? column_scale[i] : 1.0f,
+                                 depth_scale};
     const float scale = column.scale();
     column.pack(scale, i, panel);
     const FactorAndShift number = to_number(a, scale, column.sum(scale), shift[i]);
