@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -16,6 +17,8 @@ from moat_kernels.adapters.base import Adapter, MBConvAdapter
 from moat_kernels.adapters.freezing import (
     HalfReader,
     MlpReader,
+    StemPart,
+    StemReader,
     TransformerPart,
     bottleneck_step,
 )
@@ -24,6 +27,7 @@ from moat_kernels.adapters.reading import NotCovered, child_names, refuse_hooks
 from moat_kernels.adapters.registry import find_adapter
 from moat_kernels.backbone import endpoints, feature_maps
 from moat_kernels.calibration import LayerError, Observations, choose_int8, observe
+from moat_kernels.chains import Container, chain_containers
 from moat_kernels.inspection import interception
 from moat_kernels.models import MOAT
 from moat_kernels.modules import FusedInvertedBottleneck, check_runs_as_made
@@ -43,6 +47,8 @@ Module = TypeVar("Module", bound="FrozenModule")
 
 _HALVES: tuple[HalfReader, ...] = (*timm.HALVES, *torchvision.HALVES, *vit_pytorch.HALVES)
 _MLPS: tuple[MlpReader, ...] = vit_pytorch.MLPS
+_STEMS: tuple[StemReader, ...] = timm.STEMS
+_CONTAINERS: tuple[Container, ...] = (*timm.CONTAINERS, *torchvision.CONTAINERS)
 # Of the largest value: rounding of a block, tried out by weights and an input that are given.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Of a block -> those of its steps.
@@ -109,7 +115,10 @@ def freeze(
     for part in list(frozen.values()):
         if isinstance(part, FrozenTransformerBlock):
             part.copy_branch(frozen)
-    return copy.deepcopy(model, frozen)
+    _freeze_stems(model, maps, frozen)
+    result = copy.deepcopy(model, frozen)
+    chain_containers(result, _CONTAINERS)
+    return result
 
 
 def _check_arguments(model: object, dtype: object, calibration: object) -> None:
@@ -238,7 +247,20 @@ def _frozen_mlp(block: nn.Module, maps: torch.dtype | None) -> FrozenTransformer
     return None
 
 
-def _check_block(reader: HalfReader | MlpReader, block: nn.Module) -> None:
+def _freeze_stems(model: nn.Module, maps: torch.dtype | None, frozen: dict[int, Any]) -> None:
+    """Collect what replaces stems of models whose blocks are frozen."""
+    for module in model.modules():
+        for reader in _STEMS:
+            if type(module).__name__ == reader.class_name and id(module) not in frozen:
+                with suppress(CannotFreeze, NotCovered):  # it then stays as it is
+                    _check_block(reader, module)
+                    stem = reader.read(module)
+                    form = FrozenBlock(stem, maps)
+                    _try_out(form, module, stem.example(), maps)
+                    frozen[id(module)] = form
+
+
+def _check_block(reader: HalfReader | MlpReader | StemReader, block: nn.Module) -> None:
     """Raise unless the block is as the reader knows it."""
     if reason := interception(block, "it"):
         raise CannotFreeze(reason)
@@ -339,23 +361,30 @@ class FrozenModule(nn.Module):
 
 
 class FrozenBlock(FrozenModule):
-    """A fused block or stem as it was when frozen; see `freeze`."""
+    """A fused block or a stem as it was when frozen; see `freeze`."""
 
     def __init__(
         self,
-        block: FusedInvertedBottleneck | FusedStem | FusedModule,
+        block: FusedInvertedBottleneck | FusedStem | FusedModule | StemPart,
         maps: torch.dtype | None = None,
         observations: Observations | None = None,
     ) -> None:
         super().__init__(block, maps, observations)
-        self._keeps_format = not isinstance(block, FusedStem)
+        self.keeps_format = not isinstance(block, FusedStem)
+
+    @property
+    def whole_sequence(self) -> FrozenSequence:
+        """What computes all of it; see `chains`."""
+        return self.sequence
 
     @staticmethod
     def _stages_of(
-        module: FusedInvertedBottleneck | FusedStem | FusedModule,
+        module: FusedInvertedBottleneck | FusedStem | FusedModule | StemPart,
         maps: torch.dtype | None,
         quantizations: Quantize,
     ) -> list[list[FrozenStep]]:
+        if isinstance(module, StemPart):
+            return [module.steps(maps)]
         if not isinstance(module, FusedInvertedBottleneck | FusedStem):
             return [[_fused_step(module, maps)]]
         return [module.frozen_steps(maps, quantizations(module))]
@@ -363,7 +392,7 @@ class FrozenBlock(FrozenModule):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         (output,) = self.sequence.outputs(x, self._ends)
-        return in_format_of(output, x) if self._keeps_format else output
+        return in_format_of(output, x) if self.keeps_format else output
 
 
 class FrozenHalves(FrozenModule):
@@ -403,6 +432,11 @@ class FrozenTransformerBlock(nn.Module):
     def sequence(self) -> FrozenSequence:
         """That of the halves."""
         return self.halves.sequence
+
+    @property
+    def whole_sequence(self) -> FrozenSequence | None:
+        """What computes all of it, if that is so; see `chains`."""
+        return None if self._branch else self.sequence
 
     def copy_branch(self, copies: dict[int, Any]) -> None:
         """Share nothing with the block any more. copies: of other modules, by id."""

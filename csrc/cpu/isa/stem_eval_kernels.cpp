@@ -1,5 +1,5 @@
 // The stem with fixed statistics:
-//   output = conv3x3(gelu(norm(conv3x3 of stride 2(x)))) + bias
+//   output = conv3x3(act(norm(conv3x3 of stride 2(x)))) + bias
 // A strip of rows of the first convolution's output stays in cache; memory moves x and the output
 // once. On maps [row][column][channel] the three pixels that a row of a 3x3 kernel sees lie side by
 // side, so a convolution is three matrix products, whose rows overlap: no im2col copy. The second
@@ -22,6 +22,13 @@ constexpr int64_t kMiddleFloats = 60 * 1024;
 
 // Channels between the convolutions, rounded up to vectors; those added are zero.
 int64_t middle_channels(const StemProblem& problem) { return round_up(problem.channels, kWidth); }
+// The same of the output.
+int64_t output_channels(const StemProblem& problem) {
+  return round_up(problem.out_channels, kWidth);
+}
+int64_t output_panels(const StemProblem& problem) {
+  return divide_up(problem.out_channels, kPanel);
+}
 int64_t middle_row(const StemProblem& problem) {
   return (round_up(problem.out_width, 2) + 2) * middle_channels(problem);
 }
@@ -49,8 +56,8 @@ int64_t most_strip_rows(const StemProblem& problem) {
   return 2 * divide_up(row_pairs(problem), strip_count(problem));
 }
 
-// The weights of a panel of output channels: [kernel row][depth][kPanel] of both convolutions, and
-// their biases [kPanel].
+// The weights of a panel of the channels of both: [kernel row][depth][kPanel] of both convolutions,
+// and their biases [kPanel].
 struct PackedPanel {
   float *first, *first_bias, *second, *second_bias;
 };
@@ -135,20 +142,20 @@ void pack_transformed(const StemProblem& problem, int64_t panel, float* transfor
     for (int64_t i = 0; i < kWordValues; ++i) {
       const int64_t output = panel * kPanel + i / kPerWord;
       const int64_t channel = word * kPerWord + i % kPerWord;
-      if (channel >= problem.channels || output >= problem.channels) continue;
+      if (channel >= problem.channels || output >= problem.out_channels) continue;
       const float* kernel =
           problem.second.weight + (output * problem.channels + channel) * kSide * kSide;
       transform_kernel(kernel, kWordValues, points + i);
     }
     for (int64_t point = 0; point < kPoints; ++point) {
-      const int64_t place = (point * stem_eval_panels(problem) + panel) * words + word;
+      const int64_t place = (point * output_panels(problem) + panel) * words + word;
       to_words<Kind>(points + point * kWordValues, kWordValues, transformed + place * kPanel);
     }
   }
 }
 
-// A row of the first convolution with norm and GELU, from three rows of x, for one panel.
-template <int vectors>
+// A row of the first convolution with norm and activation, from three rows of x, for one panel.
+template <int vectors, Activation activation>
 void first_convolution(const StemProblem& problem, const float* input, const PackedPanel& panel,
                        float* middle) {
   const int64_t pitch = middle_channels(problem);
@@ -161,7 +168,7 @@ void first_convolution(const StemProblem& problem, const float* input, const Pac
     convolve<kCount, vectors>(input + 2 * pixel * problem.in_channels, 2 * problem.in_channels,
                               input_row(problem), panel.first, first_depth(problem), sums);
     unroll<kCount>([&](auto i) __attribute__((always_inline)) {
-      gelu<vectors>(sums[i]);
+      activate<activation, vectors>(sums[i]);
       unroll<vectors>([&](auto v) __attribute__((always_inline)) {
         store(middle + (pixel + i) * pitch + v * kWidth, sums[i][v]);
       });
@@ -174,11 +181,12 @@ template <int vectors>
 void second_convolution(const StemProblem& problem, const float* middle, const PackedPanel& panel,
                         float* result) {
   const int64_t pitch = middle_channels(problem);
+  const int64_t result_pitch = output_channels(problem);
   for (int64_t row = 0; row < 2; ++row) {
     for_row_blocks(
         problem.out_width, [&](auto count, int64_t pixel) __attribute__((always_inline)) {
           constexpr int kCount = decltype(count)::value;
-          float* out = result + (row * problem.out_width + pixel) * pitch;
+          float* out = result + (row * problem.out_width + pixel) * result_pitch;
           Vec sums[kCount][vectors];
           unroll<kCount * vectors>([&](auto i) __attribute__((always_inline)) {
             sums[i / vectors][i % vectors] = load(panel.second_bias + (i % vectors) * kWidth);
@@ -187,7 +195,7 @@ void second_convolution(const StemProblem& problem, const float* middle, const P
                                     middle_row(problem), panel.second, second_depth(problem), sums);
           unroll<kCount * vectors>([&](auto i) __attribute__((always_inline)) {
             constexpr int v = i % vectors;
-            store(out + (i / vectors) * pitch + v * kWidth, sums[i / vectors][v]);
+            store(out + (i / vectors) * result_pitch + v * kWidth, sums[i / vectors][v]);
           });
         });
   }
@@ -196,7 +204,7 @@ void second_convolution(const StemProblem& problem, const float* middle, const P
 void convolve_rows(const StemProblem& problem, const float* packed, const float* middle,
                    float* result) {
   for_panels(
-      middle_channels(problem), [&](auto vectors, int64_t channel) __attribute__((always_inline)) {
+      output_channels(problem), [&](auto vectors, int64_t channel) __attribute__((always_inline)) {
         second_convolution<decltype(vectors)::value>(
             problem, middle, packed_panel(problem, packed, channel / kPanel), result + channel);
       });
@@ -204,20 +212,23 @@ void convolve_rows(const StemProblem& problem, const float* packed, const float*
 
 }  // namespace
 
-int64_t stem_eval_panels(const StemProblem& problem) { return divide_up(problem.channels, kPanel); }
+int64_t stem_eval_panels(const StemProblem& problem) {
+  return larger(divide_up(problem.channels, kPanel), output_panels(problem));
+}
 
 int64_t stem_eval_strips(const StemProblem& problem) { return strip_count(problem); }
 
 int64_t stem_eval_packed_size(const StemProblem& problem) {
   return stem_eval_panels(problem) * panel_floats(problem) +
-         winograd_weights_size(problem.product, middle_channels(problem));
+         winograd_weights_size(problem.product, middle_channels(problem), output_channels(problem));
 }
 
 int64_t stem_eval_scratch_size(const StemProblem& problem) {
-  const int64_t channels = middle_channels(problem);
+  const int64_t outputs = output_channels(problem);
   return round_up(kSide * input_row(problem), 16) +
-         (most_strip_rows(problem) + 2) * middle_row(problem) + winograd_scratch_size(channels) +
-         2 * problem.out_width * channels + round_up(channels, kPanel);
+         (most_strip_rows(problem) + 2) * middle_row(problem) +
+         winograd_scratch_size(middle_channels(problem), outputs) +
+         2 * problem.out_width * outputs + round_up(outputs, kPanel);
 }
 
 void stem_eval_pack(const StemProblem& problem, int64_t panel, float* packed) {
@@ -230,13 +241,15 @@ void stem_eval_pack(const StemProblem& problem, int64_t panel, float* packed) {
     if (exists) folded = fold_norm(problem.norm, problem.first.bias, first + i);
     scale[i] = folded.scale;
     to.first_bias[i] = folded.shift;
-    to.second_bias[i] = exists && problem.second.bias ? problem.second.bias[first + i] : 0.0f;
+    const bool is_output = first + i < problem.out_channels;
+    to.second_bias[i] = is_output && problem.second.bias ? problem.second.bias[first + i] : 0.0f;
   }
   pack_kernel(problem.first.weight, first, problem.channels, problem.in_channels,
               problem.in_channels, scale, to.first);
   for (float& value : scale) value = 1.0f;
-  pack_kernel(problem.second.weight, first, problem.channels, problem.channels,
+  pack_kernel(problem.second.weight, first, problem.out_channels, problem.channels,
               middle_channels(problem), scale, to.second);
+  if (panel >= output_panels(problem)) return;
   float* transformed = packed + stem_eval_panels(problem) * panel_floats(problem);
   with_side_product(problem.product, [&](auto kind) {
     pack_transformed<decltype(kind)>(problem, panel, transformed);
@@ -250,11 +263,12 @@ void stem_eval(const StemProblem& problem, const float* packed, int64_t image, i
   const int64_t last = smaller(2 * (row_pairs(problem) * (strip + 1) / strips), problem.out_height);
   const int64_t rows = last - first;
   const int64_t pitch = middle_channels(problem);
+  const int64_t result_pitch = output_channels(problem);
   float* input = scratch;  // the three rows of x that a row of the first convolution sees
   float* middle = input + round_up(kSide * input_row(problem), 16);
   float* tiles = middle + (most_strip_rows(problem) + 2) * middle_row(problem);
-  float* result = tiles + winograd_scratch_size(pitch);  // two rows
-  float* bias = result + 2 * problem.out_width * pitch;
+  float* result = tiles + winograd_scratch_size(pitch, result_pitch);  // two rows
+  float* bias = result + 2 * problem.out_width * result_pitch;
   for (int64_t row = 0; row < round_up(rows, 2) + 2; ++row) {
     float* line = middle + row * middle_row(problem);
     const int64_t y = first + row - 1;
@@ -267,16 +281,19 @@ void stem_eval(const StemProblem& problem, const float* packed, int64_t image, i
     }
     for (int64_t i = 0; i < pitch; ++i) line[i] = 0.0f;
     for (int64_t i = (problem.out_width + 1) * pitch; i < middle_row(problem); ++i) line[i] = 0.0f;
-    for_panels(pitch, [&](auto vectors, int64_t channel) __attribute__((always_inline)) {
-      first_convolution<decltype(vectors)::value>(
-          problem, input, packed_panel(problem, packed, channel / kPanel), line + pitch + channel);
+    with_activation(problem.activation, [&](auto activation) {
+      for_panels(pitch, [&](auto vectors, int64_t channel) __attribute__((always_inline)) {
+        first_convolution<decltype(vectors)::value, decltype(activation)::value>(
+            problem, input, packed_panel(problem, packed, channel / kPanel),
+            line + pitch + channel);
+      });
     });
   }
-  for (int64_t panel = 0; panel < stem_eval_panels(problem); ++panel) {
+  for (int64_t panel = 0; panel < output_panels(problem); ++panel) {
     const float* from = packed_panel(problem, packed, panel).second_bias;
     __builtin_memcpy(bias + panel * kPanel, from, kPanel * sizeof(float));
   }
-  const WinogradRows pair = {problem.out_width, pitch, middle_row(problem),
+  const WinogradRows pair = {problem.out_width, pitch, result_pitch, middle_row(problem),
                              transformed_weights(problem, packed)};
   for (int64_t row = 0; row < rows; row += 2) {
     const float* from = middle + row * middle_row(problem);
@@ -286,9 +303,10 @@ void stem_eval(const StemProblem& problem, const float* packed, int64_t image, i
     });
     if (!finite) convolve_rows(problem, packed, from, result);
     with_elements(problem.output_type, problem.output, [&](auto* out) {
-      out += (image * problem.out_height + first + row) * problem.out_width * problem.channels;
+      out += (image * problem.out_height + first + row) * problem.out_width * problem.out_channels;
       for (int64_t pixel = 0; pixel < smaller(2, rows - row) * problem.out_width; ++pixel) {
-        narrow(result + pixel * pitch, problem.channels, out + pixel * problem.channels);
+        narrow(result + pixel * result_pitch, problem.out_channels,
+               out + pixel * problem.out_channels);
       }
     });
   }
