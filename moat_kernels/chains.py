@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,8 @@ class Container:
     """A class of modules of which one method calls children in turn.
 
     children: names of them, which may be missing; None: all.
-    maps: whether what passes between the children is always [B, C, H, W]. Else the method must
-        have nothing but frozen children.
+    maps: whether what passes between the children is what the method takes. Else that is maps
+        [B, C, H, W], between the children they may lie as [B, H, W, C], and all must be frozen.
     """
 
     class_name: str
@@ -67,6 +67,13 @@ class _Run:
         return in_format_of(y, x) if self.keeps_format else y
 
 
+class _Leaf(NamedTuple):
+    """A module that a container calls. sequence: all that it computes, if it is a frozen one."""
+
+    module: nn.Module
+    sequence: FrozenSequence | None
+
+
 class _Chain:
     """What a container computes, in place of calling its children.
 
@@ -77,11 +84,11 @@ class _Chain:
     def __init__(
         self,
         containers: list[tuple[nn.Module, tuple[nn.Module | None, ...]]],
-        leaves: list[nn.Module],
+        leaves: list[_Leaf],
         proved: bool,
     ) -> None:
         self._containers = containers
-        frozen = [leaf for leaf in leaves if _sequence_of(leaf) is not None]
+        frozen = [leaf.module for leaf in leaves if leaf.sequence is not None]
         self._inside = [*frozen, *(module for module, _ in containers[1:])]
         self._parts = _parts_of(leaves)
         self.proved = proved
@@ -107,24 +114,18 @@ class _Chain:
         return x
 
 
-def _sequence_of(leaf: nn.Module) -> FrozenSequence | None:
-    """All that a frozen module computes; None if it is no such module."""
-    return getattr(leaf, "whole_sequence", None)
-
-
-def _parts_of(leaves: Iterable[nn.Module]) -> list[_Run | nn.Module]:
+def _parts_of(leaves: Iterable[_Leaf]) -> list[_Run | nn.Module]:
     parts: list[_Run | nn.Module] = []
     for leaf in leaves:
-        sequence = _sequence_of(leaf)
-        if sequence is None:
-            parts.append(leaf)
+        if leaf.sequence is None:
+            parts.append(leaf.module)
             continue
         last = parts[-1] if parts else None
-        if not isinstance(last, _Run) or not last.sequences[-1].leads_to(sequence):
+        if not isinstance(last, _Run) or not last.sequences[-1].leads_to(leaf.sequence):
             last = _Run([])
             parts.append(last)
-        last.sequences.append(sequence)
-        last.keeps_format &= getattr(leaf, "keeps_format", True)
+        last.sequences.append(leaf.sequence)
+        last.keeps_format &= getattr(leaf.module, "keeps_format", True)
     for part in parts:
         if isinstance(part, _Run):
             part.join()
@@ -154,7 +155,7 @@ def _leaves(
     container: Container,
     known: Sequence[Container],
     containers: list[tuple[nn.Module, tuple[nn.Module | None, ...]]],
-) -> Iterator[nn.Module]:
+) -> Iterator[_Leaf]:
     """The modules that a container calls in turn, those of containers inside in their place."""
     containers.append((module, tuple(module._modules.values())))
     names = list(module._modules) if container.children is None else container.children
@@ -166,14 +167,15 @@ def _leaves(
         inside: list[tuple[nn.Module, tuple[nn.Module | None, ...]]] = []
         leaves = [] if inner is None else list(_leaves(child, inner, known, inside))
         if inner is None or not (inner.maps or _are_frozen(leaves)):
-            yield child
+            rows = container.maps and getattr(child, "reads_rows", False)
+            yield _Leaf(child, None if rows else getattr(child, "whole_sequence", None))
             continue
         containers += inside
         yield from leaves
 
 
-def _are_frozen(leaves: Iterable[nn.Module]) -> bool:
-    return all(_sequence_of(leaf) is not None for leaf in leaves)
+def _are_frozen(leaves: Iterable[_Leaf]) -> bool:
+    return all(leaf.sequence is not None for leaf in leaves)
 
 
 class FrozenChain(nn.Module):

@@ -434,6 +434,11 @@ class FrozenTransformerBlock(nn.Module):
         return self.halves.sequence
 
     @property
+    def reads_rows(self) -> bool:
+        """Whether it reads [.., H, W, C]."""
+        return self._rows
+
+    @property
     def whole_sequence(self) -> FrozenSequence | None:
         """What computes all of it, if that is so; see `chains`."""
         return None if self._branch else self.sequence

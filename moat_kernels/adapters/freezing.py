@@ -183,9 +183,10 @@ class AttentionHalf(TransformerPart):
     def example(self, leading: tuple[int, ...]) -> Tensor:
         window = self.attention.description.window_size
         height, width = self.map_size or ((2 * window[0], 3 * window[1]) if window else (3, 4))
-        if self.pool is not None:
-            height, width = _size_before(self.pool, height), _size_before(self.pool, width)
-        return self._example(leading, height, width, tensor_of(self.qkv, "weight")[0])
+        if self.pool is None:
+            return self._example(leading, height, width, tensor_of(self.proj, "weight"))
+        height, width = _size_before(self.pool, height), _size_before(self.pool, width)
+        return self._example(leading, height, width, _read_plain(self.qkv)[0][0])
 
 
 @dataclass(frozen=True)

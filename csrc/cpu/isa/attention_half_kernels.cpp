@@ -9,7 +9,7 @@
 
 #include "cpu/isa/layer_norm.h"
 #include "cpu/isa/pack_bytes.h"
-#include "cpu/isa/pool.h"
+#include "cpu/isa/pooling.h"
 #include "cpu/isa/window_attention_head.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {

@@ -5,7 +5,7 @@
 // with the shortcut pooled and projected where the block asks for it.
 
 #include "cpu/isa/mbconv_pack.h"
-#include "cpu/isa/pool.h"
+#include "cpu/isa/pooling.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
