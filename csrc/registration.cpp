@@ -56,12 +56,15 @@ STABLE_TORCH_LIBRARY(moat_kernels, library) {
       "Tensor statistics, float eps, bool frozen) -> (Tensor, Tensor)");
   // Models frozen for inference; csrc/cpu/host/frozen.cpp explains. -> a step and its packed
   // weights.
-  define("cpu_freeze_stem(" + stem + ", float eps, ScalarType dtype) -> (Tensor, Tensor)");
+  define("cpu_freeze_stem(" + stem +
+         ", str activation, bool symmetric, float eps, ScalarType dtype) -> (Tensor, Tensor)");
   define("cpu_freeze_mbconv(" + block + ", " + block_settings + ", ScalarType dtype, " +
          quantizations + ") -> (Tensor, Tensor)");
   define("cpu_freeze_attention_half(" + half +
          ", int heads, int head_dim, float scale, float eps, bool grid, ScalarType dtype, " +
          quantizations + ") -> (Tensor, Tensor)");
+  define("cpu_freeze_pooled_half(" + half + ", " + schema_of<ShortcutTensors>() + ", " +
+         schema_of<HalfSettings>() + ", ScalarType dtype) -> (Tensor, Tensor)");
   define("cpu_freeze_mlp(" + schema_of<MlpTensors>() +
          ", str activation, float eps, ScalarType dtype, " + quantizations +
          ") -> (Tensor, Tensor)");

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
 from itertools import accumulate
 from typing import Any, TypeVar
 
@@ -17,6 +18,8 @@ from moat_kernels.adapters.freezing import (
     HalfReader,
     MlpReader,
     Operands,
+    StemPart,
+    StemReader,
     TransformerPart,
     bottleneck_step,
 )
@@ -25,6 +28,7 @@ from moat_kernels.adapters.reading import Bottleneck, NotCovered, child_names, r
 from moat_kernels.adapters.registry import find_adapter
 from moat_kernels.backbone import endpoints, feature_maps
 from moat_kernels.calibration import LayerError, Observations, choose_int8
+from moat_kernels.chains import Container, chain_containers
 from moat_kernels.inspection import interception
 from moat_kernels.int8 import quantize, unfrozen_layers
 from moat_kernels.models import MOAT
@@ -45,6 +49,8 @@ Module = TypeVar("Module", bound="FrozenModule")
 
 _HALVES: tuple[HalfReader, ...] = (*timm.HALVES, *torchvision.HALVES, *vit_pytorch.HALVES)
 _MLPS: tuple[MlpReader, ...] = vit_pytorch.MLPS
+_STEMS: tuple[StemReader, ...] = timm.STEMS
+_CONTAINERS: tuple[Container, ...] = (*timm.CONTAINERS, *torchvision.CONTAINERS)
 # Of the largest value: rounding of a block, tried out by weights and an input that are given.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
 # Of a block -> those of its steps.
@@ -110,9 +116,11 @@ def freeze(
     for part in list(frozen.values()):
         if isinstance(part, FrozenTransformerBlock):
             part.let_go(frozen)
+    _freeze_stems(model, maps, frozen)
     result: Any = copy.deepcopy(model, frozen)
     if report is not None and not isinstance(result, FrozenModule):
         result.int8_report = report + unfrozen_layers(left)
+    chain_containers(result, _CONTAINERS)
     return result
 
 
@@ -230,7 +238,20 @@ def _frozen_mlp(block: nn.Module, maps: torch.dtype | None) -> FrozenTransformer
     return None
 
 
-def _check_block(reader: HalfReader | MlpReader, block: nn.Module) -> None:
+def _freeze_stems(model: nn.Module, maps: torch.dtype | None, frozen: dict[int, Any]) -> None:
+    """Collect what replaces stems of models whose blocks are frozen."""
+    for module in model.modules():
+        for reader in _STEMS:
+            if type(module).__name__ == reader.class_name and id(module) not in frozen:
+                with suppress(CannotFreeze, NotCovered):  # it then stays as it is
+                    _check_block(reader, module)
+                    stem = reader.read(module)
+                    form = FrozenBlock(stem, maps)
+                    _try_out(form, module, stem.example(), maps)
+                    frozen[id(module)] = form
+
+
+def _check_block(reader: HalfReader | MlpReader | StemReader, block: nn.Module) -> None:
     """Raise unless the block is as the reader knows it."""
     if reason := interception(block, "it"):
         raise CannotFreeze(reason)
@@ -339,23 +360,30 @@ class FrozenModule(nn.Module):
 
 
 class FrozenBlock(FrozenModule):
-    """A fused block or stem as it was when frozen; see `freeze`."""
+    """A fused block or a stem as it was when frozen; see `freeze`."""
 
     def __init__(
         self,
-        block: FusedInvertedBottleneck | FusedStem | FusedModule,
+        block: FusedInvertedBottleneck | FusedStem | FusedModule | StemPart,
         maps: torch.dtype | None = None,
         observations: Observations | None = None,
     ) -> None:
         super().__init__(block, maps, observations)
-        self._keeps_format = not isinstance(block, FusedStem)
+        self.keeps_format = not isinstance(block, FusedStem)
+
+    @property
+    def whole_sequence(self) -> FrozenSequence:
+        """What computes all of it; see `chains`."""
+        return self.sequence
 
     @staticmethod
     def _stages_of(
-        module: FusedInvertedBottleneck | FusedStem | FusedModule,
+        module: FusedInvertedBottleneck | FusedStem | FusedModule | StemPart,
         maps: torch.dtype | None,
         quantizations: Quantize,
     ) -> list[list[FrozenStep]]:
+        if isinstance(module, StemPart):
+            return [module.steps(maps)]
         if not isinstance(module, FusedInvertedBottleneck | FusedStem):
             return [[bottleneck_step(_fused_bottleneck(module), maps, *quantizations(module))]]
         return [module.frozen_steps(maps, quantizations(module))]
@@ -379,7 +407,7 @@ class FrozenBlock(FrozenModule):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor:
         (output,) = self.sequence.outputs(x, self._ends)
-        return in_format_of(output, x) if self._keeps_format else output
+        return in_format_of(output, x) if self.keeps_format else output
 
 
 class FrozenHalves(FrozenModule):
@@ -438,6 +466,16 @@ class FrozenTransformerBlock(nn.Module):
 
     def unfrozen_names(self) -> tuple[str, ...]:
         return self._branch
+
+    @property
+    def reads_rows(self) -> bool:
+        """Whether it reads [.., H, W, C]."""
+        return self._rows
+
+    @property
+    def whole_sequence(self) -> FrozenSequence | None:
+        """What computes all of it, if that is so; see `chains`."""
+        return None if self._branch else self.sequence
 
     def let_go(self, copies: dict[int, Any]) -> None:
         """Share nothing with the block any more. copies: of other modules, by id."""

@@ -1,4 +1,4 @@
-"""What of other people's blocks `freeze` packs: inverted bottlenecks, attention halves and MLPs.
+"""What of other people's models `freeze` packs: bottlenecks, attention halves, MLPs and stems.
 
 `fuse` computes attention where it stands. A frozen step computes the norm before and the sum after
 it too, which lie in the block around: a `HalfReader` knows such a block, and says what it is made
@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -21,20 +21,27 @@ from moat_kernels.adapters.reading import (
     NotCovered,
     class_name,
     read_activation,
+    read_convolution,
     read_drop_path,
+    read_norm,
     read_pointwise,
 )
 from moat_kernels.inspection import is_plain_tensor
+from moat_kernels.normalization import norm_tensors
 from moat_kernels.ops.frozen import (
     CannotFreeze,
     FrozenStep,
     Placement,
     Quantizations,
+    Shortcut,
     Size,
     attention_half_step,
     mbconv_step,
     mlp_step,
+    pooled_half_step,
+    stem_step,
 )
+from moat_kernels.ops.mbconv.description import Pool
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 from moat_kernels.tensor_access import tensor_of
@@ -101,7 +108,7 @@ class TransformerPart(ABC):
         """A small input of the block. leading: the sizes before those of a map or of rows."""
 
     def _example(self, leading: tuple[int, ...], height: int, width: int, like: Tensor) -> Tensor:
-        """like: a tensor of as many rows as the maps have channels."""
+        """like: a tensor of as many rows as the maps that it reads have channels."""
         channels = len(like)
         size = (height, width, channels) if self.rows else (channels, height, width)
         x = torch.randn(*leading, *size, generator=torch.Generator().manual_seed(0), device="cpu")
@@ -144,7 +151,9 @@ class AttentionHalf(TransformerPart):
     """y = x + layer_scale(proj(attention(qkv(norm(x))))) of a block, and maybe the MLP after it.
 
     norm: a layer norm over the channels. qkv, proj: linear layers or 1x1 convolutions.
-    map_size: of the only maps that the block takes; None: of all that its windows divide.
+    map_size: of the only maps that attention takes; None: of all that its windows divide.
+    pool: if given, in place of x and norm(x) are expand(pool(x)) and pool(norm(x)).
+    expand: a 1x1 convolution; None: it changes nothing.
     mlp: where a step computes it; else it is the branch.
     """
 
@@ -154,6 +163,8 @@ class AttentionHalf(TransformerPart):
     attention: AttentionReading
     layer_scale: nn.Module | None = None
     map_size: tuple[int, int] | None = None
+    pool: Pool | None = None
+    expand: nn.Module | None = None
     mlp: Mlp | None = None
 
     def steps(
@@ -172,22 +183,20 @@ class AttentionHalf(TransformerPart):
         norm, description = _check_layer_norm(self.norm, "attention"), self.attention.description
         qkv = _qkv(self.qkv, description)
         proj = _scaled(self.proj, self.layer_scale, "attention")
-        check_normalized_shape(norm, len(proj[0]))
-        step = attention_half_step(
-            [
-                tensor_of(norm, "weight"),
-                tensor_of(norm, "bias"),
-                *qkv,
-                *proj,
-                self.attention.bias_table,
-            ],
-            norm.eps,
-            replace(description, qkv_layout="qkv_heads"),
-            maps,
-            *quantizations,
-        )
-
-        return replace(step, place=_checked_place(step, description.window_size, self.map_size))
+        assert qkv[0] is not None
+        check_normalized_shape(norm, qkv[0].shape[1])
+        tensors = [
+            *(tensor_of(norm, "weight"), tensor_of(norm, "bias")),
+            *(*qkv, *proj, self.attention.bias_table),
+        ]
+        layout = replace(description, qkv_layout="qkv_heads")
+        if self.pool is None:
+            step = attention_half_step(tensors, norm.eps, layout, maps, *quantizations)
+            return replace(step, place=_checked_place(step, description.window_size, self.map_size))
+        expand = (None, None) if self.expand is None else _read_plain(self.expand)
+        step = pooled_half_step(tensors, Shortcut(self.pool, *expand), norm.eps, layout, maps)
+        place = _checked_place(step, description.window_size, self.map_size, pooled=True)
+        return replace(step, place=place)
 
     def with_mlp(self, mlp: Mlp) -> AttentionHalf:
         """The same block without a branch."""
@@ -196,7 +205,62 @@ class AttentionHalf(TransformerPart):
     def example(self, leading: tuple[int, ...]) -> Tensor:
         window = self.attention.description.window_size
         height, width = self.map_size or ((2 * window[0], 3 * window[1]) if window else (3, 4))
-        return self._example(leading, height, width, tensor_of(self.proj, "weight"))
+        if self.pool is None:
+            return self._example(leading, height, width, tensor_of(self.proj, "weight"))
+        height, width = _size_before(self.pool, height), _size_before(self.pool, width)
+        return self._example(leading, height, width, _read_plain(self.qkv)[0][0])
+
+
+@dataclass(frozen=True)
+class StemPart:
+    """second(activation(norm(first(x)))) with 3x3 convolutions, the first of stride 2.
+
+    norm: a batch norm, which may apply the activation; else `activation` is given.
+    """
+
+    first: nn.Module
+    norm: nn.Module
+    second: nn.Module
+    activation: nn.Module | None = None
+
+    @torch.no_grad()
+    def steps(self, maps: torch.dtype | None) -> list[FrozenStep]:
+        """The step, its weights packed as they are now. Raises CannotFreeze or NotCovered."""
+        reading = read_norm(self.norm)
+        activation = reading.activation
+        if self.activation is not None:
+            activation = read_activation(self.activation)
+        symmetric = _stem_padding(self.first, 2) == "symmetric"
+        _stem_padding(self.second, 1)  # with stride 1 both are the same
+        if reading.norm is None or not reading.norm.frozen:
+            raise CannotFreeze("a stem without a norm that has statistics")
+        tensors = [
+            [tensor_of(conv, name) for name in ("weight", "bias")]
+            for conv in (self.first, self.second)
+        ]
+        norm = norm_tensors(self.norm)
+        _refuse_subclasses(*tensors[0], *norm[:4], *tensors[1])
+        return [
+            stem_step(tensors[0], norm, reading.norm.eps, tensors[1], maps, activation, symmetric)
+        ]
+
+    def example(self) -> Tensor:
+        """Small images of odd sides."""
+        weight = tensor_of(self.first, "weight")
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(1, weight.shape[1], 9, 13, generator=generator, device="cpu")
+        return x.to(weight.dtype)
+
+
+class StemReader(ABC):
+    """Reads stems of one class. class_name, children: as of a `HalfReader`."""
+
+    class_name: str
+    children: tuple[str, ...]
+
+    @abstractmethod
+    def read(self, stem: Any) -> StemPart:
+        """The stem as it is now. Raises NotCovered."""
 
 
 class HalfReader(ABC):
@@ -237,22 +301,48 @@ class MlpReader(ABC):
         """The MLP as it is now. Raises NotCovered."""
 
 
+def _stem_padding(conv: nn.Module, stride: int) -> Literal["tf_same", "symmetric"]:
+    """That of a stem's convolution. Raises NotCovered."""
+    reading = read_convolution(conv)
+    if (reading.kernel_size, reading.stride) == (3, stride):
+        if reading.padding == "tf_same":
+            return "tf_same"
+        if reading.padding == (1, 1, 1, 1):
+            return "symmetric"
+    raise NotCovered(f"a stem's convolution of {reading}")
+
+
+def _size_before(pool: Pool, size: int) -> int:
+    """Of a side that has `size` pixels after the pool."""
+    if pool.padding == "tf_same":
+        return size * pool.stride
+    return (size - 1) * pool.stride + pool.kernel_size - 2 * pool.padding[0]
+
+
 def _checked_place(
-    step: FrozenStep, window: tuple[int, int] | None, map_size: tuple[int, int] | None
+    step: FrozenStep,
+    window: tuple[int, int] | None,
+    map_size: tuple[int, int] | None,
+    pooled: bool = False,
 ) -> Callable[[Size], Placement]:
-    """As the step's own, which knows nothing of what maps the block refuses."""
+    """As the step's own, which knows nothing of what maps the block refuses.
+
+    pooled: whether these are of the size that the step's result has.
+    """
+    what = "x, once pooled," if pooled else "x"
 
     def place(size: Size) -> Placement:
-        _, height, width = size
+        placement = step.place(size)
+        _, height, width = placement.output_size
         if map_size is not None and (height, width) != map_size:
             expected = " x ".join(map(str, map_size))
-            raise ValueError(f"x must be a map of {expected}, got {height} x {width}")
+            raise ValueError(f"{what} must be a map of {expected}, got {height} x {width}")
         if window is not None and (height % window[0] or width % window[1]):
             raise ValueError(
-                f"x must be a map that windows of {window[0]} x {window[1]} divide, "
+                f"{what} must be a map that windows of {window[0]} x {window[1]} divide, "
                 f"got {height} x {width}"
             )
-        return step.place(size)
+        return placement
 
     return place
 

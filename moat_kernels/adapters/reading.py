@@ -146,6 +146,24 @@ def _check_convolution(conv: nn.Module) -> nn.Conv2d:
     return conv
 
 
+class ConvolutionReading(NamedTuple):
+    """The settings of a square convolution of all channels."""
+
+    kernel_size: int
+    stride: int
+    padding: Padding
+
+
+def read_convolution(conv: nn.Module) -> ConvolutionReading:
+    """A convolution without groups; of the classes that `read_depthwise` knows."""
+    conv = _check_convolution(conv)
+    if conv.groups != 1:
+        raise NotCovered(f"a convolution of {conv.groups} groups")
+    if conv.kernel_size[0] != conv.kernel_size[1] or conv.stride[0] != conv.stride[1]:
+        raise NotCovered(f"a convolution of {conv.kernel_size}, stride {conv.stride}")
+    return ConvolutionReading(conv.kernel_size[0], conv.stride[0], _padding(conv))
+
+
 def check_pointwise(conv: nn.Module) -> nn.Module:
     """The module, if it is a 1x1 convolution or a linear layer; its tensors are not read."""
     if isinstance(conv, nn.Linear) and class_name(conv) == "Linear":

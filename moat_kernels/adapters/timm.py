@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -14,7 +15,14 @@ from moat_kernels.adapters.base import (
     AttentionReading,
     MBConvAdapter,
 )
-from moat_kernels.adapters.freezing import AttentionHalf, HalfReader, Mlp, refuse_drop_path
+from moat_kernels.adapters.freezing import (
+    AttentionHalf,
+    HalfReader,
+    Mlp,
+    StemPart,
+    StemReader,
+    refuse_drop_path,
+)
 from moat_kernels.adapters.reading import (
     Bottleneck,
     Gate,
@@ -24,11 +32,14 @@ from moat_kernels.adapters.reading import (
     read_bottleneck,
     read_drop_path,
     read_gate,
+    read_pool,
     read_swin_table,
     refuse_dropout,
     tensor_names,
 )
+from moat_kernels.chains import Container
 from moat_kernels.linear import apply_linear
+from moat_kernels.ops.mbconv.description import Pool
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 
 _TABLE = "relative_position_bias_table"
@@ -81,6 +92,14 @@ class MbConvBlock(MBConvAdapter):
             shortcut=shortcut,
             drop_path=read_drop_path(block.drop_path),
         )
+
+
+def _read_downsampling(module: Any) -> tuple[Pool, nn.Module | None]:
+    """The pool of a Downsample2d, and its convolution if it has one."""
+    if class_name(module) != "Downsample2d" or child_names(module) != {"pool", "expand"}:
+        raise NotCovered(f"{class_name(module)} of unknown structure as shortcut")
+    expand = None if class_name(module.expand) == "Identity" else module.expand
+    return read_pool(module.pool), expand
 
 
 def _read_table(bias: Any) -> Tensor | None:
@@ -302,11 +321,17 @@ class TransformerBlock2d(_Half):
     attention = "attn"
 
     def read(self, block: Any) -> AttentionHalf:
-        if class_name(block.shortcut) != "Identity":
-            raise NotCovered("an attention half that changes the map's size")
         bias = block.attn.rel_pos
         map_size = None if bias is None else tuple(bias.window_size)
-        return _read_half(block, _read_attention(block.attn), map_size, rows=False)
+        half = _read_half(block, _read_attention(block.attn), map_size, rows=False)
+        if class_name(block.shortcut) == "Identity":
+            return half
+        pool, expand = _read_downsampling(block.shortcut)
+        if class_name(block.norm1) != "Sequential" or child_names(block.norm1) != {"norm", "down"}:
+            raise NotCovered("a pool of its shortcut alone")
+        if _read_downsampling(block.norm1.down) != (pool, None):
+            raise NotCovered("another pool than its shortcut's before its attention")
+        return replace(half, norm=block.norm1.norm, pool=pool, expand=expand)
 
 
 class _PartitionHalf(_Half):
@@ -342,3 +367,21 @@ ADAPTERS = (
 )
 
 HALVES = (TransformerBlock2d(), PartitionClHalf(), Partition2dHalf())
+
+
+class Stem(StemReader):
+    class_name = "Stem"
+    children = ("conv1", "norm1", "conv2")
+
+    def read(self, stem: Any) -> StemPart:
+        return StemPart(stem.conv1, stem.norm1, stem.conv2)
+
+
+STEMS = (Stem(),)
+
+CONTAINERS = (
+    Container("MaxxVit", ("stem", "stages", "norm"), method="forward_features"),
+    Container("MaxxVitStage", ("blocks",)),
+    # With other layouts between.
+    Container("MaxxVitBlock", ("conv", "attn_block", "attn_grid"), maps=False),
+)

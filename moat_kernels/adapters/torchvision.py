@@ -25,6 +25,7 @@ from moat_kernels.adapters.reading import (
     read_swin_table,
     refuse_dropout,
 )
+from moat_kernels.chains import Container
 from moat_kernels.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 
@@ -203,3 +204,9 @@ class PartitionHalf(HalfReader):
 ADAPTERS = (MBConv(), PartitionAttentionLayer(), RelativePositionalMultiHeadAttention())
 
 HALVES = (PartitionHalf(),)
+
+CONTAINERS = (
+    Container("MaxVit", ("stem", "blocks", "classifier")),
+    Container("MaxVitBlock", ("layers",)),
+    Container("MaxVitLayer", ("layers",)),
+)

@@ -12,7 +12,7 @@ the steps multiply, too, where the CPU can.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, NoReturn
 
@@ -23,7 +23,7 @@ from torch.nn import Parameter
 from moat_kernels.ops.attention_half import cpu as attention_half
 from moat_kernels.ops.common.backends import backend_status
 from moat_kernels.ops.common.batch_norm import NormParameters
-from moat_kernels.ops.common.spatial import output_size
+from moat_kernels.ops.common.spatial import output_size, resolve_padding
 from moat_kernels.ops.mbconv.algebra.coverage import KERNEL_SIZE, all_frozen
 from moat_kernels.ops.mbconv.cpu import backend as cpu_backend
 from moat_kernels.ops.mbconv.cpu.arguments import (
@@ -35,6 +35,7 @@ from moat_kernels.ops.mbconv.cpu.arguments import (
 from moat_kernels.ops.mbconv.description import (
     MBConvDescription,
     MBConvParameters,
+    Pool,
 )
 from moat_kernels.ops.stem import cpu as stem
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
@@ -123,18 +124,30 @@ def stem_step(
     eps: float,
     second: Sequence[Tensor | None],
     maps: torch.dtype | None = None,
+    activation: str = "gelu",
+    symmetric: bool = False,
 ) -> FrozenStep:
     """The stem; arguments as of `stem.stem`. Raises CannotFreeze.
 
     maps: as of all steps, the dtype of the maps and of products; None: that of the tensors.
+    activation: as of `MBConvDescription`.
+    symmetric: whether the first convolution pads by a pixel on each side, not as TF's SAME.
     """
     tensors = [*first, *norm[:4], *second]
     dtype = _dtype_of(tensors)
     weight = first[0]
-    if weight is None or weight.dim() != 4 or not stem.fits(weight.shape[1], first, norm, second):
+    last = second[0]
+    if (
+        weight is None
+        or last is None
+        or weight.dim() != 4
+        or not stem.fits(weight.shape[1], first, norm, second)
+    ):
         raise CannotFreeze("a stem that the native kernel does not cover")
-    channels = weight.shape[0]
-    native, packed = torch.ops.moat_kernels.cpu_freeze_stem.default(*tensors, eps, maps or dtype)
+    channels = last.shape[0]
+    native, packed = torch.ops.moat_kernels.cpu_freeze_stem.default(
+        *tensors, activation, symmetric, eps, maps or dtype
+    )
     return FrozenStep(
         "stem",
         False,
@@ -230,6 +243,87 @@ def attention_half_step(
     )
 
 
+class Shortcut(NamedTuple):
+    """Of an attention half that changes the size of maps: x -> weight pool(x) + bias.
+
+    weight: [C, C_in]; None: the pooled map itself.
+    """
+
+    pool: Pool
+    weight: Tensor | None = None
+    bias: Tensor | None = None
+
+    def padding(self, height: int, width: int) -> tuple[int, int, int, int]:
+        """Of the pool, for a map of `height` x `width`."""
+        size = (self.pool.kernel_size, self.pool.kernel_size)
+        return resolve_padding(self.pool.padding, height, width, size, self.pool.stride)
+
+    def output_size(self, height: int, width: int) -> tuple[int, int]:
+        """Of such a map after the pool."""
+        top, bottom, left, right = self.padding(height, width)
+        size, stride = self.pool.kernel_size, self.pool.stride
+        return (
+            output_size(height, top, bottom, size, stride),
+            output_size(width, left, right, size, stride),
+        )
+
+
+@torch.no_grad()
+def pooled_half_step(
+    tensors: Sequence[Tensor | None],
+    shortcut: Shortcut,
+    eps: float,
+    description: WindowAttentionDescription,
+    maps: torch.dtype | None = None,
+) -> FrozenStep:
+    """shortcut(x) + proj(attention(qkv(pool(norm(x))))). Raises CannotFreeze.
+
+    tensors: as of `attention_half_step`, for a norm and qkv of C_in channels and proj of C.
+    """
+    *layers, table = tensors
+    qkv_weight, proj_weight = layers[2], layers[4]
+    if qkv_weight is None or proj_weight is None or qkv_weight.dim() != 2 or proj_weight.dim() != 2:
+        raise CannotFreeze("an attention without weights")
+    channels, read = len(proj_weight), qkv_weight.shape[1]
+    weight = shortcut.weight
+    if weight is None and channels == read:
+        weight = torch.eye(channels, dtype=proj_weight.dtype)
+    dtype = _dtype_of([*tensors, weight, shortcut.bias])
+    inner = description.heads * description.head_dim
+    norm, qkv, proj = (read,), (3 * inner, read), (channels, inner)
+    shapes = (norm, norm, qkv, qkv[:1], proj, proj[:1], (channels, read), proj[:1])
+    given = (*layers, weight, shortcut.bias)
+    if (
+        weight is None
+        or any(t is not None and t.shape != shape for t, shape in zip(given, shapes, strict=True))
+        or (table is not None and (table.dim() != 3 or len(table) != description.heads))
+        or (description.qkv_layout, description.partition) != ("qkv_heads", "window")
+    ):
+        raise CannotFreeze("an attention that the native kernel does not cover")
+    native, packed = torch.ops.moat_kernels.cpu_freeze_pooled_half.default(
+        *tensors,
+        weight,
+        shortcut.bias,
+        description.heads,
+        description.head_dim,
+        description.scale_or_default(),
+        eps,
+        shortcut.pool.kind,
+        shortcut.pool.kernel_size,
+        shortcut.pool.stride,
+        shortcut.pool.count_include_pad,
+        maps or dtype,
+    )
+
+    def place(size: Size) -> Placement:
+        output = shortcut.output_size(*size[1:])
+        padding = BlockPadding(0, 0, 0, 0, *shortcut.padding(*size[1:]))
+        return Placement((channels, *output), padding, description.window_for(*output))
+
+    kind, kept = "attention half", None if table is None else table.float().clone()
+    return FrozenStep(kind, False, native, packed, dtype, maps or dtype, place, kept)
+
+
 @torch.no_grad()
 def mlp_step(
     tensors: Sequence[Tensor | None],
@@ -311,6 +405,22 @@ class FrozenSequence:
     def part(self, begin: int, end: int | None) -> FrozenSequence:
         """Some of the steps, which are not copied."""
         return FrozenSequence(self._steps[begin:end])
+
+    def leads_to(self, other: FrozenSequence) -> bool:
+        """Whether one sequence of the steps of both gives the same bits as one after the other.
+
+        That is where nothing is lost of the maps between.
+        """
+        exact = self.dtype == torch.float32 or other._reads == self.dtype
+        return exact and other.dtype == self.dtype and other._steps[0].kind != "stem"
+
+    def followed_by(self, others: Iterable[FrozenSequence]) -> FrozenSequence:
+        """The steps of all, which are not copied."""
+        return FrozenSequence([*self._steps, *(step for other in others for step in other._steps)])
+
+    def result(self, x: Tensor) -> Tensor:
+        """That of the last step, as of `outputs`."""
+        return self.outputs(x, [len(self._steps) - 1])[0]
 
     def outputs(self, x: Tensor, kept: Sequence[int]) -> list[Tensor]:
         """The results of the steps that `kept` names, in ascending order; maps in channels_last.

@@ -70,7 +70,7 @@ ARGUMENTS = {
         *TRAINING,
     ),
     "cpu_stem_eval": ("x", *STEM, "eps"),
-    "cpu_freeze_stem": (*STEM, "eps", "dtype"),
+    "cpu_freeze_stem": (*STEM, "activation", "symmetric", "eps", "dtype"),
     "cpu_attention_half_eval": (
         "y",
         *ATTENTION_HALF,
@@ -80,6 +80,10 @@ ARGUMENTS = {
     "cpu_freeze_attention_half": (
         *(*ATTENTION_HALF, "heads", "head_dim", "scale", "eps", "grid", "dtype"),
         *QUANTIZATIONS,
+    ),
+    "cpu_freeze_pooled_half": (
+        *(*ATTENTION_HALF, "shortcut_weight", "shortcut_bias", "heads", "head_dim", "scale"),
+        *("eps", *(name for name in BlockSettings._fields if name.startswith("pool_")), "dtype"),
     ),
     "cpu_freeze_mlp": (
         *("norm_weight", "norm_bias", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"),

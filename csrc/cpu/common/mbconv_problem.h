@@ -6,6 +6,7 @@
 #include <cstdint>
 
 #include "cpu/common/layers.h"
+#include "cpu/common/pool.h"
 #include "cpu/common/quantization.h"
 #include "cpu/common/types.h"
 
@@ -20,17 +21,6 @@ struct SqueezeExcite {
   Activation activation = Activation::silu;
   Convolution reduce;
   Convolution expand;
-};
-
-enum class PoolKind { none, average, maximum };
-
-struct Pool {
-  PoolKind kind = PoolKind::none;
-  int64_t size = 1;
-  int64_t stride = 1;
-  int64_t top = 0;
-  int64_t left = 0;
-  bool counts_padding = false;
 };
 
 struct MBConvProblem {

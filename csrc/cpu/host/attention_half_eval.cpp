@@ -49,8 +49,8 @@ PackedLayout packed_layout(const AttentionHalf& problem) {
   };
   layout.heads = take(problem.heads * layout.head_size);
   layout.panels = take(MOAT_KERNELS_DISPATCH(attention_half_panels)(problem) * layout.panel_size);
-  layout.norm_weight = take(problem.channels);
-  layout.norm_bias = take(problem.channels);
+  layout.norm_weight = take(problem.in_channels);
+  layout.norm_bias = take(problem.in_channels);
   return layout;
 }
 
@@ -174,7 +174,12 @@ struct Run {
     return packed ? packed + layout.panels + panel * layout.panel_size : nullptr;
   }
 
-  void normalize(int64_t unit, int64_t first, int64_t last, int64_t place) const {
+  void normalize(int64_t unit, int64_t first, int64_t last, int64_t place, int64_t worker) const {
+    if (problem.pool.kind != PoolKind::none) {
+      MOAT_KERNELS_DISPATCH(attention_half_pool)
+      (problem, unit_at(unit), first, last, scratch(worker), normalized(place), attended(place));
+      return;
+    }
     MOAT_KERNELS_DISPATCH(attention_half_normalize)
     (problem, unit_at(unit), first, last, normalized(place));
   }
@@ -196,7 +201,7 @@ struct Run {
     const int64_t resized = resizes(problem) ? problem.heads : 0;
     const int64_t parts = packs || given ? 0 : problem.heads + panels;
     const int64_t blocks = shares ? divide_up(most_rows(), kNormalizedRows) : 0;
-    for_each_task(resized + parts + units * blocks, workers, [&](int64_t task, int64_t) {
+    for_each_task(resized + parts + units * blocks, workers, [&](int64_t task, int64_t worker) {
       if (task < resized) {
         MOAT_KERNELS_DISPATCH(attention_half_resize)(problem, task, memory + table);
         return;
@@ -208,13 +213,13 @@ struct Run {
       }
       task -= parts;
       const int64_t first = task % blocks * kNormalizedRows;
-      normalize(task / blocks, first, first + kNormalizedRows, task / blocks);
+      normalize(task / blocks, first, first + kNormalizedRows, task / blocks, worker);
     });
   }
 
   void by_units() const {
     for_each_task(units, workers, [&](int64_t unit, int64_t worker) {
-      normalize(unit, 0, most_rows(), worker);
+      normalize(unit, 0, most_rows(), worker, worker);
       for (int64_t head = 0; head < problem.heads; ++head) attend(unit, head, 0, worker, worker);
       for (int64_t panel = 0; panel < panels; ++panel) project(unit, panel, 0, worker, worker);
     });
@@ -257,7 +262,7 @@ void AttentionHalfEval::pack(const AttentionHalf& problem, float* packed) {
   const int64_t panels = MOAT_KERNELS_DISPATCH(attention_half_panels)(problem);
   for_each_task(problem.heads + panels, thread_count(),
                 [&](int64_t part, int64_t) { pack_part(problem, layout, part, packed); });
-  for (int64_t i = 0; i < problem.channels; ++i) {
+  for (int64_t i = 0; i < problem.in_channels; ++i) {
     packed[layout.norm_weight + i] = problem.norm_weight ? problem.norm_weight[i] : 1.0f;
     packed[layout.norm_bias + i] = problem.norm_bias ? problem.norm_bias[i] : 0.0f;
   }
@@ -293,25 +298,32 @@ int64_t AttentionHalfEval::scratch_size() const { return Run(problem_, packed_).
 void AttentionHalfEval::compute(float* scratch) const { Run(problem_, packed_).compute(scratch); }
 
 AttentionHalf read_attention_half(const AttentionHalfTensors& tensors, int64_t heads,
-                                  int64_t head_dim, double scale, double eps) {
+                                  int64_t head_dim, double scale, double eps, const Pool& pool,
+                                  const ShortcutTensors& shortcut) {
   STD_TORCH_CHECK(heads > 0 && head_dim > 0 && heads < kLongestSide && head_dim < kLongestSide,
                   "heads and head_dim must be positive and below 2^20, got ", heads, " and ",
                   head_dim);
   AttentionHalf problem = {};
-  axis_of("qkv_weight", tensors.qkv_weight, 1);
+  const int64_t read = axis_of("qkv_weight", tensors.qkv_weight, 1);
   problem.channels = axis_of("proj_weight", tensors.proj_weight, 0);
+  problem.pool = pool;
+  problem.in_channels = pool.kind == PoolKind::none ? problem.channels : read;
   problem.heads = heads;
   problem.head_dim = head_dim;
   problem.scale = static_cast<float>(scale);
   problem.eps = static_cast<float>(eps);
   const int64_t channels = problem.channels;
+  const int64_t in = problem.in_channels;
   const int64_t inner = heads * head_dim;
-  problem.norm_weight = float_data("norm_weight", tensors.norm_weight, {channels});
-  problem.norm_bias = float_data("norm_bias", tensors.norm_bias, {channels});
-  problem.qkv_weight = float_data("qkv_weight", tensors.qkv_weight, {3 * inner, channels});
+  problem.norm_weight = float_data("norm_weight", tensors.norm_weight, {in});
+  problem.norm_bias = float_data("norm_bias", tensors.norm_bias, {in});
+  problem.qkv_weight = float_data("qkv_weight", tensors.qkv_weight, {3 * inner, in});
   problem.qkv_bias = float_data("qkv_bias", tensors.qkv_bias, {3 * inner});
   problem.proj_weight = float_data("proj_weight", tensors.proj_weight, {channels, inner});
   problem.proj_bias = float_data("proj_bias", tensors.proj_bias, {channels});
+  if (pool.kind != PoolKind::none) axis_of("shortcut_weight", shortcut.shortcut_weight, 1);
+  problem.shortcut_weight = float_data("shortcut_weight", shortcut.shortcut_weight, {channels, in});
+  problem.shortcut_bias = float_data("shortcut_bias", shortcut.shortcut_bias, {channels});
   set_position_table(tensors.position_table, problem);
   return problem;
 }
@@ -329,22 +341,29 @@ void set_position_table(const std::optional<Tensor>& table, AttentionHalf& probl
   problem.bias_table = problem.position_table;
 }
 
-void set_maps(const MapSize& y, int64_t window_height, int64_t window_width,
+void set_maps(const MapSize& y, const Padding& padding, int64_t window_height, int64_t window_width,
               AttentionHalf& problem) {
   STD_TORCH_CHECK(y.height > 0 && y.width > 0, "y must be [B, C, H, W] with H, W >= 1");
-  STD_TORCH_CHECK(y.channels == problem.channels, "y must have ", problem.channels,
+  STD_TORCH_CHECK(y.channels == problem.in_channels, "y must have ", problem.in_channels,
                   " channels, got ", y.channels);
   STD_TORCH_CHECK(window_height > 0 && window_width > 0 && window_height < kLongestSide &&
                       window_width < kLongestSide,
                   "window_height and window_width must be positive and below 2^20, got ",
                   window_height, " and ", window_width);
   problem.batch = y.batch;
-  problem.height = y.height;
-  problem.width = y.width;
+  problem.in_height = problem.height = y.height;
+  problem.in_width = problem.width = y.width;
+  Pool& pool = problem.pool;
+  if (pool.kind != PoolKind::none) {
+    set_padding(padding, pool);
+    problem.height = output_size(y.height, padding.top, padding.bottom, pool.size, pool.stride);
+    problem.width = output_size(y.width, padding.left, padding.right, pool.size, pool.stride);
+    STD_TORCH_CHECK(problem.height > 0 && problem.width > 0, "y is smaller than the pool");
+  }
   problem.window_height = window_height;
   problem.window_width = window_width;
-  problem.window_rows = divide_up(y.height, window_height);
-  problem.window_columns = divide_up(y.width, window_width);
+  problem.window_rows = divide_up(problem.height, window_height);
+  problem.window_columns = divide_up(problem.width, window_width);
 }
 
 namespace {
@@ -357,7 +376,7 @@ Tensor attention_half_eval(Tensor y, const AttentionHalfTensors& tensors, int64_
   y = torch::stable::contiguous(y, torch::headeronly::MemoryFormat::ChannelsLast);
   const AttentionHalfTensors kept = readable(tensors);
   AttentionHalf problem = read_attention_half(kept, heads, head_dim, scale, eps);
-  set_maps(size, window_height, window_width, problem);
+  set_maps(size, {}, window_height, window_width, problem);
   problem.element = element;
   const Tensor output = empty_maps(y, size, y.scalar_type());
   if (output.numel() == 0) return output;

@@ -4,6 +4,7 @@
 // packed ones.
 
 #include "cpu/common/attention_half_kernels.h"
+#include "cpu/host/pool_arguments.h"
 #include "cpu/host/tensors.h"
 #include "fields.h"
 
@@ -22,6 +23,32 @@ struct AttentionHalfTensors : Fields {
     field("proj_weight", self.proj_weight);
     field("proj_bias", self.proj_bias);
     field("position_table", self.position_table);
+  }
+};
+
+// Of a half with a pool.
+struct ShortcutTensors : Fields {
+  std::optional<Tensor> shortcut_weight, shortcut_bias;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    field("shortcut_weight", self.shortcut_weight);
+    field("shortcut_bias", self.shortcut_bias);
+  }
+};
+
+struct HalfSettings : Fields {
+  int64_t heads = 0, head_dim = 0;
+  double scale = 0, eps = 0;
+  PoolSettings pool;
+
+  template <class Self, class Visit>
+  static void visit(Self& self, const Visit& field) {
+    field("heads", self.heads);
+    field("head_dim", self.head_dim);
+    field("scale", self.scale);
+    field("eps", self.eps);
+    field("pool", self.pool);
   }
 };
 
@@ -49,10 +76,11 @@ class AttentionHalfEval {
 
 // All of an attention half but the maps that it reads; tensors must be contiguous floats.
 AttentionHalf read_attention_half(const AttentionHalfTensors& tensors, int64_t heads,
-                                  int64_t head_dim, double scale, double eps);
+                                  int64_t head_dim, double scale, double eps, const Pool& pool = {},
+                                  const ShortcutTensors& shortcut = {});
 
-// The maps that it reads, and the size of its windows.
-void set_maps(const MapSize& y, int64_t window_height, int64_t window_width,
+// The maps that it reads, and the size of its windows. padding: of the pool.
+void set_maps(const MapSize& y, const Padding& padding, int64_t window_height, int64_t window_width,
               AttentionHalf& problem);
 
 // A position table [heads, height, width], or none.

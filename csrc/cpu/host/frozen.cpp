@@ -81,11 +81,15 @@ bool multiplies(ScalarType dtype) {
 }
 
 // -> a step for maps of any size (see freeze_for_maps), and its packed weights.
-std::tuple<Tensor, Tensor> freeze_stem(const StemTensors& tensors, double eps, ScalarType dtype) {
+// symmetric: whether the first convolution pads by a pixel on each side, not as TensorFlow's SAME.
+std::tuple<Tensor, Tensor> freeze_stem(const StemTensors& tensors, const std::string& activation,
+                                       bool symmetric, double eps, ScalarType dtype) {
   const StemTensors kept = readable(tensors);
   Step step = {};
   step.kind = StepKind::stem;
   step.stem = read_stem(kept, eps);
+  step.stem.activation = parse_activation(activation);
+  step.stem.symmetric = symmetric;
   step.stem.output_type = element_type("dtype", dtype);
   step.stem.product = product_of(dtype);
   const Tensor& like = *kept.conv_0_weight;
@@ -114,26 +118,45 @@ std::tuple<Tensor, Tensor> freeze_mbconv(const BlockTensors& tensors, const Bloc
   return {to_bytes(step, like), packed};
 }
 
+std::tuple<Tensor, Tensor> half_step(const AttentionHalf& half, ScalarType dtype,
+                                     const Quantizations& quantizations, const Tensor& like) {
+  Step step = {};
+  step.kind = StepKind::attention_half;
+  AttentionHalf& problem = step.attention_half;
+  problem = half;
+  problem.element = element_type("dtype", dtype);
+  problem.product = quantized_product(dtype, quantizations);
+  problem.norm_quantization = quantizations.first();
+  problem.attended_quantization = quantizations.second();
+  const Tensor packed = pack<AttentionHalfEval>(problem, like);
+  problem.norm_weight = problem.norm_bias = problem.qkv_weight = problem.qkv_bias = nullptr;
+  problem.proj_weight = problem.proj_bias = problem.position_table = problem.bias_table = nullptr;
+  problem.shortcut_weight = problem.shortcut_bias = nullptr;
+  return {to_bytes(step, like), packed};
+}
+
 // grid: whether a window's tokens are spread evenly over the map.
 std::tuple<Tensor, Tensor> freeze_attention_half(const AttentionHalfTensors& tensors, int64_t heads,
                                                  int64_t head_dim, double scale, double eps,
                                                  bool grid, ScalarType dtype,
                                                  const Quantizations& quantizations) {
   const AttentionHalfTensors kept = readable(tensors);
-  Step step = {};
-  step.kind = StepKind::attention_half;
-  AttentionHalf& problem = step.attention_half;
-  problem = read_attention_half(kept, heads, head_dim, scale, eps);
-  problem.grid = grid;
-  problem.element = element_type("dtype", dtype);
-  problem.product = quantized_product(dtype, quantizations);
-  problem.norm_quantization = quantizations.first();
-  problem.attended_quantization = quantizations.second();
-  const Tensor& like = *kept.qkv_weight;
-  const Tensor packed = pack<AttentionHalfEval>(problem, like);
-  problem.norm_weight = problem.norm_bias = problem.qkv_weight = problem.qkv_bias = nullptr;
-  problem.proj_weight = problem.proj_bias = problem.position_table = problem.bias_table = nullptr;
-  return {to_bytes(step, like), packed};
+  AttentionHalf half = read_attention_half(kept, heads, head_dim, scale, eps);
+  half.grid = grid;
+  return half_step(half, dtype, quantizations, *kept.qkv_weight);
+}
+
+// An attention half that changes the size of maps.
+std::tuple<Tensor, Tensor> freeze_pooled_half(const AttentionHalfTensors& tensors,
+                                              const ShortcutTensors& shortcut,
+                                              const HalfSettings& settings, ScalarType dtype) {
+  const Pool pool = read_pool(settings.pool);
+  STD_TORCH_CHECK(pool.kind != PoolKind::none, "pool_kind must be given");
+  const AttentionHalfTensors kept = readable(tensors);
+  const ShortcutTensors kept_shortcut = readable(shortcut);
+  const AttentionHalf half = read_attention_half(kept, settings.heads, settings.head_dim,
+                                                 settings.scale, settings.eps, pool, kept_shortcut);
+  return half_step(half, dtype, {}, *kept.qkv_weight);
 }
 
 std::tuple<Tensor, Tensor> freeze_mlp(const MlpTensors& tensors, const std::string& activation,
@@ -185,7 +208,8 @@ std::tuple<Tensor, Tensor> freeze_for_maps(const Tensor& step_bytes, const Place
       break;
     case StepKind::attention_half: {
       AttentionHalf& problem = step.attention_half;
-      set_maps(maps, placement.window_height, placement.window_width, problem);
+      set_maps(maps, placement.block.pool_padding, placement.window_height, placement.window_width,
+               problem);
       if (!position_table.has_value()) break;
       position_table = as_floats(*position_table);
       set_position_table(position_table, problem);
@@ -262,7 +286,7 @@ class Sequence {
   }
 
   void compute(AttentionHalf problem, bool keeps) {
-    expect(problem.channels, problem.height, problem.width);
+    expect(problem.in_channels, problem.in_height, problem.in_width);
     problem.batch = size_.batch;
     problem.y = readable_maps(problem.element);
     const float* packed = take_packed(AttentionHalfEval::packed_size(problem));
@@ -271,7 +295,8 @@ class Sequence {
       const int64_t places = (2 * problem.window_height - 1) * (2 * problem.window_width - 1);
       table = take_packed(problem.heads * places);
     }
-    const Tensor output = make_output(size_, maps_.scalar_type(), keeps);
+    const MapSize size = {size_.batch, problem.channels, problem.height, problem.width};
+    const Tensor output = make_output(size, maps_.scalar_type(), keeps);
     problem.result = output.mutable_data_ptr();
     const AttentionHalfEval eval(problem, packed, table);
     run(
@@ -382,6 +407,7 @@ STABLE_TORCH_LIBRARY_IMPL(moat_kernels, CPU, library) {
   library.impl("cpu_freeze_stem", boxed<&freeze_stem>);
   library.impl("cpu_freeze_mbconv", boxed<&freeze_mbconv>);
   library.impl("cpu_freeze_attention_half", boxed<&freeze_attention_half>);
+  library.impl("cpu_freeze_pooled_half", boxed<&freeze_pooled_half>);
   library.impl("cpu_freeze_mlp", boxed<&freeze_mlp>);
   library.impl("cpu_freeze_head", boxed<&freeze_head>);
   library.impl("cpu_freeze_for_maps", boxed<&freeze_for_maps>);

@@ -4,8 +4,8 @@
 
 namespace moat_kernels::cpu {
 
-// Maps of one size, and what a step does with them: the padding is of an inverted bottleneck, the
-// window of an attention half.
+// Maps of one size, and what a step does with them: the padding is of an inverted bottleneck, that
+// of its pool of an attention half's too, the window of an attention half.
 struct Placement : Fields {
   int64_t channels = 0, height = 0, width = 0;
   BlockPadding block;

@@ -4,6 +4,7 @@
 
 #include "cpu/common/mbconv_problem.h"
 #include "cpu/host/norm_arguments.h"
+#include "cpu/host/pool_arguments.h"
 #include "cpu/host/tensors.h"
 #include "fields.h"
 
@@ -48,20 +49,6 @@ struct BlockTensors : BottleneckTensors {
   }
 };
 
-struct PoolSettings : Fields {
-  std::string kind;  // "average", "max", or empty for none
-  int64_t kernel_size = 1, stride = 1;
-  bool count_include_pad = false;
-
-  template <class Self, class Visit>
-  static void visit(Self& self, const Visit& field) {
-    field("kind", self.kind);
-    field("kernel_size", self.kernel_size);
-    field("stride", self.stride);
-    field("count_include_pad", self.count_include_pad);
-  }
-};
-
 // What evaluation is told of a block beside its tensors, whatever the size of the map.
 struct BlockSettings : Fields {
   int64_t stride = 1;
@@ -85,18 +72,6 @@ struct BlockSettings : Fields {
   }
 };
 
-struct Padding : Fields {
-  int64_t top = 0, bottom = 0, left = 0, right = 0;
-
-  template <class Self, class Visit>
-  static void visit(Self& self, const Visit& field) {
-    field("top", self.top);
-    field("bottom", self.bottom);
-    field("left", self.left);
-    field("right", self.right);
-  }
-};
-
 // Of the depthwise convolution and of the shortcut's pool; these depend on the size of the map.
 struct BlockPadding : Fields {
   Padding padding, pool_padding;
@@ -107,28 +82,6 @@ struct BlockPadding : Fields {
     field("pool_padding", self.pool_padding);
   }
 };
-
-inline int64_t output_size(int64_t size, int64_t before, int64_t after, int64_t kernel,
-                           int64_t stride) {
-  const int64_t room = size + before + after - kernel;
-  return room < 0 ? 0 : room / stride + 1;
-}
-
-inline Pool read_pool(const PoolSettings& settings) {
-  Pool pool;
-  if (settings.kind.empty()) return pool;
-  STD_TORCH_CHECK(settings.kind == "average" || settings.kind == "max",
-                  "pool_kind must be average or max, got ", settings.kind);
-  STD_TORCH_CHECK(settings.kernel_size > 0 && settings.kernel_size < kLongestSide &&
-                      settings.stride > 0 && settings.stride < kLongestSide,
-                  "pool_kernel_size and pool_stride must be positive and below 2^20, got ",
-                  settings.kernel_size, " and ", settings.stride);
-  pool.kind = settings.kind == "max" ? PoolKind::maximum : PoolKind::average;
-  pool.size = settings.kernel_size;
-  pool.stride = settings.stride;
-  pool.counts_padding = settings.count_include_pad;
-  return pool;
-}
 
 // All of a block but the maps that it reads; tensors must be contiguous floats. A norm without
 // running statistics is absent.
@@ -179,13 +132,6 @@ inline MBConvProblem read_block(const BlockTensors& tensors, const BlockSettings
   return problem;
 }
 
-inline void check_padding(const char* name, const Padding& padding, int64_t below) {
-  for (const int64_t side : {padding.top, padding.bottom, padding.left, padding.right}) {
-    STD_TORCH_CHECK(side >= 0 && side < below, name, " must be from 0 to ", below - 1, ", got ",
-                    side);
-  }
-}
-
 // The maps [batch, C_in, height, width] that a block reads.
 inline void set_maps(const MapSize& x, const BlockPadding& border, MBConvProblem& problem) {
   STD_TORCH_CHECK(x.channels == problem.in_channels, "x must have ", problem.in_channels,
@@ -207,9 +153,7 @@ inline void set_maps(const MapSize& x, const BlockPadding& border, MBConvProblem
   int64_t width = x.width;
   if (pool.kind != PoolKind::none) {
     const Padding& around = border.pool_padding;
-    check_padding("pool_padding", around, pool.size);  // no window without pixels
-    pool.top = around.top;
-    pool.left = around.left;
+    set_padding(around, pool);
     height = output_size(height, around.top, around.bottom, pool.size, pool.stride);
     width = output_size(width, around.left, around.right, pool.size, pool.stride);
   }

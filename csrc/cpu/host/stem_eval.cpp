@@ -13,14 +13,15 @@ StemProblem read_stem(const StemTensors& tensors, double eps) {
   StemProblem problem;
   problem.channels = axis_of("conv_0_weight", tensors.conv_0_weight, 0);
   problem.in_channels = axis_of("conv_0_weight", tensors.conv_0_weight, 1);
-  axis_of("conv_1_weight", tensors.conv_1_weight, 0);
+  problem.out_channels = axis_of("conv_1_weight", tensors.conv_1_weight, 0);
   const int64_t channels = problem.channels;
+  const int64_t outputs = problem.out_channels;
   problem.first.weight =
       float_data("conv_0_weight", tensors.conv_0_weight, {channels, problem.in_channels, 3, 3});
   problem.first.bias = float_data("conv_0_bias", tensors.conv_0_bias, {channels});
   problem.second.weight =
-      float_data("conv_1_weight", tensors.conv_1_weight, {channels, channels, 3, 3});
-  problem.second.bias = float_data("conv_1_bias", tensors.conv_1_bias, {channels});
+      float_data("conv_1_weight", tensors.conv_1_weight, {outputs, channels, 3, 3});
+  problem.second.bias = float_data("conv_1_bias", tensors.conv_1_bias, {outputs});
   problem.norm = read_norm("norm_0", tensors.norm_0, eps, channels);
   STD_TORCH_CHECK(problem.norm.present, "norm_0 must have running statistics");
   return problem;
@@ -36,8 +37,8 @@ void set_maps(const MapSize& x, StemProblem& problem) {
   problem.out_height = (problem.height + 1) / 2;
   problem.out_width = (problem.width + 1) / 2;
   // TensorFlow's SAME: at stride 2 an odd side has a border on both ends, an even one at the end.
-  problem.top = problem.height % 2;
-  problem.left = problem.width % 2;
+  problem.top = problem.symmetric ? 1 : problem.height % 2;
+  problem.left = problem.symmetric ? 1 : problem.width % 2;
 }
 
 void check_stem_input(const Tensor& x) {
@@ -47,7 +48,7 @@ void check_stem_input(const Tensor& x) {
 }
 
 MapSize output_map(const StemProblem& problem) {
-  return {problem.batch, problem.channels, problem.out_height, problem.out_width};
+  return {problem.batch, problem.out_channels, problem.out_height, problem.out_width};
 }
 
 int64_t StemEval::packed_size(const StemProblem& problem) {

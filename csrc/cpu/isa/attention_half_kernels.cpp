@@ -2,12 +2,14 @@
 //   output = y + W_p softmax(scale Q K^T + bias) V + b_p,  (Q, K, V) = W_qkv norm(y) + b_qkv
 // Memory moves y, the output and the weights once. A head's queries, keys and values go from the
 // product that makes them to its attention in cache; only the normalised rows and the attended ones
-// exist for all heads, and these stay in cache where the windows are of the usual size.
+// exist for all heads, and these stay in cache where the windows are of the usual size. With a pool
+// the shortcut's product is a part of proj's: its operand lies behind the heads in each row.
 
 #include "cpu/common/attention_half_kernels.h"
 
 #include "cpu/isa/layer_norm.h"
 #include "cpu/isa/pack_bytes.h"
+#include "cpu/isa/pooling.h"
 #include "cpu/isa/window_attention_head.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
@@ -38,8 +40,14 @@ int64_t rows_of(const AttentionHalf& problem, const AttentionUnit& unit) {
   return rows;
 }
 
-// Calls function(row, offset) for rows first to last of a unit: offset is that of the token's first
-// channel in y.
+bool pools(const AttentionHalf& problem) { return problem.pool.kind != PoolKind::none; }
+
+// Words of a row of attended before those of the pooled y.
+int64_t heads_words(const AttentionHalf& problem) {
+  return problem.heads * words_of(problem.product, head_columns(problem));
+}
+
+// Calls function(row, pixel) for rows first to last of a unit: the token's pixel of the result.
 template <class Function>
 void for_rows(const AttentionHalf& problem, const AttentionUnit& unit, int64_t first, int64_t last,
               Function&& function) {
@@ -50,7 +58,7 @@ void for_rows(const AttentionHalf& problem, const AttentionUnit& unit, int64_t f
     const int64_t begin = larger(first - start, 0);
     const int64_t end = smaller(last - start, window.tokens());
     for_tokens(window, begin, end, [&](int64_t token, int64_t row, int64_t column) {
-      function(start + token, ((image + row) * problem.width + column) * problem.channels);
+      function(start + token, (image + row) * problem.width + column);
     });
     start += window.tokens();
   }
@@ -67,6 +75,8 @@ struct Buffers {
   float* strips;
   int32_t* runs;
   float* result;  // [rows][kPanel]
+  float* pixel;   // of y, normalised, and the pooled one
+  float* pooled;
   int64_t size;
 };
 
@@ -86,6 +96,8 @@ Buffers buffers_in(float* memory, const AttentionHalf& problem) {
   buffers.strips = scratch.take(problem.bias_table ? largest_strips(problem).size() : 0);
   buffers.runs = reinterpret_cast<int32_t*>(scratch.take(tokens));
   buffers.result = scratch.take(rows * kPanel);
+  buffers.pixel = scratch.take(pools(problem) ? problem.in_channels : 0);
+  buffers.pooled = scratch.take(pools(problem) ? problem.in_channels : 0);
   buffers.size = scratch.used;
   return buffers;
 }
@@ -117,14 +129,16 @@ void round_rows(const AttentionHalf& problem, int64_t first, int64_t last, float
   }
 }
 
-// out = y + result [rows][kPanel] for rows first to last and `columns` channels from `column` on.
+// out = y + result [rows][kPanel] for rows first to last and `columns` channels from `column` on;
+// with a pool, whose result is whole, without y.
 template <class Element>
 void add_rows(const AttentionHalf& problem, const AttentionUnit& unit, int64_t first, int64_t last,
               int64_t column, int64_t columns, float* result, const Element* y) {
   Element* out = static_cast<Element*>(problem.result);
-  for_rows(problem, unit, first, last, [&](int64_t, int64_t offset) {
-    add(y + offset + column, columns, result);
-    narrow(result, columns, out + offset + column);
+  for_rows(problem, unit, first, last, [&](int64_t, int64_t pixel) {
+    const int64_t place = pixel * problem.channels + column;
+    if (!pools(problem)) add(y + place, columns, result);
+    narrow(result, columns, out + place);
     result += kPanel;
   });
 }
@@ -144,11 +158,11 @@ int64_t attention_half_panels(const AttentionHalf& problem) {
 }
 
 int64_t attention_half_normalized_words(const AttentionHalf& problem) {
-  return words_of(problem.product, problem.channels);
+  return words_of(problem.product, problem.in_channels);
 }
 
 int64_t attention_half_attended_words(const AttentionHalf& problem) {
-  return problem.heads * words_of(problem.product, head_columns(problem));
+  return heads_words(problem) + (pools(problem) ? attention_half_normalized_words(problem) : 0);
 }
 
 int64_t attention_half_scratch_size(const AttentionHalf& problem) {
@@ -204,13 +218,14 @@ void attention_half_pack_head(const AttentionHalf& problem, int64_t head, float*
       using Kind = decltype(kind);
       for (int64_t column = 0; column < columns; column += kPanel) {
         const int64_t count = smaller(problem.head_dim - column, kPanel);
-        const float* source = problem.qkv_weight + (first + column) * problem.channels;
+        const float* source = problem.qkv_weight + (first + column) * problem.in_channels;
         float* panel = weights + column * words;
         if constexpr (Kind::kScaled) {
-          pack_scaled(problem.norm_quantization, source, count, problem.channels, scale, nullptr,
+          pack_scaled(problem.norm_quantization, source, count, problem.in_channels, scale, nullptr,
                       panel, bias + column, bias + columns + column);
         } else {
-          pack<Kind>(source, problem.channels, count, problem.channels, scale, nullptr, panel);
+          pack<Kind>(source, problem.in_channels, count, problem.in_channels, scale, nullptr,
+                     panel);
         }
       }
     });
@@ -226,6 +241,7 @@ void attention_half_pack_panel(const AttentionHalf& problem, int64_t panel, floa
   float* bias = packed + words * kPanel;
   for (int64_t i = 0; i < kPanel; ++i) {
     bias[i] = problem.proj_bias && i < columns ? problem.proj_bias[first + i] : 0.0f;
+    if (problem.shortcut_bias && i < columns) bias[i] += problem.shortcut_bias[first + i];
   }
   for (int64_t i = 0; i < words * kPanel; ++i) packed[i] = 0.0f;
   with_product(problem.product, [&](auto kind) {
@@ -252,6 +268,11 @@ void attention_half_pack_panel(const AttentionHalf& problem, int64_t panel, floa
         pack<Kind>(source + head * problem.head_dim, depth, columns, problem.head_dim, nullptr,
                    nullptr, packed + head * head_words);
       }
+      if (pools(problem)) {
+        pack<Kind>(problem.shortcut_weight + first * problem.in_channels, problem.in_channels,
+                   columns, problem.in_channels, nullptr, nullptr,
+                   packed + heads_words(problem) * kPanel);
+      }
     }
   });
 }
@@ -260,14 +281,44 @@ void attention_half_normalize(const AttentionHalf& problem, const AttentionUnit&
                               int64_t first, int64_t last, float* normalized) {
   const int64_t words = attention_half_normalized_words(problem);
   with_elements(problem.element, problem.y, [&](auto* y) {
-    for_rows(problem, unit, first, last, [&](int64_t row, int64_t offset) {
+    for_rows(problem, unit, first, last, [&](int64_t row, int64_t pixel) {
       with_product(problem.product, [&](auto kind) {
         using Kind = decltype(kind);
         auto* to = elements_of<Kind>(normalized + row * words);
         normalize_row(problem.channels, problem.eps, problem.norm_weight, problem.norm_bias,
-                      y + offset, typename Kind::Writer(to, problem.norm_quantization));
+                      y + pixel * problem.channels,
+                      typename Kind::Writer(to, problem.norm_quantization));
         for (int64_t i = problem.channels; i < words * Kind::kPerWord; ++i) to[i] = {};
       });
+    });
+  });
+}
+
+void attention_half_pool(const AttentionHalf& problem, const AttentionUnit& unit, int64_t first,
+                         int64_t last, float* scratch, float* normalized, float* attended) {
+  const Buffers buffers = buffers_in(scratch, problem);
+  const int64_t channels = problem.in_channels;
+  const int64_t size = problem.in_height * problem.in_width * channels;
+  const int64_t result_size = problem.height * problem.width;
+  with_elements(problem.element, problem.y, [&](auto* y) {
+    for_rows(problem, unit, first, last, [&](int64_t row, int64_t pixel) {
+      const auto* maps = y + pixel / result_size * size;
+      const int64_t place = pixel % result_size;
+      const auto pool = [&](auto&& values_of, float* to) {
+        pool_pixel(problem.pool, problem.in_height, problem.in_width, channels,
+                   place / problem.width, place % problem.width, buffers.pooled, values_of);
+        with_unscaled_product(problem.product, [&](auto kind) {
+          to_words<decltype(kind)>(buffers.pooled, channels, to);
+        });
+      };
+      const auto normalize = [&](int64_t at) -> const float* {
+        normalize_row(channels, problem.eps, problem.norm_weight, problem.norm_bias,
+                      maps + at * channels, Rounded<float>(buffers.pixel));
+        return buffers.pixel;
+      };
+      pool(normalize, normalized + row * attention_half_normalized_words(problem));
+      pool([&](int64_t at) { return maps + at * channels; },
+           attended + row * attention_half_attended_words(problem) + heads_words(problem));
     });
   });
 }

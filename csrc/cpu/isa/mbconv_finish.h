@@ -5,51 +5,17 @@
 // with the shortcut pooled and projected where the block asks for it.
 
 #include "cpu/isa/mbconv_pack.h"
+#include "cpu/isa/pooling.h"
 
 namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 
-// destination[i] = max(destination[i], source[i]); NaN stays NaN.
-template <class Element>
-inline void take_maximum(const Element* source, int64_t count, float* destination) {
-  for (int64_t i = 0; i < count; i += kWidth) {
-    const int64_t valid = smaller(kWidth, count - i);
-    float from[kWidth];
-    widen(source + i, valid, from);
-    for (int64_t j = 0; j < valid; ++j) {
-      const float value = from[j];
-      if (value > destination[i + j] || value != value) destination[i + j] = value;
-    }
-  }
-}
-
 // One pixel [C_in] of the pooled input.
 template <class Element>
-inline void pool_pixel(const MBConvProblem& problem, const Element* x, int64_t row, int64_t column,
+inline void pool_input(const MBConvProblem& problem, const Element* x, int64_t row, int64_t column,
                        float* pooled) {
-  const Pool& pool = problem.pool;
-  const bool average = pool.kind == PoolKind::average;
   const int64_t channels = problem.in_channels;
-  const float start = average ? 0.0f : -__builtin_inff();
-  for (int64_t i = 0; i < channels; ++i) pooled[i] = start;
-  const int64_t top = row * pool.stride - pool.top;
-  const int64_t left = column * pool.stride - pool.left;
-  int64_t count = 0;
-  for (int64_t y = larger(top, 0); y < smaller(top + pool.size, problem.height); ++y) {
-    for (int64_t z = larger(left, 0); z < smaller(left + pool.size, problem.width); ++z) {
-      const Element* source = x + (y * problem.width + z) * channels;
-      if (average) {
-        add(source, channels, pooled);
-      } else {
-        take_maximum(source, channels, pooled);
-      }
-      ++count;
-    }
-  }
-  if (average) {
-    const float factor =
-        1.0f / static_cast<float>(pool.counts_padding ? pool.size * pool.size : count);
-    for (int64_t i = 0; i < channels; ++i) pooled[i] *= factor;
-  }
+  pool_pixel(problem.pool, problem.height, problem.width, channels, row, column, pooled,
+             [&](int64_t pixel) { return x + pixel * channels; });
 }
 
 // sums = (sums + bias) * scale for one pixel.
@@ -65,7 +31,7 @@ template <class Element>
 inline void take_shortcut(const MBConvProblem& problem, const Element* x, int64_t row,
                           int64_t column, float* pooled, float* sums) {
   if (problem.pool.kind != PoolKind::none) {
-    pool_pixel(problem, x, row, column, pooled);
+    pool_input(problem, x, row, column, pooled);
     if (!problem.projects_shortcut) add(pooled, problem.in_channels, sums);
     return;
   }

@@ -13,11 +13,11 @@ namespace moat_kernels::cpu::MOAT_KERNELS_ISA {
 constexpr int64_t kPoints = 16;     // places of a transformed tile
 constexpr int64_t kMostTiles = 32;  // that are computed together
 
-// A pair of output rows. Pixels are `channels` floats apart, a multiple of kWidth; the weights are
-// [kPoints][panels][words of the channels][kPanel].
+// A pair of output rows. Pixels are `channels` floats apart, those of the output `outputs`, both
+// multiples of kWidth; the weights are [kPoints][panels][words of the channels][kPanel].
 struct WinogradRows {
   int64_t columns;  // of the output; the input has two more, and one beyond where they are odd
-  int64_t channels;
+  int64_t channels, outputs;
   int64_t row_stride;  // of the input, floats
   const float* weights;
 };
@@ -26,11 +26,11 @@ struct WinogradRows {
 // one set of the L1 cache.
 inline int64_t point_stride(int64_t channels) { return kMostTiles * channels + 16; }
 
-inline int64_t winograd_weights_size(Product kind, int64_t channels) {
-  return kPoints * round_up(channels, kPanel) * words_of(side_of(kind), channels);
+inline int64_t winograd_weights_size(Product kind, int64_t channels, int64_t outputs) {
+  return kPoints * round_up(outputs, kPanel) * words_of(side_of(kind), channels);
 }
-inline int64_t winograd_scratch_size(int64_t channels) {
-  return 2 * kPoints * point_stride(channels);
+inline int64_t winograd_scratch_size(int64_t channels, int64_t outputs) {
+  return kPoints * (point_stride(channels) + point_stride(outputs));
 }
 
 // One kernel g [3][3] -> to[point * stride].
@@ -94,16 +94,17 @@ inline void transform_tiles(const WinogradRows& rows, const float* input, int64_
   }
 }
 
-// Products [kPoints][tile][channels] -> tiles of the output, plus bias. Columns beyond the last are
+// Products [kPoints][tile][outputs] -> tiles of the output, plus bias. Columns beyond the last are
 // left out. Returns whether all results are finite.
 inline bool transform_back(const WinogradRows& rows, const float* products, int64_t first,
                            int64_t count, const float* bias, float* result) {
-  const int64_t stride = point_stride(rows.channels);
+  const int64_t outputs = rows.outputs;
+  const int64_t stride = point_stride(outputs);
   Vec check = {};
   for (int64_t tile = 0; tile < count; ++tile) {
     const int64_t column = 2 * (first + tile);
-    for (int64_t channel = 0; channel < rows.channels; channel += kWidth) {
-      const float* from = products + tile * rows.channels + channel;
+    for (int64_t channel = 0; channel < outputs; channel += kWidth) {
+      const float* from = products + tile * outputs + channel;
       const Vec shift = load(bias + channel);
       Vec sums[2][4];
       unroll<4>([&](auto j) __attribute__((always_inline)) {
@@ -115,14 +116,14 @@ inline bool transform_back(const WinogradRows& rows, const float* products, int6
         sums[1][j] = m1 - m2 - m3;
       });
       unroll<2>([&](auto i) __attribute__((always_inline)) {
-        float* out = result + (i * rows.columns + column) * rows.channels + channel;
+        float* out = result + (i * rows.columns + column) * outputs + channel;
         const Vec left = sums[i][0] + sums[i][1] + sums[i][2] + shift;
         check += left * 0.0f;
         store(out, left);
         if (column + 1 < rows.columns) {
           const Vec right = sums[i][1] - sums[i][2] - sums[i][3] + shift;
           check += right * 0.0f;
-          store(out + rows.channels, right);
+          store(out + outputs, right);
         }
       });
     }
@@ -130,7 +131,7 @@ inline bool transform_back(const WinogradRows& rows, const float* products, int6
   return sum_of_lanes(check) == 0.0f;
 }
 
-// result [2][columns][channels] of a pair of rows; `input` starts a row above and a column before.
+// result [2][columns][outputs] of a pair of rows; `input` starts a row above and a column before.
 // Returns whether all of it is finite: a value that is not would spread to pixels that do not see
 // it.
 template <class Kind>
@@ -139,6 +140,7 @@ inline bool winograd_rows(const WinogradRows& rows, const float* input, const fl
   const int64_t channels = rows.channels;
   const int64_t words = words_of<Kind>(channels);
   const int64_t stride = point_stride(channels);
+  const int64_t product_stride = point_stride(rows.outputs);
   float* transformed = scratch;
   float* products = scratch + kPoints * stride;
   const int64_t tiles = divide_up(rows.columns, 2);
@@ -152,9 +154,9 @@ inline bool winograd_rows(const WinogradRows& rows, const float* input, const fl
     const int64_t count = tiles * (group + 1) / groups - first;
     transform_tiles<Kind>(rows, input, first, count, transformed);
     for (int64_t point = 0; point < kPoints; ++point) {
-      gemm<Kind>(count, channels, words, {transformed + point * stride, words, 1},
-                 rows.weights + point * round_up(channels, kPanel) * words, words * kPanel, kPanel,
-                 products + point * stride, channels, false);
+      gemm<Kind>(count, rows.outputs, words, {transformed + point * stride, words, 1},
+                 rows.weights + point * round_up(rows.outputs, kPanel) * words, words * kPanel,
+                 kPanel, products + point * product_stride, rows.outputs, false);
     }
     finite &= transform_back(rows, products, first, count, bias, result);
   }

@@ -52,12 +52,14 @@ def fits(
     """Whether the native kernel has convolutions and a norm of such tensors."""
     if first[0] is None or second[0] is None or not first[0].numel():
         return False
-    channels = first[0].shape[0]
-    vectors = (first[1], *norm[:4], second[1])
+    channels, outputs = first[0].shape[0], second[0].shape[0]
+    vectors = (first[1], *norm[:4])
     return (
-        first[0].shape == (channels, in_channels, 3, 3)
-        and second[0].shape == (channels, channels, 3, 3)
+        outputs > 0
+        and first[0].shape == (channels, in_channels, 3, 3)
+        and second[0].shape == (outputs, channels, 3, 3)
         and all(tensor is None or tensor.shape == (channels,) for tensor in vectors)
+        and (second[1] is None or second[1].shape == (outputs,))
     )
 
 
@@ -97,10 +99,11 @@ def norm_gelu_backward(
     )
 
 
-def _fake_evaluate(x: Tensor, conv_0_weight: Tensor, *_: object) -> Tensor:
+def _fake_evaluate(x: Tensor, *tensors: Any) -> Tensor:
+    conv_1_weight = tensors[6]
     return torch.empty(
         x.shape[0],
-        conv_0_weight.shape[0],
+        conv_1_weight.shape[0],
         (x.shape[2] + 1) // 2,
         (x.shape[3] + 1) // 2,
         dtype=x.dtype,
