@@ -8,7 +8,8 @@ __version__ = "0.1.0"
 from moat_kernels import functional, reference
 from moat_kernels.adapters.cases import supported_cases
 from moat_kernels.adapters.registry import register_adapter
-from moat_kernels.freeze import FrozenMOAT, freeze
+from moat_kernels.freeze import freeze
+from moat_kernels.frozen_modules import FrozenMOAT
 from moat_kernels.fuse import FusionReport, fuse, unfuse
 from moat_kernels.graphs import graphed_step
 from moat_kernels.models import MOAT, create_model, get_preprocessing, list_models

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import moat_kernels as mk
 from moat_kernels.chains import FrozenChain
-from moat_kernels.freeze import FrozenBlock
+from moat_kernels.frozen_modules import FrozenBlock
 
 pytestmark = [
     needs_extension,

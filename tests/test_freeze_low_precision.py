@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import moat_kernels as mk
 from moat_kernels.calibration import quantization_of
-from moat_kernels.freeze import FrozenBlock
+from moat_kernels.frozen_modules import FrozenBlock
 from moat_kernels.functional import WindowAttentionDescription
 from moat_kernels.ops.frozen import (
     FrozenSequence,

@@ -39,7 +39,8 @@ PUBLIC = {
         describe_norm norm_tensors
     """,
     "moat_kernels.drop_path": "DropPath",
-    "moat_kernels.freeze": "FrozenBlock FrozenMOAT FrozenModule freeze",
+    "moat_kernels.freeze": "freeze",
+    "moat_kernels.frozen_modules": "FrozenBlock FrozenMOAT FrozenModule FrozenTransformerBlock",
     "moat_kernels.graphs": "graphed_step",
     "moat_kernels.fuse": "FusedEntry FusionReport SkippedEntry fuse unfuse",
     "moat_kernels.adapters": """

@@ -27,7 +27,7 @@ from support.tolerances import (
 from torch import Tensor, nn
 
 import moat_kernels as mk
-from moat_kernels.freeze import FrozenBlock, FrozenTransformerBlock
+from moat_kernels.frozen_modules import FrozenBlock, FrozenTransformerBlock
 
 pytestmark = needs_extension
 maxxvit = import_peer("timm.models.maxxvit")

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 import moat_kernels as mk
 from moat_kernels.calibration import LayerError
-from moat_kernels.freeze import FrozenModule, FrozenTransformerBlock
+from moat_kernels.frozen_modules import FrozenModule, FrozenTransformerBlock
 from moat_kernels.ops.frozen import multiplies
 
 pytestmark = [

@@ -23,7 +23,7 @@ from support.tolerances import (
 from torch import Tensor, nn
 
 import moat_kernels as mk
-from moat_kernels.freeze import FrozenTransformerBlock
+from moat_kernels.frozen_modules import FrozenTransformerBlock
 from moat_kernels.ops.frozen import CannotFreeze, FrozenSequence, mlp_step
 
 pytestmark = [

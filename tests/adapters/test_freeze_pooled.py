@@ -21,7 +21,7 @@ from support.tolerances import (
 from torch import nn
 
 import moat_kernels as mk
-from moat_kernels.freeze import FrozenTransformerBlock
+from moat_kernels.frozen_modules import FrozenTransformerBlock
 from moat_kernels.functional import WindowAttentionDescription
 from moat_kernels.ops.frozen import CannotFreeze, Shortcut, pooled_half_step
 from moat_kernels.ops.mbconv.description import Pool

@@ -20,7 +20,7 @@ from support.tolerances import (
 from torch import nn
 
 import moat_kernels as mk
-from moat_kernels.freeze import FrozenBlock
+from moat_kernels.frozen_modules import FrozenBlock
 
 pytestmark = [
     needs_extension,

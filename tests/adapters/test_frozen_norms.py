@@ -16,7 +16,7 @@ from support.tolerances import BACKEND_OUTPUT, assert_close
 from torch import Tensor, nn
 
 import moat_kernels as mk
-from moat_kernels.freeze import FrozenMOAT
+from moat_kernels.frozen_modules import FrozenMOAT
 from moat_kernels.ops.common.backends import backend_status
 
 
