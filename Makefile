@@ -81,7 +81,7 @@ committed:
 
 # Where the kernels cannot be built this makes no file, so the next run tries, and tells, again.
 $(EXTENSION): $(PACKAGE) $(CSRC) $(CSRC_FOLDERS) $(BUILD)
-	@echo "Building the native CPU kernels (seconds to a minute; log: $(BUILD_LOG))"
+	@echo "Building the native CPU kernels (up to some minutes; log: $(BUILD_LOG))"
 	@mkdir -p $(dir $(BUILD_LOG))
 	@$(VENV)/bin/python setup.py build_ext --inplace > $(BUILD_LOG) || { cat $(BUILD_LOG); exit 1; }
 	@if [ -f $@ ]; then touch $@; fi
