@@ -8,6 +8,7 @@ import warnings
 import pytest
 import torch
 import torch.nn.functional as F
+from support.guarded_memory import guarded
 from support.native import needs_extension
 from support.small_model import CLASSES, make_model
 from support.tolerances import (
@@ -140,6 +141,17 @@ def test_single_blocks(
     assert isinstance(frozen, FrozenBlock)
     for x in (torch.randn(2, channels[0], 9, 13), torch.randn(1, channels[0], 5, 31)):
         assert_close_for(dtype, frozen(x), block, x)
+
+
+@pytest.mark.each_isa
+@pytest.mark.parametrize("channels", [16, 24, 40])
+@pytest.mark.parametrize("kind", [mk.FusedMBConv, mk.FusedMOATBlock])
+@torch.no_grad()
+def test_nothing_behind_the_map_is_read(kind: type[nn.Module], channels: int) -> None:
+    options = {"head_dim": 8} if kind is mk.FusedMOATBlock else {"se_ratio": None}
+    block = randomize_norms(kind(channels, channels, **options)).bfloat16().eval()
+    x = guarded(torch.randn(1, 5, 7, channels).bfloat16()).movedim(3, 1)
+    assert_close_for(torch.bfloat16, mk.freeze(block)(x), block, x)
 
 
 @pytest.mark.each_isa

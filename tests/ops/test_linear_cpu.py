@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from support.guarded_memory import guarded
 from support.native import needs_extension
 from support.tolerances import (
     BACKEND_GRADIENT,
@@ -100,6 +101,21 @@ def test_rows_and_depths_that_do_not_fill_tiles(rows: int, depth: int) -> None:
     gradients = backward(grad, x, weight.float(), torch.float32, True, True)
     correct = expected(x, weight, bias, grad)
     assert_close(output, correct[0], STORED_ROUNDING[torch.bfloat16], "output")
+    check([correct[0], *gradients], correct)
+
+
+@pytest.mark.each_isa
+@pytest.mark.parametrize("rows", [1, 15, 17, 49])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nothing_behind_the_operands_is_read(rows: int, dtype: torch.dtype) -> None:
+    if dtype == torch.bfloat16 and not BFLOAT16:
+        pytest.skip("the CPU does not multiply bfloat16")
+    x, weight, bias, grad = (tensor.to(dtype) for tensor in make(rows, 80, 48))
+    x, weight, bias, grad = map(guarded, (x, weight.float(), bias.float(), grad))
+    output = forward(x, weight, bias)
+    gradients = backward(grad, x, weight, torch.float32, True, True)
+    correct = expected(x, weight, bias, grad)
+    assert_close(output, correct[0], STORED_ROUNDING[dtype] + 1e-5, "output")
     check([correct[0], *gradients], correct)
 
 
