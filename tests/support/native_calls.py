@@ -297,16 +297,44 @@ def attention_half_reference(
     scale: float,
     eps: float,
 ) -> Tensor:
-    window = (window_height, window_width)
-    weight, bias, qkv, qkv_bias, proj, proj_bias, table = tensors
-    description = WindowAttentionDescription(heads, head_dim, window, scale)
-    if table is not None:
-        table = resize_table(table, window)
+    weight, bias, *projections = tensors
     rows = F.layer_norm(y.permute(0, 2, 3, 1), y.shape[1:2], weight, bias, eps)
+    description = WindowAttentionDescription(heads, head_dim, (window_height, window_width), scale)
+    return y + attention_branch(rows, projections, description).permute(0, 3, 1, 2)
+
+
+def attention_branch(
+    rows: Tensor, tensors: list[Tensor | None], description: WindowAttentionDescription
+) -> Tensor:
+    qkv, qkv_bias, proj, proj_bias, table = tensors
+    if table is not None:
+        table = resize_table(table, description.window_size)
     attended = attention_reference.window_attention(
         F.linear(rows, qkv, qkv_bias), table, description
     )
-    return y + F.linear(attended, proj, proj_bias).permute(0, 3, 1, 2)
+    return F.linear(attended, proj, proj_bias)
+
+
+def pooled_half_reference(
+    y: Tensor,
+    tensors: list[Tensor | None],
+    shortcut: list[Tensor | None],
+    heads: int,
+    head_dim: int,
+    window_height: int,
+    window_width: int,
+    scale: float,
+    eps: float,
+) -> Tensor:
+    weight, bias, *projections = tensors
+    normalized = F.layer_norm(y.permute(0, 2, 3, 1), y.shape[1:2], weight, bias, eps)
+    rows, pooled = (
+        F.avg_pool2d(values, 2).permute(0, 2, 3, 1)
+        for values in (normalized.permute(0, 3, 1, 2), y)
+    )
+    description = WindowAttentionDescription(heads, head_dim, (window_height, window_width), scale)
+    branch = attention_branch(rows, projections, description)
+    return (F.linear(pooled, *shortcut) + branch).permute(0, 3, 1, 2)
 
 
 def attention_half_arguments() -> list[Any]:
@@ -348,7 +376,7 @@ def run_frozen(
 
 
 def frozen_stem(x: Tensor, tensors: list[Tensor | None], eps: float) -> Tensor:
-    return run_frozen(x, OPS.cpu_freeze_stem(*tensors, eps, torch.float32))
+    return run_frozen(x, OPS.cpu_freeze_stem(*tensors, "gelu", False, eps, torch.float32))
 
 
 def frozen_mbconv(
@@ -363,6 +391,17 @@ def frozen_attention_half(
     *window, scale, eps = others
     frozen = OPS.cpu_freeze_attention_half(
         *tensors, heads, head_dim, scale, eps, False, *IN_FLOAT32
+    )
+    return run_frozen(y, frozen, tensors[-1], window=(window[0], window[1]))
+
+
+def frozen_pooled_half(
+    y: Tensor, tensors: Any, shortcut: Any, heads: int, head_dim: int, *others: Any
+) -> Tensor:
+    *window, scale, eps = others
+    pool = ("average", 2, 2, False)
+    frozen = OPS.cpu_freeze_pooled_half(
+        *tensors, *shortcut, heads, head_dim, scale, eps, *pool, torch.float32
     )
     return run_frozen(y, frozen, tensors[-1], window=(window[0], window[1]))
 
@@ -400,7 +439,15 @@ def frozen_calls() -> list[Call]:
     eval_arguments[2] = None  # frozen blocks have no drop path
     mlp = [randn(24), randn(24), randn(40, 24), randn(40), randn(24, 40), randn(24)]
     head = [randn(24), randn(24), randn(10, 24), randn(10)]
+    pooled = [*tensors[:4], randn(20, 16), randn(20), tensors[-1]]
+    halving = [randn(2, 24, 6, 8), pooled, [randn(20, 24), randn(20)], heads, head_dim, 2, 4]
     return [
+        Call(
+            "cpu_freeze_pooled_half",
+            frozen_pooled_half,
+            [*halving, scale, eps],
+            pooled_half_reference,
+        ),
         Call(
             "cpu_freeze_stem", frozen_stem, [randn(2, 3, 9, 8), stem_tensors(), EPS], stem_reference
         ),
