@@ -144,6 +144,23 @@ def test_single_blocks(
 
 
 @pytest.mark.each_isa
+@pytest.mark.parametrize("dtype", [*HALVES, torch.int8])
+@pytest.mark.parametrize("size", [(33, 160), (5, 300), (64, 129)])
+@torch.no_grad()
+def test_strips_whose_last_row_sees_nothing_new(size: tuple[int, int], dtype: torch.dtype) -> None:
+    """Maps so wide that a strip has two rows: below a single one there is padding only."""
+    if dtype is torch.int8 and not multiplies(dtype):
+        pytest.skip("these instructions do not multiply int8 and bfloat16")
+    block = randomize_norms(mk.FusedMBConv(32, 32, se_ratio=None)).eval()
+    x = torch.randn(1, 32, *size)
+    frozen = mk.freeze(block, dtype, [x] if dtype is torch.int8 else None)
+    if dtype is torch.int8:
+        assert relative_error(frozen(x).double(), reference(block, x)) < INT8_ERROR
+    else:
+        assert_close_for(dtype, frozen(x), block, x)
+
+
+@pytest.mark.each_isa
 @pytest.mark.parametrize("channels", [16, 24, 40])
 @pytest.mark.parametrize("kind", [mk.FusedMBConv, mk.FusedMOATBlock])
 @torch.no_grad()

@@ -289,6 +289,7 @@ template <class Kind, class Finish>
 [[gnu::always_inline]] inline void finished_on_tiles(int64_t rows, int64_t columns, int64_t words,
                                                      const float* a, const float* panels,
                                                      const float* start, Finish&& finish) {
+  if (rows == 0) return;  // tiles cannot be configured for none
   const TileDepth depth(words);
   TileRegisters registers;
   registers.configure(rows, depth);
