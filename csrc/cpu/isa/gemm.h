@@ -199,8 +199,8 @@ inline void gemm_on_vectors(int64_t rows, int64_t columns, int64_t depth, Stride
 // Tiles of A and B take the same room of the L1 cache: at this depth they and C share 48 KB.
 constexpr int64_t kDepthOnTiles = 192;
 
-// Memory ahead for products on tiles: each step asks for as many lines as it takes for a panel to
-// be there when `blocks` blocks of rows have used the one before.
+// Memory ahead for products on tiles: each step asks for so many lines that a panel is there when
+// all blocks of rows have used the one before.
 struct TilesAhead {
   Ahead ahead;
   int64_t lines;
