@@ -27,6 +27,7 @@ from moat_kernels.ops.attention_half import training as attention_half_training
 from moat_kernels.ops.attention_half.description import Layers
 from moat_kernels.ops.common.backends import NO_TORCHSCRIPT, keep_backend, warn_once
 from moat_kernels.ops.common.spatial import in_format_of
+from moat_kernels.ops.common.symbols import settled
 from moat_kernels.ops.frozen import (
     CannotFreeze,
     FrozenStep,
@@ -201,7 +202,7 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
             return super().attention_half(y)
         tensors = self.read_attention_half()
         if tensors is not None and child(self, "attention_norm").normalized_shape == y.shape[1:2]:
-            description, eps = self.attention.description, self.attention_norm.eps
+            description, eps = self.attention.description, settled(self.attention_norm.eps)
             backend = "" if self._drops() else attention_half.covering(y, tensors, description)
             if backend:
                 output = attention_half.attention_half(y, tensors, eps, description, backend)
@@ -219,7 +220,7 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
     def _train_attention_half(
         self, y: Tensor, tensors: Sequence[Tensor | None], drop_path: DropPath
     ) -> Tensor:
-        attention, eps = self.attention, self.attention_norm.eps
+        attention, eps = self.attention, settled(self.attention_norm.eps)
         layers = Layers(*tensors)  # type: ignore[arg-type]  # none is missing: they are covered
         kept, factor = drop_path.draw(y), 1.0 / (1.0 - drop_path.probability)
 
@@ -272,7 +273,7 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
         """(rows, attention(layer_norm(rows))); rows are to be used instead of those given."""
         norm = self.attention_norm
         weight, bias = tensor_of(norm, "weight"), tensor_of(norm, "bias")
-        normalized, rows = branch_layer_norm(rows, weight, bias, norm.eps)
+        normalized, rows = branch_layer_norm(rows, weight, bias, settled(norm.eps))
         return rows, self.attention(normalized)
 
     def _fuses_branch(self, y: Tensor) -> bool:

@@ -14,6 +14,7 @@ from moat_kernels.ops.common.batch_norm import (
     leave_uncounted,
     update_norm,
 )
+from moat_kernels.ops.common.symbols import settled
 from moat_kernels.ops.common.synchronization import group_name, world_name
 from moat_kernels.ops.mbconv.reference import batch_norm
 from moat_kernels.tensor_access import is_parametrized, plain_class, tensor_of
@@ -201,14 +202,14 @@ def describe_norm(module: nn.Module) -> Norm:
     make = Norm if torch.compiler.is_compiling() else _cached_norm
     if not isinstance(module, nn.modules.batchnorm._BatchNorm):
         assert is_frozen_norm(module)
-        return make(eps=module.eps, unbiased=True, frozen=True)  # type: ignore[arg-type]
+        return make(eps=settled(module.eps), unbiased=True, frozen=True)  # type: ignore[arg-type]
     group = None
     if module.training and isinstance(module, SyncBatchNorm | nn.SyncBatchNorm):
         chosen = module.process_group
         group = world_name() if chosen is None else group_name(chosen)
     return make(
-        eps=module.eps,
-        momentum=module.momentum,
+        eps=settled(module.eps),
+        momentum=settled(module.momentum),
         unbiased=is_unbiased(module),
         frozen=module._buffers["running_mean"] is not None and not module.training,
         process_group=group,

@@ -7,7 +7,8 @@ from functools import cache
 from typing import Any
 
 import torch
-from torch.fx.experimental.symbolic_shapes import guard_scalar
+
+from moat_kernels.ops.common.symbols import settled
 
 
 def encode(description: Any) -> str:
@@ -29,8 +30,8 @@ def _literal(value: Any) -> str:
         return (
             "{" + ", ".join([f"{name!r}: {_literal(getattr(value, name))}" for name in names]) + "}"
         )
-    # A number may be a symbol to torch.compile, which has no text: this call holds for its value.
-    return repr(guard_scalar(value) if isinstance(value, int | float) else value)
+    # A symbol has no text.
+    return repr(settled(value))
 
 
 _cached = cache(_literal)

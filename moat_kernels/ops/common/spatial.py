@@ -1,7 +1,6 @@
 """Padding of stencils and pools: TensorFlow's SAME rule and explicit four-sided padding.
 
-Sizes may be symbols to compilers and exporters. What is computed then may not depend on a question
-that has another answer at another size: `is_certain` asks without deciding.
+Sizes may be symbols to compilers and exporters: see symbols.py.
 """
 
 from __future__ import annotations
@@ -11,19 +10,11 @@ from typing import Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from moat_kernels.ops.common.symbols import is_certain
 
 # (top, bottom, left, right) in pixels, or TensorFlow's rule, which depends on the map's size.
 Padding = Literal["tf_same"] | tuple[int, int, int, int]
-
-
-def is_certain(condition: bool) -> bool:
-    """Whether a condition on sizes holds: of symbols, whether it holds at every size."""
-    if condition is True or condition is False:
-        return condition
-    if isinstance(condition, Tensor):  # torch.jit.trace has tensors for sizes
-        return bool(condition)
-    return statically_known_true(condition)
 
 
 def ceil_divide(size: int, divisor: int) -> int:
@@ -62,8 +53,11 @@ def may_pad(padding: tuple[int, int, int, int]) -> bool:
     return not all([is_certain(side == 0) for side in padding])
 
 
-def pad_map(x: Tensor, padding: tuple[int, int, int, int], value: float = 0.0) -> Tensor:
-    """Pad [B, C, H, W] by (top, bottom, left, right); the memory format is kept."""
+def pad_map(x: Tensor, padding: tuple[int, int, int, int], value: float | None = None) -> Tensor:
+    """Pad [B, C, H, W] by (top, bottom, left, right), with 0 where no value is given.
+
+    The memory format is kept.
+    """
     top, bottom, left, right = padding
     if not may_pad(padding):
         return x

@@ -16,6 +16,7 @@ from moat_kernels.extension import load_extension
 from moat_kernels.ops.common.autocast import autocast_dtype
 from moat_kernels.ops.common.flops import Shape, linear_flops, register_flops
 from moat_kernels.ops.common.registration import register_fake
+from moat_kernels.ops.common.symbols import is_certain
 
 # The widest vector of the kernels: rows of the operands are read without remainders.
 MULTIPLE = 16
@@ -57,7 +58,7 @@ def unsupported(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> str:
         return "parameters in another dtype than float32"
     if x.dtype != torch.float32 and x.dtype != dtype:
         return f"x in {x.dtype}"
-    if x.numel() < FEWEST_ROWS * weight.shape[1]:
+    if is_certain(x.numel() < FEWEST_ROWS * weight.shape[1]):
         return f"fewer than {FEWEST_ROWS} rows"
     if not weight.numel() or weight.shape[0] % MULTIPLE or weight.shape[1] % MULTIPLE:
         return f"a weight of {tuple(weight.shape)}"

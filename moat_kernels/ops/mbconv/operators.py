@@ -7,6 +7,7 @@ Eager calls go to the backends without them.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -143,6 +144,25 @@ def _backward_operator(
     return backward(*tensors, decoded, dtype, recompute, backend, needs)
 
 
+def _fake_backward(
+    grad: Tensor,
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    *arguments: Any,
+) -> list[Tensor]:
+    """What `backward` returns is known without a look at how: a look would ask sizes questions.
+
+    Their answers hold for some sizes alone, and a compiled step for these.
+    """
+    *_, needs = arguments
+    sources = [
+        source
+        for source, needed in zip((x, *parameters), needs, strict=True)
+        if needed and source is not None
+    ]
+    return [in_format_of(source.new_empty(source.shape), source) for source in sources]
+
+
 _TENSORS = "Tensor x, Tensor?[] parameters, Tensor?[] running, Tensor? drop_path_scale"
 
 define_op(
@@ -164,6 +184,6 @@ define_op(
     f"mbconv_backward(Tensor grad, {_TENSORS}, Tensor[] saved, str description, "
     "ScalarType? dtype, str recompute, str backend, bool[] needs) -> Tensor[]",
     _backward_operator,
-    _backward_operator,
+    _fake_backward,
     described_backward,
 )

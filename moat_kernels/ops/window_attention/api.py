@@ -11,7 +11,7 @@ from torch import Tensor
 from moat_kernels.ops.common.autocast import autocast_dtype, autocast_off
 from moat_kernels.ops.common.backends import choose_backend, is_exporting
 from moat_kernels.ops.common.registration import is_watched
-from moat_kernels.ops.common.spatial import is_certain
+from moat_kernels.ops.common.symbols import is_certain
 from moat_kernels.ops.window_attention import operators, reference
 from moat_kernels.ops.window_attention.algebra.position_bias import crop_table
 from moat_kernels.ops.window_attention.checks import check_window_attention

@@ -12,7 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moat_kernels.ops.common.spatial import ceil_divide, is_certain
+from moat_kernels.ops.common.spatial import ceil_divide
+from moat_kernels.ops.common.symbols import is_certain
 
 
 def window_counts(height: int, width: int, window: tuple[int, int]) -> tuple[int, int]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moat_kernels.ops.common.spatial import is_certain
+from moat_kernels.ops.common.symbols import is_certain
 
 
 def table_size(window: tuple[int, int]) -> tuple[int, int]:
