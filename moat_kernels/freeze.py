@@ -41,7 +41,7 @@ from moat_kernels.stem import FusedStem
 
 _HALVES: tuple[HalfReader, ...] = (*timm.HALVES, *torchvision.HALVES, *vit_pytorch.HALVES)
 _MLPS: tuple[MlpReader, ...] = vit_pytorch.MLPS
-_STEMS: tuple[StemReader, ...] = timm.STEMS
+_STEMS: tuple[StemReader, ...] = (*timm.STEMS, *torchvision.STEMS)
 _CONTAINERS: tuple[Container, ...] = (*timm.CONTAINERS, *torchvision.CONTAINERS)
 # Of the largest value: rounding of a block, tried out by weights and an input that are given.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
