@@ -74,6 +74,11 @@ def import_peer(name: str) -> ModuleType:
     return pytest.importorskip(name)
 
 
+def import_own(name: str) -> ModuleType:
+    """A module of this package; skips where a peer that it is for is missing."""
+    return import_peer(name) if name == "moat_kernels.timm" else importlib.import_module(name)
+
+
 def import_with_operators(name: str) -> ModuleType:
     """A module of torchvision that calls its compiled operators; skips where they are missing."""
     torchvision = import_peer("torchvision")
