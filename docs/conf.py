@@ -61,7 +61,7 @@ NAVIGATION = {
         *("commands", "environment"),
     ),
     "API": (
-        *("api/blocks", "api/models", "api/functional", "api/reference", "api/fuse"),
+        *("api/blocks", "api/models", "api/timm", "api/functional", "api/reference", "api/fuse"),
         *("api/freeze", "api/checkpoints", "api/normalization", "api/backends", "api/tools"),
     ),
     "Measured": (

@@ -37,11 +37,12 @@ from moat_kernels.ops.frozen import (
     CannotFreeze,
     multiplies,
 )
+from moat_kernels.reference import MBConvBlock
 from moat_kernels.stem import FusedStem
 
 _HALVES: tuple[HalfReader, ...] = (*timm.HALVES, *torchvision.HALVES, *vit_pytorch.HALVES)
 _MLPS: tuple[MlpReader, ...] = vit_pytorch.MLPS
-_STEMS: tuple[StemReader, ...] = timm.STEMS
+_STEMS: tuple[StemReader, ...] = (*timm.STEMS, *torchvision.STEMS)
 _CONTAINERS: tuple[Container, ...] = (*timm.CONTAINERS, *torchvision.CONTAINERS)
 # Of the largest value: rounding of a block, tried out by weights and an input that are given.
 _TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-2, torch.bfloat16: 1e-1}
@@ -166,6 +167,9 @@ def _frozen_form(module: nn.Module, maps: torch.dtype | None) -> nn.Module | Non
     """
     if isinstance(module, MOAT):
         return FrozenMOAT(module, maps)
+    kind = stock_class(module)
+    if issubclass(kind, MBConvBlock) and not issubclass(kind, FusedInvertedBottleneck):
+        raise CannotFreeze("a plain block: make the model with fused=True, of the same state_dict")
     if isinstance(module, FusedStem | FusedInvertedBottleneck):
         return FrozenBlock(module, maps)
     for reader in _HALVES:

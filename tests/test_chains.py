@@ -7,9 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from support.foreign_models import RESOLUTION, make_foreign_model
 from support.fusing import randomize
 from support.native import needs_extension
 from support.peers import import_peer
+from support.tolerances import BACKEND_MODEL_OUTPUT, assert_close
 from torch import Tensor, nn
 
 import moat_kernels as mk
@@ -22,7 +24,6 @@ pytestmark = [
 ]
 maxxvit = import_peer("timm.models.maxxvit")
 timm = import_peer("timm")
-RESOLUTION = 64
 
 
 def make_blocks() -> nn.Sequential:
@@ -33,9 +34,14 @@ def make_blocks() -> nn.Sequential:
     ).eval()
 
 
-def make_timm(name: str = "coatnet_0_224") -> nn.Module:
+def make_stock(name: str, **options) -> nn.Module:
     settings = {"embed_dim": (32, 32, 64, 64), "depths": (1, 1, 2, 1), "num_classes": 5}
-    model = randomize(timm.create_model(name, img_size=RESOLUTION, **settings)).eval().float()
+    model = timm.create_model(name, img_size=RESOLUTION, **settings, **options)
+    return randomize(model).eval().float()
+
+
+def make_timm(name: str = "coatnet_0_224") -> nn.Module:
+    model = make_stock(name)
     mk.fuse(model)
     return model
 
@@ -185,6 +191,58 @@ def test_models_of_timm(
     frozen.stages[2].register_forward_hook(lambda *calls: seen.append(calls[2]))
     assert torch.equal(frozen.forward_features(x), first)
     assert torch.equal(seen[0], maps_between[3])
+
+
+@pytest.mark.parametrize("maps", [None, torch.bfloat16])
+@torch.no_grad()
+def test_a_model_of_torchvision(maps: torch.dtype | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make_foreign_model("torchvision maxvit").eval().float()
+    mk.fuse(model)
+    frozen = mk.freeze(model, maps)
+    assert isinstance(frozen, FrozenChain) and isinstance(frozen, type(model))
+    assert isinstance(frozen.stem, FrozenBlock)
+    x = torch.randn(2, 3, RESOLUTION, RESOLUTION)
+    first = frozen(x)
+    assert native_calls(lambda: frozen(x), monkeypatch) == 1
+    assert torch.equal(frozen(x), first)
+    frozen.stem.register_forward_hook(lambda module, inputs, output: -output)
+    expected = frozen.classifier(frozen.blocks[1](frozen.blocks[0](frozen.stem(x))))
+    assert torch.equal(frozen(x), expected) and not torch.equal(expected, first)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "size"),
+    [
+        ("coatnet_0_224", {"transformer_rel_pos_type": ""}, (72, 96)),
+        ("maxvit_tiny_tf_224", {}, (64, 128)),
+    ],
+)
+@torch.no_grad()
+def test_images_of_other_sizes(
+    name: str, options: dict, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_whole(make_stock(name, **options), size, monkeypatch)
+
+
+@pytest.mark.parametrize("name", ["coatnet_0_224", "maxvit_tiny_tf_224"])
+@pytest.mark.filterwarnings("ignore::UserWarning:timm")
+@torch.no_grad()
+def test_another_input_size_set_before(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stock = make_stock(name)
+    stock.set_input_size((96, 64))
+    check_whole(stock, (96, 64), monkeypatch)
+
+
+def check_whole(stock: nn.Module, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fused and frozen it gives the same, in one native call."""
+    model = copy.deepcopy(stock)
+    assert not mk.fuse(model).skipped
+    frozen = mk.freeze(model)
+    x = torch.randn(2, 3, *size)
+    expected = stock.double()(x.double())
+    for _ in range(2):  # one by one, and as a chain
+        assert_close(frozen(x), expected, BACKEND_MODEL_OUTPUT)
+    assert native_calls(lambda: frozen(x), monkeypatch) == 1
 
 
 @torch.no_grad()

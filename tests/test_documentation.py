@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import doctest
-import importlib
 import pkgutil
 import re
 from collections.abc import Iterator
@@ -13,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.peers import import_peer
+from support.peers import import_own, import_peer
 
 import moat_kernels
 from moat_kernels.adapters import registry
@@ -122,15 +121,14 @@ def modules() -> list[str]:
 
 @pytest.mark.parametrize("name", modules())
 def test_the_examples_of_docstrings_run(name: str) -> None:
-    load = import_peer if name == "moat_kernels.timm" else importlib.import_module
-    result = doctest.testmod(load(name), extraglobs={"torch": torch})
+    result = doctest.testmod(import_own(name), extraglobs={"torch": torch})
     assert not result.failed
 
 
-@pytest.mark.parametrize("name", ["", ".functional", ".checkpoints", ".adapters"])
+@pytest.mark.parametrize("name", ["", ".functional", ".checkpoints", ".adapters", ".timm"])
 def test_the_api_reference_has_every_public_name(name: str) -> None:
     text = "\n".join(page.read_text() for page in (ROOT / "docs" / "api").glob("*.md"))
-    module = importlib.import_module(f"moat_kernels{name}")
+    module = import_own(f"moat_kernels{name}")
     missing = [public for public in module.__all__ if not re.search(rf"\b{public}\b", text)]
     assert not missing
 

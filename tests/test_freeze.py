@@ -261,6 +261,13 @@ def test_what_cannot_be_frozen_is_told() -> None:
         mk.freeze(model.train())
     with pytest.raises(ValueError, match="nothing in model can be frozen: it has no MOAT"):
         mk.freeze(nn.Linear(2, 2).eval())
+    plain = make_eval_model(fused=False)
+    for _ in range(2):
+        with pytest.raises(
+            ValueError, match=r"stages\.0\.0 and 3 more: a plain block: make the model"
+        ):
+            mk.freeze(plain)
+        mk.fuse(plain)
     with pytest.raises(ValueError, match="float64"):
         mk.freeze(mk.FusedMBConv(8, 8).double().eval())
     with torch.device("meta"):

@@ -5,12 +5,12 @@ Written out: a name that goes, or moves, must be taken out here, on purpose, and
 
 from __future__ import annotations
 
-import importlib
 import os
 import subprocess
 import sys
 
 import pytest
+from support.peers import import_own
 
 PUBLIC = {
     "moat_kernels": """
@@ -31,6 +31,10 @@ PUBLIC = {
     """,
     "moat_kernels.backbone": "Backbone endpoints",
     "moat_kernels.stem": "FusedStem Stem",
+    "moat_kernels.timm": """
+        default_cfgs moat_0 moat_1 moat_2 moat_3 moat_4 tiny_moat_0 tiny_moat_1 tiny_moat_2
+        tiny_moat_3
+    """,
     "moat_kernels.modules": """
         FusedAttention FusedInvertedBottleneck FusedMBConv FusedMOATBlock
     """,
@@ -72,13 +76,13 @@ PUBLIC = {
 
 @pytest.mark.parametrize("module", PUBLIC)
 def test_every_public_name_is_there(module: str) -> None:
-    found = importlib.import_module(module)
+    found = import_own(module)
     assert [name for name in PUBLIC[module].split() if not hasattr(found, name)] == []
 
 
 @pytest.mark.parametrize("module", PUBLIC)
 def test_what_a_module_calls_public_is_listed_here(module: str) -> None:
-    exported = getattr(importlib.import_module(module), "__all__", [])
+    exported = getattr(import_own(module), "__all__", [])
     assert set(exported) <= set(PUBLIC[module].split())
 
 

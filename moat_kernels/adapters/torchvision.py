@@ -13,7 +13,14 @@ from moat_kernels.adapters.base import (
     AttentionReading,
     MBConvAdapter,
 )
-from moat_kernels.adapters.freezing import AttentionHalf, HalfReader, Mlp, refuse_drop_path
+from moat_kernels.adapters.freezing import (
+    AttentionHalf,
+    HalfReader,
+    Mlp,
+    StemPart,
+    StemReader,
+    refuse_drop_path,
+)
 from moat_kernels.adapters.reading import (
     Bottleneck,
     NotCovered,
@@ -204,6 +211,24 @@ class PartitionHalf(HalfReader):
 ADAPTERS = (MBConv(), PartitionAttentionLayer(), RelativePositionalMultiHeadAttention())
 
 HALVES = (PartitionHalf(),)
+
+
+class Stem(StemReader):
+    """MaxVit's: two of torchvision's convolutions with what follows them."""
+
+    class_name = "Sequential"
+    children = ("0", "1")
+
+    def read(self, stem: Any) -> StemPart:
+        first, second = stem
+        for part, names in ((first, {"0", "1", "2"}), (second, {"0"})):
+            if class_name(part) != "Conv2dNormActivation" or child_names(part) != names:
+                raise NotCovered("a stem of unknown structure")
+        conv, norm, activation = first
+        return StemPart(conv, norm, second[0], activation)
+
+
+STEMS = (Stem(),)
 
 CONTAINERS = (
     Container("MaxVit", ("stem", "blocks", "classifier")),

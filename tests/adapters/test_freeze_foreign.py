@@ -39,7 +39,7 @@ timm = import_peer("timm")
 MODELS: dict[str, tuple[int, int, set[str]]] = {
     "timm coatnet": (3, 2, set()),
     "timm maxvit tf": (5, 8, set()),
-    "torchvision maxvit": (3, 6, set()),
+    "torchvision maxvit": (4, 6, set()),
     "vit-pytorch maxvit": (3, 12, set()),
     "RooKichenn": (0, 0, {"order 'depthwise_first'"}),
     "Apple": (4, 0, {"an attention without a block around it that is known"}),

@@ -27,6 +27,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:freeze. this CPU does not multiply"),
 ]
 maxxvit = import_peer("timm.models.maxxvit")
+maxvit = import_peer("torchvision.models.maxvit")
 
 SIZES = [(16, 12), (15, 13), (1, 1), (37, 70)]
 
@@ -48,6 +49,12 @@ def make_stem(in_channels: int = 3, widths: tuple[int, int] = (8, 24), **setting
     return randomize(maxxvit.Stem(in_channels, widths, **settings)).eval()
 
 
+def make_torchvision_stem(**settings) -> nn.Module:
+    torch.manual_seed(0)
+    model = maxvit.MaxVit((64, 64), 24, 2, [16], [1], 16, 0.0, **settings)
+    return randomize(model.stem).eval()
+
+
 def freeze_stem(
     stem: nn.Module, maps: torch.dtype | None = None, dtype: torch.dtype = torch.float32
 ) -> nn.Module:
@@ -55,6 +62,28 @@ def freeze_stem(
     model = Model(copy.deepcopy(stem)).to(dtype)
     mk.fuse(model)
     return mk.freeze(model, maps).stem
+
+
+def check_stem(stem: nn.Module, maps: torch.dtype) -> None:
+    """It is frozen, and gives the same for images of every size and memory format."""
+    frozen = freeze_stem(stem, maps)
+    assert isinstance(frozen, FrozenBlock) and not frozen.state_dict()
+    channels = next(stem.parameters()).shape[1]
+    for size in SIZES:
+        x = torch.randn(3, channels, *size)
+        exact = copy.deepcopy(stem).double()(x.double())
+        tolerance = BACKEND_OUTPUT[torch.float32]
+        if maps != torch.float32:
+            stock = copy.deepcopy(stem).to(maps)(x.to(maps))
+            rounding = FOLDED_ROUNDING * torch.finfo(maps).eps
+            tolerance = LOW_PRECISION_FACTOR * relative_error(stock, exact) + rounding
+        found = frozen(x)
+        assert_close(found, exact, tolerance)
+        assert found.is_contiguous()
+        last = frozen(x.contiguous(memory_format=torch.channels_last))
+        assert torch.equal(last, found)
+        assert torch.equal(frozen(x[1:2]), found[1:2])
+        assert frozen(x[:0]).shape == (0, *found.shape[1:])
 
 
 @pytest.mark.each_isa
@@ -72,24 +101,15 @@ def freeze_stem(
 )
 @torch.no_grad()
 def test_stems(settings: dict, maps: torch.dtype) -> None:
-    stem = make_stem(**settings)
-    frozen = freeze_stem(stem, maps)
-    assert isinstance(frozen, FrozenBlock) and not frozen.state_dict()
-    for size in SIZES:
-        x = torch.randn(3, settings.get("in_channels", 3), *size)
-        exact = copy.deepcopy(stem).double()(x.double())
-        tolerance = BACKEND_OUTPUT[torch.float32]
-        if maps != torch.float32:
-            stock = copy.deepcopy(stem).to(maps)(x.to(maps))
-            rounding = FOLDED_ROUNDING * torch.finfo(maps).eps
-            tolerance = LOW_PRECISION_FACTOR * relative_error(stock, exact) + rounding
-        found = frozen(x)
-        assert_close(found, exact, tolerance)
-        assert found.is_contiguous()
-        last = frozen(x.contiguous(memory_format=torch.channels_last))
-        assert torch.equal(last, found)
-        assert torch.equal(frozen(x[1:2]), found[1:2])
-        assert frozen(x[:0]).shape == (0, *found.shape[1:])
+    check_stem(make_stem(**settings), maps)
+
+
+@pytest.mark.each_isa
+@pytest.mark.parametrize("maps", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("activation", [nn.GELU, nn.SiLU, nn.ReLU])
+@torch.no_grad()
+def test_stems_of_torchvision(activation: type[nn.Module], maps: torch.dtype) -> None:
+    check_stem(make_torchvision_stem(activation_layer=activation), maps)
 
 
 @pytest.mark.each_isa
@@ -171,3 +191,35 @@ def test_stems_that_were_changed_are_copied(change: Callable[[nn.Module], None])
 @pytest.mark.parametrize("settings", [{"kernel_size": 5}, {"kernel_size": 2}], ids=str)
 def test_other_stems_are_copied(settings: dict) -> None:
     assert type(freeze_stem(make_stem(**settings))) is maxxvit.Stem
+
+
+def append(stem: nn.Module) -> None:
+    stem.append(nn.Identity())
+
+
+def append_to_second(stem: nn.Module) -> None:
+    stem[1].append(nn.Tanh())
+
+
+def replace_activation_of_first(stem: nn.Module) -> None:
+    stem[0][2] = nn.Tanh()
+
+
+def hook_first(stem: nn.Module) -> None:
+    stem[0].register_forward_hook(lambda *_: None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [append, append_to_second, replace_activation_of_first, hook_first],
+)
+@torch.no_grad()
+def test_stems_of_torchvision_that_were_changed_are_copied(
+    change: Callable[[nn.Module], None],
+) -> None:
+    stem = make_torchvision_stem()
+    change(stem)
+    frozen = freeze_stem(stem)
+    assert type(frozen) is nn.Sequential
+    x = torch.randn(2, 3, 16, 16)
+    assert torch.equal(frozen(x), copy.deepcopy(stem).float()(x))

@@ -5,19 +5,20 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from support.foreign_models import RESOLUTION, make_foreign_model
 from support.fusing import check_same, randomize, run
+from support.native import needs_extension
 from support.peers import import_peer
 from support.small_model import make_model
-from support.tolerances import BACKEND_OUTPUT, assert_close
+from support.tolerances import BACKEND_MODEL_OUTPUT, BACKEND_OUTPUT, assert_close
 from torch import Tensor, nn
 
 import moat_kernels as mk
-from moat_kernels.frozen_modules import FrozenMOAT
-from moat_kernels.ops.common.backends import backend_status
 
 
 class FrozenBatchNorm2d(nn.Module):
@@ -126,12 +127,65 @@ def test_blocks_of_this_package(freeze_norms: Callable[[nn.Module], nn.Module]) 
     check_equal(freeze_norms(fused), freeze_norms(stock))
 
 
-@pytest.mark.skipif(not backend_status()["cpu"].usable, reason="freeze needs the native kernels")
+def make_moat() -> nn.Module:
+    return randomize(make_model(fused=False, depths=(1, 2, 1, 1)))
+
+
+# name -> (how it is made, how many of its modules are fused)
+MODELS: dict[str, tuple[Callable[[], nn.Module], int]] = {
+    "MOAT": (make_moat, 7),
+    "timm coatnet": (partial(make_foreign_model, "timm coatnet"), 4),
+    "timm maxvit": (partial(make_foreign_model, "timm maxvit tf"), 12),
+    "torchvision maxvit": (partial(make_foreign_model, "torchvision maxvit"), 9),
+}
+
+
+def fuse_whole(model: nn.Module, fused: int) -> nn.Module:
+    report = mk.fuse(model)
+    assert len(report.fused) == fused and not report.skipped, str(report)
+    return model
+
+
 @pytest.mark.parametrize("freeze_norms", FREEZERS)
+@pytest.mark.parametrize("name", MODELS)
+def test_whole_models_train_as_stock(
+    name: str, freeze_norms: Callable[[nn.Module], nn.Module]
+) -> None:
+    make, fused = MODELS[name]
+    stock = freeze_norms(make())
+    first_fused = freeze_norms(fuse_whole(make(), fused))
+    first_frozen = fuse_whole(copy.deepcopy(stock), fused)
+    buffers = {name: buffer.clone() for name, buffer in stock.named_buffers()}
+    assert any(name.endswith("running_var") for name in buffers)
+    x = torch.randn(2, 3, RESOLUTION, RESOLUTION, dtype=torch.float64)
+    expected = run(stock, x, training=True)
+    for model in (first_fused, first_frozen):
+        check_same(run(model, x, training=True), expected)
+        for name, buffer in model.named_buffers():
+            assert torch.equal(buffer, buffers[name]), name
+
+
+@needs_extension
+@pytest.mark.parametrize("freeze_norms", FREEZERS)
+@torch.no_grad()
 def test_freeze_packs_them(freeze_norms: Callable[[nn.Module], nn.Module]) -> None:
     model = freeze_norms(make_model(torch.float32)).eval()
     frozen = mk.freeze(model)
-    assert isinstance(frozen, FrozenMOAT)
+    assert isinstance(frozen, mk.FrozenMOAT)
     x = torch.randn(2, 3, 48, 32)
-    with torch.no_grad():
-        assert_close(frozen(x), model(x), BACKEND_OUTPUT[torch.float32])
+    assert_close(frozen(x), model(x), BACKEND_OUTPUT[torch.float32])
+
+
+@needs_extension
+@pytest.mark.parametrize("freeze_norms", FREEZERS)
+@pytest.mark.parametrize("name", ["timm coatnet", "timm maxvit", "torchvision maxvit"])
+@torch.no_grad()
+def test_freeze_packs_those_of_others(
+    name: str, freeze_norms: Callable[[nn.Module], nn.Module]
+) -> None:
+    make, fused = MODELS[name]
+    stock = freeze_norms(make()).eval()
+    frozen = mk.freeze(fuse_whole(copy.deepcopy(stock).float(), fused))
+    assert not any("running_var" in name for name in frozen.state_dict())
+    x = torch.randn(2, 3, RESOLUTION, RESOLUTION)
+    assert_close(frozen(x), stock(x.double()), BACKEND_MODEL_OUTPUT)

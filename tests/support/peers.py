@@ -74,12 +74,23 @@ def import_peer(name: str) -> ModuleType:
     return pytest.importorskip(name)
 
 
-def import_detector(name: str) -> ModuleType:
-    """A module of the examples that calls torchvision's operators; skips where they are missing."""
+def import_own(name: str) -> ModuleType:
+    """A module of this package; skips where a peer that it is for is missing."""
+    return import_peer(name) if name == "moat_kernels.timm" else importlib.import_module(name)
+
+
+def import_with_operators(name: str) -> ModuleType:
+    """A module of torchvision that calls its compiled operators; skips where they are missing."""
     torchvision = import_peer("torchvision")
     if not torchvision.extension._has_ops():
         reason = f"torchvision {torchvision.__version__} has no operators for this torch"
         pytest.skip(reason, allow_module_level=True)
+    return importlib.import_module(name)
+
+
+def import_detector(name: str) -> ModuleType:
+    """A module of the examples that calls torchvision's operators; skips where they are missing."""
+    import_with_operators("torchvision")
     pytest.importorskip("PIL", reason="the example needs Pillow")
     pytest.importorskip("pycocotools", reason="the example needs pycocotools")
     return importlib.import_module(name)
