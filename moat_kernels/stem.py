@@ -22,6 +22,7 @@ from moat_kernels.ops.common.batch_norm import Norm, NormParameters
 from moat_kernels.ops.common.checks import check_devices
 from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, Quantizations, stem_step
 from moat_kernels.ops.stem import api as stem
+from moat_kernels.ops.stem.convolution import convolution
 from moat_kernels.reference import SameConv2d, initialize
 from moat_kernels.tensor_access import child, is_parametrized, tensor_of
 from moat_kernels.tracing import is_traced, record_call
@@ -116,6 +117,9 @@ class FusedStem(Stem):
             if stem.covers_training(x, first, norm, tensors, second):
                 z = self.conv_0(x.contiguous(memory_format=torch.channels_last))
                 return stem.norm_gelu_conv(z, norm, tensors, second, self.recompute)
+            if stem.covers_compiled_training(x, first, second):
+                z = convolution(x, first, stride=2)
+                return convolution(F.gelu(self.norm_0(z)), second, stride=1)
             names = ("conv_0.weight", "conv_0.bias", "conv_1.weight", "conv_1.bias")
             check_devices("stem", x, dict(zip(names, (*first, *second), strict=True)))
         # The blocks that follow would each convert to channels_last and back.

@@ -13,6 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moat_kernels.ops.common.autocast import autocast_dtype
 from moat_kernels.ops.common.backends import (
     choose_backend,
     is_eager,
@@ -57,6 +58,24 @@ def covers_training(
         and _is_plain_call(x)
         and x.numel() > 0
         and _is_native(x, first, parameters, second, True)
+    )
+
+
+def covers_compiled_training(
+    x: Tensor, first: Sequence[Tensor | None], second: Sequence[Tensor | None]
+) -> bool:
+    """Whether a compiled step's convolutions are to be operators of their own: see convolution.py.
+
+    Arguments as in `stem`.
+    """
+    given = [tensor for tensor in (*first, *second) if tensor is not None]
+    return (
+        torch.compiler.is_dynamo_compiling()
+        and not is_exporting()
+        and torch.is_grad_enabled()
+        and first[0] is not None
+        and second[0] is not None
+        and (autocast_dtype(x) is not None or all(t.dtype == x.dtype for t in given))
     )
 
 

@@ -35,8 +35,10 @@ def resize_table(table: Tensor, window: tuple[int, int]) -> Tensor:
     if is_certain(table.shape[1] == size[0]) and is_certain(table.shape[2] == size[1]):
         return table
     wide = table if table.dtype == torch.float64 else table.float()
-    resized = F.interpolate(wide[None], size=size, mode="bilinear", align_corners=False)[0]
-    return resized.to(table.dtype)
+    resized = F.interpolate(wide[None], size=size, mode="bilinear", align_corners=False)
+    # Where sizes are symbols Inductor cannot lower a view that is kept for the backward pass.
+    table_alone = resized.sum(0) if torch.compiler.is_dynamo_compiling() else resized[0]
+    return table_alone.to(table.dtype)
 
 
 def crop_table(table: Tensor, window: tuple[int, int]) -> Tensor:
