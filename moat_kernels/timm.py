@@ -30,6 +30,7 @@ except ModuleNotFoundError as error:
     raise ImportError("moat_kernels.timm needs timm, which is missing: pip install timm") from error
 
 _LEVELS = (0, 1, 2, 3, 4)  # timm's own choice where out_indices says nothing
+_AVERAGES = ("state_dict_ema", "model_ema")  # what timm prefers in the files of its train.py
 _HEAD = ("final_layer_norm.", "logits_head.")
 
 default_cfgs = generate_default_cfgs({name: get_pretrained_cfg(name) for name in VARIANTS})
@@ -83,7 +84,8 @@ def _create(
         **options,
     )
     if file:
-        load_checkpoint(model, file, fine_tune=model.num_classes != source.num_classes)
+        other_classes = model.num_classes != source.num_classes
+        load_checkpoint(model, file, prefer=_AVERAGES, fine_tune=other_classes)
     if model.out_indices is not None:
         model.feature_info = FeatureInfo(model.feature_info, model.out_indices)
     return model

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib
 import sys
@@ -25,8 +26,8 @@ IMAGE = (1, 3, 64, 64)
 OFFICIAL = Path(__file__).parents[1] / "golden" / "ckpt_small"
 
 
-def make(name: str = "tiny_moat_0", **options) -> mk.MOAT:
-    torch.manual_seed(0)
+def make(name: str = "tiny_moat_0", seed: int = 0, **options) -> mk.MOAT:
+    torch.manual_seed(seed)
     return timm.create_model(name, **{**SMALL, **options})
 
 
@@ -135,6 +136,30 @@ def test_checkpoints(form: str, tmp_path) -> None:
     )
     with pytest.raises(mk.checkpoints.CheckpointError, match="pool_size is 2 for these weights"):
         make(**given, pool_size=3)
+
+
+@pytest.mark.parametrize("averages", [False, True], ids=["alone", "with averages"])
+def test_checkpoints_of_its_train_script(averages: bool, tmp_path) -> None:
+    """By its saver; of a model and its moving average timm takes the average, and so do we."""
+    utils = import_peer("timm.utils")
+    model = make(num_classes=5)
+    average = utils.ModelEmaV3(make(num_classes=5, seed=1)) if averages else None
+    saver = utils.CheckpointSaver(
+        model,
+        timm.optim.create_optimizer_v2(model, "adamw", lr=0.1),
+        args=argparse.Namespace(model="tiny_moat_0", lr=0.1),
+        model_ema=average,
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(epoch=0, metric=1.0)
+    path = str(tmp_path / "last.pth.tar")
+    expected = average.module if average else model
+    given = {"pretrained": True, "pretrained_cfg_overlay": {"file": path, "num_classes": -1}}
+    assert same_weights(make(**given, num_classes=5), expected)
+    assert same_weights(make(checkpoint_path=path, num_classes=5), expected)
+    other = make(**given, num_classes=7)
+    assert torch.equal(other.stem.conv_0.weight, expected.stem.conv_0.weight)
 
 
 def test_official_checkpoints() -> None:
