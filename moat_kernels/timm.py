@@ -7,9 +7,11 @@ parameters. All its arguments may be given, and those of timm that have a meanin
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moat_kernels.checkpoints import load_checkpoint
@@ -69,10 +71,15 @@ def _create(
     if type(out_indices) is int and 0 < out_indices <= len(_LEVELS):
         levels = _LEVELS[-out_indices:]  # the last ones
 
-    def build(*, num_classes: int, **arguments: Any) -> MOAT:
+    def build(
+        *, num_classes: int, device: Any = None, dtype: torch.dtype | None = None, **arguments: Any
+    ) -> MOAT:
         if features_only:
-            return create_model(name, features_only=True, out_indices=levels, **arguments)
-        return create_model(name, num_classes=num_classes, **arguments)
+            arguments.update(features_only=True, out_indices=levels)
+        else:
+            arguments["num_classes"] = num_classes
+        with torch.device(device) if device is not None else contextlib.nullcontext():
+            return create_model(name, **arguments).to(dtype=dtype)
 
     model = build_model_with_cfg(
         build,

@@ -211,6 +211,32 @@ def test_layer_decay() -> None:
     ]
 
 
+@pytest.mark.parametrize("options", [{}, {"features_only": True, "out_indices": (1,)}], ids=str)
+def test_device_and_dtype(options: dict) -> None:
+    """As timm's distillation makes its teacher."""
+    model = make(**options, device=torch.device("meta"), dtype=torch.bfloat16)
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in model.parameters()}
+    assert kinds == {("meta", torch.bfloat16)}
+    model = make(**options, device="cpu", dtype=torch.float64)
+    torch.testing.assert_close(model.state_dict(), make(**options).double().state_dict())
+
+
+@pytest.mark.parametrize("task", ["LogitDistillationTask", "FeatureDistillationTask"])
+def test_distillation(task: str, tmp_path) -> None:
+    """A MOAT is student and, by its name and a file, teacher."""
+    teacher, path = mk.create_model("tiny_moat_0", num_classes=5), tmp_path / "teacher.pth"
+    torch.save(teacher.state_dict(), path)
+    student = make(num_classes=5)
+    training = getattr(import_peer("timm.task"), task)(
+        student, "tiny_moat_0", teacher_pretrained_path=str(path), verbose=False
+    )
+    assert same_weights(training.teacher.model, teacher)
+    result = training(torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))
+    result["loss"].backward()
+    assert result["kd_loss"] > 0
+    assert all(parameter.grad is not None for parameter in student.parameters())
+
+
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])
 def test_a_training_loop_as_timm_writes_it(fused: bool) -> None:
     """Its train script's parts: task, EMA, scaler, clipping, schedule, meters, checkpointing."""
