@@ -7,7 +7,7 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import chain, islice
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
@@ -129,6 +129,13 @@ class Backbone(nn.Module):
             }
             for level, reduction in enumerate(strides_of_levels(output_stride)[: built + 1])
         ]
+
+    def __prepare_scriptable__(self) -> NoReturn:
+        """What torch.jit.script asks for, to script it instead. Raises RuntimeError."""
+        raise RuntimeError(
+            f"{type(self).__name__}: torch.jit.script cannot read it; torch.export and "
+            "torch.onnx.export work, and so does torch.jit.trace of a model with fused=False"
+        )
 
     def channels(self) -> list[int]:
         """Of the maps of `out_indices`, or of all five levels."""

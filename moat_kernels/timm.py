@@ -7,9 +7,11 @@ parameters. All its arguments may be given, and those of timm that have a meanin
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from moat_kernels.checkpoints import load_checkpoint
@@ -30,6 +32,7 @@ except ModuleNotFoundError as error:
     raise ImportError("moat_kernels.timm needs timm, which is missing: pip install timm") from error
 
 _LEVELS = (0, 1, 2, 3, 4)  # timm's own choice where out_indices says nothing
+_AVERAGES = ("state_dict_ema", "model_ema")  # what timm prefers in the files of its train.py
 _HEAD = ("final_layer_norm.", "logits_head.")
 
 default_cfgs = generate_default_cfgs({name: get_pretrained_cfg(name) for name in VARIANTS})
@@ -68,10 +71,15 @@ def _create(
     if type(out_indices) is int and 0 < out_indices <= len(_LEVELS):
         levels = _LEVELS[-out_indices:]  # the last ones
 
-    def build(*, num_classes: int, **arguments: Any) -> MOAT:
+    def build(
+        *, num_classes: int, device: Any = None, dtype: torch.dtype | None = None, **arguments: Any
+    ) -> MOAT:
         if features_only:
-            return create_model(name, features_only=True, out_indices=levels, **arguments)
-        return create_model(name, num_classes=num_classes, **arguments)
+            arguments.update(features_only=True, out_indices=levels)
+        else:
+            arguments["num_classes"] = num_classes
+        with torch.device(device) if device is not None else contextlib.nullcontext():
+            return create_model(name, **arguments).to(dtype=dtype)
 
     model = build_model_with_cfg(
         build,
@@ -83,7 +91,8 @@ def _create(
         **options,
     )
     if file:
-        load_checkpoint(model, file, fine_tune=model.num_classes != source.num_classes)
+        other_classes = model.num_classes != source.num_classes
+        load_checkpoint(model, file, prefer=_AVERAGES, fine_tune=other_classes)
     if model.out_indices is not None:
         model.feature_info = FeatureInfo(model.feature_info, model.out_indices)
     return model

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from pathlib import Path
 
 import torch
@@ -56,6 +56,7 @@ def load_checkpoint(
     *,
     ema: bool = False,
     key: str | None = None,
+    prefer: Sequence[str] = (),
     fine_tune: bool = False,
 ) -> CheckpointReport:
     """Load a checkpoint into ``model``: all of it or, where anything does not fit, nothing.
@@ -73,6 +74,7 @@ def load_checkpoint(
         ema: as in :func:`load_tensorflow`; for TensorFlow checkpoints only.
         key: where in a file of ``torch.save`` the state_dict is (``"model_ema"``,
             ``"ema.state_dict"``); needed if several would do.
+        prefer: keys of which the first that is there is taken if several would do.
         fine_tune: the weights are a start for training. A classifier for another number of classes
             stays as ``model`` has it, and another ``pool_size`` is noted.
 
@@ -90,7 +92,7 @@ def load_checkpoint(
     prefix = common_prefix(names)
     target = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
     check_target(target)
-    converted = _read(Path(path), target, ema, key)
+    converted = _read(Path(path), target, ema, key, prefer)
     report = converted.report
     own = configurations_of(names).get(prefix.removesuffix("."))
     try:
@@ -103,7 +105,9 @@ def load_checkpoint(
     return report
 
 
-def _read(path: Path, names: Collection[str], ema: bool, key: str | None) -> ConvertedCheckpoint:
+def _read(
+    path: Path, names: Collection[str], ema: bool, key: str | None, prefer: Sequence[str]
+) -> ConvertedCheckpoint:
     kind = _kind_of_file(path)
     if kind != "torch" and key is not None:
         raise CheckpointError(f"{path}: key={key!r} is for files of torch.save only")
@@ -113,7 +117,7 @@ def _read(path: Path, names: Collection[str], ema: bool, key: str | None) -> Con
         raise CheckpointError(f"{path}: ema=True is for TensorFlow checkpoints only")
     content = load_torch_file(path) if kind == "torch" else load_safetensors(path)
     try:
-        key, state_dict = choose_state_dict(content, names, key)
+        key, state_dict = choose_state_dict(content, names, key, prefer)
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from None
     report = CheckpointReport(str(path))

@@ -6,7 +6,7 @@ of modules put prefixes before all names (``module.``, ``_orig_mod.``).
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -26,7 +26,7 @@ _EXAMPLES = 8
 
 
 def choose_state_dict(
-    content: Any, names: Collection[str], key: str | None
+    content: Any, names: Collection[str], key: str | None, prefer: Sequence[str] = ()
 ) -> tuple[str, StateDict]:
     """The state_dict in ``content`` for a model with ``names``, and the key that leads to it.
 
@@ -36,6 +36,7 @@ def choose_state_dict(
         key: where the state_dict is (``"model_ema"``, ``"ema.state_dict"``); None takes the only
             one that has all names of the model, or else the only one that has any, or else the
             only one.
+        prefer: keys of which the first that is there is taken where several would do.
 
     Raises:
         CheckpointError: there is none, none at ``key``, or several.
@@ -50,6 +51,9 @@ def choose_state_dict(
             raise CheckpointError(f"no state_dict at key={key!r}; there is {_account(found)}")
         return key, found[key]
     candidates = _candidates(found, names)
+    preferred = [name for name in prefer if name in candidates]
+    if preferred:
+        return preferred[0], candidates[preferred[0]]
     if len(candidates) > 1:
         raise CheckpointError(
             f"which state_dict to take is not clear, there is {_account(candidates)}; choose one "

@@ -22,25 +22,33 @@ import moat_kernels as mk
 
 
 class FrozenBatchNorm2d(nn.Module):
-    """As detectron2's: eps is part of the initial variance, and batches are counted, or not."""
+    """As detectron2's: eps is part of the initial variance; with gradients, a scale and a sum.
+
+    counts: keep the number of batches, as it does since 2023 (0.6 does not).
+    """
 
     __module__ = "detectron2.layers.batch_norm"
 
-    def __init__(self, num_features: int, eps: float = 1e-5) -> None:
+    def __init__(self, num_features: int, eps: float = 1e-5, *, counts: bool = False) -> None:
         super().__init__()
         self.num_features, self.eps = num_features, eps
         self.register_buffer("weight", torch.ones(num_features))
         self.register_buffer("bias", torch.zeros(num_features))
         self.register_buffer("running_mean", torch.zeros(num_features))
         self.register_buffer("running_var", torch.ones(num_features) - eps)
-        self.register_buffer("num_batches_tracked", None)
+        if counts:
+            self.register_buffer("num_batches_tracked", None)
 
     def forward(self, x: Tensor) -> Tensor:
-        statistics = (self.running_mean, self.running_var)
-        return F.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
+        if not x.requires_grad:
+            statistics = (self.running_mean, self.running_var)
+            return F.batch_norm(x, *statistics, self.weight, self.bias, eps=self.eps)
+        scale = self.weight / (self.running_var + self.eps).sqrt()
+        shift = self.bias - self.running_mean * scale
+        return x * scale.to(x.dtype).view(-1, 1, 1) + shift.to(x.dtype).view(-1, 1, 1)
 
 
-def replace_norms(model: nn.Module, kind: type[nn.Module]) -> nn.Module:
+def replace_norms(model: nn.Module, kind: Callable[..., nn.Module]) -> nn.Module:
     """As the packages' own converters do it: the norms are replaced, their tensors are kept."""
     for module in list(model.modules()):
         for name, norm in list(module.named_children()):
@@ -60,6 +68,10 @@ def by_detectron2(model: nn.Module) -> nn.Module:
     return replace_norms(model, FrozenBatchNorm2d)
 
 
+def by_detectron2_counting(model: nn.Module) -> nn.Module:
+    return replace_norms(model, partial(FrozenBatchNorm2d, counts=True))
+
+
 def by_timm(model: nn.Module) -> nn.Module:
     return import_peer("timm.layers.norm_act").freeze_batch_norm_2d(model)
 
@@ -70,7 +82,7 @@ def by_timm_freeze(model: nn.Module) -> nn.Module:
     return model
 
 
-FREEZERS = [by_torchvision, by_detectron2, by_timm, by_timm_freeze]
+FREEZERS = [by_torchvision, by_detectron2, by_detectron2_counting, by_timm, by_timm_freeze]
 
 
 @pytest.fixture(autouse=True)

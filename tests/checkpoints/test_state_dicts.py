@@ -92,6 +92,10 @@ def test_several_state_dicts_are_chosen_from(tmp_path: Path) -> None:
     assert report.loaded["stem.bias"] == ("module.stem.bias",)
     with pytest.raises(CheckpointError, match=r"no state_dict at key='ema'; there is 'model' \(2"):
         load_checkpoint(model, path, key="ema")
+    model = module_with(WEIGHTS)
+    report = load_checkpoint(model, path, prefer=("model_ema", "ema.model", "model"))
+    assert has_weights(model) and report.skipped.keys() == {"model", "optimizer"}
+    load_checkpoint(model, saved(tmp_path, {"model": WEIGHTS}), prefer=("ema",))
 
 
 def test_a_key_is_for_torch_files(tmp_path: Path, golden_folder: Path) -> None:

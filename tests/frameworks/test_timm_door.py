@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import copy
 import importlib
 import sys
@@ -25,8 +26,8 @@ IMAGE = (1, 3, 64, 64)
 OFFICIAL = Path(__file__).parents[1] / "golden" / "ckpt_small"
 
 
-def make(name: str = "tiny_moat_0", **options) -> mk.MOAT:
-    torch.manual_seed(0)
+def make(name: str = "tiny_moat_0", seed: int = 0, **options) -> mk.MOAT:
+    torch.manual_seed(seed)
     return timm.create_model(name, **{**SMALL, **options})
 
 
@@ -137,6 +138,30 @@ def test_checkpoints(form: str, tmp_path) -> None:
         make(**given, pool_size=3)
 
 
+@pytest.mark.parametrize("averages", [False, True], ids=["alone", "with averages"])
+def test_checkpoints_of_its_train_script(averages: bool, tmp_path) -> None:
+    """By its saver; of a model and its moving average timm takes the average, and so do we."""
+    utils = import_peer("timm.utils")
+    model = make(num_classes=5)
+    average = utils.ModelEmaV3(make(num_classes=5, seed=1)) if averages else None
+    saver = utils.CheckpointSaver(
+        model,
+        timm.optim.create_optimizer_v2(model, "adamw", lr=0.1),
+        args=argparse.Namespace(model="tiny_moat_0", lr=0.1),
+        model_ema=average,
+        checkpoint_dir=str(tmp_path),
+        recovery_dir=str(tmp_path),
+    )
+    saver.save_checkpoint(epoch=0, metric=1.0)
+    path = str(tmp_path / "last.pth.tar")
+    expected = average.module if average else model
+    given = {"pretrained": True, "pretrained_cfg_overlay": {"file": path, "num_classes": -1}}
+    assert same_weights(make(**given, num_classes=5), expected)
+    assert same_weights(make(checkpoint_path=path, num_classes=5), expected)
+    other = make(**given, num_classes=7)
+    assert torch.equal(other.stem.conv_0.weight, expected.stem.conv_0.weight)
+
+
 def test_official_checkpoints() -> None:
     expected = mk.checkpoints.load_tensorflow(OFFICIAL).state_dict
     shape = {"stem_width": 16, "widths": (16, 32, 64, 96), "depths": (1, 2, 2, 1)}
@@ -184,6 +209,32 @@ def test_layer_decay() -> None:
         len([name for name, _ in model.named_parameters() if name.startswith(part)])
         for part in ("stem", "stages.0", "stages.1", "stages.2", "stages.3", ("final", "logits"))
     ]
+
+
+@pytest.mark.parametrize("options", [{}, {"features_only": True, "out_indices": (1,)}], ids=str)
+def test_device_and_dtype(options: dict) -> None:
+    """As timm's distillation makes its teacher."""
+    model = make(**options, device=torch.device("meta"), dtype=torch.bfloat16)
+    kinds = {(tensor.device.type, tensor.dtype) for tensor in model.parameters()}
+    assert kinds == {("meta", torch.bfloat16)}
+    model = make(**options, device="cpu", dtype=torch.float64)
+    torch.testing.assert_close(model.state_dict(), make(**options).double().state_dict())
+
+
+@pytest.mark.parametrize("task", ["LogitDistillationTask", "FeatureDistillationTask"])
+def test_distillation(task: str, tmp_path) -> None:
+    """A MOAT is student and, by its name and a file, teacher."""
+    teacher, path = mk.create_model("tiny_moat_0", num_classes=5), tmp_path / "teacher.pth"
+    torch.save(teacher.state_dict(), path)
+    student = make(num_classes=5)
+    training = getattr(import_peer("timm.task"), task)(
+        student, "tiny_moat_0", teacher_pretrained_path=str(path), verbose=False
+    )
+    assert same_weights(training.teacher.model, teacher)
+    result = training(torch.randn(2, 3, 64, 64), torch.tensor([0, 1]))
+    result["loss"].backward()
+    assert result["kd_loss"] > 0
+    assert all(parameter.grad is not None for parameter in student.parameters())
 
 
 @pytest.mark.parametrize("fused", [False, True], ids=["plain", "fused"])

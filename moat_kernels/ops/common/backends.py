@@ -28,7 +28,7 @@ _DEFAULT_PREFERENCE = ("torch", "reference")
 
 NO_TORCHSCRIPT = (
     "fused blocks do not become TorchScript; torch.export and torch.onnx.export work, "
-    "or build the model with fused=False, or unfuse it"
+    "and so does torch.jit.trace of a model with fused=False, or unfuse it"
 )
 
 _requested: ContextVar[str | None] = ContextVar("moat_kernels_backend", default=None)
