@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import io
 import shutil
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ from torch import Tensor, nn
 
 import moat_kernels as mk
 from moat_kernels.ops.common.backends import backend_status
-from moat_kernels.reference import MOATBlock
 
 EXAMPLE_BATCH, OTHER_BATCH = 2, 5
+# Its CPU plugin computes in bfloat16 where the CPU has it, unless told otherwise.
+OPENVINO_IN_FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 
 
 @pytest.fixture(scope="module")
@@ -93,31 +96,86 @@ def any_size(smallest: int) -> dict[int, torch.export.Dim]:
     }
 
 
-def test_export_of_a_model_for_images_of_every_size() -> None:
-    """Whole-map attention, windows that do not divide their map, tables that are resized."""
-    model = make_model(torch.float32, window_size=(None, None, 2, None)).eval()
+# A whole map, whose table is resized, and windows that divide some maps.
+WINDOWS = (None, None, (2, 3), None)
+MODELS = {
+    "fused": {"window_size": WINDOWS},
+    "plain": {"window_size": WINDOWS, "fused": False},
+    "maps": {"window_size": WINDOWS, "features_only": True, "out_indices": (1, 3)},
+    "maps at stride 8": {"features_only": True, "out_indices": (1, -1), "output_stride": 8},
+}
+EXPORTED_SHAPE = (2, 3, 96, 160)
+OTHER_SHAPES = ((1, 3, 64, 64), (3, 3, 97, 40), (2, 3, 33, 224), (4, 3, 128, 129), (1, 3, 160, 90))
+
+
+def listed(outputs: Tensor | list[Tensor]) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def check_other_shapes(
+    run: Callable[[Tensor], Tensor | list[Tensor]], model: nn.Module, tolerance: float
+) -> None:
+    """run(images) equals model(images) for images of sizes that were not exported."""
+    for shape in OTHER_SHAPES:
+        images = torch.randn(shape)
+        with torch.no_grad():
+            pairs = zip(listed(run(images)), listed(model(images)), strict=True)
+            for actual, expected in pairs:
+                assert_close(actual, expected, tolerance, str(shape))
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_export_of_a_model_for_images_of_every_size(kind: str) -> None:
+    model = make_model(torch.float32, **MODELS[kind]).eval()
+    sizes = {"x": any_size(33)}
     with torch.no_grad():
-        program = torch.export.export(
-            model, (torch.randn(2, 3, 96, 160),), dynamic_shapes={"x": any_size(33)}
-        )
-        for shape in ((1, 3, 64, 64), (3, 3, 97, 40), (2, 3, 33, 224)):
-            images = torch.randn(shape)
-            actual = program.module()(images)
-            assert_close(actual, model(images), BACKEND_OUTPUT[torch.float32])
+        program = torch.export.export(model, (torch.randn(EXPORTED_SHAPE),), dynamic_shapes=sizes)
+    check_other_shapes(program.module(), model, BACKEND_OUTPUT[torch.float32])
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_onnx_of_a_model_for_images_of_every_size(kind: str, tmp_path: Path) -> None:
+    """In two runtimes."""
+    onnxruntime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
+    openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
+    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
+    model, path = make_model(torch.float32, **MODELS[kind]).eval(), tmp_path / "model.onnx"
+    export_to_onnx(model, torch.randn(EXPORTED_SHAPE), any_size(33), path)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    check_other_shapes(
+        lambda x: [torch.from_numpy(y) for y in session.run(None, {"x": x.numpy()})],
+        model,
+        EXPORTED_OUTPUT,
+    )
+    compiled = openvino.Core().compile_model(str(path), "CPU", OPENVINO_IN_FLOAT32)
+    check_other_shapes(
+        lambda x: [torch.from_numpy(np.asarray(y)) for y in compiled([x.numpy()]).values()],
+        model,
+        EXPORTED_OUTPUT,
+    )
+
+
+def export_to_onnx(model: nn.Module, x: Tensor, sizes: dict[int, Any], path: Path) -> None:
+    """sizes: the axes of x that are held open."""
+    torch.onnx.export(
+        model,
+        (x,),
+        path,
+        input_names=["x"],
+        dynamic_shapes={"x": sizes},
+        dynamo=True,
+        verbose=False,
+    )
 
 
 WHOLE_MAP = {"stride": 2, "head_dim": 16, "position_size": 4}
 
 
 @pytest.mark.parametrize("window_size", [None, 2, (2, 3)])
-@pytest.mark.parametrize(
-    ("make", "dtype"),
-    [(MOATBlock, torch.float32), (mk.FusedMOATBlock, torch.float64)],
-    ids=["plain", "without kernels"],
-)
-def test_export_of_a_block_for_maps_of_every_size(make, dtype: torch.dtype, window_size) -> None:
+def test_export_of_a_block_for_maps_of_every_size(window_size) -> None:
     """Stock operators alone: no native kernel computes float64. Windows divide some of the maps."""
-    block = make(16, 32, window_size=window_size, **WHOLE_MAP).to(dtype).eval()
+    dtype = torch.float64
+    block = mk.FusedMOATBlock(16, 32, window_size=window_size, **WHOLE_MAP).to(dtype).eval()
     x = torch.randn(2, 16, 10, 14, dtype=dtype)
     with torch.no_grad():
         program = torch.export.export(block, (x,), dynamic_shapes=[any_size(3)])
@@ -126,42 +184,18 @@ def test_export_of_a_block_for_maps_of_every_size(make, dtype: torch.dtype, wind
             assert_close(program.module()(x), block(x), BACKEND_OUTPUT[dtype])
 
 
-def test_onnx_of_a_block_for_maps_of_every_size(tmp_path: Path) -> None:
-    runtime = pytest.importorskip("onnxruntime", reason="ONNX Runtime is not installed")
-    pytest.importorskip("onnxscript", reason="onnxscript is not installed")
-    block = mk.FusedMOATBlock(16, 32, **WHOLE_MAP).eval()
-    torch.onnx.export(
-        block,
-        (torch.randn(2, 16, 10, 14),),
-        tmp_path / "block.onnx",
-        input_names=["x"],
-        dynamic_shapes=[any_size(3)],
-        dynamo=True,
-        verbose=False,
-    )
-    session = runtime.InferenceSession(tmp_path / "block.onnx", providers=["CPUExecutionProvider"])
-    for shape in ((1, 16, 3, 16), (3, 16, 4, 4), (2, 16, 13, 9)):
-        x = torch.randn(shape)
-        (actual,) = session.run(None, {"x": x.numpy()})
-        with torch.no_grad():
-            assert_close(torch.from_numpy(actual), block(x), EXPORTED_OUTPUT)
-
-
 @pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
-def test_aot_inductor_calls_the_native_operators(tmp_path: Path) -> None:
-    """One block of each kind: what the compiler makes of stock layers is not our concern."""
-    blocks = nn.Sequential(mk.FusedMBConv(8, 8), mk.FusedMOATBlock(8, 32, stride=2)).eval()
-    batch = torch.export.Dim("batch", min=1, max=64)
+def test_aot_inductor_of_a_model_for_images_of_every_size(tmp_path: Path) -> None:
+    """Plain models do as well, but they take the compiler minutes."""
+    model = make_model(torch.float32, **MODELS["fused"]).eval()
+    sizes = {"x": any_size(33)}
     with torch.no_grad():
-        program = torch.export.export(
-            blocks, (torch.randn(2, 8, 12, 12),), dynamic_shapes={"input": {0: batch}}
-        )
+        program = torch.export.export(model, (torch.randn(EXPORTED_SHAPE),), dynamic_shapes=sizes)
         package = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "blocks.pt2")
+            program, package_path=str(tmp_path / "model.pt2")
         )
-        compiled = torch._inductor.aoti_load_package(package)
-        x = torch.randn(OTHER_BATCH, 8, 12, 12)
-        assert_close(compiled(x), blocks(x), BACKEND_OUTPUT[torch.float32])
+    compiled = torch._inductor.aoti_load_package(package)
+    check_other_shapes(compiled, model, BACKEND_OUTPUT[torch.float32])
 
 
 @pytest.fixture(scope="module")
@@ -169,15 +203,8 @@ def onnx_file(model: mk.MOAT, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pytest.importorskip("onnx", reason="ONNX is not installed")
     pytest.importorskip("onnxscript", reason="onnxscript is not installed")
     path = tmp_path_factory.mktemp("onnx") / "model.onnx"
-    torch.onnx.export(
-        model,
-        (make_images(EXAMPLE_BATCH),),
-        path,
-        input_names=["x"],
-        dynamic_shapes={"x": {0: torch.export.Dim("batch", min=1, max=64)}},
-        dynamo=True,
-        verbose=False,
-    )
+    batch = torch.export.Dim("batch", min=1, max=64)
+    export_to_onnx(model, make_images(EXAMPLE_BATCH), {0: batch}, path)
     return path
 
 
@@ -201,9 +228,7 @@ def test_onnx_runtime_matches(model: mk.MOAT, onnx_file: Path) -> None:
 
 def test_openvino_matches(model: mk.MOAT, onnx_file: Path) -> None:
     openvino = pytest.importorskip("openvino", reason="OpenVINO is not installed")
-    # Its CPU plugin computes in bfloat16 where the CPU has it, unless told otherwise.
-    settings = {"INFERENCE_PRECISION_HINT": "f32"}
-    compiled = openvino.Core().compile_model(str(onnx_file), "CPU", settings)
+    compiled = openvino.Core().compile_model(str(onnx_file), "CPU", OPENVINO_IN_FLOAT32)
     images = make_images(OTHER_BATCH)
     actual = np.asarray(compiled([images.numpy()])[0])
     with torch.no_grad():

@@ -19,7 +19,6 @@ from moat_kernels.ops.common.registration import define_op
 from moat_kernels.ops.common.spatial import (
     ceil_divide,
     crop_map,
-    in_format_of,
     pad_map,
     resolve_padding,
     split_padding,
@@ -84,12 +83,19 @@ def _backward(
     )
     found = []
     if needs[0]:
-        found.append(in_format_of(crop_map(grad_x, border), x))
+        found.append(_laid_out(crop_map(grad_x, border), x))
     if needs[1]:
-        found.append(in_format_of(grad_weight, weight))
+        found.append(_laid_out(grad_weight, weight))
     if needs[2]:
         found.append(grad_bias)
     return found
+
+
+def _laid_out(gradient: Tensor, source: Tensor) -> Tensor:
+    """The gradient with the strides of torch.empty_like(source), as `_fake_backward` has it."""
+    if gradient.stride() == torch.empty_like(source, device="meta").stride():
+        return gradient
+    return torch.empty_like(source).copy_(gradient)
 
 
 def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -> Tensor:
@@ -101,8 +107,9 @@ def _fake_forward(x: Tensor, weight: Tensor, bias: Tensor | None, stride: int) -
 def _fake_backward(
     grad: Tensor, x: Tensor, weight: Tensor, stride: int, needs: Sequence[bool]
 ) -> list[Tensor]:
-    likes = [t for t, needed in zip((x, weight), needs[:2], strict=True) if needed]
-    found = [in_format_of(like.new_empty(like.shape), like) for like in likes]
+    found = [
+        torch.empty_like(t) for t, needed in zip((x, weight), needs[:2], strict=True) if needed
+    ]
     return [*found, weight.new_empty(weight.shape[0])] if needs[2] else found
 
 
