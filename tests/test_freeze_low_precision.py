@@ -146,12 +146,15 @@ def test_single_blocks(
 @pytest.mark.each_isa
 @pytest.mark.parametrize("dtype", [*HALVES, torch.int8])
 @pytest.mark.parametrize("size", [(33, 160), (5, 300), (64, 129)])
+@pytest.mark.parametrize(("se_ratio", "stride"), [(None, 1), (0.25, 1), (0.25, 2)])
 @torch.no_grad()
-def test_strips_whose_last_row_sees_nothing_new(size: tuple[int, int], dtype: torch.dtype) -> None:
-    """Maps so wide that a strip has two rows: below a single one there is padding only."""
+def test_wide_maps(
+    se_ratio: float | None, stride: int, size: tuple[int, int], dtype: torch.dtype
+) -> None:
+    """A strip has two rows: below a single one there is padding only. Or columns are in parts."""
     if dtype is torch.int8 and not multiplies(dtype):
         pytest.skip("these instructions do not multiply int8 and bfloat16")
-    block = randomize_norms(mk.FusedMBConv(32, 32, se_ratio=None)).eval()
+    block = randomize_norms(mk.FusedMBConv(32, 32, se_ratio=se_ratio, stride=stride)).eval()
     x = torch.randn(1, 32, *size)
     frozen = mk.freeze(block, dtype, [x] if dtype is torch.int8 else None)
     if dtype is torch.int8:

@@ -113,6 +113,20 @@ def test_any_map(size: tuple[int, int], description: MBConvDescription) -> None:
 
 
 @pytest.mark.each_isa
+@pytest.mark.parametrize("padding", ["tf_same", (0, 0, 0, 0), (1, 1, 1, 1), (0, 5, 4, 0)])
+@pytest.mark.parametrize("width", [143, 144, 427])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_squeeze_excite_of_rows_in_parts(padding, width: int, stride: int) -> None:
+    """Maps so wide that columns are computed in groups, of which neighbours share some."""
+    description = MBConvDescription(
+        stride=stride, padding=padding, squeeze_excite=SqueezeExcite(), residual=False
+    )
+    case = Case(description, wide_channels=140)
+    for threads in (1, 3):
+        check_eval(torch.randn(2, 6, 9, width), case, threads)
+
+
+@pytest.mark.each_isa
 @pytest.mark.parametrize("padding", [(0, 0, 0, 0), (2, 0, 1, 3), (0, 5, 4, 0), (1, 1, 1, 1)])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_any_padding(padding: tuple[int, int, int, int], stride: int) -> None:

@@ -29,6 +29,7 @@ struct MBConvProblem {
   int64_t stride = 1, top = 0, left = 0;  // of the depthwise convolution and its zero border
 
   const void* x = nullptr;
+  int64_t skipped_columns = 0;  // pixels of x between the last of a row and the first of the next
   ElementType x_type = ElementType::float32;
   void* output = nullptr;
   ElementType output_type = ElementType::float32;

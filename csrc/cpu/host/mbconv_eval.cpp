@@ -9,6 +9,7 @@
 #include "cpu/host/dispatch.h"
 #include "cpu/host/mbconv_arguments.h"
 #include "cpu/host/parallel.h"
+#include "cpu/host/recycled_memory.h"
 #include "cpu/host/scratch.h"
 
 namespace moat_kernels::cpu {

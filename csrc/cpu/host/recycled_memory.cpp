@@ -149,10 +149,19 @@ int64_t release_memory() {
 
 }  // namespace
 
-Tensor recycled_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
-#if defined(__linux__)
+namespace {
+
+size_t bytes_of(const std::vector<int64_t>& sizes, ScalarType type) {
   size_t bytes = type == ScalarType::Float ? 4 : 2;
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);
+  return bytes;
+}
+
+}  // namespace
+
+Tensor recycled_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarType type) {
+#if defined(__linux__)
+  const size_t bytes = bytes_of(sizes, type);
   if (bytes >= kSmallest) {
     const size_t size = (bytes + kHugePage - 1) / kHugePage * kHugePage;
     void* data = kept_blocks().take(size);
@@ -164,6 +173,18 @@ Tensor recycled_tensor(const Tensor& like, std::vector<int64_t> sizes, ScalarTyp
   }
 #endif
   return torch::stable::new_empty(like, sizes, type);
+}
+
+Tensor empty_maps(const Tensor& like, const MapSize& size, ScalarType type) {
+  const std::vector<int64_t> rows = {size.batch, size.height, size.width, size.channels};
+  if (bytes_of(rows, type) >= static_cast<size_t>(kLargeBytes)) {
+    const Tensor channels_behind =
+        torch::stable::transpose(recycled_tensor(like, rows, type), 2, 3);
+    return torch::stable::transpose(channels_behind, 1, 2);
+  }
+  return torch::stable::empty({size.batch, size.channels, size.height, size.width}, type,
+                              std::nullopt, like.device(), std::nullopt,
+                              torch::headeronly::MemoryFormat::ChannelsLast);
 }
 
 }  // namespace moat_kernels::cpu

@@ -23,4 +23,11 @@ inline Tensor recycled_floats(const Tensor& like, std::vector<int64_t> sizes) {
   return recycled_tensor(like, std::move(sizes), ScalarType::Float);
 }
 
+// From this size on the C library keeps no block either, so that inference too has its large maps
+// and scratch memory from here.
+constexpr int64_t kLargeBytes = int64_t{32} << 20;
+
+// Maps that the caller may read: uninitialised, in channels_last.
+Tensor empty_maps(const Tensor& like, const MapSize& size, ScalarType type);
+
 }  // namespace moat_kernels::cpu

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <memory>
 
-#include "cpu/host/tensors.h"
+#include "cpu/host/recycled_memory.h"
 
 namespace moat_kernels::cpu {
 
@@ -13,8 +13,8 @@ namespace moat_kernels::cpu {
 inline int64_t whole_lines(int64_t floats) { return (floats + 15) / 16 * 16; }
 
 // A process keeps one block of at most this size from one call to the next: touching memory that is
-// new to the process costs several times what computing on it does.
-constexpr int64_t kKeptFloats = int64_t{8} << 20;  // 32 MiB
+// new to the process costs several times what computing on it does. Larger ones are recycled.
+constexpr int64_t kKeptFloats = kLargeBytes / static_cast<int64_t>(sizeof(float));
 
 // Exchanged whole, so that calls from several threads, or after a fork, never wait or share.
 inline std::atomic<Tensor*>& kept_scratch() {
@@ -34,7 +34,8 @@ class Scratch {
   Scratch(const Tensor& like, int64_t floats) : block_(kept_scratch().exchange(nullptr)) {
     if (block_ && block_->numel() >= floats) return;
     block_.reset();  // before more is taken
-    block_ = std::make_unique<Tensor>(float_buffer(like, floats));
+    block_ = std::make_unique<Tensor>(floats > kKeptFloats ? recycled_floats(like, {floats})
+                                                           : float_buffer(like, floats));
   }
   ~Scratch() {
     if (block_->numel() <= kKeptFloats) delete kept_scratch().exchange(block_.release());

@@ -6,6 +6,7 @@
 
 #include "cpu/host/dispatch.h"
 #include "cpu/host/parallel.h"
+#include "cpu/host/recycled_memory.h"
 #include "cpu/host/scratch.h"
 
 namespace moat_kernels::cpu {

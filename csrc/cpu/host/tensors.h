@@ -134,31 +134,19 @@ T readable(T tensors) {
   return tensors;
 }
 
-// Of an element of a tensor that ops make.
-inline uintptr_t bytes_of(const Tensor& tensor) {
-  return tensor.scalar_type() == ScalarType::Float ? 4 : 2;
-}
-
 // Asks for huge pages where a tensor spans some: PyTorch's allocator gives large memory back to the
 // system, and touching it anew, 4 KB at a time, costs several times what writing it does.
 inline Tensor with_huge_pages(Tensor tensor) {
 #if defined(__linux__)
   constexpr uintptr_t kHugePage = uintptr_t{1} << 21;
   const uintptr_t begin = reinterpret_cast<uintptr_t>(tensor.mutable_data_ptr());
-  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * bytes_of(tensor);
+  const uintptr_t end = begin + static_cast<uintptr_t>(tensor.numel()) * sizeof(float);
   const uintptr_t first = (begin + kHugePage - 1) / kHugePage * kHugePage;
   const uintptr_t last = end / kHugePage * kHugePage;
   // Advice that is not taken changes nothing.
   if (first < last) madvise(reinterpret_cast<void*>(first), last - first, MADV_HUGEPAGE);
 #endif
   return tensor;
-}
-
-// Maps that the caller may read: uninitialised, in channels_last.
-inline Tensor empty_maps(const Tensor& like, const MapSize& size, ScalarType type) {
-  return with_huge_pages(torch::stable::empty({size.batch, size.channels, size.height, size.width},
-                                              type, std::nullopt, like.device(), std::nullopt,
-                                              torch::headeronly::MemoryFormat::ChannelsLast));
 }
 
 // Uninitialised floats.

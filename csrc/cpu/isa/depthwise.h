@@ -40,10 +40,10 @@ template <int stride, int outputs, Activation kind, class Writer>
 }
 
 // `rows` rows of `columns` outputs for `channels` channels, a multiple of kWidth. pixel, row:
-// floats from one pixel, row of `in` to the next; out_pixel: elements from one pixel of `out` to
-// the next, whose rows follow one another. weights: [9][channels].
+// floats from one pixel, row of `in` to the next; out_pixel, out_row: elements from one pixel, row
+// of `out` to the next. weights: [9][channels].
 struct DepthwiseShape {
-  int64_t rows, columns, channels, pixel, row, out_pixel;
+  int64_t rows, columns, channels, pixel, row, out_pixel, out_row;
 };
 
 template <int stride, Activation kind, class Writer>
@@ -59,7 +59,7 @@ inline void depthwise_rows(const DepthwiseShape& shape, const float* in, const f
       });
       const Vec start = load(bias + channel);
       const float* line = in + y * stride * shape.row + channel;
-      const Writer result = out.at(y * shape.columns * out_pixel + channel);
+      const Writer result = out.at(y * shape.out_row + channel);
       int64_t x = 0;
       for (; x + kRun <= shape.columns; x += kRun) {
         depthwise_run<stride, kRun, kind>(line + x * stride * pixel, pixel, shape.row, taps, start,

@@ -28,6 +28,14 @@ PackedBlock block_weights(const MBConvProblem& problem, const float* packed, int
   return divide_block(problem, const_cast<float*>(packed_block(problem, packed, block)));
 }
 
+// What tiles of a part of the columns take: every part has the columns of an inner one at most.
+int64_t parts_size(const MBConvProblem& problem) {
+  MBConvProblem part = part_of(problem, 0, part_columns(problem));
+  part.left = 0;
+  part.width = smaller((part.out_width - 1) * problem.stride + 3, problem.width);
+  return tiles_size(part, nullptr, nullptr);
+}
+
 // sums [pixels][panelled C_out] (+)= stencil [pixels][kPitchOf<Kind>] times a block's project
 // weights.
 template <class Kind>
@@ -66,7 +74,8 @@ void walk(const MBConvProblem& problem, const float* packed, const MBConvTask& t
         pack_block<Kind>(problem, packed, block, tiles.weights);
         weights = divide_block(problem, tiles.weights);
       }
-      strips.compute(block, weights, block - task.first_block, carries, tiles.stencil);
+      strips.compute(block, weights, block - task.first_block, carries, problem.out_width,
+                     tiles.stencil);
       project<Kind>(problem, block, tiles.stencil, pixels, weights.project,
                     block > task.first_block, sums);
     }
@@ -85,7 +94,8 @@ int64_t mbconv_eval_packed_size(const MBConvProblem& problem, bool with_blocks) 
 }
 
 int64_t mbconv_eval_scratch_size(const MBConvProblem& problem) {
-  return tiles_size(problem, nullptr, nullptr);
+  const int64_t whole = tiles_size(problem, nullptr, nullptr);
+  return problem.squeeze_excite.present ? larger(whole, parts_size(problem)) : whole;
 }
 
 int64_t mbconv_eval_result_columns(const MBConvProblem& problem) {
@@ -185,27 +195,46 @@ void add_pixels(float* stencil, int64_t pixels, int64_t channel, float* totals) 
   });
 }
 
+// Of the output columns [first_column, last_column).
 template <class Kind, class Next>
-void make_gated(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
-                const Tiles& tiles, float* gated, float* sums) {
+void make_gated_part(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
+                     int64_t first_column, int64_t last_column, float* scratch, float* gated,
+                     float* sums) {
   constexpr int64_t kGatedPitch = kPitchOf<Next>;
   const int64_t pixels = problem.out_height * problem.out_width;
-  const int64_t step = strip_rows(problem);
-  clear(sums, mbconv_eval_gate_size(problem));
-  StripWalk<Kind, Next> strips(problem, tiles, task.image, 1);
+  const MBConvProblem part = part_of(problem, first_column, last_column);
+  const Tiles tiles = carve(part, scratch);
+  const int64_t step = strip_rows(part);
+  StripWalk<Kind, Next> strips(part, tiles, task.image, 1);
   for (int64_t first = task.first_row; first < task.last_row; first += step) {
     const int64_t last = smaller(first + step, task.last_row);
     strips.enter(first, last);
     for (int64_t block = task.first_block; block < task.last_block; ++block) {
-      float* stencil = gated + (block * pixels + first * problem.out_width) * kGatedPitch;
+      float* stencil =
+          gated + (block * pixels + first * problem.out_width + first_column) * kGatedPitch;
       strips.compute(block, block_weights(problem, packed, block), block - task.first_block,
-                     last < task.last_row, stencil);
-      const int64_t count = (last - first) * problem.out_width;
-      for (int64_t channel = 0; channel < block_channels(problem, block); channel += kPanel) {
-        add_pixels<Next>(stencil, count, channel, sums + block * kBlock + channel);
+                     last < task.last_row, problem.out_width, stencil);
+      const int64_t runs = part.skipped_columns > 0 ? last - first : 1;
+      for (int64_t run = 0; run < runs; ++run) {
+        float* pixel = stencil + run * problem.out_width * kGatedPitch;
+        const int64_t count = (last - first) / runs * part.out_width;
+        for (int64_t channel = 0; channel < block_channels(problem, block); channel += kPanel) {
+          add_pixels<Next>(pixel, count, channel, sums + block * kBlock + channel);
+        }
       }
     }
     strips.has_carried = true;
+  }
+}
+
+template <class Kind, class Next>
+void make_gated(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
+                float* scratch, float* gated, float* sums) {
+  clear(sums, mbconv_eval_gate_size(problem));
+  const int64_t step = part_columns(problem);
+  for (int64_t first = 0; first < problem.out_width; first += step) {
+    const int64_t last = smaller(first + step, problem.out_width);
+    make_gated_part<Kind, Next>(problem, packed, task, first, last, scratch, gated, sums);
   }
 }
 
@@ -256,10 +285,9 @@ void project_gated(const MBConvProblem& problem, const float* packed, const MBCo
 
 void mbconv_eval_stencil(const MBConvProblem& problem, const float* packed, const MBConvTask& task,
                          float* scratch, float* gated, float* sums) {
-  const Tiles tiles = carve(problem, scratch);
   with_product(problem.product, [&](auto product) {
     using Kind = decltype(product);
-    make_gated<Kind, typename Kind::Side>(problem, packed, task, tiles, gated, sums);
+    make_gated<Kind, typename Kind::Side>(problem, packed, task, scratch, gated, sums);
   });
 }
 

@@ -44,6 +44,29 @@ inline int64_t strip_rows(const MBConvProblem& problem) {
   return divide_up(problem.out_height, divide_up(problem.out_height, fitting));
 }
 
+// Output columns that squeeze-excite's first pass computes at a time: where two rows of all are
+// more than kExpandedFloats, as many as fit, evenly divided.
+inline int64_t part_columns(const MBConvProblem& problem) {
+  const int64_t columns = kExpandedFloats / ((problem.stride + 3) * kPitch);
+  const int64_t fitting = (columns - 3) / problem.stride + 1;
+  return divide_up(problem.out_width, divide_up(problem.out_width, fitting));
+}
+
+// The problem of the output columns [first, last) alone.
+inline MBConvProblem part_of(const MBConvProblem& problem, int64_t first, int64_t last) {
+  const int64_t begin = first * problem.stride - problem.left;
+  const int64_t first_column = larger(begin, 0);
+  const int64_t end = begin + (last - first - 1) * problem.stride + 3;
+  MBConvProblem part = problem;
+  part.out_width = last - first;
+  part.left = first_column - begin;
+  part.width = smaller(end, problem.width) - first_column;
+  part.skipped_columns = problem.width - part.width;
+  const int64_t element = problem.x_type == ElementType::float32 ? 4 : 2;
+  part.x = static_cast<const char*>(problem.x) + first_column * problem.in_channels * element;
+  return part;
+}
+
 // Whether a tile may hold several images: all of each, so that their pixels follow one another.
 inline bool holds_whole_images(const MBConvProblem& problem) {
   const Rows rows = input_rows(problem, 0, problem.out_height);
@@ -65,6 +88,7 @@ struct Tiles {
 
 // Whether the pixels of x are what a product reads, as they lie in memory.
 inline bool reads_in_place(const MBConvProblem& problem) {
+  if (problem.skipped_columns > 0) return false;
   if (problem.product == Product::float32) return problem.x_type == ElementType::float32;
   return problem.product == Product::bfloat16 && problem.x_type == ElementType::bfloat16 &&
          problem.in_channels % 2 == 0;
@@ -99,23 +123,27 @@ inline int64_t tiles_size(const MBConvProblem& problem, float* memory, Tiles* ti
   return larger(end, problem.squeeze_excite.channels);
 }
 
-// `count` pixels of x from `pixel` of an image on as a product reads them: in place, or converted
-// to `tile`, where each is a float before it is a word, one behind the other.
+// `rows` rows of x from `row` of an image on, those of `images` images, as a product reads them: in
+// place, or converted to `tile`, where each pixel is floats before it is words, one behind the
+// other. The rows of several images are all that they have.
 template <class Kind>
-inline const float* input_pixels(const MBConvProblem& problem, int64_t image, int64_t pixel,
-                                 int64_t count, float* tile) {
+inline const float* input_pixels(const MBConvProblem& problem, int64_t image, int64_t images,
+                                 int64_t row, int64_t rows, float* tile) {
   const int64_t channels = problem.in_channels;
-  const int64_t first = (image * problem.height * problem.width + pixel) * channels;
+  const int64_t row_elements = (problem.width + problem.skipped_columns) * channels;
+  const int64_t first = (image * problem.height + row) * row_elements;
   const float* result = tile;
   with_elements(problem.x_type, problem.x, [&](auto* x) __attribute__((always_inline)) {
     if (reads_in_place(problem)) {
       result = reinterpret_cast<const float*>(x + first);
       return;
     }
-    for (int64_t i = 0; i < count; ++i) {
-      widen(x + first + i * channels, channels, tile);
-      to_words<Kind>(tile, channels, tile, problem.input_quantization);
-      tile += words_of<Kind>(channels);
+    for (int64_t y = 0; y < images * rows; ++y) {
+      for (int64_t column = 0; column < problem.width; ++column) {
+        widen(x + first + y * row_elements + column * channels, channels, tile);
+        to_words<Kind>(tile, channels, tile, problem.input_quantization);
+        tile += words_of<Kind>(channels);
+      }
     }
   });
   return result;
@@ -246,8 +274,7 @@ struct StripWalk {
     const int64_t fresh = tile_rows.first + (has_carried ? carried_rows(problem) : 0);
     expanded_rows.first = smaller(larger(fresh, 0), problem.height);
     expanded_rows.last = larger(smaller(tile_rows.last, problem.height), expanded_rows.first);
-    const int64_t pixels = images * expanded_rows.count() * problem.width;
-    x = input_pixels<Kind>(problem, image, expanded_rows.first * problem.width, pixels,
+    x = input_pixels<Kind>(problem, image, images, expanded_rows.first, expanded_rows.count(),
                            tiles.input);
     int32_t* offset = tiles.offsets;
     for (int64_t i = 0; i < images; ++i) {
@@ -261,10 +288,10 @@ struct StripWalk {
     }
   }
 
-  // stencil[pixel][kPitchOf<Next>] of this strip for one block of E channels. carry_slot: the
-  // block's place among those that this worker computes.
+  // stencil[pixel][kPitchOf<Next>] of this strip for one block of E channels, row_pixels from one
+  // row to the next. carry_slot: the block's place among those that this worker computes.
   void compute(int64_t block, const PackedBlock& weights, int64_t carry_slot, bool carries,
-               float* stencil) {
+               int64_t row_pixels, float* stencil) {
     const int64_t channels = block_channels(problem, block);
     const int64_t carried_floats = carried_rows(problem) * row_floats;
     float* carried = tiles.carried + carry_slot * carried_floats;
@@ -299,10 +326,11 @@ struct StripWalk {
     }
     const int64_t rows = (tile_rows.count() - 3) / problem.stride + 1;
     constexpr int64_t kOutPitch = kPitchOf<Next>;
-    const DepthwiseShape shape = {rows,   problem.out_width, channels,
-                                  kPitch, row_floats,        kOutPitch * Next::kPerWord};
+    constexpr int64_t kOutPixel = kOutPitch * Next::kPerWord;
+    const DepthwiseShape shape = {rows,      problem.out_width,     channels, kPitch, row_floats,
+                                  kOutPixel, row_pixels * kOutPixel};
     for (int64_t i = 0; i < images; ++i) {
-      auto* out = elements_of<Next>(stencil + i * rows * problem.out_width * kOutPitch);
+      auto* out = elements_of<Next>(stencil + i * rows * row_pixels * kOutPitch);
       depthwise(shape, problem.stride, problem.depthwise_activation,
                 tiles.expanded + i * tile_floats(), weights.depthwise, weights.depthwise_bias,
                 typename Next::Writer(out, problem.middle_quantization));

@@ -179,8 +179,13 @@ void train_depthwise(const TrainShape& shape, int64_t image, int64_t block, cons
     const int64_t pixels = (last - first) * shape.out_width;
     const int64_t at = out_offset + first * shape.out_width * kWideBlock;
     auto* out = place_of_pixels<Kind>(z2, at, memory.strip);
-    const DepthwiseShape stencil = {last - first, shape.out_width, kWideBlock,
-                                    kTilePitch,   tile.row_floats, kWideBlock};
+    const DepthwiseShape stencil = {last - first,
+                                    shape.out_width,
+                                    kWideBlock,
+                                    kTilePitch,
+                                    tile.row_floats,
+                                    kWideBlock,
+                                    shape.out_width * kWideBlock};
     depthwise(stencil, shape.stride, Activation::identity, tile.data, taps, zeros,
               typename Kind::Writer(out));
     for (int group = 0; moments && group < kGroups; ++group) {
