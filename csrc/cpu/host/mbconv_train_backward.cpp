@@ -15,10 +15,11 @@
 namespace moat_kernels::cpu {
 namespace {
 
-// Weight gradients are summed for one block and one group of images at a time.
-int64_t group_count(const TrainShape& shape, int64_t waves) {
+// Weight gradients are summed for one block and one group of images at a time. The groups are the
+// same for every number of workers, or sums would depend on it.
+int64_t group_count(const TrainShape& shape) {
   constexpr int64_t kTasks = 16;
-  const int64_t blocks = widest_wave(shape, waves);
+  const int64_t blocks = widest_wave(shape, wave_count(shape, 1));
   return std::clamp<int64_t>((kTasks + blocks - 1) / blocks, 1, shape.batch);
 }
 
@@ -130,7 +131,7 @@ class ProjectBackward {
  public:
   ProjectBackward(const TrainCall& call, const OutputGradient& grad)
       : call_(call),
-        sums_(call, group_count(call.shape, call.waves), call.shape.out_channels),
+        sums_(call, group_count(call.shape), call.shape.out_channels),
         grad_weight(floats(call, {call.shape.out_channels, call.shape.wide_channels})),
         grad_bias(floats(call, {call.shape.out_channels})) {
     const TrainShape& shape = call.shape;
@@ -187,7 +188,7 @@ class ExpandBackward {
   // input: x, for what its gradient is like.
   ExpandBackward(const TrainCall& call, const Tensor& input, bool needs_input)
       : call_(call),
-        sums_(call, group_count(call.shape, call.waves), call.shape.in_channels),
+        sums_(call, group_count(call.shape), call.shape.in_channels),
         pairs_(call.pairs_of(call.rows, call.shape.in_pixels(), call.shape.in_channels)),
         products_(call.shape.blocks() * 2 * call.shape.in_channels),
         pre_weight_(call.shape.in_channels),
