@@ -74,10 +74,10 @@ def peak_bytes(function: Callable[[], Any]) -> int | None:
 def release_memory() -> int:
     """Give the memory that the native CPU kernels keep between calls back to the system.
 
-    Blocks from 2 MiB on, of training and of frozen models, are kept, in all at most what was in use
-    at a time; of those long out of use the system may take the pages when it runs short. Eval keeps
-    one block of at most 32 MiB per process, as large as a call has needed so far. Returns the
-    number of bytes freed.
+    Blocks from 2 MiB on, of training and of frozen models, and in eval from 32 MiB on, are kept, in
+    all at most what was in use at a time; of those long out of use the system may take the pages
+    when it runs short. Beside them eval keeps one block of at most 32 MiB per process, as large as
+    a call has needed so far. Returns the number of bytes freed.
     """
     if not load_extension().usable:
         return 0
