@@ -84,13 +84,13 @@ inline PixelRange strip_at(int64_t index, int64_t strips, int64_t pixels) {
 
 // Blocks of E channels go through the passes in waves, so that the wide tensors between the passes
 // of one wave stay in the last level of cache, and those that are not kept need no more memory. But
-// every one of `planes` workers has a block of an image of its own.
-inline int64_t wave_count(const TrainShape& shape, int64_t planes) {
+// every worker has a block of an image of its own, as far as there are any.
+inline int64_t wave_count(const TrainShape& shape, int64_t workers) {
   constexpr int64_t kBytes = int64_t{8} << 20;
   const int64_t pixels = std::max(shape.in_pixels(), shape.out_pixels());
   const int64_t block =
       shape.batch * pixels * words_of(shape.product, kWideChannels) * int64_t{sizeof(float)};
-  const int64_t busy = (planes + shape.batch - 1) / shape.batch;
+  const int64_t busy = (workers + shape.batch - 1) / shape.batch;
   const int64_t fitting = std::clamp<int64_t>(std::max(kBytes / block, busy), 1, shape.blocks());
   return (shape.blocks() + fitting - 1) / fitting;
 }

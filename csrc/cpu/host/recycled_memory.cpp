@@ -147,10 +147,6 @@ int64_t release_memory() {
 #endif
 }
 
-}  // namespace
-
-namespace {
-
 size_t bytes_of(const std::vector<int64_t>& sizes, ScalarType type) {
   size_t bytes = type == ScalarType::Float ? 4 : 2;
   for (const int64_t size : sizes) bytes *= static_cast<size_t>(size);

@@ -4,7 +4,8 @@
 // and each block of the E channels: expand into a tile, depthwise into a second tile, project
 // into a sum over the blocks; tiles and sum together take about half an L2 cache. Memory moves x
 // and the output once (each strip but the first reuses the last rows of the one before) and the
-// weights; of the E channels only squeeze-excite, which needs them twice, stores one image's.
+// weights; of the E channels only squeeze-excite, which needs them twice, stores one image's. Its
+// first pass goes over groups of columns where whole rows are too long for that cache.
 
 #include "cpu/common/mbconv_eval_kernels.h"
 
