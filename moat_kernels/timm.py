@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moat_kernels.checkpoints import load_checkpoint
 from moat_kernels.models import MOAT, check_global_pool, create_model
-from moat_kernels.variants import VARIANTS, get_pretrained_cfg
+from moat_kernels.variants import VARIANTS, get_preprocessing, get_pretrained_cfg
 
 try:
     from timm.models import (
@@ -35,7 +35,9 @@ _LEVELS = (0, 1, 2, 3, 4)  # timm's own choice where out_indices says nothing
 _AVERAGES = ("state_dict_ema", "model_ema")  # what timm prefers in the files of its train.py
 _HEAD = ("final_layer_norm.", "logits_head.")
 
-default_cfgs = generate_default_cfgs({name: get_pretrained_cfg(name) for name in VARIANTS})
+default_cfgs = generate_default_cfgs(
+    {name: get_pretrained_cfg(name, get_preprocessing(name)) for name in VARIANTS}
+)
 
 
 def _create(
