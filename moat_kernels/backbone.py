@@ -426,8 +426,15 @@ def _windows_per_stage(window_size: Sequence[Window] | None) -> tuple[Window, ..
                 f"window_size[{stage}] must be None, got {window!r}: stages 0 and 1 are MBConv "
                 "blocks without attention"
             )
-    return tuple(window if window is None else _pair(window) for window in window_size)
+    return tuple(_pair(stage, window) for stage, window in enumerate(window_size))
 
 
-def _pair(window: int | Sequence[int]) -> tuple[int, int]:
-    return (window, window) if isinstance(window, int) else (window[0], window[1])
+def _pair(stage: int, window: Any) -> tuple[int, int] | None:
+    if window is None:
+        return None
+    pair = (window, window) if isinstance(window, int) else window
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(type(n) is int for n in pair):
+        raise ValueError(
+            f"window_size[{stage}] must be None, an integer or (height, width), got {window!r}"
+        )
+    return pair[0], pair[1]

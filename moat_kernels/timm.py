@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from moat_kernels.checkpoints import load_checkpoint
 from moat_kernels.models import MOAT, check_global_pool, create_model
+from moat_kernels.preprocessing import preprocessing_of
 from moat_kernels.variants import VARIANTS, get_preprocessing, get_pretrained_cfg
 
 try:
@@ -92,9 +93,13 @@ def _create(
         pretrained_filter_fn=_weights_of,
         **options,
     )
+    preprocessing = preprocessing_of(model.pretrained_cfg)
+    if preprocessing is not None:
+        model.describe_images(preprocessing.for_model(model.configuration))
     if file:
         other_classes = model.num_classes != source.num_classes
         load_checkpoint(model, file, prefer=_AVERAGES, fine_tune=other_classes)
+        model.pretrained_cfg.update(pretrained_cfg_overlay or {})
     if model.out_indices is not None:
         model.feature_info = FeatureInfo(model.feature_info, model.out_indices)
     return model
