@@ -64,7 +64,7 @@ def test_what_is_given_goes_before_what_the_file_tells(tmp_path: Path) -> None:
     assert model(torch.rand(1, 5, 32, 32)).shape == (1, 5)
     with pytest.raises(CheckpointError, match="build it with pool_size=3"):
         mk.create_model(checkpoint=path, pool_size=2)
-    with pytest.raises(CheckpointError, match="x.safetensors: num_classes must be an integer"):
+    with pytest.raises(CheckpointError, match=r"x\.safetensors: num_classes must be an integer"):
         mk.create_model(checkpoint=path, num_classes=-1)
 
 
