@@ -17,6 +17,7 @@ from .conversion import ConvertedCheckpoint, convert_variables
 from .errors import CheckpointError
 from .files import open_regular
 from .filling import check_fit, check_target, fill
+from .keras import KerasOptions, WindowSize, convert_keras
 from .report import CheckpointReport
 from .safetensors import is_safetensors, load_safetensors
 from .state_dicts import (
@@ -27,26 +28,51 @@ from .state_dicts import (
     common_prefix,
 )
 from .tensorflow_bundle import TensorBundle
+from .tensorflow_objects import is_object_checkpoint
 from .torch_file import is_torch_file, load_torch_file
 
 _MAGIC_BYTES = 16
 
 
-def load_tensorflow(path: str | os.PathLike[str], *, ema: bool = False) -> ConvertedCheckpoint:
-    """Read an official TensorFlow V2 checkpoint of MOAT; TensorFlow itself is not needed.
+def load_tensorflow(
+    path: str | os.PathLike[str],
+    *,
+    ema: bool = False,
+    resolution: int | None = None,
+    window_size: WindowSize = "auto",
+    channel_order: str | None = None,
+) -> ConvertedCheckpoint:
+    """Read a TensorFlow checkpoint of MOAT, official or of Keras, without TensorFlow.
+
+    The weights of a Keras model do not tell all of its configuration: what is not given here, and
+    not in the file, is assumed, and the report says so.
 
     Args:
-        path: the prefix (``.../model.ckpt-1234``), its ``.index`` file, or a folder with a
-            ``checkpoint`` file.
+        path: the prefix (``.../model.ckpt-1234``), its ``.index`` file, a folder with a
+            ``checkpoint`` file, or a SavedModel (or the folder ``variables`` in it).
         ema: take the exponential moving averages where the file has them.
+        resolution: side of the images that a Keras model was trained on, in pixels; None: as the
+            SavedModel says, else 448.
+        window_size: side of the windows in a Keras model's stage 3, in tokens; None: the whole map;
+            "auto": a thirty-second of the resolution, which cuts the map in four.
+        channel_order: of a Keras model's images, "rgb" or "bgr"; None: "bgr", if they have three.
 
     Returns:
-        The state_dict and a report of what was loaded and what was skipped.
+        The state_dict, a report of what was loaded, skipped and assumed, and the configuration.
 
     Raises:
-        CheckpointError: the file is damaged or unsupported, or holds no complete MOAT.
+        CheckpointError: the file is damaged or unsupported, or holds no complete MOAT, or an
+            argument is wrong, or is for Keras models and the file is official.
     """
+    options = KerasOptions(resolution, window_size, channel_order)
     bundle = TensorBundle(path)
+    if is_object_checkpoint(bundle):
+        return convert_keras(bundle, options, ema=ema)
+    if options != KerasOptions():
+        raise CheckpointError(
+            f"{bundle.prefix}: an official checkpoint; resolution, window_size and channel_order "
+            "are for Keras models"
+        )
     converted = convert_variables(bundle, ema=ema, origin=str(bundle.prefix))
     converted.report.skipped.update(bundle.skipped)
     return converted
