@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 import warnings
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -167,12 +167,11 @@ class MOAT(Backbone):
         return {"stem": r"^stem", "blocks": [(blocks, None)]}
 
     def describe_images(self, preprocessing: Preprocessing) -> None:
-        """Make `pretrained_cfg` say how images are prepared."""
-        self.pretrained_cfg.pop("channel_order", None)  # RGB has none
+        """Make `pretrained_cfg` say how images are prepared, in the model's order of channels."""
         self.pretrained_cfg.update(preprocessing.timm_cfg())
 
     def description(self) -> dict[str, Any]:
-        preprocessing = preprocessing_of(self.pretrained_cfg)
+        preprocessing = preprocessing_of(self)
         told = {PREPROCESSING_KEY: asdict(preprocessing)} if preprocessing else {}
         return {**super().description(), **told}
 
