@@ -171,13 +171,27 @@ def read_checkpoint(
         CheckpointError: the file cannot be read, or is a state_dict of another kind.
     """
     path = Path(path)
-    kind = _kind_of_file(path)
+    kind = kind_of_file(path)
     if kind != "torch" and key is not None:
         raise CheckpointError(f"{path}: key={key!r} is for files of torch.save only")
     if kind == "tensorflow":
         return load_tensorflow(path, ema=ema)
     if ema:
         raise CheckpointError(f"{path}: ema=True is for TensorFlow checkpoints only")
+    return read_state_dict(path, kind, names, key, prefer)
+
+
+def read_state_dict(
+    path: Path,
+    kind: str,
+    names: Collection[str] = (),
+    key: str | None = None,
+    prefer: Sequence[str] = (),
+) -> ConvertedCheckpoint:
+    """The state_dict in a file of this kind (``torch`` or ``safetensors``), without prefixes.
+
+    ``names`` are those of the model that it is for; the rest is as in :func:`load_checkpoint`.
+    """
     content = load_torch_file(path) if kind == "torch" else load_safetensors(path)
     try:
         key, state_dict = choose_state_dict(content, names, key, prefer)
@@ -188,8 +202,8 @@ def read_checkpoint(
     return _without_prefix(state_dict, names, report)
 
 
-def _kind_of_file(path: Path) -> str:
-    """``tensorflow``, ``torch`` or ``safetensors``, as far as the first bytes tell."""
+def kind_of_file(path: Path) -> str:
+    """``tensorflow``, ``torch`` or ``safetensors``, as far as the first bytes of ``path`` tell."""
     if path.suffix == ".index" or path.is_dir() or not path.exists():
         return "tensorflow"
     with open_regular(path) as file:

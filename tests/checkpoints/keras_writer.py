@@ -26,6 +26,8 @@ SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 NORM = ("gamma", "beta")
 BATCH_NORM = (*NORM, "moving_mean", "moving_variance")
 HEAD_DIM = 32
+#: Stem, widths, depths and classes of a small model.
+SMALL_KERAS = (16, (16, 32, 64, 96), (1, 2, 2, 1), 7)
 
 
 def keras_shapes(

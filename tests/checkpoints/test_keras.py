@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from checkpoints.keras_writer import (
+    SMALL_KERAS,
     SUFFIX,
     attribute,
     graph_of,
@@ -20,72 +21,56 @@ from checkpoints.keras_writer import (
     write_object_bundle,
     write_saved_model,
 )
-from support.golden import variable_values
 
 import moat_kernels
 from moat_kernels.checkpoints import CheckpointError, ConvertedCheckpoint, load_tensorflow
 from moat_kernels.checkpoints.keras_names import KERAS
 from moat_kernels.checkpoints.rules import Place
 
-SIZES = (16, (16, 32, 64, 96), (1, 2, 2, 1))
-CLASSES = 7
-
 Variables = dict[str, np.ndarray]
-
-
-@pytest.fixture(scope="session")
-def _keras_arrays() -> Variables:
-    shapes = keras_shapes(*SIZES, CLASSES)
-    return {name: variable_values(name, shape, 5) for name, shape in shapes.items()}
-
-
-@pytest.fixture
-def arrays(_keras_arrays: Variables) -> Variables:
-    """The variables of a small Keras MOAT, by full name; in a dict of the test's own."""
-    return dict(_keras_arrays)
 
 
 def converted(folder: Path, variables: Variables, **options: Any) -> ConvertedCheckpoint:
     return load_tensorflow(write_saved_model(folder / "saved", variables), **options)
 
 
-def test_layouts(tmp_path: Path, arrays: Variables) -> None:
-    state_dict = converted(tmp_path, arrays).state_dict
+def test_layouts(tmp_path: Path, keras: Variables) -> None:
+    state_dict = converted(tmp_path, keras).state_dict
     expected = {
-        "stem.conv_1.weight": arrays["root_conv2d_02/kernel"].transpose(3, 2, 0, 1),
-        "stem.norm_0.running_var": arrays["root_bn/moving_variance"],
-        "stages.1.1.pre_norm.weight": arrays["stage1_block1_mb_bn_01/gamma"],
-        "stages.1.1.expand_conv.weight": arrays["stage1_block1_mb_conv2d_01/kernel"].T,
-        "stages.1.1.expand_norm.bias": arrays["stage1_block1_mb_bn_02/beta"],
-        "stages.1.1.depthwise_norm.running_mean": arrays["stage1_block1_mb_bn_03/moving_mean"],
-        "stages.1.1.se.reduce.weight": arrays["stage1_block1_mb_se_dense_01/kernel"].T,
-        "stages.1.1.se.expand.weight": arrays["stage1_block1_mb_se_dense_02/kernel"].T,
-        "stages.1.1.se.expand.bias": arrays["stage1_block1_mb_se_dense_02/bias"],
-        "stages.1.1.shrink_conv.bias": arrays["stage1_block1_mb_conv2d_03/bias"],
-        "stages.2.0.shortcut_conv.weight": arrays["stage2_block0_mb_shortcut_conv/kernel"].T,
-        "stages.2.0.attention_norm.bias": arrays["stage2_block0_ln/beta"],
-        "final_layer_norm.weight": arrays["predictions_norm/gamma"],
-        "logits_head.weight": arrays["predictions_dense/kernel"].T,
+        "stem.conv_1.weight": keras["root_conv2d_02/kernel"].transpose(3, 2, 0, 1),
+        "stem.norm_0.running_var": keras["root_bn/moving_variance"],
+        "stages.1.1.pre_norm.weight": keras["stage1_block1_mb_bn_01/gamma"],
+        "stages.1.1.expand_conv.weight": keras["stage1_block1_mb_conv2d_01/kernel"].T,
+        "stages.1.1.expand_norm.bias": keras["stage1_block1_mb_bn_02/beta"],
+        "stages.1.1.depthwise_norm.running_mean": keras["stage1_block1_mb_bn_03/moving_mean"],
+        "stages.1.1.se.reduce.weight": keras["stage1_block1_mb_se_dense_01/kernel"].T,
+        "stages.1.1.se.expand.weight": keras["stage1_block1_mb_se_dense_02/kernel"].T,
+        "stages.1.1.se.expand.bias": keras["stage1_block1_mb_se_dense_02/bias"],
+        "stages.1.1.shrink_conv.bias": keras["stage1_block1_mb_conv2d_03/bias"],
+        "stages.2.0.shortcut_conv.weight": keras["stage2_block0_mb_shortcut_conv/kernel"].T,
+        "stages.2.0.attention_norm.bias": keras["stage2_block0_ln/beta"],
+        "final_layer_norm.weight": keras["predictions_norm/gamma"],
+        "logits_head.weight": keras["predictions_dense/kernel"].T,
     }
     for name, array in expected.items():
         shape = state_dict[name].shape
         np.testing.assert_array_equal(state_dict[name].numpy(), array.reshape(shape))
-    depthwise = arrays["stage3_block0_mb_conv2d_02/depthwise_kernel"]
+    depthwise = keras["stage3_block0_mb_conv2d_02/depthwise_kernel"]
     assert state_dict["stages.3.0.depthwise_conv.weight"][99, 0, 2, 1] == depthwise[2, 1, 99, 0]
     weight = state_dict["stages.3.0.attention.qkv.weight"].view(3, 3, 32, 96)
     for index, projection in enumerate("qkv"):
-        kernel = arrays[f"stage3_block0_attention/{projection}/weight"]
+        kernel = keras[f"stage3_block0_attention/{projection}/weight"]
         np.testing.assert_array_equal(weight[index].numpy(), kernel.transpose(1, 2, 0))
 
 
 def test_a_state_dict_has_the_names_and_shapes_of_the_model(
-    tmp_path: Path, arrays: Variables
+    tmp_path: Path, keras: Variables
 ) -> None:
-    state_dict = converted(tmp_path, arrays).state_dict
-    stem_width, widths, depths = SIZES
+    state_dict = converted(tmp_path, keras).state_dict
+    stem_width, widths, depths, classes = SMALL_KERAS
     model = moat_kernels.create_model(
         "tiny_moat_0",
-        num_classes=CLASSES,
+        num_classes=classes,
         position_embedding=False,
         stem_width=stem_width,
         widths=widths,
@@ -95,10 +80,10 @@ def test_a_state_dict_has_the_names_and_shapes_of_the_model(
     assert {name: tensor.shape for name, tensor in state_dict.items()} == expected
 
 
-def test_every_variable_is_used_once(tmp_path: Path, arrays: Variables) -> None:
-    report = converted(tmp_path, arrays).report
+def test_every_variable_is_used_once(tmp_path: Path, keras: Variables) -> None:
+    report = converted(tmp_path, keras).report
     used = [name for names in report.loaded.values() for name in names]
-    assert sorted(used) == sorted(arrays)
+    assert sorted(used) == sorted(keras)
     assert report.skipped == {}
     assert report.origin == str(tmp_path / "saved" / "variables" / "variables")
 
@@ -115,32 +100,32 @@ def test_names_in_both_directions() -> None:
 @pytest.mark.parametrize(
     "path", ["", "variables", "variables/variables", "variables/variables.index"]
 )
-def test_paths_of_a_saved_model(tmp_path: Path, arrays: Variables, path: str) -> None:
-    write_saved_model(tmp_path, arrays, resolution=320)
+def test_paths_of_a_saved_model(tmp_path: Path, keras: Variables, path: str) -> None:
+    write_saved_model(tmp_path, keras, resolution=320)
     loaded = load_tensorflow(tmp_path / path)
     assert loaded.configuration and loaded.configuration["preprocessing"]["resolution"] == 320
 
 
-def test_weights_alone_have_other_keys(tmp_path: Path, arrays: Variables) -> None:
+def test_weights_alone_have_other_keys(tmp_path: Path, keras: Variables) -> None:
     """``save_weights`` names attention's by its layer; the graph tells, not the key."""
-    keys = {name: f"layer_with_weights-{i}/_q_proj{SUFFIX}" for i, name in enumerate(arrays)}
-    tensors = {keys[name]: array for name, array in arrays.items()}
+    keys = {name: f"layer_with_weights-{i}/_q_proj{SUFFIX}" for i, name in enumerate(keras)}
+    tensors = {keys[name]: array for name, array in keras.items()}
     prefix = write_object_bundle(tmp_path / "ckpt", tensors, graph_of(keys))
     (tmp_path / "checkpoint").write_text('model_checkpoint_path: "ckpt"\n')
-    expected = converted(tmp_path, arrays).state_dict
+    expected = converted(tmp_path, keras).state_dict
     for path in (tmp_path, prefix):
         state_dict = load_tensorflow(path).state_dict
         assert all(torch.equal(state_dict[name], expected[name]) for name in expected)
 
 
-def test_several_shards(tmp_path: Path, arrays: Variables) -> None:
-    loaded = load_tensorflow(write_saved_model(tmp_path / "three", arrays, shards=3))
-    expected = converted(tmp_path, arrays)
+def test_several_shards(tmp_path: Path, keras: Variables) -> None:
+    loaded = load_tensorflow(write_saved_model(tmp_path / "three", keras, shards=3))
+    expected = converted(tmp_path, keras)
     assert all(torch.equal(t, loaded.state_dict[name]) for name, t in expected.state_dict.items())
 
 
-def test_optimizers_metrics_and_counters_are_skipped(tmp_path: Path, arrays: Variables) -> None:
-    keys = saved_model_keys(arrays)
+def test_optimizers_metrics_and_counters_are_skipped(tmp_path: Path, keras: Variables) -> None:
+    keys = saved_model_keys(keras)
     others = {
         "Adam/m/root_bn/gamma": f"optimizer/_variables/1{SUFFIX}",
         "root_bn/gamma/v": f"layer_with_weights-1/gamma/.OPTIMIZER_SLOT/optimizer/v{SUFFIX}",
@@ -155,7 +140,7 @@ def test_optimizers_metrics_and_counters_are_skipped(tmp_path: Path, arrays: Var
     # Two metrics have variables of one name, and a layer has counters of random numbers.
     second, counter = f"keras_api/metrics/1/total{SUFFIX}", f"layer_with_weights-9/state{SUFFIX}"
     nodes += [attribute("total", second), attribute("StateVar", counter), slot(0, marked)]
-    tensors = {keys[name]: array for name, array in arrays.items()}
+    tensors = {keys[name]: array for name, array in keras.items()}
     tensors |= dict.fromkeys([*others.values(), second], np.zeros(2, np.float32))
     tensors |= {counter: np.zeros(3, np.int64), f"nameless{SUFFIX}": np.zeros(1, np.float32)}
     report = load_tensorflow(
@@ -188,10 +173,10 @@ def test_optimizers_metrics_and_counters_are_skipped(tmp_path: Path, arrays: Var
         "predictions_dense/kernel",
     ],
 )
-def test_a_missing_variable_is_named(tmp_path: Path, arrays: Variables, removed: str) -> None:
-    del arrays[removed]
+def test_a_missing_variable_is_named(tmp_path: Path, keras: Variables, removed: str) -> None:
+    del keras[removed]
     with pytest.raises(CheckpointError, match=f"variables: {removed} is missing"):
-        converted(tmp_path, arrays)
+        converted(tmp_path, keras)
 
 
 @pytest.mark.parametrize(
@@ -208,11 +193,11 @@ def test_a_missing_variable_is_named(tmp_path: Path, arrays: Variables, removed:
     ],
 )
 def test_unknown_weights_are_refused(
-    tmp_path: Path, arrays: Variables, name: str, complaint: str
+    tmp_path: Path, keras: Variables, name: str, complaint: str
 ) -> None:
-    arrays[name] = np.ones((3, 3), np.float32)
+    keras[name] = np.ones((3, 3), np.float32)
     with pytest.raises(CheckpointError, match=rf"{name[:14]}.*{complaint}"):
-        converted(tmp_path, arrays)
+        converted(tmp_path, keras)
 
 
 @pytest.mark.parametrize(
@@ -224,19 +209,19 @@ def test_unknown_weights_are_refused(
         # No shape of ours would tell these heads from four of 16.
         ("stage2_block0_attention/q/weight", (64, 4, 16), r"\[channels=64, heads, 32\]"),
         ("stage2_block0_attention/o/bias", (32,), r"\[channels=64\]"),
-        ("predictions_dense/kernel", (CLASSES, 96), r"\[channels=96, classes\]"),
+        ("predictions_dense/kernel", (7, 96), r"\[channels=96, classes\]"),
     ],
 )
 def test_wrong_shapes(
-    tmp_path: Path, arrays: Variables, name: str, shape: tuple[int, ...], expected: str
+    tmp_path: Path, keras: Variables, name: str, shape: tuple[int, ...], expected: str
 ) -> None:
-    arrays[name] = np.zeros(shape, np.float32)
+    keras[name] = np.zeros(shape, np.float32)
     with pytest.raises(CheckpointError, match=rf"{name} has shape .*, expected {expected}"):
-        converted(tmp_path, arrays)
+        converted(tmp_path, keras)
 
 
-def test_configuration(tmp_path: Path, arrays: Variables) -> None:
-    loaded = converted(tmp_path, arrays, resolution=320, channel_order="rgb", window_size=5)
+def test_configuration(tmp_path: Path, keras: Variables) -> None:
+    loaded = converted(tmp_path, keras, resolution=320, channel_order="rgb", window_size=5)
     assert loaded.configuration == {
         "stem_width": 16,
         "widths": (16, 32, 64, 96),
@@ -261,8 +246,8 @@ def test_configuration(tmp_path: Path, arrays: Variables) -> None:
     assert len(loaded.report.assumed) == 1, "what the layout's code does remains"
 
 
-def test_what_is_assumed_is_told(tmp_path: Path, arrays: Variables) -> None:
-    loaded = converted(tmp_path, arrays)
+def test_what_is_assumed_is_told(tmp_path: Path, keras: Variables) -> None:
+    loaded = converted(tmp_path, keras)
     assert loaded.configuration and loaded.configuration["window_size"][2] == (14, 14)
     assert loaded.configuration["channel_order"] == "bgr"
     text = str(loaded.report)
@@ -280,9 +265,12 @@ def test_what_is_assumed_is_told(tmp_path: Path, arrays: Variables) -> None:
     ],
 )
 def test_windows(
-    tmp_path: Path, arrays: Variables, options: dict[str, Any], window: tuple[int, int] | None
+    tmp_path: Path,
+    keras: Variables,
+    options: dict[str, Any],
+    window: tuple[int, int] | None,
 ) -> None:
-    loaded = converted(tmp_path, arrays, **options)
+    loaded = converted(tmp_path, keras, **options)
     assert loaded.configuration and loaded.configuration["window_size"] == (
         None,
         None,
@@ -305,9 +293,9 @@ def test_windows(
     ids=str,
 )
 def test_odd_metadata_are_ignored(
-    tmp_path: Path, arrays: Variables, metadata: bytes | list[int | None] | None
+    tmp_path: Path, keras: Variables, metadata: bytes | list[int | None] | None
 ) -> None:
-    folder = write_saved_model(tmp_path, arrays)
+    folder = write_saved_model(tmp_path, keras)
     if metadata is None:
         (folder / "keras_metadata.pb").mkdir()
     elif isinstance(metadata, bytes):
@@ -319,8 +307,8 @@ def test_odd_metadata_are_ignored(
     assert any(line.startswith("resolution 448") for line in loaded.report.assumed)
 
 
-def test_the_metadata_give_way_to_the_argument(tmp_path: Path, arrays: Variables) -> None:
-    folder = write_saved_model(tmp_path, arrays, resolution=384)
+def test_the_metadata_give_way_to_the_argument(tmp_path: Path, keras: Variables) -> None:
+    folder = write_saved_model(tmp_path, keras, resolution=384)
     assert "12x12" in str(load_tensorflow(folder).report)
     assert "10x10" in str(load_tensorflow(folder, resolution=320).report)
 
@@ -338,10 +326,10 @@ def test_the_metadata_give_way_to_the_argument(tmp_path: Path, arrays: Variables
     ],
 )
 def test_wrong_options(
-    tmp_path: Path, arrays: Variables, options: dict[str, Any], complaint: str
+    tmp_path: Path, keras: Variables, options: dict[str, Any], complaint: str
 ) -> None:
     with pytest.raises(CheckpointError, match=complaint):
-        converted(tmp_path, arrays, **options)
+        converted(tmp_path, keras, **options)
 
 
 def test_options_are_for_keras_models(golden_folder: Path) -> None:
@@ -362,7 +350,7 @@ def test_what_is_certain_of_an_official_model(golden_folder: Path) -> None:
 
 
 def test_images_of_other_channels(tmp_path: Path) -> None:
-    shapes = keras_shapes(*SIZES, CLASSES, in_chans=1)
+    shapes = keras_shapes(*SMALL_KERAS, in_chans=1)
     loaded = converted(
         tmp_path, {name: np.ones(shape, np.float32) for name, shape in shapes.items()}
     )
