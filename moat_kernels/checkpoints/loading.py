@@ -104,11 +104,14 @@ def load_checkpoint(
             ``"ema.state_dict"``); needed if several would do.
         prefer: keys of which the first that is there is taken if several would do.
         fine_tune: the weights are a start for training. A classifier for another number of classes
-            stays as ``model`` has it, and another ``pool_size`` is noted.
+            stays as ``model`` has it, and options that give other results are noted.
 
     Where the file tells the configuration that its weights were made for (those that this package
-    wrote do), other windows or strides of ``model`` are noted in the report, and another
-    ``pool_size``, which would give other results, is refused unless they are to be fine-tuned.
+    wrote do), other windows or strides of ``model`` are noted in the report, a first convolution
+    for the other ``channel_order`` is turned round, and another ``pool_size``, ``se_activation``,
+    ``layer_norm_eps`` or ``pixel_scaling``, which would give other results, is refused unless they
+    are to be fine-tuned. How images are prepared, if it tells that too, becomes the model's
+    ``pretrained_cfg``.
 
     Returns:
         What was loaded from where, what was skipped, with the reasons, and what was adapted.
