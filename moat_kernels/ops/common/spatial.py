@@ -96,11 +96,24 @@ def valid_counts(
     padding: tuple[int, int, int, int],
     like: Tensor,
 ) -> Tensor:
-    """How many real (not padding) pixels each pooling window holds: [1, 1, H_out, W_out]."""
-    ones = torch.ones(1, 1, height, width, dtype=like.dtype, device=like.device)
-    # Not by a divisor of 1: an export to ONNX drops the divisor.
-    shares = F.avg_pool2d(pad_map(ones, padding), kernel_size, stride)
-    return shares.mul_(kernel_size * kernel_size).round_()
+    """How many real (not padding) pixels each pooling window holds: [1, 1, H_out, W_out].
+
+    Counted, not pooled: runtimes that read exported programs need not have a pool for one channel
+    (OpenVINO has none in bfloat16).
+    """
+    top, bottom, left, right = padding
+    rows = _valid_in_line(height, kernel_size, stride, (top, bottom), like.device)
+    columns = _valid_in_line(width, kernel_size, stride, (left, right), like.device)
+    return (rows[:, None] * columns).to(like.dtype)[None, None]
+
+
+def _valid_in_line(
+    size: int, kernel_size: int, stride: int, padding: tuple[int, int], device: torch.device
+) -> Tensor:
+    """The same along one side: [output size]."""
+    starts = torch.arange(output_size(size, *padding, kernel_size, stride), device=device)
+    starts = starts * stride - padding[0]
+    return (starts + kernel_size).clamp(max=size) - starts.clamp(min=0)
 
 
 def in_format_of(output: Tensor, x: Tensor) -> Tensor:
