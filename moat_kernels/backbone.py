@@ -14,13 +14,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from moat_kernels.configuration import METADATA_KEY, ConfigurationError, adaptations
+from moat_kernels.configuration import (
+    METADATA_KEY,
+    OFFICIAL,
+    ConfigurationError,
+    adaptations,
+    turned,
+    turns_channels,
+)
 from moat_kernels.drop_path import DropPath, drawing_together
 from moat_kernels.inspection import interception
 from moat_kernels.modules import FusedInvertedBottleneck, FusedMBConv, FusedMOATBlock
 from moat_kernels.ops.common.backends import keep_backend
-from moat_kernels.ops.common.checks import check_positive_integer, check_positive_integers
+from moat_kernels.ops.common.checks import (
+    check_choice,
+    check_positive_integer,
+    check_positive_integers,
+)
 from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, Quantizations
+from moat_kernels.preprocessing import CHANNEL_ORDERS
 from moat_kernels.reference import MBConvBlock, MOATBlock
 from moat_kernels.stem import FusedStem, Stem
 from moat_kernels.tracing import call_as_node, is_traced
@@ -34,6 +46,7 @@ POSITION_SIZES = {
     3: 7,
 }  # of the bias tables, whatever the resolution: 224 px at stride 16, 32
 HEAD_DIM = 32
+FIRST_CONVOLUTION = "stem.conv_0.weight"
 
 Window = int | tuple[int, int] | None
 
@@ -59,12 +72,18 @@ class Backbone(nn.Module):
         global_attention_at_end: bool = False,
         pool_size: int = 2,
         position_embedding: bool = True,
+        se_activation: str = OFFICIAL["se_activation"],
+        layer_norm_eps: float = OFFICIAL["layer_norm_eps"],
+        pixel_scaling: bool = OFFICIAL["pixel_scaling"],
+        channel_order: str = OFFICIAL["channel_order"],
         drop_path_rate: float = 0.0,
         fused: bool = True,
         recompute: str = "auto",
     ) -> None:
         super().__init__()
         check_positive_integers(stem_width=stem_width, pool_size=pool_size, in_chans=in_chans)
+        check_choice("channel_order", channel_order, CHANNEL_ORDERS)
+        check_choice("pixel_scaling", pixel_scaling, (False, True))
         _check_per_stage("widths", widths)
         _check_per_stage("depths", depths)
         windows = _windows_per_stage(window_size)
@@ -89,6 +108,10 @@ class Backbone(nn.Module):
             "global_attention_at_end": global_attention_at_end,
             "pool_size": pool_size,
             "position_embedding": position_embedding,
+            "se_activation": se_activation,
+            "layer_norm_eps": layer_norm_eps,
+            "pixel_scaling": pixel_scaling,
+            "channel_order": channel_order,
         }
         recomputes = recompute in ("expand", "block")
         self.stem = (
@@ -117,6 +140,9 @@ class Backbone(nn.Module):
                     options["window_size"] = None if whole_map else windows[stage]
                     options["position_size"] = POSITION_SIZES[stage] if position_embedding else None
                     options["head_dim"] = HEAD_DIM
+                    options["layer_norm_eps"] = layer_norm_eps
+                else:
+                    options["se_activation"] = se_activation
                 stage_blocks.append(_block_class(stage, fused)(channels, width, **options))
                 channels, index = width, index + 1
             self.stages.append(stage_blocks)
@@ -158,7 +184,7 @@ class Backbone(nn.Module):
         ):
             found = tuple(x.shape) if isinstance(x, Tensor) else type(x).__name__
             raise ValueError(f"x must be [B, {self.in_chans}, H, W], got {found}")
-        outputs = [self._run(self.stem, x)]
+        outputs = [self._run(self.stem, self.scale_pixels(x))]
         with self._drawing_together(outputs[0]):
             for stage in islice(self.stages, last):
                 x = outputs[-1]
@@ -166,6 +192,12 @@ class Backbone(nn.Module):
                     x = self._run(block, x)
                 outputs.append(x)
         return outputs
+
+    def scale_pixels(self, x: Tensor) -> Tensor:
+        """What the stem reads of x: x itself, or, with pixel_scaling, pixels of 0..255 in -1..1."""
+        if not self.configuration["pixel_scaling"]:
+            return x
+        return scale_pixels(x, self.stem.conv_0.weight.dtype)
 
     def _drawing_together(self, x: Tensor) -> contextlib.AbstractContextManager[None]:
         """One draw for the drop paths of all blocks, for maps like x; none if they do not train."""
@@ -277,7 +309,11 @@ class Backbone(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if hasattr(destination, "_metadata"):
-            destination._metadata[prefix[:-1]][METADATA_KEY] = dict(self.configuration)
+            destination._metadata[prefix[:-1]][METADATA_KEY] = self.description()
+
+    def description(self) -> dict[str, Any]:
+        """What travels with the weights, see `moat_kernels.configuration`."""
+        return dict(self.configuration)
 
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, *arguments: Any
@@ -291,7 +327,17 @@ class Backbone(nn.Module):
                 raise RuntimeError(f"loading state_dict for MOAT: {error}") from error
             for note in notes:
                 warnings.warn(f"loading state_dict for MOAT: {note}", stacklevel=2)
+            first = f"{prefix}{FIRST_CONVOLUTION}"
+            if first in state_dict and turns_channels(found, self.configuration):
+                state_dict[first] = turned(state_dict[first])
         super()._load_from_state_dict(state_dict, prefix, local_metadata, *arguments)
+
+
+def scale_pixels(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """(x - 127.5) / 127.5 of pixels of 0..255, in `dtype` if they are integers."""
+    if not is_traced(x) and not x.is_floating_point():
+        x = x.to(dtype)
+    return (x - 127.5) / 127.5
 
 
 def strides_of_stages(output_stride: int) -> list[int]:
@@ -380,8 +426,15 @@ def _windows_per_stage(window_size: Sequence[Window] | None) -> tuple[Window, ..
                 f"window_size[{stage}] must be None, got {window!r}: stages 0 and 1 are MBConv "
                 "blocks without attention"
             )
-    return tuple(window if window is None else _pair(window) for window in window_size)
+    return tuple(_pair(stage, window) for stage, window in enumerate(window_size))
 
 
-def _pair(window: int | Sequence[int]) -> tuple[int, int]:
-    return (window, window) if isinstance(window, int) else (window[0], window[1])
+def _pair(stage: int, window: Any) -> tuple[int, int] | None:
+    if window is None:
+        return None
+    pair = (window, window) if isinstance(window, int) else window
+    if not isinstance(pair, Sequence) or len(pair) != 2 or not all(type(n) is int for n in pair):
+        raise ValueError(
+            f"window_size[{stage}] must be None, an integer or (height, width), got {window!r}"
+        )
+    return pair[0], pair[1]

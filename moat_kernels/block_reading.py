@@ -16,12 +16,13 @@ from torch import nn
 from moat_kernels.adapters.reading import (
     Bottleneck,
     BottleneckModules,
+    Gate,
     NotCovered,
+    check_pointwise,
     class_name,
     is_norm,
     read_bottleneck,
     read_drop_path,
-    read_gate,
     read_tensors,
 )
 from moat_kernels.inspection import (
@@ -49,7 +50,7 @@ _SETTINGS: dict[type[nn.Module], Any] = {
     **dict.fromkeys(_NORMS, describe_norm),
 }
 # What a block computes between its modules.
-_GELU, _SILU = nn.GELU(), nn.SiLU()
+_GELU = nn.GELU()
 _SHORTCUT = MBConvBlock.shortcut
 
 # Of a block, that are read, beside its drop path.
@@ -88,13 +89,14 @@ def _signature(block: MBConvBlock) -> tuple[Any, ...] | None:
     """What the description depends on; None if modules must be looked at one by one."""
     se = child(block, "se")
     modules = [child(block, name) for name in (*_CONVOLUTION_NAMES, *_NORM_NAMES)]
+    key: list[Any] = [block.pool]
     if se is not None:
         if type(se) is not SqueezeExcitation:
             return None
         modules += [child(se, "reduce"), child(se, "expand")]
+        key.append(se.activation)
     if are_touched((se, *modules)):
         return None
-    key: list[Any] = [block.pool]
     for module in modules:
         if module is None:
             key.append(None)
@@ -148,12 +150,19 @@ def _read(block: MBConvBlock, drop_path: Any) -> Bottleneck:
         depthwise=modules.depthwise,
         depthwise_norm=modules.depthwise_norm,
         depthwise_activation=_GELU,
-        gate=None if se is None else read_gate(modules.se_reduce, _SILU, modules.se_expand, None),  # type: ignore[arg-type]
+        gate=_read_gate(se),
         project=modules.project,
         pool=block.pool,
         shortcut=modules.shortcut,
         drop_path=drop_path,
     )
+
+
+def _read_gate(se: Any) -> Gate | None:
+    """Squeeze-and-excitation, if there is any."""
+    if se is None:
+        return None
+    return Gate(se.activation, *(check_pointwise(child(se, name)) for name in ("reduce", "expand")))
 
 
 def _check_classes(

@@ -11,7 +11,21 @@ from collections import OrderedDict
 from collections.abc import Mapping
 from typing import Any
 
+from torch import Tensor
+
+_COLOURS = 3
+
 METADATA_KEY = "moat"
+# In that entry, beside the options of the model: how images are prepared, see `Preprocessing`.
+PREPROCESSING_KEY = "preprocessing"
+
+# Of official MOAT; what files say nothing of that were written before there were these options.
+OFFICIAL: dict[str, Any] = {
+    "se_activation": "silu",
+    "layer_norm_eps": 1e-5,
+    "pixel_scaling": False,
+    "channel_order": "rgb",
+}
 
 # The rest, widths for example, names and shapes of tensors tell. How these change what a model
 # computes is exact: windows are cut, tables resized and maps strided at every call, which official
@@ -20,8 +34,17 @@ _ADAPTED = {
     "window_size": "attention is cut into the model's windows, position tables are resized to them",
     "global_attention_at_end": "attention is cut into the model's windows",
     "output_stride": "the model's strides are used",
+    "channel_order": "the channels of the first convolution are turned round",
 }
-_FIXED = {"pool_size": "the model's pool is used, results differ until it is trained"}
+_FIXED = {
+    name: f"the model's {what}, results differ until it is trained"
+    for name, what in {
+        "pool_size": "pool is used",
+        "se_activation": "activation is used",
+        "layer_norm_eps": "epsilon is used",
+        "pixel_scaling": "input is scaled as its option says",
+    }.items()
+}
 
 
 class ConfigurationError(ValueError):
@@ -36,28 +59,39 @@ def adaptations(
     Raises ConfigurationError where that would give other results than the weights were made for,
     unless these are but a start (`fine_tune`).
     """
-    differing = {
-        name: value for name, value in _plain(found).items() if value != _plain(own).get(name)
-    }
+    told, plain_own = {**OFFICIAL, **_plain(found)}, _plain(own)
+    told.pop(PREPROCESSING_KEY, None)
+    differing = {name: value for name, value in told.items() if value != plain_own.get(name)}
     for name in differing:
         if name in _FIXED and not fine_tune:
             raise ConfigurationError(
-                f"{name} is {found[name]!r} for these weights, {own[name]!r} in the model, which "
-                f"changes what it computes: build it with {name}={found[name]!r}, or take them as "
+                f"{name} is {told[name]!r} for these weights, {own[name]!r} in the model, which "
+                f"changes what it computes: build it with {name}={told[name]!r}, or take them as "
                 "a start for training: load_checkpoint(..., fine_tune=True), "
                 "load_state_dict(dict(state_dict))"
             )
         if name not in own:
             raise ConfigurationError(
-                f"these weights are for a model with {name}={found[name]!r}, which this version of "
+                f"these weights are for a model with {name}={told[name]!r}, which this version of "
                 "moat_kernels does not know"
             )
-    told = {**_ADAPTED, **_FIXED}
+    effects = {**_ADAPTED, **_FIXED}
     return [
-        f"{name} was {found[name]!r}, is {own[name]!r}: {told[name]}"
+        f"{name} was {found.get(name, told[name])!r}, is {own[name]!r}: {effects[name]}"
         for name in differing
-        if name in told
+        if name in effects
     ]
+
+
+def turns_channels(found: Mapping[str, Any], own: Mapping[str, Any]) -> bool:
+    """Whether weights of one configuration read a model's channels in the other order."""
+    orders = [told.get("channel_order", OFFICIAL["channel_order"]) for told in (found, own)]
+    return orders[0] != orders[1]
+
+
+def turned(weight: Tensor) -> Tensor:
+    """Of a first convolution [C, in_chans, 3, 3], for RGB if it is for BGR, and the reverse."""
+    return weight.flip(1) if weight.dim() == 4 and weight.shape[1] == _COLOURS else weight
 
 
 def configurations_of(state_dict: Mapping[str, Any]) -> dict[str, dict[str, Any]]:

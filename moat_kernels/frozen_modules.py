@@ -21,7 +21,7 @@ from moat_kernels.adapters.freezing import (
 from moat_kernels.adapters.fused import FusedModule, is_changed
 from moat_kernels.adapters.reading import Bottleneck
 from moat_kernels.adapters.registry import find_adapter
-from moat_kernels.backbone import endpoints, feature_maps
+from moat_kernels.backbone import endpoints, feature_maps, scale_pixels
 from moat_kernels.calibration import LayerError, Observations, choose_int8
 from moat_kernels.inspection import interception
 from moat_kernels.models import MOAT
@@ -94,7 +94,7 @@ class FrozenModule(nn.Module):
                 steps,
                 alternative(torch.bfloat16, observations.quantizations),
                 alternative(torch.float32, _unquantized),
-                observations.inputs[id(module)],
+                [self._scaled(module, x) for x in observations.inputs[id(module)]],
             )
         self.use(steps)
         # The steps that the stages end with.
@@ -106,6 +106,11 @@ class FrozenModule(nn.Module):
         module: Any, maps: torch.dtype | None, quantizations: Quantize
     ) -> list[list[FrozenStep]]:
         raise NotImplementedError
+
+    @staticmethod
+    def _scaled(module: Any, x: Tensor) -> Tensor:
+        """What the first step reads of a module's input."""
+        return x
 
     def use(self, steps: Sequence[FrozenStep]) -> None:
         """Compute these."""
@@ -295,6 +300,7 @@ class FrozenMOAT(FrozenModule):
         self.feature_info = copy.deepcopy(model.feature_info)
         self.pretrained_cfg = self.default_cfg = copy.deepcopy(model.pretrained_cfg)
         self._channels, self._strides = model.channels(), model.strides()
+        self._scales_pixels = model.configuration["pixel_scaling"]
         features = self._ends[-2] + 1
         self._last = self._ends[-1:]
         self._features = self.sequence.part(0, features)
@@ -308,6 +314,10 @@ class FrozenMOAT(FrozenModule):
         check_runs_as_made(module, (MOAT,))
         return [*module.steps_of_stages(maps, quantizations), module.steps_of_head(maps)]
 
+    @staticmethod
+    def _scaled(module: MOAT, x: Tensor) -> Tensor:
+        return module.scale_pixels(x)
+
     def channels(self) -> list[int]:
         """As MOAT.channels."""
         return list(self._channels)
@@ -319,12 +329,12 @@ class FrozenMOAT(FrozenModule):
     @torch.compiler.disable
     def forward_stages(self, x: Tensor) -> list[Tensor]:
         """As MOAT.forward_stages: the raw outputs of the stem and the stages."""
-        return self._features.outputs(x, self._ends[:-1])
+        return self._features.outputs(self._read(x), self._ends[:-1])
 
     @torch.compiler.disable
     def forward_features(self, x: Tensor) -> Tensor:
         """As MOAT.forward_features: the last stage's raw map."""
-        return self._features.outputs(x, self._ends[-2:-1])[0]
+        return self._features.outputs(self._read(x), self._ends[-2:-1])[0]
 
     @torch.compiler.disable
     def forward_head(self, x: Tensor) -> Tensor:
@@ -336,10 +346,14 @@ class FrozenMOAT(FrozenModule):
     @torch.compiler.disable
     def forward(self, x: Tensor) -> Tensor | list[Tensor] | OrderedDict[str, Tensor]:
         if not self.features_only:
-            return self.sequence.outputs(x, self._last)[0]
+            return self.sequence.outputs(self._read(x), self._last)[0]
         if self.out_indices is None:
             return endpoints(self.forward_stages(x), x.is_contiguous())
         levels = sorted(set(self.out_indices))
-        outputs = self._features.outputs(x, [self._ends[level] for level in levels])
+        outputs = self._features.outputs(self._read(x), [self._ends[level] for level in levels])
         positions = [levels.index(level) for level in self.out_indices]
         return feature_maps(outputs, positions, x.is_contiguous())
+
+    def _read(self, x: Tensor) -> Tensor:
+        """What the stem reads of x."""
+        return scale_pixels(x, self.sequence.dtype) if self._scales_pixels else x

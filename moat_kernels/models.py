@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,20 @@ from torch import Tensor, nn
 
 from moat_kernels.adapters.freezing import check_normalized_shape
 from moat_kernels.backbone import STAGES, Backbone, Window, endpoints, feature_maps
+from moat_kernels.checkpoints import CheckpointError
+from moat_kernels.checkpoints.architecture import options_of
+from moat_kernels.checkpoints.loading import load_checkpoint, load_converted, read_checkpoint
+from moat_kernels.configuration import PREPROCESSING_KEY
 from moat_kernels.inspection import is_plain, remember_code
 from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, head_step
+from moat_kernels.preprocessing import Preprocessing, preprocessing_of
 from moat_kernels.reference import initialize
 from moat_kernels.tensor_access import tensor_of
 from moat_kernels.tracing import is_traced
 from moat_kernels.variants import (
+    VARIANTS,
+    Variant,
+    find_variant,
     get_preprocessing,
     get_pretrained_cfg,
     get_variant,
@@ -76,7 +85,10 @@ class MOAT(Backbone):
         like = self.stem.conv_0.weight
         if self.final_layer_norm is None:
             self.final_layer_norm = nn.LayerNorm(
-                self.num_features, eps=1e-5, device=like.device, dtype=like.dtype
+                self.num_features,
+                eps=self.configuration["layer_norm_eps"],
+                device=like.device,
+                dtype=like.dtype,
             )
         self.num_classes = num_classes
         self.logits_head = None
@@ -153,6 +165,16 @@ class MOAT(Backbone):
         blocks = r"^stages\.(\d+)" if coarse else r"^stages\.(\d+)\.(\d+)"
         return {"stem": r"^stem", "blocks": [(blocks, None)]}
 
+    def describe_images(self, preprocessing: Preprocessing) -> None:
+        """Make `pretrained_cfg` say how images are prepared."""
+        self.pretrained_cfg.pop("channel_order", None)  # RGB has none
+        self.pretrained_cfg.update(preprocessing.timm_cfg())
+
+    def description(self) -> dict[str, Any]:
+        preprocessing = preprocessing_of(self.pretrained_cfg)
+        told = {PREPROCESSING_KEY: asdict(preprocessing)} if preprocessing else {}
+        return {**super().description(), **told}
+
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters that weight decay should leave alone.
 
@@ -210,17 +232,21 @@ def check_global_pool(global_pool: str | None) -> None:
 
 
 def create_model(
-    name: str,
+    name: str | None = None,
     *,
-    num_classes: int = 1000,
+    num_classes: int | None = None,
     features_only: bool = False,
     out_indices: Sequence[int] | None = None,
-    in_chans: int = 3,
-    output_stride: int = 32,
+    in_chans: int | None = None,
+    output_stride: int | None = None,
     window_size: Sequence[Window] | None = None,
-    global_attention_at_end: bool = False,
-    pool_size: int = 2,
-    position_embedding: bool = True,
+    global_attention_at_end: bool | None = None,
+    pool_size: int | None = None,
+    position_embedding: bool | None = None,
+    se_activation: str | None = None,
+    layer_norm_eps: float | None = None,
+    pixel_scaling: bool | None = None,
+    channel_order: str | None = None,
     drop_path_rate: float | None = None,
     fused: bool = True,
     recompute: str = "auto",
@@ -229,27 +255,36 @@ def create_model(
     widths: Sequence[int] | None = None,
     depths: Sequence[int] | None = None,
 ) -> MOAT:
-    """A MOAT by name: "moat_0" .. "moat_4", "tiny_moat_0" .. "tiny_moat_3".
+    """A MOAT by name, "moat_0" .. "moat_4", "tiny_moat_0" .. "tiny_moat_3", or by its checkpoint.
 
-    num_classes: outputs of the classifier; 0: normalised pooled features.
+    What is None is as in official MOAT or, without a name, as the checkpoint was made for.
+
+    num_classes: outputs of the classifier; 0: normalised pooled features. Official: 1000.
     features_only: return maps for dense prediction instead; there is no head.
     out_indices: with features_only, which levels: 0 is the stem (stride 2), 1 to 4 the stages
         (strides 4, 8, 16, 32). The model returns a list of the official endpoints "res" of these
         levels, and has no stages behind the last one. None: the dict of all ten endpoints.
-    in_chans: channels of the images.
-    output_stride: 32, or 16 or 8, beyond which stages keep their map's size (official code's
-        `stage_stride`; nothing is dilated).
+    in_chans: channels of the images. Official: 3.
+    output_stride: 32 (official), or 16 or 8, beyond which stages keep their map's size (official
+        code's `stage_stride`; nothing is dilated).
     window_size: one entry per stage, None (the whole map), an integer or (height, width) in
-        tokens; the first two stages have no attention, their entries must be None.
+        tokens; the first two stages have no attention, their entries must be None. Official: the
+        whole map everywhere.
     global_attention_at_end: the last block of each MOAT stage attends to the whole map.
-    pool_size: kernel of the shortcuts' pool, 2 (classification) or 3 (downstream tasks).
-    position_embedding: whether attention has relative position bias.
+    pool_size: kernel of the shortcuts' pool, 2 (official classification) or 3 (downstream tasks,
+        and Keras' MOATs).
+    position_embedding: whether attention has relative position bias. Keras' MOATs have none.
+    se_activation: inside squeeze-and-excitation, "silu" (official) or "gelu" (Keras' MOATs), say.
+    layer_norm_eps: of all layer norms, 1e-5 (official) or 1e-3 (Keras' MOATs), say.
+    pixel_scaling: images are pixels of 0..255, also in uint8, which the model scales to -1..1
+        itself, as Keras' MOATs do.
+    channel_order: of the images that the weights read, "rgb" (official) or "bgr".
     drop_path_rate: 1 minus the official survival probability; None: the variant's own.
     fused: fused blocks, or the plain PyTorch reference; the state_dict is the same.
     recompute: what the backward pass of fused blocks recomputes, see FusedMBConv; with "expand" and
         "block" also the stem's GELU.
-    checkpoint: path of a .safetensors file, a PyTorch state_dict or an official TensorFlow
-        checkpoint to load; see `moat_kernels.checkpoints.load_checkpoint`.
+    checkpoint: path of a .safetensors file, a PyTorch state_dict, a TensorFlow checkpoint or a
+        Keras SavedModel to load; see `moat_kernels.checkpoints.load_checkpoint`.
     stem_width, widths, depths: override the variant's own; four entries each for the last two.
 
     >>> model = create_model("tiny_moat_0", num_classes=10)
@@ -262,27 +297,61 @@ def create_model(
     Raises ValueError naming the argument, and CheckpointError for a checkpoint that cannot be read
     or does not fit.
     """
-    variant = get_variant(name)
-    model = MOAT(
-        variant.stem_width if stem_width is None else stem_width,
-        variant.widths if widths is None else widths,
-        variant.depths if depths is None else depths,
-        num_classes=num_classes,
-        features_only=features_only,
-        out_indices=out_indices,
-        in_chans=in_chans,
-        output_stride=output_stride,
-        window_size=window_size,
-        global_attention_at_end=global_attention_at_end,
-        pool_size=pool_size,
-        position_embedding=position_embedding,
-        drop_path_rate=variant.drop_path_rate if drop_path_rate is None else drop_path_rate,
-        fused=fused,
-        recompute=recompute,
-    )
-    model.pretrained_cfg = model.default_cfg = get_pretrained_cfg(name)
-    if checkpoint is not None:
-        from moat_kernels.checkpoints import load_checkpoint
-
+    given = {
+        "stem_width": stem_width,
+        "widths": widths,
+        "depths": depths,
+        "num_classes": num_classes,
+        "in_chans": in_chans,
+        "output_stride": output_stride,
+        "window_size": window_size,
+        "global_attention_at_end": global_attention_at_end,
+        "pool_size": pool_size,
+        "position_embedding": position_embedding,
+        "se_activation": se_activation,
+        "layer_norm_eps": layer_norm_eps,
+        "pixel_scaling": pixel_scaling,
+        "channel_order": channel_order,
+        "drop_path_rate": drop_path_rate,
+    }
+    options: dict[str, Any] = {
+        option: value for option, value in given.items() if value is not None
+    }
+    source = None
+    if name is None:
+        if checkpoint is None:
+            raise ValueError("name must be given, or a checkpoint that tells what it is for")
+        source = read_checkpoint(checkpoint)
+        options = {**options_of(source), **options}
+        name = find_variant(options)
+    else:
+        options = {**_sizes_of(get_variant(name)), **options}
+    options.setdefault("drop_path_rate", VARIANTS[name].drop_path_rate if name else 0.0)
+    try:
+        model = MOAT(
+            **options,
+            features_only=features_only,
+            out_indices=out_indices,
+            fused=fused,
+            recompute=recompute,
+        )
+    except (TypeError, ValueError) as error:
+        if source is None:
+            raise
+        raise CheckpointError(f"{source.report.origin}: {error}") from error
+    if name is not None:
+        preprocessing = get_preprocessing(name).for_model(model.configuration)
+        model.pretrained_cfg = model.default_cfg = get_pretrained_cfg(name, preprocessing)
+    if source is not None:
+        load_converted(model, source)
+    elif checkpoint is not None:
         load_checkpoint(model, checkpoint)
     return model
+
+
+def _sizes_of(variant: Variant) -> dict[str, Any]:
+    return {
+        "stem_width": variant.stem_width,
+        "widths": variant.widths,
+        "depths": variant.depths,
+    }

@@ -14,9 +14,10 @@ from torch import Tensor, nn
 
 from moat_kernels.drop_path import DropPath
 from moat_kernels.normalization import BatchNorm2d
-from moat_kernels.ops.common.checks import check_positive_integers
+from moat_kernels.ops.common.activations import activate
+from moat_kernels.ops.common.checks import check_choice, check_positive_integers
 from moat_kernels.ops.common.spatial import pad_map, resolve_padding, split_padding
-from moat_kernels.ops.mbconv.description import Pool
+from moat_kernels.ops.mbconv.description import ACTIVATIONS, Pool
 from moat_kernels.ops.mbconv.reference import pool_map
 from moat_kernels.ops.window_attention import WindowAttentionDescription, resize_table
 from moat_kernels.ops.window_attention.reference import window_attention
@@ -47,16 +48,24 @@ class SameConv2d(nn.Conv2d):
 
 
 class SqueezeExcitation(nn.Module):
-    """Gate of each channel: x * sigmoid(expand(silu(reduce(mean of the map))))."""
+    """Gate of each channel: x * sigmoid(expand(activation(reduce(mean of the map)))).
 
-    def __init__(self, channels: int, reduced_channels: int) -> None:
+    activation: "silu" (official) or another that `MBConvDescription` may name.
+    """
+
+    def __init__(self, channels: int, reduced_channels: int, activation: str = "silu") -> None:
         super().__init__()
+        check_choice("se_activation", activation, ACTIVATIONS)
+        self.activation = activation
         self.reduce = nn.Conv2d(channels, reduced_channels, 1)
         self.expand = nn.Conv2d(reduced_channels, channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        mean = x.mean((2, 3), keepdim=True)
-        return x * torch.sigmoid(self.expand(F.silu(self.reduce(mean))))
+        reduced = self.reduce(x.mean((2, 3), keepdim=True))
+        return x * torch.sigmoid(self.expand(activate(self.activation, reduced)))
+
+    def extra_repr(self) -> str:
+        return f"activation={self.activation!r}"
 
 
 class MBConvBlock(nn.Module):
@@ -70,6 +79,7 @@ class MBConvBlock(nn.Module):
     expand_ratio: inner width over C_out.
     kernel_size: of the depthwise convolution.
     se_ratio: width of the SE bottleneck over C_out (at least 1 channel); None leaves SE out.
+    se_activation: inside the SE bottleneck, "silu" (official) or "gelu" (Keras' MOATs), say.
     pool_size: kernel of the shortcut's average pool, 2 (classification) or 3 (downstream tasks).
     drop_path: probability that a sample loses the residual in training.
     unbiased_running_var: PyTorch's convention for the running variance instead of MOAT's.
@@ -86,6 +96,7 @@ class MBConvBlock(nn.Module):
         expand_ratio: int = 4,
         kernel_size: int = 3,
         se_ratio: float | None = 0.25,
+        se_activation: str = "silu",
         pool_size: int = 2,
         drop_path: float = 0.0,
         unbiased_running_var: bool = False,
@@ -119,7 +130,8 @@ class MBConvBlock(nn.Module):
         self.depthwise_norm = norm(inner_channels)
         self.se: SqueezeExcitation | None = None
         if se_ratio is not None:
-            self.se = SqueezeExcitation(inner_channels, max(1, int(out_channels * se_ratio)))
+            reduced_channels = max(1, int(out_channels * se_ratio))
+            self.se = SqueezeExcitation(inner_channels, reduced_channels, se_activation)
         self.shrink_conv = nn.Conv2d(inner_channels, out_channels, 1)
         self.shortcut_conv: nn.Conv2d | None = None
         if in_channels != out_channels:
@@ -213,6 +225,8 @@ class MOATBlock(MBConvBlock):
 
     y = inverted_bottleneck(x); y + drop_path(attention(layer_norm(y))); there is no MLP. The two
     halves draw their drop path independently. See MBConvBlock and Attention for the arguments.
+
+    layer_norm_eps: 1e-5 (official) or 1e-3 (Keras' MOATs), say.
     """
 
     attention_class = Attention
@@ -229,6 +243,7 @@ class MOATBlock(MBConvBlock):
         window_size: int | tuple[int, int] | None = None,
         position_size: int | None = 14,
         pool_size: int = 2,
+        layer_norm_eps: float = 1e-5,
         drop_path: float = 0.0,
         unbiased_running_var: bool = False,
     ) -> None:
@@ -243,7 +258,9 @@ class MOATBlock(MBConvBlock):
             drop_path=drop_path,
             unbiased_running_var=unbiased_running_var,
         )
-        self.attention_norm = nn.LayerNorm(out_channels, eps=1e-5)
+        if not layer_norm_eps > 0:
+            raise ValueError(f"layer_norm_eps must be > 0, got {layer_norm_eps!r}")
+        self.attention_norm = nn.LayerNorm(out_channels, eps=layer_norm_eps)
         self.attention = self.attention_class(
             out_channels, head_dim=head_dim, window_size=window_size, position_size=position_size
         )

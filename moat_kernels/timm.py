@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from moat_kernels.checkpoints import load_checkpoint
 from moat_kernels.models import MOAT, check_global_pool, create_model
-from moat_kernels.variants import VARIANTS, get_pretrained_cfg
+from moat_kernels.preprocessing import preprocessing_of
+from moat_kernels.variants import VARIANTS, get_preprocessing, get_pretrained_cfg
 
 try:
     from timm.models import (
@@ -35,7 +36,9 @@ _LEVELS = (0, 1, 2, 3, 4)  # timm's own choice where out_indices says nothing
 _AVERAGES = ("state_dict_ema", "model_ema")  # what timm prefers in the files of its train.py
 _HEAD = ("final_layer_norm.", "logits_head.")
 
-default_cfgs = generate_default_cfgs({name: get_pretrained_cfg(name) for name in VARIANTS})
+default_cfgs = generate_default_cfgs(
+    {name: get_pretrained_cfg(name, get_preprocessing(name)) for name in VARIANTS}
+)
 
 
 def _create(
@@ -90,9 +93,13 @@ def _create(
         pretrained_filter_fn=_weights_of,
         **options,
     )
+    preprocessing = preprocessing_of(model.pretrained_cfg)
+    if preprocessing is not None:
+        model.describe_images(preprocessing.for_model(model.configuration))
     if file:
         other_classes = model.num_classes != source.num_classes
         load_checkpoint(model, file, prefer=_AVERAGES, fine_tune=other_classes)
+        model.pretrained_cfg.update(pretrained_cfg_overlay or {})
     if model.out_indices is not None:
         model.feature_info = FeatureInfo(model.feature_info, model.out_indices)
     return model

@@ -6,22 +6,15 @@ Source: the paper's tables 1 and 2 (arXiv 2210.01820) and the official code.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-# Mean and standard deviation of RGB in 0..1 units; ImageNet's for the small models, and
-# a plain [-1, 1] range for those pre-trained on ImageNet-22k at high resolution.
+from moat_kernels.preprocessing import SCALED, Colour, Preprocessing, preprocessing_of
+
+# Mean and standard deviation of RGB in 0..1 units, for the small models; those pre-trained on
+# ImageNet-22k at high resolution have a plain [-1, 1] range.
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-_SYMMETRIC = ((0.5, 0.5, 0.5), (0.5, 0.5, 0.5))
-
-
-@dataclass(frozen=True)
-class Preprocessing:
-    """What an image needs before the model: (rgb in 0..1 - mean) / std, at `resolution` pixels."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    resolution: int
 
 
 @dataclass(frozen=True)
@@ -40,7 +33,7 @@ def _variant(
     widths: tuple[int, int, int, int],
     depths: tuple[int, int, int, int],
     drop_path_rate: float,
-    normalization: tuple[tuple[float, float, float], tuple[float, float, float]],
+    normalization: tuple[Colour, Colour],
     resolution: int,
 ) -> Variant:
     preprocessing = Preprocessing(*normalization, resolution)
@@ -50,9 +43,9 @@ def _variant(
 VARIANTS = {
     "moat_0": _variant(64, (96, 192, 384, 768), (2, 3, 7, 2), 0.2, _IMAGENET, 224),
     "moat_1": _variant(64, (96, 192, 384, 768), (2, 6, 14, 2), 0.3, _IMAGENET, 224),
-    "moat_2": _variant(128, (128, 256, 512, 1024), (2, 6, 14, 2), 0.3, _SYMMETRIC, 384),
-    "moat_3": _variant(160, (160, 320, 640, 1280), (2, 12, 28, 2), 0.6, _SYMMETRIC, 512),
-    "moat_4": _variant(256, (256, 512, 1024, 2048), (2, 12, 28, 2), 0.7, _SYMMETRIC, 512),
+    "moat_2": _variant(128, (128, 256, 512, 1024), (2, 6, 14, 2), 0.3, SCALED, 384),
+    "moat_3": _variant(160, (160, 320, 640, 1280), (2, 12, 28, 2), 0.6, SCALED, 512),
+    "moat_4": _variant(256, (256, 512, 1024, 2048), (2, 12, 28, 2), 0.7, SCALED, 512),
     "tiny_moat_0": _variant(32, (32, 64, 128, 256), (2, 3, 7, 2), 0.0, _IMAGENET, 256),
     "tiny_moat_1": _variant(40, (40, 80, 160, 320), (2, 3, 7, 2), 0.0, _IMAGENET, 256),
     "tiny_moat_2": _variant(56, (56, 112, 224, 448), (2, 3, 7, 2), 0.0, _IMAGENET, 256),
@@ -76,34 +69,50 @@ def get_variant(name: str) -> Variant:
     return VARIANTS[name]
 
 
-def get_preprocessing(name: str) -> Preprocessing:
-    """Normalisation and resolution of the official ImageNet training of variant `name`.
+def find_variant(sizes: Mapping[str, Any]) -> str | None:
+    """The name of the variant of this stem_width, widths and depths, if there is one."""
+    wanted = (sizes["stem_width"], tuple(sizes["widths"]), tuple(sizes["depths"]))
+    for name, variant in VARIANTS.items():
+        if (variant.stem_width, variant.widths, variant.depths) == wanted:
+            return name
+    return None
+
+
+def get_preprocessing(model: str | Any) -> Preprocessing:
+    """How images are prepared for a model, or were in the official ImageNet training of a variant.
+
+    model: the name of a variant, or a MOAT or FrozenMOAT, whose checkpoint may have told it.
 
     >>> get_preprocessing("moat_2").resolution
     384
 
-    Raises ValueError with the known names for another name.
+    crop_pct and interpolation of variants are timm's defaults: the official code does not publish
+    how images are cropped and resized in evaluation.
+
+    Raises ValueError with the known names for another name, and for a model of which it is not
+    known.
     """
-    return get_variant(name).preprocessing
+    if isinstance(model, str):
+        return get_variant(model).preprocessing
+    cfg = getattr(model, "pretrained_cfg", None)
+    preprocessing = preprocessing_of(cfg) if isinstance(cfg, Mapping) else None
+    if preprocessing is None:
+        raise ValueError(
+            f"model must be the name of a variant, or a MOAT that was made by one or whose "
+            f"checkpoint tells how images are prepared; this {type(model).__name__} was not"
+        )
+    return preprocessing
 
 
-def get_pretrained_cfg(name: str) -> dict[str, Any]:
-    """What timm's `pretrained_cfg` says of variant `name`: how its images are prepared, above all.
+def get_pretrained_cfg(name: str | None, preprocessing: Preprocessing) -> dict[str, Any]:
+    """What timm's `pretrained_cfg` says of a model: how its images are prepared, above all.
 
-    crop_pct and interpolation are timm's defaults: the official code does not publish how images
-    are cropped and resized in evaluation.
+    name: of the variant, if it is one.
     """
-    preprocessing = get_preprocessing(name)
-    resolution = preprocessing.resolution
     return {
-        "architecture": name,
-        "input_size": (3, resolution, resolution),
-        "fixed_input_size": False,
-        "pool_size": (math.ceil(resolution / 32),) * 2,
-        "interpolation": "bicubic",
-        "crop_pct": 0.875,
-        "mean": preprocessing.mean,
-        "std": preprocessing.std,
+        **({"architecture": name} if name else {}),
+        **preprocessing.timm_cfg(),
+        "pool_size": (math.ceil(preprocessing.resolution / 32),) * 2,
         "num_classes": 1000,
         "first_conv": "stem.conv_0",
         "classifier": "logits_head",

@@ -8,7 +8,12 @@ from typing import Any
 
 from torch import Tensor
 
-from moat_kernels.configuration import ConfigurationError, adaptations
+from moat_kernels.configuration import (
+    ConfigurationError,
+    adaptations,
+    turned,
+    turns_channels,
+)
 
 from .errors import CheckpointError
 from .filling import HEAD_PREFIXES
@@ -56,6 +61,9 @@ def adapt(
             *(adapted, report, lambda name: _stage_of(name) not in stages),
             "the model has no such stage (out_indices)",
         )
+    first = adapted.get(_FIRST_CONVOLUTION)
+    if found and own and first is not None and turns_channels(found, own):
+        adapted[_FIRST_CONVOLUTION] = turned(first)  # `adaptations` has told it
     _adapt_first_convolution(adapted, report, target)
     if fine_tune:
         _keep_own_classifier(adapted, report, target)

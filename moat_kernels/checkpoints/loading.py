@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Collection, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from moat_kernels.configuration import configurations_of
+from moat_kernels.configuration import OFFICIAL, configurations_of
 
 from .adapting import adapt
+from .architecture import FIRST_CONVOLUTION, preprocessing_of
 from .conversion import ConvertedCheckpoint, convert_variables
 from .errors import CheckpointError
 from .files import open_regular
@@ -88,26 +90,61 @@ def load_checkpoint(
     Raises:
         CheckpointError: the file cannot be read, or does not fit; the model is then unchanged.
     """
-    names = model.state_dict()
-    prefix = common_prefix(names)
-    target = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
-    check_target(target)
-    converted = _read(Path(path), target, ema, key, prefer)
-    report = converted.report
-    own = configurations_of(names).get(prefix.removesuffix("."))
+    _, target = _tensors_of(model)
+    converted = read_checkpoint(path, target, ema=ema, key=key, prefer=prefer)
+    return load_converted(model, converted, fine_tune=fine_tune)
+
+
+def load_converted(
+    model: torch.nn.Module, converted: ConvertedCheckpoint, *, fine_tune: bool = False
+) -> CheckpointReport:
+    """The same of a checkpoint that was read."""
+    prefix, target = _tensors_of(model)
+    report, path = converted.report, prefix.removesuffix(".")
+    own = configurations_of(model.state_dict()).get(path)
     try:
         configurations = (converted.configuration, own)
         state_dict = adapt(converted.state_dict, report, target, configurations, fine_tune)
         check_fit(state_dict, target)
+        preprocessing = preprocessing_of(converted)
         fill(model, {prefix + name: tensor for name, tensor in state_dict.items()})
     except CheckpointError as error:
         raise CheckpointError(f"{report.origin}: {error}") from error.__cause__
+    if own is not None and preprocessing is not None:
+        found = {**OFFICIAL, **(converted.configuration or {})}
+        moat: Any = model.get_submodule(path)
+        moat.describe_images(preprocessing.for_model(own, found["pixel_scaling"]))
     return report
 
 
-def _read(
-    path: Path, names: Collection[str], ema: bool, key: str | None, prefer: Sequence[str]
+def _tensors_of(model: torch.nn.Module) -> tuple[str, StateDict]:
+    """The prefix of wrappers in a model's names, and its tensors by their names without it.
+
+    Raises CheckpointError if values cannot be copied into one.
+    """
+    names = model.state_dict()
+    prefix = common_prefix(names)
+    target = {name.removeprefix(prefix): tensor for name, tensor in names.items()}
+    check_target(target)
+    return prefix, target
+
+
+def read_checkpoint(
+    path: str | os.PathLike[str],
+    names: Collection[str] = (FIRST_CONVOLUTION,),
+    *,
+    ema: bool = False,
+    key: str | None = None,
+    prefer: Sequence[str] = (),
 ) -> ConvertedCheckpoint:
+    """What is in a checkpoint of any kind, in this package's names, and what its file tells.
+
+    names: which the state_dict to take should have; the other arguments are `load_checkpoint`'s.
+
+    Raises:
+        CheckpointError: the file cannot be read, or is a state_dict of another kind.
+    """
+    path = Path(path)
     kind = _kind_of_file(path)
     if kind != "torch" and key is not None:
         raise CheckpointError(f"{path}: key={key!r} is for files of torch.save only")

@@ -32,6 +32,13 @@ def check_positive_integers(**arguments: object) -> None:
         check_positive_integer(name, value)
 
 
+def check_choice(name: str, value: object, choices: tuple[object, ...]) -> None:
+    """Raise ValueError naming the argument if it is none of `choices`."""
+    if value not in choices:
+        supported = ", ".join(repr(choice) for choice in choices)
+        raise ValueError(f"{name} must be one of {supported}, got {value!r}")
+
+
 def check_devices(op: str, x: Tensor, tensors: Mapping[str, Tensor | None]) -> None:
     """All must be on x's device. RuntimeError, as of stock's layers.
 

@@ -12,18 +12,12 @@ from torch import Tensor
 
 from moat_kernels.ops.common.batch_norm import Norm as Norm
 from moat_kernels.ops.common.batch_norm import NormParameters as NormParameters
-from moat_kernels.ops.common.checks import check_positive_integer
+from moat_kernels.ops.common.checks import check_choice, check_positive_integer
 from moat_kernels.ops.common.encoding import decode_fields, encode
 from moat_kernels.ops.common.spatial import Padding
 
 ACTIVATIONS = ("gelu", "gelu_tanh", "silu", "relu", "identity")
 NORMS = ("pre_norm", "expand_norm", "depthwise_norm", "project_norm")
-
-
-def _check_choice(argument: str, value: object, choices: tuple[object, ...]) -> None:
-    if value not in choices:
-        supported = ", ".join(repr(choice) for choice in choices)
-        raise ValueError(f"{argument} must be one of {supported}, got {value!r}")
 
 
 def _check_padding(argument: str, padding: object) -> None:
@@ -52,8 +46,8 @@ class SqueezeExcite:
     activation: str = "silu"
 
     def __post_init__(self) -> None:
-        _check_choice("position", self.position, ("before_norm", "after_activation"))
-        _check_choice("activation", self.activation, ACTIVATIONS)
+        check_choice("position", self.position, ("before_norm", "after_activation"))
+        check_choice("activation", self.activation, ACTIVATIONS)
 
 
 @dataclass(frozen=True)
@@ -67,7 +61,7 @@ class Pool:
     count_include_pad: bool = False
 
     def __post_init__(self) -> None:
-        _check_choice("kind", self.kind, ("average", "max"))
+        check_choice("kind", self.kind, ("average", "max"))
         check_positive_integer("kernel_size", self.kernel_size)
         check_positive_integer("stride", self.stride)
         _check_padding("padding", self.padding)
@@ -112,8 +106,8 @@ class MBConvDescription:
         check_positive_integer("stride", self.stride)
         _check_padding("padding", self.padding)
         for name in ("pre_activation", "expand_activation", "depthwise_activation"):
-            _check_choice(name, getattr(self, name), ACTIVATIONS)
-        _check_choice("order", self.order, ("expand_first", "depthwise_first"))
+            check_choice(name, getattr(self, name), ACTIVATIONS)
+        check_choice("order", self.order, ("expand_first", "depthwise_first"))
         if self.pool is not None and not self.residual:
             raise ValueError("pool is set but residual is False: there is no shortcut to pool")
 
