@@ -31,13 +31,18 @@ from photographs import DataError
 from prediction_files import ERRORS, opened_run, write_results
 from prediction_images import Decoded, decoded_batches, image_names, state_of
 from prediction_journal import Journal, Record
-from prediction_labels import read_labels
-from prediction_model import Classifier, chosen, labels_of, load_model, make_classifier
+from prediction_model import (
+    Classifier,
+    chosen,
+    known_labels,
+    labels_of,
+    load_model,
+    make_classifier,
+    preprocessing_of,
+)
 from prediction_options import FAILED, parse_options
 from progress import Progress
 from training import TrainingError
-
-import moat_kernels
 
 LEFT_OUT = 2  # the exit code if some images could not be read
 
@@ -83,16 +88,12 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _classifier(options: argparse.Namespace) -> Classifier:
-    given = read_labels(options.labels) if options.labels else None
-    model = load_model(options.model, options.checkpoint, given)
-    labels = labels_of(model, options.checkpoint, given)
-    preprocessing = moat_kernels.get_preprocessing(model)
-    if options.resolution:
-        preprocessing = dataclasses.replace(preprocessing, resolution=options.resolution)
+    labels = known_labels(options.labels, options.checkpoint)
+    model = load_model(options.model, options.checkpoint, labels and len(labels))
     return make_classifier(
         model,
-        labels,
-        preprocessing,
+        labels_of(model, labels),
+        preprocessing_of(model, options.resolution),
         getattr(torch, options.dtype),
         device_of(options),
         freeze=not options.no_freeze,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import sys
 from collections.abc import Mapping, Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import torch
 from photographs import DataError, normalised
+from prediction_labels import read_labels
 from pretrained import classes_of
 from torch import Tensor, nn
 
@@ -45,50 +47,67 @@ class Classifier:
         return self.module(images if self.frozen else images.to(self.dtype)).float().cpu()
 
 
-def load_model(
-    name: str | None, checkpoint: Path | None, labels: Sequence[str] | None
-) -> moat_kernels.MOAT:
+def known_labels(labels: Path | None, checkpoint: Path | None) -> list[str] | None:
+    """The names in the file `labels`, else those in the checkpoint, if it has any.
+
+    Raises DataError for labels that cannot be read.
+    """
+    if labels is not None:
+        return read_labels(labels)
+    return classes_of(checkpoint) if checkpoint is not None else None
+
+
+def load_model(name: str | None, checkpoint: Path | None, classes: int | None) -> moat_kernels.MOAT:
     """A MOAT in eval mode, with the weights of a file or random ones of the variant `name`.
+
+    classes: how many a variant given by its name has; None: as many as official ones.
 
     Raises DataError for a file that cannot be read or that is of another model, and for a model
     that does not classify images of three colours.
     """
     torch.manual_seed(SEED)
-    options = {} if labels is None else {"num_classes": len(labels)}
     try:
-        if name is not None:
-            model = moat_kernels.create_model(name, checkpoint=checkpoint, **options)
-        else:
+        if name is None:
             model = moat_kernels.create_model(checkpoint=checkpoint)
+        else:
+            model = moat_kernels.create_model(name, checkpoint=checkpoint, num_classes=classes)
     except (OSError, CheckpointError) as error:
         raise DataError(f"--checkpoint {checkpoint} cannot be loaded: {error}") from error
-    classifier = model.get_classifier()
-    if classifier is None:
+    if model.get_classifier() is None:
         raise DataError(f"--checkpoint {checkpoint} has no classifier")
-    if model.configuration["in_chans"] != COLOURS:
+    if (channels := model.configuration["in_chans"]) != COLOURS:
         raise DataError(
-            f"--checkpoint {checkpoint} is for images of {model.configuration['in_chans']} "
-            f"channels, photographs have {COLOURS}"
+            f"--checkpoint {checkpoint} is for images of {channels} channels, photographs have "
+            f"{COLOURS}"
         )
     return model.eval()
 
 
-def labels_of(
-    model: moat_kernels.MOAT, checkpoint: Path | None, labels: Sequence[str] | None
-) -> list[str]:
-    """Those given, else those of the file, else the numbers of the classes, from 0 on.
+def labels_of(model: moat_kernels.MOAT, known: Sequence[str] | None) -> list[str]:
+    """Those that are known, else the numbers of the classes, from 0 on.
 
     Raises DataError if they are not as many as the model has classes.
     """
-    found = labels if labels is not None else checkpoint and classes_of(checkpoint)
-    if found is None:
+    if known is None:
         return [str(number) for number in range(model.num_classes)]
-    if len(found) != model.num_classes:
-        source = "--labels" if labels is not None else f"--checkpoint {checkpoint}"
+    if len(known) != model.num_classes:
         raise DataError(
-            f"{source} has {len(found)} names, but the model has {model.num_classes} classes"
+            f"--labels or the checkpoint names {len(known)} classes, but the model has "
+            f"{model.num_classes}"
         )
-    return list(found)
+    return list(known)
+
+
+def preprocessing_of(model: moat_kernels.MOAT, resolution: int | None) -> Preprocessing:
+    """How images are prepared, at `resolution` if it is given. DataError if it is not known."""
+    try:
+        preprocessing = moat_kernels.get_preprocessing(model)
+    except ValueError as error:
+        raise DataError(
+            "--checkpoint does not tell how images are prepared, nor has its model the sizes of a "
+            f"variant of which that is known ({', '.join(moat_kernels.list_models())})"
+        ) from error
+    return dataclasses.replace(preprocessing, resolution=resolution or preprocessing.resolution)
 
 
 def make_classifier(

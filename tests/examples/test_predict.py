@@ -19,9 +19,11 @@ import predict
 import prediction_model
 from PIL import Image
 from support.example_program import small_model
+from support.keras import KERAS
 
 import moat_kernels
 from moat_kernels.checkpoints import save_safetensors
+from moat_kernels.preprocessing import PIXELS, Preprocessing
 
 CLASSES = ["ant", "bee", "cat, black", "dog", "elk", "fox"]
 NAMES = ["a/0.png", "a/1.png", "a/2.png", "b/c/3.png", "b/c/4.jpg", "b/5.png", "b/6.png"]
@@ -29,10 +31,10 @@ RESOLUTION = 32
 RESULTS = ("predictions.csv", "predictions.json", "errors.csv")
 
 
-def make_model(seed: int = 0) -> moat_kernels.MOAT:
+def make_model(seed: int = 0, **options: object) -> moat_kernels.MOAT:
     """One that tells images apart, as random weights alone do not."""
     torch.manual_seed(seed)
-    model = small_model("tiny_moat_0", num_classes=len(CLASSES)).eval()
+    model = small_model("tiny_moat_0", num_classes=len(CLASSES), **options).eval()
     with torch.no_grad():
         model.logits_head.weight *= 100
     return model
@@ -66,11 +68,6 @@ def run(
 ) -> Callable[..., int]:
     """Calls the program on the images."""
     monkeypatch.setattr(predict, "RUNS", tmp_path / "runs")
-    monkeypatch.setattr(
-        moat_kernels,
-        "create_model",
-        lambda name="tiny_moat_0", **options: small_model(name, **{"num_classes": 6, **options}),
-    )  # STANDIN
 
     def call(*arguments: object) -> int:
         given = ("--checkpoint", checkpoint, "--images", images, "--resolution", RESOLUTION)
@@ -133,6 +130,95 @@ def test_every_image_has_its_own_classes(run, images, tmp_path, capsys) -> None:
     assert rows(output / "errors.csv") == []
     assert "7 images in " in (text := capsys.readouterr().out)
     assert "images per second, batch 2, float32, cpu" in text and "7/7" in text
+
+
+@pytest.mark.parametrize("name", ["names.txt", "names.csv", "names.json"])
+def test_labels_of_a_file_go_before_those_of_the_checkpoint(run, tmp_path, name: str) -> None:
+    lines = {"names.txt": "{}\n", "names.csv": "0,{}\n", "names.json": '"{}",'}[name]
+    text = "".join(lines.format(f"{label}!".replace(",", "")) for label in CLASSES)
+    text = {"names.csv": f"id,name\n{text}", "names.json": f"[{text[:-1]}]"}.get(name, text)
+    (tmp_path / name).write_text(text)
+    run("--top", 6, "--output", tmp_path / "own")
+    assert run("--top", 6, "--labels", tmp_path / name, "--output", tmp_path / "given") == 0
+    renamed = {
+        image: {f"{label}!".replace(",", ""): score for label, score in one.items()}
+        for image, one in scores(tmp_path / "own").items()
+    }
+    assert scores(tmp_path / "given") == renamed
+
+
+def test_without_labels_classes_have_numbers(run, tmp_path) -> None:
+    save_safetensors(make_model().state_dict(), tmp_path / "bare.safetensors")
+    assert run("--checkpoint", tmp_path / "bare.safetensors", "--output", tmp_path / "run") == 0
+    assert {label for one in scores(tmp_path / "run").values() for label in one} <= set("012345")
+
+
+def test_a_tagger_sees_what_its_file_tells(run, images, tmp_path) -> None:
+    """Pixels of the whole image with a white border, blue first."""
+    model, path = make_model(**KERAS), tmp_path / "tagger.safetensors"
+    model.describe_images(Preprocessing(*PIXELS, RESOLUTION, "bgr", "border", 1.0))
+    save_safetensors(model.state_dict(), path)
+    assert run("--checkpoint", path, "--threshold", 0, "--output", tmp_path / "tags") == 0
+    found = scores(tmp_path / "tags")
+    for name in NAMES:
+        square = np.full((60, 60, 3), 255, np.uint8)
+        square[10:50] = np.asarray(Image.open(images / name).convert("RGB"))
+        small = Image.fromarray(square).resize((RESOLUTION,) * 2, Image.Resampling.BICUBIC)
+        x = torch.from_numpy(np.array(small)[..., ::-1].copy()).permute(2, 0, 1)[None]
+        with torch.no_grad():
+            expected = model(x).sigmoid()[0].tolist()
+        assert [found[name][str(index)] for index in range(6)] == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("options", "complaint"),
+    [
+        ({"num_classes": 0}, "has no classifier"),
+        ({"in_chans": 4}, "is for images of 4 channels"),
+        ({"num_classes": 5}, "names 6 classes, but the model has 5"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_models_that_do_not_classify_photographs_are_refused(
+    run, tmp_path, capsys, options, complaint: str
+) -> None:
+    path, labels = tmp_path / "x.safetensors", tmp_path / "labels.txt"
+    labels.write_text("\n".join(CLASSES))
+    save_safetensors(small_model("tiny_moat_0", **options).state_dict(), path)
+    assert run("--checkpoint", path, "--labels", labels) == 1
+    assert complaint in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+
+
+def test_what_is_no_checkpoint_is_named(run, tmp_path, capsys) -> None:
+    (tmp_path / "x.pt").write_text("text")
+    for path in (tmp_path / "x.pt", tmp_path / "none"):
+        assert run("--checkpoint", path) == 1
+        assert f"error: --checkpoint {path} cannot be loaded: " in capsys.readouterr().err
+
+
+def test_weights_of_which_no_preprocessing_is_known(run, tmp_path, capsys) -> None:
+    torch.save(dict(make_model().state_dict()), tmp_path / "bare.pt")
+    assert run("--checkpoint", tmp_path / "bare.pt") == 1
+    assert "does not tell how images are prepared" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--images", "x"],
+        ["--model", "moat_9", "--images", "x"],
+        ["--model", "moat_0"],
+        ["--model", "moat_0", "--images", "x", "--top", "0"],
+        ["--model", "moat_0", "--images", "x", "--threshold", "1"],
+        ["--model", "moat_0", "--images", "x", "--threshold", "0.5", "--top", "3"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_options_are_an_error_not_images_left_out(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        predict.main(wrong)
+    assert ended.value.code == predict.FAILED
 
 
 def test_five_classes_unless_told_otherwise(run, tmp_path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import threading
 import time
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 from prediction_images import decoded_batches, image_names, prepared, state_of
 from prediction_journal import Journal, JournalError, Record, opened_journal
 from prediction_labels import read_labels
+from prediction_model import chosen
 
 import moat_kernels
 
@@ -146,8 +148,20 @@ def test_images_are_decoded_in_order_and_not_too_far_ahead(
         assert [one.name for one in batch] == expected
         assert [int(one.pixels[0, 0, 0]) for one in batch] == [int(Path(n).stem) for n in expected]
         taken += len(batch)
+        time.sleep(0.05 if taken == 1 else 0)
         assert len(decoded) - taken <= 4 * (2 + -(-2 * workers // 4))
     assert taken == 24
+
+
+def test_softmax_chooses_the_best_and_sigmoid_all_above_a_threshold() -> None:
+    logits = torch.tensor([[0.0, 2.0, 1.0], [-9.0, -8.0, 0.0]])
+    total = 1 + math.exp(2) + math.exp(1)
+    (indices, scores), _ = chosen(logits, 2, None)
+    assert indices == [1, 2]
+    assert scores == pytest.approx([math.exp(2) / total, math.exp(1) / total], rel=1e-5)
+    first, second = chosen(logits, None, 0.5)
+    assert first[0] == [1, 2] and second == ([], [])  # 0.5 itself is not above it
+    assert first[1] == pytest.approx([1 / (1 + math.exp(-2)), 1 / (1 + math.exp(-1))], rel=1e-5)
 
 
 def test_who_stops_early_does_not_wait_for_the_rest(folder: Path) -> None:
