@@ -28,7 +28,7 @@ from classifier_options import RUNS
 from dense_run import INTERRUPTED, device_of
 from files import new_numbered_folder
 from photographs import DataError
-from prediction_files import ERRORS, opened_run, write_results
+from prediction_files import ERRORS, JOURNAL, opened_run, write_results
 from prediction_images import Decoded, decoded_batches, image_names, state_of
 from prediction_journal import Journal, Record
 from prediction_model import (
@@ -42,6 +42,7 @@ from prediction_model import (
 )
 from prediction_options import FAILED, parse_options
 from progress import Progress
+from torch import Tensor
 from training import TrainingError
 
 LEFT_OUT = 2  # the exit code if some images could not be read
@@ -89,7 +90,7 @@ def _run(options: argparse.Namespace) -> int:
 
 def _classifier(options: argparse.Namespace) -> Classifier:
     labels = known_labels(options.labels, options.checkpoint)
-    model = load_model(options.model, options.checkpoint, labels and len(labels))
+    model = load_model(options.model, options.checkpoint, None if labels is None else len(labels))
     return make_classifier(
         model,
         labels_of(model, labels),
@@ -127,7 +128,7 @@ def _settings(options: argparse.Namespace, classifier: Classifier) -> dict[str, 
 def _batches(
     options: argparse.Namespace, names: Sequence[str], journal: Journal
 ) -> list[list[str]]:
-    """What is still to be done of each batch.
+    """What is still to be done of each batch; images that failed before come last.
 
     An image is in the same batch in every run: its results depend, in the last digit, on that.
     """
@@ -135,10 +136,10 @@ def _batches(
         names[start : start + options.batch] for start in range(0, len(names), options.batch)
     ]
     left = [
-        [name for name in one if not _is_done(options.images / name, name, journal)]
-        for one in batches
+        [name for name in batch if not _is_done(options.images / name, name, journal)]
+        for batch in batches
     ]
-    return [one for one in left if one]
+    return sorted(filter(None, left), key=lambda batch: all(name in journal for name in batch))
 
 
 def _is_done(path: Path, name: str, journal: Journal) -> bool:
@@ -159,6 +160,8 @@ def _tell_beginning(
     left = sum(map(len, batches))
     done = f", {len(names) - left} of them done before" if left < len(names) else ""
     print(f"{len(names)} images in {options.images}{done}", flush=True)
+    if journal.torn:
+        print(f"the last {journal.torn} bytes of {JOURNAL} are of an interrupted batch: left out")
     if gone := sorted(set(journal.predicted()).difference(names)):
         print(
             f"warning: {len(gone)} images were deleted since they were predicted, {gone[0]!r} "
@@ -199,17 +202,27 @@ def _records(
 ) -> Iterator[Record]:
     """What is to be written of each image, in their order."""
     pixels = [one.pixels for one in batch if one.pixels is not None]
-    logits = iter(classifier.logits(torch.stack(pixels)) if pixels else ())
+    results = iter(_results(torch.stack(pixels), classifier, options) if pixels else ())
     for one in batch:
-        if one.pixels is None:
-            yield Record(one.name, one.state, error=one.error)
-            continue
-        row = next(logits)
-        if not row.isfinite().all():
-            yield Record(one.name, one.state, error=_not_finite(options))
-            continue
-        ((indices, scores),) = chosen(row[None], options.top, options.threshold)
-        yield Record(one.name, one.state, [classifier.labels[i] for i in indices], scores)
+        result = one.error if one.pixels is None else next(results)
+        if isinstance(result, str):
+            yield Record(one.name, one.state, error=result)
+        else:
+            yield Record(one.name, one.state, *result)
+
+
+def _results(
+    pixels: Tensor, classifier: Classifier, options: argparse.Namespace
+) -> Iterator[tuple[list[str], list[float]] | str]:
+    """Of each image labels and scores, or why there are none."""
+    logits = classifier.logits(pixels)
+    finite = logits.isfinite().all(1).tolist()
+    rows = chosen(logits, options.top, options.threshold)
+    for (indices, scores), is_finite in zip(rows, finite, strict=True):
+        if is_finite:
+            yield [classifier.labels[index] for index in indices], scores
+        else:
+            yield _not_finite(options)
 
 
 def _not_finite(options: argparse.Namespace) -> str:

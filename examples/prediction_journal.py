@@ -52,6 +52,9 @@ class Journal:
     def __len__(self) -> int:
         return len(self._places)
 
+    def __contains__(self, image: str) -> bool:
+        return image in self._places
+
     def predicted(self) -> list[str]:
         """The images that have predictions, sorted."""
         return sorted(self._states)

@@ -54,7 +54,9 @@ def known_labels(labels: Path | None, checkpoint: Path | None) -> list[str] | No
     """
     if labels is not None:
         return read_labels(labels)
-    return classes_of(checkpoint) if checkpoint is not None else None
+    names = classes_of(checkpoint) if checkpoint is not None else None
+    are_names = isinstance(names, list) and all(isinstance(name, str) for name in names)
+    return names if are_names and names else None
 
 
 def load_model(name: str | None, checkpoint: Path | None, classes: int | None) -> moat_kernels.MOAT:
@@ -155,6 +157,9 @@ def chosen(
     ordered, indices = scores.sort(dim=1, descending=True, stable=True)
     counts = [top] * len(logits) if threshold is None else (ordered > threshold).sum(1).tolist()
     return [
-        (indices[row, :count].tolist(), [float(f"{one:.6g}") for one in ordered[row, :count]])
+        (
+            indices[row, :count].tolist(),
+            [float(f"{score:.6g}") for score in ordered[row, :count].tolist()],
+        )
         for row, count in enumerate(counts)
     ]

@@ -86,7 +86,7 @@ def scores(folder: Path) -> dict[str, dict[str, float]]:
 
 
 def rows(path: Path) -> list[dict[str, str]]:
-    with path.open(newline="") as file:
+    with path.open(newline="", encoding="utf-8", errors="surrogateescape") as file:
         return list(csv.DictReader(file))
 
 
@@ -151,6 +151,27 @@ def test_without_labels_classes_have_numbers(run, tmp_path) -> None:
     save_safetensors(make_model().state_dict(), tmp_path / "bare.safetensors")
     assert run("--checkpoint", tmp_path / "bare.safetensors", "--output", tmp_path / "run") == 0
     assert {label for one in scores(tmp_path / "run").values() for label in one} <= set("012345")
+
+
+@pytest.mark.parametrize("classes", ["[]", "[1, 2]", "6", "{", '{"ant": 0}'])
+def test_what_is_no_list_of_names_in_a_checkpoint_is_none(run, tmp_path, classes: str) -> None:
+    path = tmp_path / "other.safetensors"
+    save_safetensors(make_model().state_dict(), path, {"classes": classes})
+    assert run("--checkpoint", path, "--output", tmp_path / "run") == 0
+    assert {label for one in scores(tmp_path / "run").values() for label in one} <= set("012345")
+
+
+def test_names_of_any_kind(run, images, tmp_path, capsys) -> None:
+    odd = ['comma, "quote"\nline.png', "\u00e9\u732b.png", os.fsdecode(b"\xff.png")]
+    for name in odd:
+        (images / name).write_bytes((images / "a/0.png").read_bytes())
+    (images / "broken \n, ;.png").write_text("text")
+    for _ in range(2):
+        assert run("--output", tmp_path / "run") == 2
+    assert sorted([*NAMES, *odd]) == list(scores(tmp_path / "run"))
+    (error,) = rows(tmp_path / "run/errors.csv")
+    assert error["image"] == "broken \n, ;.png"
+    assert {row["image"] for row in rows(tmp_path / "run/predictions.csv")} == {*NAMES, *odd}
 
 
 def test_a_tagger_sees_what_its_file_tells(run, images, tmp_path) -> None:
@@ -304,6 +325,22 @@ def test_what_cannot_be_read_is_left_out_and_tried_again(run, images, tmp_path, 
     assert_alike(output, tmp_path / "whole", 1e-4)
 
 
+def test_what_failed_before_is_tried_last(run, images, tmp_path, monkeypatch) -> None:
+    """Else a machine that is often interrupted would do little else."""
+    (images / "a/0.png").write_text("text")
+    tried, append = [], predict.Journal.append
+
+    def stop_after_one(journal: predict.Journal, records: list) -> None:
+        append(journal, records)
+        tried.extend(record.image for record in records)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(predict.Journal, "append", stop_after_one)
+    for _ in range(5):
+        assert run("--output", tmp_path / "run") == 130
+    assert tried == [*sorted(NAMES), "a/0.png"]
+
+
 def test_images_may_come_go_and_change(run, images, tmp_path, capsys, calls) -> None:
     output = tmp_path / "run"
     run("--output", output)
@@ -393,8 +430,8 @@ def test_after_ctrl_c_it_goes_on(run, tmp_path, capsys, calls, monkeypatch, batc
     assert contents(output) == contents(tmp_path / "whole")
 
 
-@pytest.mark.parametrize("share", [0.0, 0.3, 0.7, 0.99])
-def test_after_a_power_failure_it_goes_on(run, tmp_path, share: float) -> None:
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.7, 0.99])
+def test_after_a_power_failure_it_goes_on(run, tmp_path, capsys, share: float) -> None:
     """Only a part of the journal came to the disk, results did not."""
     run("--output", tmp_path / "whole")
     output = tmp_path / "run"
@@ -405,6 +442,8 @@ def test_after_a_power_failure_it_goes_on(run, tmp_path, share: float) -> None:
     assert run("--output", output) == 0
     assert contents(output) == contents(tmp_path / "whole")
     assert (output / "journal.jsonl").read_bytes() == journal
+    told = "bytes of journal.jsonl are of an interrupted batch" in capsys.readouterr().out
+    assert told == (share > 0)
 
 
 def test_a_run_that_is_done_computes_nothing_more(run, tmp_path, calls) -> None:
