@@ -63,18 +63,23 @@ def adaptations(
     told.pop(PREPROCESSING_KEY, None)
     differing = {name: value for name, value in told.items() if value != plain_own.get(name)}
     for name in differing:
-        if name in _FIXED and not fine_tune:
-            raise ConfigurationError(
-                f"{name} is {told[name]!r} for these weights, {own[name]!r} in the model, which "
-                f"changes what it computes: build it with {name}={told[name]!r}, or take them as "
-                "a start for training: load_checkpoint(..., fine_tune=True), "
-                "load_state_dict(dict(state_dict))"
-            )
         if name not in own:
             raise ConfigurationError(
                 f"these weights are for a model with {name}={told[name]!r}, which this version of "
                 "moat_kernels does not know"
             )
+    refused = [] if fine_tune else [name for name in differing if name in _FIXED]
+    if refused:
+        differences = "; ".join(
+            f"{name} is {told[name]!r} for these weights, {own[name]!r} in the model"
+            for name in refused
+        )
+        options = ", ".join(f"{name}={told[name]!r}" for name in refused)
+        raise ConfigurationError(
+            f"{differences}, which changes what it computes: build it with {options} (or all of it "
+            "as the file says, by create_model(checkpoint=PATH)), or take the weights as a start "
+            "for training: load_checkpoint(..., fine_tune=True), load_state_dict(dict(state_dict))"
+        )
     effects = {**_ADAPTED, **_FIXED}
     return [
         f"{name} was {found.get(name, told[name])!r}, is {own[name]!r}: {effects[name]}"

@@ -300,7 +300,7 @@ class FrozenMOAT(FrozenModule):
         self.feature_info = copy.deepcopy(model.feature_info)
         self.pretrained_cfg = self.default_cfg = copy.deepcopy(model.pretrained_cfg)
         self._channels, self._strides = model.channels(), model.strides()
-        self._scales_pixels = model.configuration["pixel_scaling"]
+        self.configuration = dict(model.configuration)
         features = self._ends[-2] + 1
         self._last = self._ends[-1:]
         self._features = self.sequence.part(0, features)
@@ -356,4 +356,4 @@ class FrozenMOAT(FrozenModule):
 
     def _read(self, x: Tensor) -> Tensor:
         """What the stem reads of x."""
-        return scale_pixels(x, self.sequence.dtype) if self._scales_pixels else x
+        return scale_pixels(x, self.sequence.dtype) if self.configuration["pixel_scaling"] else x

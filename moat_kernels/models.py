@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -166,12 +167,11 @@ class MOAT(Backbone):
         return {"stem": r"^stem", "blocks": [(blocks, None)]}
 
     def describe_images(self, preprocessing: Preprocessing) -> None:
-        """Make `pretrained_cfg` say how images are prepared."""
-        self.pretrained_cfg.pop("channel_order", None)  # RGB has none
+        """Make `pretrained_cfg` say how images are prepared, in the model's order of channels."""
         self.pretrained_cfg.update(preprocessing.timm_cfg())
 
     def description(self) -> dict[str, Any]:
-        preprocessing = preprocessing_of(self.pretrained_cfg)
+        preprocessing = preprocessing_of(self)
         told = {PREPROCESSING_KEY: asdict(preprocessing)} if preprocessing else {}
         return {**super().description(), **told}
 
@@ -257,7 +257,8 @@ def create_model(
 ) -> MOAT:
     """A MOAT by name, "moat_0" .. "moat_4", "tiny_moat_0" .. "tiny_moat_3", or by its checkpoint.
 
-    What is None is as in official MOAT or, without a name, as the checkpoint was made for.
+    What is None is as in official MOAT or, without a name, as the checkpoint was made for; a
+    warning tells what its file does not say and is assumed.
 
     num_classes: outputs of the classifier; 0: normalised pooled features. Official: 1000.
     features_only: return maps for dense prediction instead; there is no head.
@@ -322,6 +323,9 @@ def create_model(
         if checkpoint is None:
             raise ValueError("name must be given, or a checkpoint that tells what it is for")
         source = read_checkpoint(checkpoint)
+        if source.report.assumed:
+            told = "; ".join(source.report.assumed)
+            warnings.warn(f"{source.report.origin}: assumed: {told}", stacklevel=2)
         options = {**options_of(source), **options}
         name = find_variant(options)
     else:

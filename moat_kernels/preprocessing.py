@@ -69,8 +69,7 @@ class Preprocessing:
         return replace(self, mean=mean, std=std, channel_order=configuration["channel_order"])
 
     def timm_cfg(self) -> dict[str, Any]:
-        """The entries that timm's `pretrained_cfg` has for it; channels in RGB have none."""
-        order = {} if self.channel_order == "rgb" else {"channel_order": self.channel_order}
+        """The entries that timm's `pretrained_cfg` has for it: none for the order of channels."""
         return {
             "input_size": (3, self.resolution, self.resolution),
             "fixed_input_size": False,
@@ -79,17 +78,21 @@ class Preprocessing:
             "crop_mode": self.crop_mode,
             "mean": self.mean,
             "std": self.std,
-            **order,
         }
 
 
-def preprocessing_of(cfg: Mapping[str, Any]) -> Preprocessing | None:
-    """What a `pretrained_cfg` of timm's kind says, or None. Raises ValueError as Preprocessing."""
-    if "mean" not in cfg or "input_size" not in cfg:
+def preprocessing_of(model: Any) -> Preprocessing | None:
+    """What is known of a MOAT or FrozenMOAT, or None. Raises ValueError as Preprocessing."""
+    cfg = getattr(model, "pretrained_cfg", None)
+    if not isinstance(cfg, Mapping) or "mean" not in cfg or "input_size" not in cfg:
         return None
-    names = {field.name for field in fields(Preprocessing)} - {"resolution"}
+    names = {field.name for field in fields(Preprocessing)} - {"resolution", "channel_order"}
     told = {name: cfg[name] for name in names.intersection(cfg)}
-    return Preprocessing(resolution=cfg["input_size"][-1], **told)
+    return Preprocessing(
+        resolution=cfg["input_size"][-1],
+        channel_order=model.configuration["channel_order"],
+        **told,
+    )
 
 
 def _are_three_numbers(values: object) -> bool:

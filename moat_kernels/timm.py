@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -93,9 +94,9 @@ def _create(
         pretrained_filter_fn=_weights_of,
         **options,
     )
-    preprocessing = preprocessing_of(model.pretrained_cfg)
-    if preprocessing is not None:
-        model.describe_images(preprocessing.for_model(model.configuration))
+    if (preprocessing := preprocessing_of(model)) is not None:
+        in_rgb = replace(preprocessing, channel_order="rgb")  # timm knows no other
+        model.describe_images(in_rgb.for_model(model.configuration))
     if file:
         other_classes = model.num_classes != source.num_classes
         load_checkpoint(model, file, prefer=_AVERAGES, fine_tune=other_classes)

@@ -94,8 +94,7 @@ def get_preprocessing(model: str | Any) -> Preprocessing:
     """
     if isinstance(model, str):
         return get_variant(model).preprocessing
-    cfg = getattr(model, "pretrained_cfg", None)
-    preprocessing = preprocessing_of(cfg) if isinstance(cfg, Mapping) else None
+    preprocessing = preprocessing_of(model)
     if preprocessing is None:
         raise ValueError(
             f"model must be the name of a variant, or a MOAT that was made by one or whose "

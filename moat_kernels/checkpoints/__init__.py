@@ -1,7 +1,7 @@
-"""Checkpoints: official TensorFlow files, .safetensors and state_dicts.
+"""Checkpoints: TensorFlow files, official and of Keras, .safetensors and state_dicts.
 
-``python -m moat_kernels.checkpoints SOURCE DESTINATION.safetensors`` converts a TensorFlow
-checkpoint.
+``python -m moat_kernels.checkpoints convert SOURCE DESTINATION.safetensors`` converts any of them,
+``python -m moat_kernels.checkpoints list SOURCE`` prints what is in one.
 """
 
 from __future__ import annotations

@@ -1,18 +1,20 @@
-"""Official TensorFlow variables of MOAT -> a state_dict of ours."""
+"""TensorFlow's variables of a MOAT -> a state_dict of ours."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 
+from .architecture import official_configuration
 from .errors import CheckpointError
 from .inventory import Inventory, find_places, take_inventory
-from .names import Place, Rule, find_parameter
+from .names import find_parameter
 from .report import CheckpointReport
+from .rules import Place, Rule, Shape
 
 # A size with a name, and the variable it was first seen in: {"inner": (64, "moat/.../kernel")}.
 _Sizes = dict[str, tuple[int, str]]
@@ -22,7 +24,7 @@ _Sizes = dict[str, tuple[int, str]]
 class ConvertedCheckpoint:
     """A state_dict in our names and layouts, and the report of how it was made.
 
-    configuration: what the weights were made for, where the file tells.
+    configuration: what the weights were made for, as far as the file or its layout tells.
     """
 
     state_dict: dict[str, torch.Tensor]
@@ -55,9 +57,21 @@ def convert_variables(
             or ``ema`` was asked for and there is no average at all.
     """
     inventory = take_inventory(mapping, ema=ema, origin=origin)
+    converted = convert_inventory(mapping, inventory)
+    return replace(converted, configuration=official_configuration(converted.state_dict))
+
+
+def convert_inventory(
+    mapping: Mapping[str, np.ndarray], inventory: Inventory
+) -> ConvertedCheckpoint:
+    """The state_dict of the variables in ``inventory``, whose values ``mapping`` has by name.
+
+    Raises:
+        CheckpointError: a variable is missing, or has a shape or dtype that does not fit.
+    """
     plan = {place: _rules_of(inventory, place) for place in find_places(inventory)}
     _check_position_embeddings(inventory, plan)
-    result = ConvertedCheckpoint({}, CheckpointReport(origin, skipped=inventory.skipped))
+    result = ConvertedCheckpoint({}, CheckpointReport(inventory.origin, skipped=inventory.skipped))
     previous: tuple[int, str] | None = None
     for place, rules in plan.items():
         sizes: _Sizes = {}
@@ -116,9 +130,10 @@ def _rules_of(inventory: Inventory, place: Place) -> list[Rule]:
 def _check_position_embeddings(inventory: Inventory, plan: dict[Place, list[Rule]]) -> None:
     """Either all attention blocks of a model have a position embedding, or none has."""
     embeddings = [
-        f"{place.variable_prefix}attention/relative_position_embedding"
+        place.variable_prefix + embedding.variables[0]
         for place, rules in plan.items()
         if any(rule.parameter == "attention.qkv.weight" for rule in rules)
+        for embedding in place.section.optional.get("position_embedding", ())
     ]
     if any(embedding in inventory.places for embedding in embeddings):
         for embedding in embeddings:
@@ -147,7 +162,7 @@ def _convert(
 
 
 def _check_array(
-    inventory: Inventory, key: str, array: np.ndarray, shape: tuple[int | str, ...], sizes: _Sizes
+    inventory: Inventory, key: str, array: np.ndarray, shape: Shape, sizes: _Sizes
 ) -> None:
     if array.dtype.kind != "f" or array.dtype.itemsize > 8:
         raise inventory.error(
@@ -164,7 +179,7 @@ def _check_array(
     sizes.update(known)
 
 
-def _expectation(shape: tuple[int | str, ...], sizes: _Sizes) -> str:
+def _expectation(shape: Shape, sizes: _Sizes) -> str:
     text = ", ".join(f"{size}={sizes[size][0]}" if size in sizes else str(size) for size in shape)
     origins = sorted({sizes[size][1] for size in shape if size in sizes})
     return f"expected [{text}]" + (f" to fit {', '.join(origins)}" if origins else "")
@@ -172,7 +187,7 @@ def _expectation(shape: tuple[int | str, ...], sizes: _Sizes) -> str:
 
 def _check_shortcut(inventory: Inventory, place: Place, sizes: _Sizes) -> None:
     inputs, outputs = sizes["in_channels"][0], sizes["channels"][0]
-    kernel = f"{place.variable_prefix}shortcut_conv/kernel"
+    kernel = place.variable_prefix + place.section.optional["shortcut_conv"][0].variables[0]
     if inputs != outputs and kernel not in inventory.places:
         raise inventory.error(
             f"{inventory.full_name(kernel)} is missing, expected shape [1, 1, {inputs}, {outputs}]"

@@ -1,4 +1,4 @@
-"""Sorting out the names in an official checkpoint: what is a variable of MOAT, and what is not."""
+"""Sorting out the names in a checkpoint: what is a variable of MOAT, and what is not."""
 
 from __future__ import annotations
 
@@ -6,10 +6,14 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from .errors import CheckpointError
-from .names import SCOPES, Place, Rule, find_variable
+from .names import OFFICIAL, SCOPES
+from .rules import Naming, Place, Rule
+from .tensorflow_objects import is_object_checkpoint
 
+NO_AVERAGES = "ema=True, but it has no exponential moving averages"
+OPTIMIZER_SLOT = "optimizer slot"
+NOT_OF_MOAT = "not a variable of MOAT"
 _AVERAGE_SUFFIX = "/ExponentialMovingAverage"
-_OBJECT_SUFFIX = "/.ATTRIBUTES/VARIABLE_VALUE"
 _STAGES = 4
 # block_02_01/attention/q/weight
 _MAXIMUM_PARTS = 4
@@ -21,16 +25,18 @@ class Inventory:
 
     Attributes:
         origin: what messages call the checkpoint.
-        scope: the scope of all variables, ``moat`` or ``mbconv``.
+        ema: whether averages are taken where they exist.
+        naming: how the variables are called.
+        scope: the scope of all variables, ``moat`` or ``mbconv``; empty if they have none.
         raw: variable -> its name in the checkpoint.
         averages: variable -> the name of its exponential moving average.
         places: variable -> the module it belongs to.
         skipped: name in the checkpoint -> why it is not used.
-        ema: whether averages are taken where they exist.
     """
 
     origin: str
     ema: bool
+    naming: Naming = OFFICIAL
     scope: str = ""
     raw: dict[str, str] = field(default_factory=dict)
     averages: dict[str, str] = field(default_factory=dict)
@@ -63,24 +69,24 @@ class Inventory:
         return "ema" if any(averaged) else "raw"
 
     def full_name(self, variable: str) -> str:
-        return f"{self.scope}/{variable}"
+        return f"{self.scope}/{variable}" if self.scope else variable
 
     def error(self, message: str) -> CheckpointError:
         return CheckpointError(f"{self.origin}: {message}")
 
 
 def take_inventory(names: Iterable[str], *, ema: bool, origin: str) -> Inventory:
-    """Sort the names of a checkpoint.
+    """Sort the names of an official checkpoint.
 
     Raises:
         CheckpointError: no variable of MOAT is there, one is there twice, or one is unknown.
     """
     names = list(names)
     inventory = Inventory(origin, ema)
-    if any(name.endswith(_OBJECT_SUFFIX) for name in names):
+    if is_object_checkpoint(names):
         raise inventory.error(
-            "an object-based TensorFlow 2 checkpoint; only checkpoints with variable names "
-            "(moat/stem/conv_0/kernel, ...) are supported"
+            "names of an object-based TensorFlow 2 checkpoint, not of variables "
+            "(moat/stem/conv_0/kernel, ...); load_tensorflow reads such files"
         )
     for name in names:
         _sort_in(inventory, name)
@@ -90,7 +96,7 @@ def take_inventory(names: Iterable[str], *, ema: bool, origin: str) -> Inventory
             f"which begin with {names[:3]}"
         )
     if ema and not inventory.averages:
-        raise inventory.error("ema=True, but it has no exponential moving averages")
+        raise inventory.error(NO_AVERAGES)
     for variable, average in inventory.averages.items():
         if not ema:
             inventory.skipped[average] = "average, the raw value is taken"
@@ -104,13 +110,13 @@ def _sort_in(inventory: Inventory, name: str) -> None:
     base = bare.removesuffix(_AVERAGE_SUFFIX)
     scope, _, variable = base.partition("/")
     if scope not in SCOPES:
-        inventory.skipped[name] = "not a variable of MOAT"
+        inventory.skipped[name] = NOT_OF_MOAT
         return
-    known = find_variable(variable)
+    known = OFFICIAL.find_variable(variable)
     if known is None:
-        if not _is_slot(variable):
+        if not is_slot(variable, OFFICIAL):
             raise inventory.error(f"{name} is not a variable that MOAT is known to have")
-        inventory.skipped[name] = "optimizer slot"
+        inventory.skipped[name] = OPTIMIZER_SLOT
         return
     if inventory.scope not in ("", scope):
         raise inventory.error(f"{name} is there beside variables in {inventory.scope}/")
@@ -122,27 +128,28 @@ def _sort_in(inventory: Inventory, name: str) -> None:
     inventory.places[variable] = known[0]
 
 
-def _is_slot(variable: str) -> bool:
+def is_slot(variable: str, naming: Naming) -> bool:
     """Optimizers name their slots <variable>/<slot>, for example .../kernel/Adam_1."""
     parts = variable.split("/", _MAXIMUM_PARTS + 1)
-    return any(find_variable("/".join(parts[:count])) is not None for count in range(1, len(parts)))
+    starts = ("/".join(parts[:count]) for count in range(1, len(parts)))
+    return any(naming.find_variable(start) is not None for start in starts)
 
 
 def find_places(inventory: Inventory) -> list[Place]:
     """The modules a checkpoint must hold, in order, as far as its own names tell."""
-    present = set(inventory.places.values())
-    single = Place("single")
+    present, naming = set(inventory.places.values()), inventory.naming
+    single = Place("single", naming)
     if single in present:
         if len(present) > 1:
             raise inventory.error("variables of a whole model beside those of a single block")
         return [single]
-    places = [Place("stem")]
+    places = [Place("stem", naming)]
     for stage in range(_STAGES):
         last = max((place.index for place in present if _is_block_of(place, stage)), default=0)
         # Blocks that are missing below the last are found when their variables are looked up.
-        places += [Place("block", stage, index) for index in range(last + 1)]
-    if Place("head") in present:
-        places.append(Place("head"))
+        places += [Place("block", naming, stage, index) for index in range(last + 1)]
+    if (head := Place("head", naming)) in present:
+        places.append(head)
     if surplus := present.difference(places):
         prefix = min(place.variable_prefix for place in surplus)
         raise inventory.error(f"{inventory.full_name(prefix)}: MOAT has only {_STAGES} stages")

@@ -17,6 +17,7 @@ from .conversion import ConvertedCheckpoint, convert_variables
 from .errors import CheckpointError
 from .files import open_regular
 from .filling import check_fit, check_target, fill
+from .keras import KerasOptions, WindowSize, convert_keras
 from .report import CheckpointReport
 from .safetensors import is_safetensors, load_safetensors
 from .state_dicts import (
@@ -27,26 +28,51 @@ from .state_dicts import (
     common_prefix,
 )
 from .tensorflow_bundle import TensorBundle
+from .tensorflow_objects import is_object_checkpoint
 from .torch_file import is_torch_file, load_torch_file
 
 _MAGIC_BYTES = 16
 
 
-def load_tensorflow(path: str | os.PathLike[str], *, ema: bool = False) -> ConvertedCheckpoint:
-    """Read an official TensorFlow V2 checkpoint of MOAT; TensorFlow itself is not needed.
+def load_tensorflow(
+    path: str | os.PathLike[str],
+    *,
+    ema: bool = False,
+    resolution: int | None = None,
+    window_size: WindowSize = "auto",
+    channel_order: str | None = None,
+) -> ConvertedCheckpoint:
+    """Read a TensorFlow checkpoint of MOAT, official or of Keras, without TensorFlow.
+
+    The weights of a Keras model do not tell all of its configuration: what is not given here, and
+    not in the file, is assumed, and the report says so.
 
     Args:
-        path: the prefix (``.../model.ckpt-1234``), its ``.index`` file, or a folder with a
-            ``checkpoint`` file.
+        path: the prefix (``.../model.ckpt-1234``), its ``.index`` file, a folder with a
+            ``checkpoint`` file, or a SavedModel (or the folder ``variables`` in it).
         ema: take the exponential moving averages where the file has them.
+        resolution: side of the images that a Keras model was trained on, in pixels; None: as the
+            SavedModel says, else 448.
+        window_size: side of the windows in a Keras model's stage 3, in tokens; None: the whole map;
+            "auto": a thirty-second of the resolution, which cuts the map in four.
+        channel_order: of a Keras model's images, "rgb" or "bgr"; None: "bgr", if they have three.
 
     Returns:
-        The state_dict and a report of what was loaded and what was skipped.
+        The state_dict, a report of what was loaded, skipped and assumed, and the configuration.
 
     Raises:
-        CheckpointError: the file is damaged or unsupported, or holds no complete MOAT.
+        CheckpointError: the file is damaged or unsupported, or holds no complete MOAT, or an
+            argument is wrong, or is for Keras models and the file is official.
     """
+    options = KerasOptions(resolution, window_size, channel_order)
     bundle = TensorBundle(path)
+    if is_object_checkpoint(bundle):
+        return convert_keras(bundle, options, ema=ema)
+    if options != KerasOptions():
+        raise CheckpointError(
+            f"{bundle.prefix}: an official checkpoint; resolution, window_size and channel_order "
+            "are for Keras models"
+        )
     converted = convert_variables(bundle, ema=ema, origin=str(bundle.prefix))
     converted.report.skipped.update(bundle.skipped)
     return converted
@@ -78,11 +104,14 @@ def load_checkpoint(
             ``"ema.state_dict"``); needed if several would do.
         prefer: keys of which the first that is there is taken if several would do.
         fine_tune: the weights are a start for training. A classifier for another number of classes
-            stays as ``model`` has it, and another ``pool_size`` is noted.
+            stays as ``model`` has it, and options that give other results are noted.
 
     Where the file tells the configuration that its weights were made for (those that this package
-    wrote do), other windows or strides of ``model`` are noted in the report, and another
-    ``pool_size``, which would give other results, is refused unless they are to be fine-tuned.
+    wrote do), other windows or strides of ``model`` are noted in the report, a first convolution
+    for the other ``channel_order`` is turned round, and another ``pool_size``, ``se_activation``,
+    ``layer_norm_eps`` or ``pixel_scaling``, which would give other results, is refused unless they
+    are to be fine-tuned. How images are prepared, if it tells that too, becomes the model's
+    ``pretrained_cfg``.
 
     Returns:
         What was loaded from where, what was skipped, with the reasons, and what was adapted.
@@ -145,13 +174,27 @@ def read_checkpoint(
         CheckpointError: the file cannot be read, or is a state_dict of another kind.
     """
     path = Path(path)
-    kind = _kind_of_file(path)
+    kind = kind_of_file(path)
     if kind != "torch" and key is not None:
         raise CheckpointError(f"{path}: key={key!r} is for files of torch.save only")
     if kind == "tensorflow":
         return load_tensorflow(path, ema=ema)
     if ema:
         raise CheckpointError(f"{path}: ema=True is for TensorFlow checkpoints only")
+    return read_state_dict(path, kind, names, key, prefer)
+
+
+def read_state_dict(
+    path: Path,
+    kind: str,
+    names: Collection[str] = (),
+    key: str | None = None,
+    prefer: Sequence[str] = (),
+) -> ConvertedCheckpoint:
+    """The state_dict in a file of this kind (``torch`` or ``safetensors``), without prefixes.
+
+    ``names`` are those of the model that it is for; the rest is as in :func:`load_checkpoint`.
+    """
     content = load_torch_file(path) if kind == "torch" else load_safetensors(path)
     try:
         key, state_dict = choose_state_dict(content, names, key, prefer)
@@ -162,8 +205,8 @@ def read_checkpoint(
     return _without_prefix(state_dict, names, report)
 
 
-def _kind_of_file(path: Path) -> str:
-    """``tensorflow``, ``torch`` or ``safetensors``, as far as the first bytes tell."""
+def kind_of_file(path: Path) -> str:
+    """``tensorflow``, ``torch`` or ``safetensors``, as far as the first bytes of ``path`` tell."""
     if path.suffix == ".index" or path.is_dir() or not path.exists():
         return "tensorflow"
     with open_regular(path) as file:

@@ -19,6 +19,7 @@ class CheckpointReport:
             exponential moving average) or ``"initial"`` (in no checkpoint: starts at zero).
         skipped: every name in the file that was not used, with the reason.
         adapted: what was changed, or is computed otherwise, to fit the model.
+        assumed: what the file does not tell about its model, and was taken for granted.
     """
 
     origin: str
@@ -26,6 +27,7 @@ class CheckpointReport:
     source: dict[str, str] = field(default_factory=dict)
     skipped: dict[str, str] = field(default_factory=dict)
     adapted: list[str] = field(default_factory=list)
+    assumed: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
         sources = Counter(self.source.values())
@@ -41,5 +43,6 @@ class CheckpointReport:
         for reason, names in names_by_reason.items():
             examples = ", ".join(names[:_EXAMPLES]) + (", ..." if len(names) > _EXAMPLES else "")
             lines.append(f"skipped {len(names)}: {reason}: {examples}")
+        lines += [f"assumed: {line}" for line in self.assumed]
         lines += [f"adapted: {line}" for line in self.adapted]
         return "\n".join(lines)

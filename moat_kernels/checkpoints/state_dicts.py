@@ -57,7 +57,8 @@ def choose_state_dict(
     if len(candidates) > 1:
         raise CheckpointError(
             f"which state_dict to take is not clear, there is {_account(candidates)}; choose one "
-            f"by load_checkpoint(model, path, key={next(iter(candidates))!r})"
+            f"by load_checkpoint(model, path, key={next(iter(candidates))!r}), or by --key of the "
+            "command line"
         )
     return next(iter(candidates.items()))
 

@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 import os
 import re
+import struct
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,7 +24,7 @@ from .crc32c import masked_crc32c
 from .errors import CheckpointError
 from .files import open_regular
 from .tensorflow_table import read_table
-from .wire import FIXED32, Message, signed
+from .wire import FIXED32, Message, read_varint, signed, take_bytes
 
 _BFLOAT16 = 14
 # DataType -> (name, numpy's dtype of the stored bytes).
@@ -41,7 +42,8 @@ _DTYPES = {
     22: ("uint32", "<u4"),
     23: ("uint64", "<u8"),
 }
-_UNSUPPORTED_DTYPES = {7: "string", 8: "complex64", 10: "bool", 18: "complex128"}
+_STRING = 7
+_UNSUPPORTED_DTYPES = {_STRING: "string", 8: "complex64", 10: "bool", 18: "complex128"}
 
 _HEADER_KEY = b""
 # Keys of the pieces of a partitioned tensor; no tensor's name begins with this byte.
@@ -49,6 +51,8 @@ _SLICE_MARK = b"\0"
 _BUNDLE_VERSION = 1
 _MAXIMUM_RANK = 32
 _CHECKPOINT_FILE = "checkpoint"
+# Within a SavedModel.
+_SAVED_MODEL_PREFIX = Path("variables", "variables")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +78,7 @@ class TensorBundle(Mapping[str, np.ndarray]):
 
     Args:
         path: the checkpoint's prefix (``.../model.ckpt-1234``), its ``.index`` file, or a folder
-            with a ``checkpoint`` file that names the prefix.
+            with a ``checkpoint`` file that names the prefix, or a SavedModel or its ``variables``.
 
     Attributes:
         prefix: the checkpoint's prefix.
@@ -91,6 +95,7 @@ class TensorBundle(Mapping[str, np.ndarray]):
         self.index_path = Path(f"{self.prefix}.index")
         self.entries: dict[str, TensorEntry] = {}
         self.skipped: dict[str, str] = {}
+        self._strings: dict[str, TensorEntry] = {}
         table = read_table(self.index_path)
         self._shards = self._read_header(next(table, None))
         for key, value in table:
@@ -113,6 +118,26 @@ class TensorBundle(Mapping[str, np.ndarray]):
         if entry.dtype == "bfloat16":
             values = (values.astype("<u4") << 16).view("<f4")
         return values.reshape(entry.shape)
+
+    def read_string(self, name: str, limit: int) -> bytes:
+        """What the string tensor ``name`` holds, which must be a scalar of at most ``limit`` bytes.
+
+        Raises:
+            CheckpointError: there is no such scalar, it is longer, missing or damaged.
+        """
+        entry = self._strings.get(name)
+        if entry is None or entry.shape or entry.partitioned:
+            raise CheckpointError(f"{self.index_path}: it has no scalar string {name!r}")
+        if entry.size > limit:
+            raise CheckpointError(
+                f"{self.index_path}: {name!r} has {entry.size} bytes, at most {limit} are read"
+            )
+        path = self._shard_path(entry.shard)
+        data = _read_range(path, entry.offset, entry.size, name).tobytes()
+        try:
+            return _decode_scalar_string(data, entry.checksum)
+        except CheckpointError as error:
+            raise CheckpointError(f"{path}: {name!r}: {error}") from None
 
     def __contains__(self, name: object) -> bool:
         return name in self.entries
@@ -161,11 +186,13 @@ class TensorBundle(Mapping[str, np.ndarray]):
         try:
             record = Message(value)
             code = record.integer(1)
-            if code not in _DTYPES:
-                dtype = _UNSUPPORTED_DTYPES.get(code, f"number {code}")
-                self.skipped[name] = f"dtype {dtype} is not supported"
-            else:
-                self.entries[name] = _parse_entry(record, code, self._shards)
+            if code in _DTYPES:
+                self.entries[name] = _parse_entry(record, *_DTYPES[code], self._shards)
+                return
+            if code == _STRING:
+                self._strings[name] = _parse_entry(record, "string", None, self._shards)
+            dtype = _UNSUPPORTED_DTYPES.get(code, f"number {code}")
+            self.skipped[name] = f"dtype {dtype} is not supported"
         except CheckpointError as error:
             raise CheckpointError(f"{self.index_path}: {name!r}: {error}") from None
 
@@ -173,7 +200,7 @@ class TensorBundle(Mapping[str, np.ndarray]):
         """No two tensors share bytes, or few of them could stand for any number of tensors."""
         places = sorted(
             (entry.shard, entry.offset, entry.offset + entry.size, name)
-            for name, entry in self.entries.items()
+            for name, entry in (*self.entries.items(), *self._strings.items())
             if entry.size and not entry.partitioned
         )
         for (shard, _, end, name), (next_shard, begin, _, next_name) in pairwise(places):
@@ -203,6 +230,9 @@ def find_prefix(path: str | os.PathLike[str]) -> Path:
 def _prefix_of_folder(folder: Path) -> Path:
     state = folder / _CHECKPOINT_FILE
     if not state.exists():
+        for prefix in (folder / _SAVED_MODEL_PREFIX, folder / _SAVED_MODEL_PREFIX.name):
+            if Path(f"{prefix}.index").exists():
+                return prefix
         found = ", ".join(sorted(file.name for file in folder.glob("*.index"))) or "none"
         raise CheckpointError(
             f"{folder}: no file {_CHECKPOINT_FILE!r} says which checkpoint to take; "
@@ -220,8 +250,8 @@ def _prefix_of_folder(folder: Path) -> Path:
     raise CheckpointError(f"{state}: names {match[1]!r}, whose .index file does not exist")
 
 
-def _parse_entry(record: Message, dtype_code: int, shards: int) -> TensorEntry:
-    dtype, storage = _DTYPES[dtype_code][0], np.dtype(_DTYPES[dtype_code][1])
+def _parse_entry(record: Message, dtype: str, storage: str | None, shards: int) -> TensorEntry:
+    """``storage``: numpy's dtype of the stored bytes; None where their number varies."""
     entry = TensorEntry(
         dtype=dtype,
         shape=_parse_shape(record),
@@ -229,10 +259,13 @@ def _parse_entry(record: Message, dtype_code: int, shards: int) -> TensorEntry:
         offset=record.integer(4),
         size=record.integer(5),
         checksum=record.integer(6, FIXED32),
-        storage_dtype=storage,
+        storage_dtype=np.dtype(storage or np.uint8),
         partitioned=bool(record.messages(7)),
     )
-    _check_entry(entry, shards)
+    if entry.shard >= shards:
+        raise CheckpointError(f"shard {entry.shard} of only {shards}")
+    if storage is not None:
+        _check_size(entry)
     return entry
 
 
@@ -251,9 +284,7 @@ def _parse_shape(record: Message) -> tuple[int, ...]:
     return shape
 
 
-def _check_entry(entry: TensorEntry, shards: int) -> None:
-    if entry.shard >= shards:
-        raise CheckpointError(f"shard {entry.shard} of only {shards}")
+def _check_size(entry: TensorEntry) -> None:
     expected = math.prod(entry.shape) * entry.storage_dtype.itemsize
     if entry.size != expected and not entry.partitioned:
         raise CheckpointError(
@@ -276,3 +307,24 @@ def _read_range(path: Path, offset: int, size: int, name: str) -> np.ndarray:
             return np.fromfile(file, dtype=np.uint8, count=size)
     except FileNotFoundError:
         raise CheckpointError(f"{path}: missing; it holds the data of {name!r}") from None
+
+
+def _decode_scalar_string(data: bytes, checksum: int) -> bytes:
+    """A string tensor of one element: its length, the checksum of the length, the bytes.
+
+    The length is a varint, but four bytes where it is summed.
+    """
+    length, begin = read_varint(data, 0)
+    if length >= 1 << 32:
+        raise CheckpointError(f"a string of {length} bytes is too long")
+    summed = struct.pack("<I", length)
+    stored, content_begin = take_bytes(data, begin, 4)
+    if struct.pack("<I", masked_crc32c(summed)) != stored:
+        raise CheckpointError("the checksum of its length is wrong: the file is damaged")
+    if length != len(data) - content_begin:
+        raise CheckpointError(
+            f"a string of {length} bytes is announced, {len(data) - content_begin} follow"
+        )
+    if masked_crc32c(summed + data[begin:]) != checksum:
+        raise CheckpointError("its checksum is wrong: the file is damaged")
+    return data[content_begin:]

@@ -5,8 +5,8 @@ Bytes that do not parse raise :class:`CheckpointError`; the callers add the name
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Container, Iterator
+from typing import Any, cast
 
 from .errors import CheckpointError
 
@@ -66,14 +66,35 @@ class Message:
         """All values of a repeated message field."""
         return [Message(value) for value in self._values(number, BYTES)]
 
+    def text(self, number: int) -> str:
+        """The last value of a string field; empty where it is absent."""
+        values = self._values(number, BYTES)
+        try:
+            return values[-1].decode("utf-8") if values else ""
+        except UnicodeDecodeError:
+            raise CheckpointError(f"field {number} is not text: {values[-1][:80]!r}") from None
+
     def _values(self, number: int, expected: int) -> list[Any]:
         values = self._fields.get(number, [])
         for wire_type, _ in values:
-            if wire_type != expected:
-                raise CheckpointError(
-                    f"field {number} has wire type {wire_type}, expected {expected}"
-                )
+            _check_wire_type(number, wire_type, expected)
         return [value for _, value in values]
+
+
+def each_message(data: bytes, numbers: Container[int]) -> Iterator[tuple[int, bytes]]:
+    """The bytes of the messages in the fields ``numbers``, one at a time, with their numbers.
+
+    Unlike :class:`Message` it keeps nothing, which counts where a message has very many.
+    """
+    for number, wire_type, value in _fields(data):
+        if number in numbers:
+            _check_wire_type(number, wire_type, BYTES)
+            yield number, cast(bytes, value)
+
+
+def _check_wire_type(number: int, wire_type: int, expected: int) -> None:
+    if wire_type != expected:
+        raise CheckpointError(f"field {number} has wire type {wire_type}, expected {expected}")
 
 
 def _fields(data: bytes) -> Iterator[tuple[int, int, int | bytes]]:

@@ -41,7 +41,7 @@ def header_record(shards: int = 1, big_endian: bool = False, min_consumer: int =
 
 
 def tensor_record(
-    dtype: int, shape: Sequence[int], data: bytes, *, shard: int = 0, offset: int = 0
+    dtype: int, shape: Sequence[int], data: bytes | memoryview, *, shard: int = 0, offset: int = 0
 ) -> bytes:
     dimensions = b"".join(bytes_field(2, integer_field(1, size)) for size in shape)
     return (

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from checkpoints.keras_writer import SMALL_KERAS, keras_shapes
+from support.golden import variable_values
 
 from moat_kernels.checkpoints import TensorBundle
 
@@ -38,3 +40,19 @@ def _golden_arrays() -> dict[str, np.ndarray]:
 def variables(_golden_arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """The official variables of the golden checkpoint, by name; in a dict of the test's own."""
     return dict(_golden_arrays)
+
+
+@pytest.fixture(scope="session")
+def _keras_arrays() -> dict[str, np.ndarray]:
+    arrays = {
+        name: variable_values(name, shape, 5) for name, shape in keras_shapes(*SMALL_KERAS).items()
+    }
+    for array in arrays.values():
+        array.flags.writeable = False
+    return arrays
+
+
+@pytest.fixture
+def keras(_keras_arrays: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """The variables of a small Keras MOAT, by full name; in a dict of the test's own."""
+    return dict(_keras_arrays)

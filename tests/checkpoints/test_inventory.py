@@ -8,7 +8,8 @@ import pytest
 
 from moat_kernels.checkpoints import CheckpointError
 from moat_kernels.checkpoints.inventory import Inventory, find_places, take_inventory
-from moat_kernels.checkpoints.names import Place
+from moat_kernels.checkpoints.names import OFFICIAL
+from moat_kernels.checkpoints.rules import Place
 
 AVERAGE = "/ExponentialMovingAverage"
 GAMMA = "moat/stem/norm_0/gamma"
@@ -64,7 +65,10 @@ def test_a_missing_raw_value_points_to_its_average() -> None:
         ([GAMMA, GAMMA + ":0"], f"{GAMMA} and {GAMMA}:0 are the same variable"),
         ([GAMMA, "mbconv/pre_norm/gamma"], "mbconv/pre_norm/gamma is there beside .* moat/"),
         ([GAMMA, "moat/stem/norm_1/gamma"], "norm_1/gamma is not a variable that MOAT"),
-        (["model/stem/.ATTRIBUTES/VARIABLE_VALUE"], "object-based TensorFlow 2 checkpoint"),
+        (
+            ["model/stem/.ATTRIBUTES/VARIABLE_VALUE"],
+            "of an object-based TensorFlow 2 checkpoint, .* load_tensorflow reads",
+        ),
     ],
 )
 def test_names_that_are_no_checkpoint_of_moat(names: list[str], complaint: str) -> None:
@@ -88,13 +92,20 @@ def test_averages_that_do_not_exist_cannot_be_asked_for() -> None:
 
 def test_places_of_a_model_include_what_must_be_there() -> None:
     inventory = take("moat/block_01_02/pre_norm/gamma", "moat/logits_head/bias")
-    blocks = [Place("block", stage, index) for stage, index in [(0, 0), (1, 0), (1, 1), (1, 2)]]
-    last_stages = [Place("block", 2, 0), Place("block", 3, 0)]
-    assert find_places(inventory) == [Place("stem"), *blocks, *last_stages, Place("head")]
+    blocks = [
+        Place("block", OFFICIAL, stage, index) for stage, index in [(0, 0), (1, 0), (1, 1), (1, 2)]
+    ]
+    last_stages = [Place("block", OFFICIAL, stage, 0) for stage in (2, 3)]
+    assert find_places(inventory) == [
+        Place("stem", OFFICIAL),
+        *blocks,
+        *last_stages,
+        Place("head", OFFICIAL),
+    ]
 
 
 def test_places_of_a_single_block() -> None:
-    assert find_places(take("mbconv/pre_norm/gamma")) == [Place("single")]
+    assert find_places(take("mbconv/pre_norm/gamma")) == [Place("single", OFFICIAL)]
 
 
 def test_a_fifth_stage_and_mixtures_are_refused() -> None:

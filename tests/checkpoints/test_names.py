@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from moat_kernels.checkpoints import CheckpointError, official_names
-from moat_kernels.checkpoints.names import Place, find_parameter, find_variable
+from moat_kernels.checkpoints.names import OFFICIAL, find_parameter
+from moat_kernels.checkpoints.rules import Place
 
 
 @pytest.mark.parametrize(
@@ -43,15 +44,16 @@ def test_unknown_parameters(parameter: str) -> None:
 
 
 def test_both_directions_agree_for_every_rule() -> None:
-    for place in (Place("stem"), Place("block", 2, 13), Place("head"), Place("single")):
+    places = [Place(kind, OFFICIAL) for kind in ("stem", "head", "single")]
+    for place in (*places, Place("block", OFFICIAL, 2, 13)):
         for rule in place.section.rules:
             assert find_parameter(place.parameter_prefix + rule.parameter) == (place, rule)
             for variable in rule.variables:
-                assert find_variable(place.variable_prefix + variable) == (place, rule)
+                assert OFFICIAL.find_variable(place.variable_prefix + variable) == (place, rule)
 
 
 @pytest.mark.parametrize(
     "variable", ["", "stem", "block_2_1/pre_norm/gamma", "block_00_00/nothing", "stem/se/x", "a\nb"]
 )
 def test_unknown_variables(variable: str) -> None:
-    assert find_variable(variable) is None
+    assert OFFICIAL.find_variable(variable) is None

@@ -6,6 +6,7 @@ import argparse
 import copy
 import importlib
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -184,6 +185,27 @@ def test_what_timm_saves_it_loads(options: dict, tmp_path) -> None:
     overlay = {"state_dict": weights, "num_classes": 7}
     with pytest.raises(RuntimeError, match="the weights lack 2 tensors of the model"):
         make(pretrained=True, pretrained_cfg_overlay=overlay, **options)
+
+
+def test_what_timm_knows_of_models_that_scale_pixels(tmp_path) -> None:
+    keras = {"num_classes": 7, "pixel_scaling": True, "channel_order": "bgr"}
+    model = make(**keras)
+    config = timm.data.resolve_model_data_config(model)
+    assert (config["mean"], config["std"]) == ((0.0,) * 3, (1 / 255,) * 3)
+    assert mk.get_preprocessing(model).channel_order == "bgr"
+    official = mk.get_preprocessing("tiny_moat_0")
+    assert mk.get_preprocessing(make(channel_order="bgr")).mean == official.mean[::-1]
+    told = replace(mk.get_preprocessing(model), resolution=128, crop_mode="border")
+    model.describe_images(told)
+    path = tmp_path / "x.safetensors"
+    mk.checkpoints.save_safetensors(model.state_dict(), path)
+    given = {"pretrained": True, "pretrained_cfg_overlay": {"file": str(path)}}
+    assert mk.get_preprocessing(make(**given, **keras)) == told  # as the file says
+    given["pretrained_cfg_overlay"]["crop_mode"] = "center"  # as the user says
+    assert mk.get_preprocessing(make(**given, **keras)) == replace(told, crop_mode="center")
+    import_peer("timm.models").save_for_hf(model, tmp_path, safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **keras)
+    assert same_weights(again, model)
 
 
 def test_layer_decay() -> None:
