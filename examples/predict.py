@@ -70,6 +70,8 @@ def _run(options: argparse.Namespace) -> int:
     output = options.output or _new_folder()
     with opened_run(output, _settings(options, classifier)) as journal:
         batches = _batches(options, names, journal)
+        resolution = classifier.preprocessing.resolution
+        print(f"{len(classifier.labels)} classes, {resolution} x {resolution} pixels")
         _tell_beginning(options, names, batches, journal)
         stopped = False
         try:
