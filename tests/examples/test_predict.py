@@ -153,14 +153,6 @@ def test_without_labels_classes_have_numbers(run, tmp_path) -> None:
     assert {label for one in scores(tmp_path / "run").values() for label in one} <= set("012345")
 
 
-@pytest.mark.parametrize("classes", ["[]", "[1, 2]", "6", "{", '{"ant": 0}'])
-def test_what_is_no_list_of_names_in_a_checkpoint_is_none(run, tmp_path, classes: str) -> None:
-    path = tmp_path / "other.safetensors"
-    save_safetensors(make_model().state_dict(), path, {"classes": classes})
-    assert run("--checkpoint", path, "--output", tmp_path / "run") == 0
-    assert {label for one in scores(tmp_path / "run").values() for label in one} <= set("012345")
-
-
 def test_names_of_any_kind(run, images, tmp_path, capsys) -> None:
     odd = ['comma, "quote"\nline.png', "\u00e9\u732b.png", os.fsdecode(b"\xff.png")]
     for name in odd:
@@ -222,24 +214,6 @@ def test_weights_of_which_no_preprocessing_is_known(run, tmp_path, capsys) -> No
     torch.save(dict(make_model().state_dict()), tmp_path / "bare.pt")
     assert run("--checkpoint", tmp_path / "bare.pt") == 1
     assert "does not tell how images are prepared" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "wrong",
-    [
-        ["--images", "x"],
-        ["--model", "moat_9", "--images", "x"],
-        ["--model", "moat_0"],
-        ["--model", "moat_0", "--images", "x", "--top", "0"],
-        ["--model", "moat_0", "--images", "x", "--threshold", "1"],
-        ["--model", "moat_0", "--images", "x", "--threshold", "0.5", "--top", "3"],
-    ],
-    ids=" ".join,
-)
-def test_wrong_options_are_an_error_not_images_left_out(wrong: list[str]) -> None:
-    with pytest.raises(SystemExit) as ended:
-        predict.main(wrong)
-    assert ended.value.code == predict.FAILED
 
 
 def test_five_classes_unless_told_otherwise(run, tmp_path) -> None:

@@ -1,4 +1,4 @@
-"""What predict.py is made of: labels, crops, batches that are decoded ahead, the journal."""
+"""What predict.py is made of: options, labels, crops, batches that are decoded ahead, the journal."""
 
 from __future__ import annotations
 
@@ -15,15 +15,17 @@ import torch
 
 pytest.importorskip("PIL", reason="the example needs Pillow")
 
+import predict
 import prediction_images
 from photographs import DataError
 from PIL import Image
 from prediction_images import decoded_batches, image_names, prepared, state_of
 from prediction_journal import Journal, JournalError, Record, opened_journal
 from prediction_labels import read_labels
-from prediction_model import chosen
+from prediction_model import chosen, known_labels
 
 import moat_kernels
+from moat_kernels.checkpoints import save_safetensors
 
 TAGS = 'tag_id,name,category,count\n1,general,9,5\n2,1girl,0,4\n3,"a, b",0,3\n'
 
@@ -69,6 +71,31 @@ def test_what_has_no_labels_is_named(
         (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=f"--labels .*{name}.*{message}"):
         read_labels(tmp_path / name)
+
+
+@pytest.mark.parametrize("classes", ["[]", "[1, 2]", "6", "{", '{"ant": 0}', '["ant"]'])
+def test_only_a_list_of_names_in_a_checkpoint_is_one(classes: str, tmp_path: Path) -> None:
+    path = tmp_path / "other.safetensors"
+    save_safetensors({"x": torch.zeros(1)}, path, {"classes": classes})
+    assert known_labels(None, path) == (["ant"] if classes == '["ant"]' else None)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        ["--images", "x"],
+        ["--model", "moat_9", "--images", "x"],
+        ["--model", "moat_0"],
+        ["--model", "moat_0", "--images", "x", "--top", "0"],
+        ["--model", "moat_0", "--images", "x", "--threshold", "1"],
+        ["--model", "moat_0", "--images", "x", "--threshold", "0.5", "--top", "3"],
+    ],
+    ids=" ".join,
+)
+def test_wrong_options_are_an_error_not_images_left_out(wrong: list[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        predict.main(wrong)
+    assert ended.value.code == predict.FAILED
 
 
 def preprocessing(**changes: object) -> moat_kernels.variants.Preprocessing:
