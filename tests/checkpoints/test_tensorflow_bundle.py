@@ -285,6 +285,21 @@ def test_an_offset_beyond_the_data(tmp_path: Path, offset: int) -> None:
         TensorBundle(prefix)["x"]
 
 
+def test_an_offset_beyond_31_bits(tmp_path: Path) -> None:
+    """As in files of more than 2 GiB; this one is sparse, it takes no room on the disk."""
+    data, offset = np.arange(5, dtype="<f4"), (5 << 30) + 4
+    record = tensor_record(FLOAT32, (5,), data.tobytes(), offset=offset)
+    prefix = write_raw_bundle(tmp_path, {b"": header_record(), b"x": record}, [b""])
+    with data_of(prefix).open("r+b") as file:
+        file.seek(offset)
+        file.write(data.tobytes())
+    np.testing.assert_array_equal(TensorBundle(prefix)["x"], data)
+    with data_of(prefix).open("r+b") as file:
+        file.truncate(offset + 19)
+    with pytest.raises(CheckpointError, match=f"ends at byte {offset + 20}, the file at"):
+        TensorBundle(prefix)["x"]
+
+
 def test_a_missing_checksum_is_a_wrong_one(tmp_path: Path) -> None:
     record = GOOD + fixed32_field(6, 0)
     prefix = write_raw_bundle(tmp_path, {b"": header_record(), b"x": record}, [bytes(8)])

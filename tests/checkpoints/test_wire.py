@@ -6,7 +6,7 @@ import pytest
 from checkpoints.bundle_writer import bytes_field, fixed32_field, integer_field, varint
 
 from moat_kernels.checkpoints import CheckpointError
-from moat_kernels.checkpoints.wire import FIXED32, Message, read_varint, signed
+from moat_kernels.checkpoints.wire import FIXED32, Message, each_message, read_varint, signed
 
 
 @pytest.mark.parametrize("value", [0, 1, 127, 128, 300, 1 << 35, (1 << 64) - 1])
@@ -65,3 +65,19 @@ def test_malformed_messages(data: bytes, complaint: str) -> None:
 def test_a_field_of_the_wrong_type() -> None:
     with pytest.raises(CheckpointError, match="field 1 has wire type 2, expected 0"):
         Message(bytes_field(1, b"")).integer(1)
+
+
+def test_text() -> None:
+    message = Message(
+        bytes_field(1, b"a") + bytes_field(1, "\u00fc".encode()) + bytes_field(2, b"\xff")
+    )
+    assert (message.text(1), message.text(3)) == ("\u00fc", "")
+    with pytest.raises(CheckpointError, match=r"field 2 is not text: b'\\xff'"):
+        message.text(2)
+
+
+def test_messages_one_at_a_time() -> None:
+    data = bytes_field(1, b"a") + integer_field(2, 7) + bytes_field(3, b"b") + bytes_field(1, b"c")
+    assert list(each_message(data, (1, 3))) == [(1, b"a"), (3, b"b"), (1, b"c")]
+    with pytest.raises(CheckpointError, match="field 2 has wire type 0, expected 2"):
+        list(each_message(data, (2,)))
