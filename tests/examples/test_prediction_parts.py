@@ -1,4 +1,4 @@
-"""What predict.py is made of: options, labels, crops, batches that are decoded ahead, the journal."""
+"""What predict.py is made of: options, labels, crops, decoding ahead of the model, the journal."""
 
 from __future__ import annotations
 
