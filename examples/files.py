@@ -25,6 +25,15 @@ def written_whole(path: Path) -> Iterator[Path]:
         temporary.unlink(missing_ok=True)
 
 
+def sync_folder(folder: Path) -> None:
+    """Put the names of files in `folder`, new ones too, on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
 def free_name(path: Path, state: str) -> Path:
     """A name that says in which state `path` is, and that nothing has yet."""
     names = (f"{path.name}.{state}{number or ''}" for number in itertools.count())

@@ -172,7 +172,7 @@ def _classes(folder: Path) -> dict[str, list[Path]]:
         )
     classes = {}
     for subfolder in subfolders:
-        paths = sorted(path for path in _files(subfolder) if path.suffix.lower() in SUFFIXES)
+        paths = sorted(path for path in files_below(subfolder) if path.suffix.lower() in SUFFIXES)
         if not paths:
             raise DataError(f"--data: {subfolder} has no images (of type {', '.join(SUFFIXES)})")
         classes[subfolder.name] = paths
@@ -185,8 +185,8 @@ def _subfolders(folder: Path) -> list[Path]:
     )
 
 
-def _files(folder: Path) -> Iterator[Path]:
-    """All files below a folder; OSError if a part of it cannot be read."""
+def files_below(folder: Path) -> Iterator[Path]:
+    """All files below a folder that are not hidden; OSError if a part of it cannot be read."""
 
     def fail(error: OSError) -> None:
         raise error
@@ -283,7 +283,12 @@ def _augment(example: Example, random: np.random.Generator, resolution: int) -> 
 
 @functools.lru_cache(maxsize=64)
 def read_image(path: Path) -> Image.Image:
-    """The image as RGB, upright. DataError if it cannot be read."""
+    """The image as RGB, upright; the last ones are kept. DataError if it cannot be read."""
+    return decode_image(path)
+
+
+def decode_image(path: Path) -> Image.Image:
+    """The same of an image that is needed once: nothing is kept."""
     try:
         if not path.is_file():  # opening a pipe would wait for who writes to it
             raise ValueError("there is no such file")
@@ -348,7 +353,11 @@ def _resize(
 
 def _to_tensor(image: Image.Image, preprocessing: Preprocessing) -> Tensor:
     """[3, H, W] float32, normalised."""
-    pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 255
-    mean = torch.tensor(preprocessing.mean)[:, None, None]
-    std = torch.tensor(preprocessing.std)[:, None, None]
-    return (pixels - mean) / std
+    return normalised(torch.from_numpy(np.array(image)).permute(2, 0, 1), preprocessing)
+
+
+def normalised(pixels: Tensor, preprocessing: Preprocessing) -> Tensor:
+    """Pixels [..., 3, H, W] of 0 .. 255 in float32, as the model takes them, on their device."""
+    mean = torch.tensor(preprocessing.mean, device=pixels.device)[:, None, None]
+    std = torch.tensor(preprocessing.std, device=pixels.device)[:, None, None]
+    return (pixels.float() / 255 - mean) / std

@@ -23,7 +23,7 @@ def start_from(model: moat_kernels.MOAT, path: Path, settings: Settings) -> str:
     own_classifier = copy.deepcopy(model.get_classifier())
     report = _load(model, path, settings, fine_tune=True)
     lines = [f"weights from {path}"]
-    difference = _difference(_classes_of(path), settings.classes)
+    difference = _difference(classes_of(path), settings.classes)
     if difference:
         model.get_classifier().load_state_dict(own_classifier.state_dict())
         lines.append(f"its classifier is left out, {difference}: a new one is trained")
@@ -38,7 +38,7 @@ def start_from(model: moat_kernels.MOAT, path: Path, settings: Settings) -> str:
 def evaluate_from(model: moat_kernels.MOAT, path: Path, settings: Settings) -> str:
     """The same of weights that are to be evaluated: TrainingError if anything does not fit."""
     report = _load(model, path, settings, fine_tune=False)
-    if difference := _difference(_classes_of(path), settings.classes):
+    if difference := _difference(classes_of(path), settings.classes):
         raise TrainingError(
             f"--checkpoint {path}: {difference}; evaluate it on --data of its own classes"
         )
@@ -57,7 +57,7 @@ def _load(
         ) from error
 
 
-def _classes_of(path: Path) -> list[str] | None:
+def classes_of(path: Path) -> list[str] | None:
     """The names of the classes in what this program wrote; of other files they are not known."""
     try:
         return json.loads(load_metadata(path)["classes"])

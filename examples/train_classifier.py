@@ -15,6 +15,7 @@ one dies, and continue from the last state saved in --output.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import sys
@@ -49,6 +50,7 @@ from validation import best_of, validate
 from weights import Weights, put_aside
 
 import moat_kernels
+from moat_kernels.preprocessing import Preprocessing
 
 INTERRUPTED = 130  # the exit code that shells use after Ctrl-C
 NAMED = 20  # photographs that cannot be used, at most; the others are counted
@@ -243,7 +245,15 @@ def _trainers(options: argparse.Namespace, settings: Settings) -> list[Trainer]:
         _say(load(trainers[0].model, options.checkpoint, settings))
     for trainer in trainers[1:]:
         trainer.model.load_state_dict(trainers[0].model.state_dict())
+    for trainer in trainers:
+        trainer.model.describe_images(_preprocessing(settings))
     return trainers
+
+
+def _preprocessing(settings: Settings) -> Preprocessing:
+    """How the held out photographs are prepared: what the files of the weights tell."""
+    own = moat_kernels.get_preprocessing(settings.model)
+    return dataclasses.replace(own, resolution=settings.resolution, crop_pct=1.0)
 
 
 def _train(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
+import math
 import shutil
 import sys
 from pathlib import Path
@@ -18,6 +19,7 @@ import checkpoint_folder
 import checkpointing
 import files
 import memory
+import predict
 import train_classifier
 import training
 import validation
@@ -404,3 +406,27 @@ def test_a_diverging_run_stops(run, monkeypatch, capsys):
     monkeypatch.setattr(training.Trainer, "update", lambda *arguments: float("nan"))
     assert run("--blocks", "stock") == 2
     assert "the loss of the stock blocks is nan at step 1" in capsys.readouterr().err
+
+
+def test_its_weights_classify_as_they_did_when_they_were_tested(
+    run, pictures, tmp_path, monkeypatch
+):
+    """The file tells how the pictures were prepared, and the names of the classes."""
+    assert run("--lr", "1e-2", "--steps", 8) == 0
+    weights = newest(tmp_path) / "fused_last.safetensors"
+    monkeypatch.undo()
+    output = tmp_path / "predicted"
+    arguments = ("--checkpoint", weights, "--images", pictures, "--top", 2, "--output", output)
+    assert predict.main([str(one) for one in (*arguments, "--device", "cpu")]) == 0
+    images = json.loads((output / "predictions.json").read_text())
+    scores = {
+        one["image"]: {each["label"]: each["score"] for each in one["predictions"]}
+        for one in images
+    }
+    losses = [-math.log(scores[f"{name}/2.png"][name]) for name in ("coarse", "fine")]
+    (last,) = [
+        one
+        for one in read_results(weights.parent)["results"]["fused"]["validations"]
+        if one["step"] == 8
+    ]
+    assert sum(losses) / 2 == pytest.approx(last["loss"], abs=1e-4)
