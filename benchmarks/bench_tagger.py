@@ -24,7 +24,7 @@ from torch import Tensor
 import moat_kernels as mk
 
 NAME, RESOLUTION, TAGS = "moat_2", 448, 9000
-BATCHES = (1, 8)
+BATCHES = (1, 4)
 OPTIONS: dict[str, Any] = {
     "num_classes": TAGS,
     "window_size": (None, None, 14, None),
