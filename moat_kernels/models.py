@@ -20,7 +20,7 @@ from moat_kernels.checkpoints.loading import load_checkpoint, load_converted, re
 from moat_kernels.configuration import PREPROCESSING_KEY
 from moat_kernels.inspection import is_plain, remember_code
 from moat_kernels.ops.frozen import CannotFreeze, FrozenStep, head_step
-from moat_kernels.preprocessing import Preprocessing, preprocessing_of
+from moat_kernels.preprocessing import Preprocessing, known_preprocessing_of
 from moat_kernels.reference import initialize
 from moat_kernels.tensor_access import tensor_of
 from moat_kernels.tracing import is_traced
@@ -171,7 +171,7 @@ class MOAT(Backbone):
         self.pretrained_cfg.update(preprocessing.timm_cfg())
 
     def description(self) -> dict[str, Any]:
-        preprocessing = preprocessing_of(self)
+        preprocessing = known_preprocessing_of(self)
         told = {PREPROCESSING_KEY: asdict(preprocessing)} if preprocessing else {}
         return {**super().description(), **told}
 

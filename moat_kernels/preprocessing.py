@@ -82,17 +82,25 @@ class Preprocessing:
 
 
 def preprocessing_of(model: Any) -> Preprocessing | None:
-    """What is known of a MOAT or FrozenMOAT, or None. Raises ValueError as Preprocessing."""
+    """What the `pretrained_cfg` of a model says, None if it says nothing.
+
+    Raises ValueError for what Preprocessing has no words for, as timm's `crop_mode="squash"`.
+    """
     cfg = getattr(model, "pretrained_cfg", None)
-    if not isinstance(cfg, Mapping) or "mean" not in cfg or "input_size" not in cfg:
+    if not isinstance(cfg, Mapping) or not cfg.get("mean") or not cfg.get("input_size"):
         return None
     names = {field.name for field in fields(Preprocessing)} - {"resolution", "channel_order"}
     told = {name: cfg[name] for name in names.intersection(cfg)}
-    return Preprocessing(
-        resolution=cfg["input_size"][-1],
-        channel_order=model.configuration["channel_order"],
-        **told,
-    )
+    order = getattr(model, "configuration", {}).get("channel_order", "rgb")
+    return Preprocessing(resolution=cfg["input_size"][-1], channel_order=order, **told)
+
+
+def known_preprocessing_of(model: Any) -> Preprocessing | None:
+    """The same, None for what Preprocessing has no words for."""
+    try:
+        return preprocessing_of(model)
+    except (TypeError, ValueError):
+        return None
 
 
 def _are_three_numbers(values: object) -> bool:

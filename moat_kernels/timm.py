@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moat_kernels.checkpoints import load_checkpoint
 from moat_kernels.models import MOAT, check_global_pool, create_model
-from moat_kernels.preprocessing import preprocessing_of
+from moat_kernels.preprocessing import known_preprocessing_of
 from moat_kernels.variants import VARIANTS, get_preprocessing, get_pretrained_cfg
 
 try:
@@ -94,7 +94,7 @@ def _create(
         pretrained_filter_fn=_weights_of,
         **options,
     )
-    if (preprocessing := preprocessing_of(model)) is not None:
+    if (preprocessing := known_preprocessing_of(model)) is not None:
         in_rgb = replace(preprocessing, channel_order="rgb")  # timm knows no other
         model.describe_images(in_rgb.for_model(model.configuration))
     if file:

@@ -81,7 +81,8 @@ def find_variant(sizes: Mapping[str, Any]) -> str | None:
 def get_preprocessing(model: str | Any) -> Preprocessing:
     """How images are prepared for a model, or were in the official ImageNet training of a variant.
 
-    model: the name of a variant, or a MOAT or FrozenMOAT, whose checkpoint may have told it.
+    model: the name of a variant, or a MOAT or FrozenMOAT, whose checkpoint may have told it, or
+        another model with a `pretrained_cfg` as timm has it.
 
     >>> get_preprocessing("moat_2").resolution
     384

@@ -211,6 +211,19 @@ def test_preprocessing_of_variants_and_of_nothing_known(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    "odd",
+    [{"crop_mode": "squash"}, {"mean": (0.5,), "std": (0.5,)}, {"input_size": (3, None, None)}],
+    ids=str,
+)
+def test_other_words_for_preprocessing_harm_nothing_else(odd: dict) -> None:
+    model = mk.create_model("tiny_moat_0", depths=(1, 1, 1, 1))
+    model.pretrained_cfg.update(odd)
+    with pytest.raises(ValueError, match="must be"):
+        mk.get_preprocessing(model)
+    assert "preprocessing" not in model.state_dict()._metadata[""]["moat"]
+
+
+@pytest.mark.parametrize(
     "field",
     [
         {"mean": (0.5, 0.5)},

@@ -7,9 +7,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from moat_kernels.preprocessing import CHANNEL_ORDERS
+
 from .converting import SourceOptions, describe, read_source, write_converted
 from .errors import CheckpointError
-from .keras import CHANNEL_ORDERS, WindowSize
+from .keras import WindowSize
 
 _PROGRAM = "python -m moat_kernels.checkpoints"
 _SOURCE = (

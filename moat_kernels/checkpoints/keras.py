@@ -10,6 +10,8 @@ from typing import Any, Literal
 
 import torch
 
+from moat_kernels.preprocessing import CHANNEL_ORDERS
+
 from .architecture import sizes_of
 from .conversion import ConvertedCheckpoint, convert_inventory
 from .errors import CheckpointError
@@ -18,7 +20,6 @@ from .keras_inventory import take_keras_inventory
 from .tensorflow_bundle import TensorBundle
 from .tensorflow_objects import ObjectMapping, read_object_variables
 
-CHANNEL_ORDERS = ("rgb", "bgr")
 _RGB = 3
 _RESOLUTION = 448
 _MAXIMUM_RESOLUTION = 1 << 14

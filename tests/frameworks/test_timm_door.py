@@ -203,6 +203,10 @@ def test_what_timm_knows_of_models_that_scale_pixels(tmp_path) -> None:
     assert mk.get_preprocessing(make(**given, **keras)) == told  # as the file says
     given["pretrained_cfg_overlay"]["crop_mode"] = "center"  # as the user says
     assert mk.get_preprocessing(make(**given, **keras)) == replace(told, crop_mode="center")
+    given["pretrained_cfg_overlay"]["crop_mode"] = "squash"  # for which there is no word here
+    assert make(**given, **keras).pretrained_cfg["crop_mode"] == "squash"
+    other = timm.create_model("test_resnet")
+    assert mk.get_preprocessing(other).mean == other.pretrained_cfg["mean"]
     import_peer("timm.models").save_for_hf(model, tmp_path, safe_serialization=True)
     again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True, **keras)
     assert same_weights(again, model)
