@@ -187,6 +187,15 @@ def test_what_timm_saves_it_loads(options: dict, tmp_path) -> None:
         make(pretrained=True, pretrained_cfg_overlay=overlay, **options)
 
 
+@pytest.mark.parametrize("in_chans", [1, 2, 4, 13])
+def test_first_convolutions_are_adapted_as_timm_does(in_chans: int, tmp_path) -> None:
+    source = make(num_classes=7)
+    torch.save(source.state_dict(), tmp_path / "x.pth")
+    adapted = make(checkpoint=tmp_path / "x.pth", num_classes=7, in_chans=in_chans)
+    expected = import_peer("timm.models").adapt_input_conv(in_chans, source.stem.conv_0.weight)
+    torch.testing.assert_close(adapted.stem.conv_0.weight, expected)
+
+
 def test_what_timm_knows_of_models_that_scale_pixels(tmp_path) -> None:
     keras = {"num_classes": 7, "pixel_scaling": True, "channel_order": "bgr"}
     model = make(**keras)

@@ -46,6 +46,12 @@ CASES: dict[str, Case] = {
     "stride 2, pool 3": Case(MBConvDescription(stride=2, pool=Pool(kernel_size=3))),
     "projected shortcut": Case(**_TO_8),
     "squeeze-excite": Case(MBConvDescription(squeeze_excite=SqueezeExcite())),
+    "as Keras has it": Case(
+        MBConvDescription(
+            stride=2, pool=Pool(kernel_size=3), squeeze_excite=SqueezeExcite(activation="gelu")
+        ),
+        **_TO_8,
+    ),
     "squeeze-excite before norm": Case(
         MBConvDescription(squeeze_excite=SqueezeExcite("before_norm", "relu"))
     ),

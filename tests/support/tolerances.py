@@ -14,6 +14,9 @@ from torch import Tensor
 GOLDEN_OUTPUT = 1e-5
 GOLDEN_BLOCK_GRADIENT = 2e-5
 GOLDEN_MODEL_GRADIENT = 5e-5
+# The Triton kernels take statistics and gradients through a covariance (see FOLDED_GRADIENT); the
+# worst that was seen is 2.2e-5.
+GOLDEN_TRITON_GRADIENT = 4e-5
 # Absolute, as the running statistics are of order one; the update is 1 % of the batch's.
 GOLDEN_MOVING = 1e-6
 # Gradients that are zero in exact arithmetic (spec: biases before a batch norm, key biases).
