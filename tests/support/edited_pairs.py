@@ -114,7 +114,7 @@ class PlainMOAT(mk.MOAT):
     """
 
     def forward_stages(self, x: Tensor) -> list[Tensor]:
-        outputs = [self.stem(x)]
+        outputs = [self.stem(self.scale_pixels(x))]
         for stage in self.stages:
             x = outputs[-1]
             for block in stage if isinstance(stage, nn.ModuleList) else (stage,):
