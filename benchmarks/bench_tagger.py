@@ -22,18 +22,14 @@ from runtimes import Served, available, make_runtime
 from torch import Tensor
 
 import moat_kernels as mk
+from moat_kernels.configuration import KERAS
 
 NAME, RESOLUTION, TAGS = "moat_2", 448, 9000
 BATCHES = (1, 4)
 OPTIONS: dict[str, Any] = {
+    **KERAS,
     "num_classes": TAGS,
     "window_size": (None, None, 14, None),
-    "pool_size": 3,
-    "position_embedding": False,
-    "se_activation": "gelu",
-    "layer_norm_eps": 1e-3,
-    "pixel_scaling": True,
-    "channel_order": "bgr",
     "drop_path_rate": 0.0,
 }
 STOCK = "stock channels_last"

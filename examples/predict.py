@@ -179,7 +179,7 @@ def _predict(
     journal: Journal,
 ) -> None:
     """Predict all batches; the journal has each before it is told that it is done."""
-    total, done, start = sum(map(len, batches)), 0, time.perf_counter()
+    total, done, predicted, start = sum(map(len, batches)), 0, 0, time.perf_counter()
     if not total:
         return
     progress = Progress(0, total)
@@ -190,11 +190,12 @@ def _predict(
         journal.append(records)
         _tell_errors(records)
         done += len(batch)
+        predicted += sum(not record.error for record in records)
         seconds = time.perf_counter() - start
-        progress.show(done, f"{done / seconds:.1f} images/s")
+        progress.show(done, f"{predicted / seconds:.1f} images/s")
     print(
-        f"{total} images in {seconds:.1f} s, {total / seconds:.1f} images per second, batch "
-        f"{options.batch}, {options.dtype}, {classifier.device}"
+        f"{predicted} images in {seconds:.1f} s, {predicted / seconds:.1f} images per second, "
+        f"batch {options.batch}, {options.dtype}, {classifier.device}"
         f"{', frozen' if classifier.frozen else ''}"
     )
 

@@ -27,6 +27,16 @@ OFFICIAL: dict[str, Any] = {
     "channel_order": "rgb",
 }
 
+# Of Keras' MOATs, where they differ from official ones.
+KERAS: dict[str, Any] = {
+    "pool_size": 3,
+    "position_embedding": False,
+    "se_activation": "gelu",
+    "layer_norm_eps": 1e-3,
+    "pixel_scaling": True,
+    "channel_order": "bgr",
+}
+
 # The rest, widths for example, names and shapes of tensors tell. How these change what a model
 # computes is exact: windows are cut, tables resized and maps strided at every call, which official
 # code does with the weights of another configuration too.

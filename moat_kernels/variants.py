@@ -104,13 +104,10 @@ def get_preprocessing(model: str | Any) -> Preprocessing:
     return preprocessing
 
 
-def get_pretrained_cfg(name: str | None, preprocessing: Preprocessing) -> dict[str, Any]:
-    """What timm's `pretrained_cfg` says of a model: how its images are prepared, above all.
-
-    name: of the variant, if it is one.
-    """
+def get_pretrained_cfg(name: str, preprocessing: Preprocessing) -> dict[str, Any]:
+    """What timm's `pretrained_cfg` says of variant `name`, whose images are prepared so."""
     return {
-        **({"architecture": name} if name else {}),
+        "architecture": name,
         **preprocessing.timm_cfg(),
         "pool_size": (math.ceil(preprocessing.resolution / 32),) * 2,
         "num_classes": 1000,

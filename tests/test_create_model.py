@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from support.golden import GOLDEN
-from support.keras import KERAS, make_pixels
+from support.keras import make_pixels
 from support.small_model import make_model
 from support.tolerances import BACKEND_OUTPUT, assert_close
 
 import moat_kernels as mk
 from moat_kernels.checkpoints import CheckpointError, load_checkpoint, save_safetensors
+from moat_kernels.configuration import KERAS
 from moat_kernels.preprocessing import Preprocessing
 from moat_kernels.variants import VARIANTS
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from support.keras import KERAS, make_pixels
+from support.keras import make_pixels
 from support.small_model import make_model
 from support.tolerances import (
     BACKEND_GRADIENT,
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 import moat_kernels as mk
+from moat_kernels.configuration import KERAS
 from moat_kernels.ops.common.backends import backend_status
 from moat_kernels.reference import MBConvBlock, SqueezeExcitation
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 import torch
 
+from moat_kernels.configuration import KERAS
 from moat_kernels.preprocessing import CHANNEL_ORDERS
 
 from .architecture import sizes_of
@@ -115,18 +116,14 @@ def _configuration(
         )
     channel_order = options.channel_order
     if channel_order is None:
-        channel_order = "bgr" if sizes["in_chans"] == _RGB else "rgb"
+        channel_order = KERAS["channel_order"] if sizes["in_chans"] == _RGB else "rgb"
         assumed.append(f"channel_order {channel_order!r}: it was not given")
     configuration = {
         **sizes,
         "output_stride": 32,
         "window_size": (None, None, window and (window, window), None),
         "global_attention_at_end": False,
-        "pool_size": 3,
-        "position_embedding": False,
-        "se_activation": "gelu",
-        "layer_norm_eps": 1e-3,
-        "pixel_scaling": True,
+        **KERAS,
         "channel_order": channel_order,
         "preprocessing": {
             "resolution": resolution,

@@ -19,10 +19,10 @@ import predict
 import prediction_model
 from PIL import Image
 from support.example_program import small_model
-from support.keras import KERAS
 
 import moat_kernels
 from moat_kernels.checkpoints import save_safetensors
+from moat_kernels.configuration import KERAS
 from moat_kernels.preprocessing import PIXELS, Preprocessing
 
 CLASSES = ["ant", "bee", "cat, black", "dog", "elk", "fox"]

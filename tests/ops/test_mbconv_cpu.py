@@ -13,6 +13,9 @@ from support.tolerances import (
     BACKEND_OUTPUT,
     BACKEND_ZERO_GRADIENT,
     LOW_PRECISION_FACTOR,
+    NATIVE_GELU,
+    NATIVE_GELU_OF_SMALL_VALUES,
+    NATIVE_GELU_SLOPE,
     assert_close,
     relative_error,
 )
@@ -230,6 +233,31 @@ def test_a_bad_value_spoils_its_neighbourhood_only(value: float) -> None:
     assert torch.equal(spoilt[..., ~near], clean[..., ~near])
     if value != value:
         assert spoilt[..., near].isnan().all()
+
+
+@pytest.mark.each_isa
+def test_gelu_is_as_exact_of_small_values_as_of_large_ones() -> None:
+    """A bottleneck that is one GELU, its result in eval, and its result and slope in training."""
+    sizes = torch.logspace(-6, 0.9, 20_000)
+    x = torch.cat((sizes, -sizes)).view(1, 1, 1, -1)
+    middle = torch.zeros(1, 1, 3, 3)
+    middle[..., 1, 1] = 1
+    parameters = MBConvParameters(torch.ones(1, 1), middle, torch.ones(1, 1))
+    description = MBConvDescription(
+        *(1, "tf_same", None, "identity", None, "gelu", None, "identity"), residual=False
+    )
+    exact_x = x.double().requires_grad_()
+    exact = torch.nn.functional.gelu(exact_x)
+    (exact_slope,) = torch.autograd.grad(exact.sum(), exact_x)
+    trained_x = x.clone().requires_grad_()
+    with use_backend("cpu"):
+        trained = mbconv(trained_x, parameters, description, training=True)
+        (slope,) = torch.autograd.grad(trained.sum(), trained_x)
+    for result in (evaluate("cpu", x, parameters, description), trained):
+        error = (result - exact).abs().detach()
+        assert error.max() < NATIVE_GELU
+        assert (error / exact.abs())[x.abs() <= 1].max() < NATIVE_GELU_OF_SMALL_VALUES
+    assert (slope - exact_slope).abs().max() < NATIVE_GELU_SLOPE
 
 
 @pytest.mark.each_isa

@@ -1,4 +1,4 @@
-"""What Keras' MOATs are, beside official ones, as options of the models; and the golden of one.
+"""Images of pixels, and the golden of a Keras MOAT.
 
 tests/golden/keras_small has the variables of a SavedModel with random weights: stem 32; blocks 1,
 2, 2, 1 of 32, 64, 96 and 128 channels; stage 3 in windows of 4x4; 11 outputs. output.npz has what
@@ -19,14 +19,6 @@ from support.golden import GOLDEN
 
 FOLDER = GOLDEN / "keras_small"
 RESOLUTION = 128
-KERAS: dict[str, Any] = {
-    "pool_size": 3,
-    "position_embedding": False,
-    "se_activation": "gelu",
-    "layer_norm_eps": 1e-3,
-    "pixel_scaling": True,
-    "channel_order": "bgr",
-}
 
 
 def golden() -> tuple[Tensor, Tensor]:
