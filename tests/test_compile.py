@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from support.small_model import make_model
 from support.tolerances import BACKEND_GRADIENT, BACKEND_ZERO_GRADIENT, assert_close
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.utils.checkpoint import checkpoint
 
 import moat_kernels as mk
 from moat_kernels.block_reading import read_block
@@ -113,3 +115,21 @@ def test_tuples_are_encoded() -> None:
         description = MBConvDescription(padding=padding, pre_norm=Norm(momentum=None))
         assert decode_fields(description.encode())["padding"] == padding
         assert MBConvDescription.decode(description.encode()) == description
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+def test_a_checkpointed_block_counts_its_batch_once(backend: str) -> None:
+    eager = mk.FusedMBConv(8, 8)
+    torch._dynamo.reset()
+
+    def checkpointed(block: nn.Module, x: Tensor) -> Tensor:
+        return checkpoint(block, x, use_reentrant=False)
+
+    block = copy.deepcopy(eager)
+    compiled = torch.compile(partial(checkpointed, block), fullgraph=True, backend=backend)
+    for _ in range(2):
+        x = torch.randn(2, 8, 4, 4)
+        for call in (eager, compiled):
+            call(x.clone().requires_grad_()).square().sum().backward()
+    for (name, buffer), expected in zip(block.named_buffers(), eager.buffers(), strict=True):
+        assert_close(buffer, expected, BACKEND_GRADIENT[torch.float32], name)

@@ -20,9 +20,8 @@ from support.tolerances import (
 from moat_kernels import use_backend
 from moat_kernels.functional import MBConvDescription, Norm, Pool, mbconv
 from moat_kernels.ops.mbconv import dispatch
-from moat_kernels.ops.mbconv.description import (
-    flatten,
-)
+from moat_kernels.ops.mbconv.description import flatten
+from moat_kernels.ops.mbconv.running_statistics import list_updated
 
 RECOMPUTE_LEVELS = ["none", "expand", "block"]
 # 84 rows measure expand_norm directly (6 channels), 504 rows by covariance.
@@ -235,16 +234,27 @@ def test_the_unbiased_variance_of_one_value_is_refused_where_it_is_asked_for() -
 
 def test_opcheck() -> None:
     case = CASES["stride 2, pool 2, projected"]
-    tensors, running = flatten(make_parameters(case))
+    parameters = make_parameters(case)
+    tensors, running = flatten(parameters)
+    updated, places = list_updated(parameters, ["pre_norm", "expand_norm", "depthwise_norm"])
     x = torch.randn(9, case.in_channels, 7, 8, dtype=torch.float64)
+    measured = [None] * len(running)
     for layout in (x, x.to(memory_format=torch.channels_last)):
-        arguments = (layout, tensors, running, None, case.description.encode(), None)
-        for operator, choices in (
-            (torch.ops.moat_kernels.mbconv_forward.default, ("expand", "torch")),
-            (torch.ops.moat_kernels.mbconv_evaluate.default, ("torch",)),
+        description = case.description.encode()
+        for operator, arguments in (
+            (
+                torch.ops.moat_kernels.mbconv_forward.default,
+                (measured, updated, None, description, places, None, "expand", "torch"),
+            ),
+            (
+                torch.ops.moat_kernels.mbconv_evaluate.default,
+                (running, None, description, None, "torch"),
+            ),
         ):
             torch.library.opcheck(
-                operator, (*arguments, *choices), test_utils=("test_schema", "test_faketensor")
+                operator,
+                (layout, tensors, *arguments),
+                test_utils=("test_schema", "test_faketensor"),
             )
 
 

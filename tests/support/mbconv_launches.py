@@ -8,9 +8,9 @@ import torch
 
 from moat_kernels import get_preprocessing, list_models
 from moat_kernels.functional import MBConvDescription, Pool, SqueezeExcite
-from moat_kernels.ops.mbconv.description import NORMS, PARAMETER_NAMES
+from moat_kernels.ops.mbconv.description import PARAMETER_NAMES
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
-from moat_kernels.ops.mbconv.running_statistics import plan_updates
+from moat_kernels.ops.mbconv.running_statistics import count_values, plan_updates
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
 from moat_kernels.variants import get_variant
 from support.mbconv_cases import Case, make_parameters
@@ -63,7 +63,7 @@ def launch_mbconv(
                 triton_backend.evaluate(x, parameters, description, scale, cast)
                 description = resolve_frozen(case.description, parameters, training=True)
                 arguments = (parameters, description, "none", scale, cast)
-                counts = dict.fromkeys(NORMS, batch * size**2)
-                updates = plan_updates(NORMS[:3], parameters, description, counts)
+                counts = count_values(x, parameters, description)
+                updates = plan_updates(counts, parameters, description)
                 result = triton_backend.forward(x, *arguments, updates)
                 triton_backend.backward(result.output, x, *arguments, result.saved, needed)

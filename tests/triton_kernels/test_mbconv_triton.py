@@ -27,9 +27,8 @@ from moat_kernels import FallbackWarning, use_backend
 from moat_kernels.functional import MBConvDescription, MBConvParameters, Pool, SqueezeExcite, mbconv
 from moat_kernels.ops.common import backends
 from moat_kernels.ops.common.batch_norm import Norm, NormParameters
-from moat_kernels.ops.mbconv.description import (
-    flatten,
-)
+from moat_kernels.ops.mbconv.description import NORMS, flatten
+from moat_kernels.ops.mbconv.running_statistics import count_values, list_updated
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
 from moat_kernels.ops.mbconv.triton import launch_table as triton_launch
 
@@ -435,12 +434,16 @@ def test_the_same_bits_every_time(device: str) -> None:
 def test_opcheck(name: str, device: str) -> None:
     """The operator's schema holds, and fake tensors go through it as real ones do."""
     case = CASES[name]
-    tensors, running = flatten(to(make_parameters(case), device, torch.float32))
+    parameters = to(make_parameters(case), device, torch.float32)
+    tensors, running = flatten(parameters)
     x = torch.randn(2, case.in_channels, 7, 8).to(device)
-    arguments = (x, tensors, running, None, case.description.encode(), None)
+    counts = count_values(x, parameters, case.description)
+    kept = [None if NORMS[i // 2] in counts else tensor for i, tensor in enumerate(running)]
+    updated, places = list_updated(parameters, counts)
+    settings = (None, case.description.encode(), places, None, "expand", "triton")
     torch.library.opcheck(
         torch.ops.moat_kernels.mbconv_forward.default,
-        (*arguments, "expand", "triton"),
+        (x, tensors, kept, updated, *settings),
         test_utils=("test_schema", "test_faketensor"),
     )
 

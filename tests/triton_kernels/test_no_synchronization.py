@@ -26,11 +26,10 @@ from moat_kernels.ops.attention_half.description import Half, Layers
 from moat_kernels.ops.attention_half.triton import backend as attention_half
 from moat_kernels.ops.layer_norm.triton import backend as layer_norm
 from moat_kernels.ops.mbconv.description import (
-    NORMS,
     PARAMETER_NAMES,
 )
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
-from moat_kernels.ops.mbconv.running_statistics import finish_updates, plan_updates
+from moat_kernels.ops.mbconv.running_statistics import count_values, finish_updates, plan_updates
 from moat_kernels.ops.mbconv.triton import backend as mbconv
 from moat_kernels.ops.triton_support import launching
 from moat_kernels.ops.window_attention.triton import backend as window_attention
@@ -76,9 +75,8 @@ def test_training_the_bottleneck(case: str, recompute: str, rows: str) -> None:
         description = resolve_frozen(description, parameters, training=True)
         needed = frozenset(("x", *PARAMETER_NAMES))
         with OnOneDevice():
-            counts = dict.fromkeys(NORMS, x.numel() // x.shape[1])
-            norms = [name for name in NORMS[:3] if getattr(description, name)]
-            updates = plan_updates(norms, parameters, description, counts)
+            counts = count_values(x, parameters, description)
+            updates = plan_updates(counts, parameters, description)
             arguments = (parameters, description, recompute, scale, None)
             result = mbconv.forward(x, *arguments, updates)
             finish_updates(parameters, description, updates, result.moments)

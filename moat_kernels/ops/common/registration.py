@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from moat_kernels.ops.common.flops import register_flops
 
-Implementation = Callable[..., Tensor | list[Tensor]]
+Implementation = Callable[..., Tensor | list[Tensor] | tuple[Tensor, ...]]
 
 # A fragment: the native extension, where it is built, defines the library itself.
 LIBRARY = torch.library.Library("moat_kernels", "FRAGMENT")

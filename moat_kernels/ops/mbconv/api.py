@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -10,22 +9,22 @@ from torch import Tensor
 
 from moat_kernels.ops.common.autocast import autocast_off
 from moat_kernels.ops.common.backends import is_exporting
-from moat_kernels.ops.common.batch_norm import RunningUpdate
 from moat_kernels.ops.common.registration import is_watched
 from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.mbconv import operators, reference
-from moat_kernels.ops.mbconv.contract import Moments
 from moat_kernels.ops.mbconv.description import (
     NORMS,
     PARAMETER_NAMES,
     MBConvDescription,
     MBConvParameters,
     flatten,
-    unflatten,
 )
 from moat_kernels.ops.mbconv.dispatch import BACKENDS, Plan, plan_call
-from moat_kernels.ops.mbconv.operators import name_moments
-from moat_kernels.ops.mbconv.running_statistics import finish_updates, plan_updates
+from moat_kernels.ops.mbconv.running_statistics import (
+    finish_updates,
+    list_updated,
+    plan_updates,
+)
 
 
 def mbconv(
@@ -53,28 +52,31 @@ def mbconv(
     argument. Not differentiable twice, nor with respect to `drop_path_scale`.
     """
     plan = plan_call(x, parameters, description, training, recompute, drop_path_scale)
+    description, counts = plan.description, plan.value_counts
     # What runs without Python holds operators of PyTorch and of the native extension only.
-    exported = is_exporting() and not plan.moment_counts
-    description = plan.description
-    updates = plan_updates(plan.moment_counts, parameters, description, plan.value_counts)
-    moments: Moments
+    exported = is_exporting() and not counts
     # The torch backend chooses by the number of rows, which an export may hold open.
     if plan.backend == "reference" or (exported and plan.backend == "torch"):
+        updates = plan_updates(counts, parameters, description)
         output, moments = reference.mbconv(x, parameters, description, drop_path_scale)
-    elif plan.differentiable and not exported:
-        collected: dict[str, tuple[Tensor, ...]] = {}
-        tensors, running = _operands(parameters, plan)
-        output, *measured = _MBConv.apply(
-            x, drop_path_scale, plan, updates, collected, *tensors, *running
-        )
-        moments = name_moments(plan.moment_counts, measured) if measured else collected
-    elif (is_watched() or type(x) is not Tensor) and not exported:
-        output, moments = _call_operators(x, parameters, plan, drop_path_scale)
-    else:
-        output, moments = _call_backend(x, parameters, plan, drop_path_scale, updates)
-    if plan.moment_counts:
         finish_updates(parameters, description, updates, moments)
-    return output
+        return output
+    if plan.differentiable and not exported:
+        tensors, running = _operands(parameters, plan)
+        if is_watched():
+            updated, places = list_updated(parameters, counts)
+            return _MBConv.apply(x, drop_path_scale, plan, places, *tensors, *running, *updated)
+        return _MBConv.apply(x, drop_path_scale, plan, parameters, *tensors, *running)
+    if (is_watched() or type(x) is not Tensor) and not exported:
+        return _call_operators(x, parameters, plan, drop_path_scale)
+    if counts:
+        choices = (drop_path_scale, plan.dtype, "block", plan.backend)
+        return operators.train(x, parameters, description, counts, *choices)[0]
+    with autocast_off(x):
+        output = BACKENDS[plan.backend].evaluate(
+            x, parameters, description, drop_path_scale, plan.dtype
+        )
+        return in_format_of(output, x)
 
 
 def _operands(
@@ -84,47 +86,29 @@ def _operands(
     tensors, running = flatten(parameters)
     # Running statistics that are about to be updated must not be saved for backward.
     return tensors, [
-        None if NORMS[index // 2] in plan.moment_counts else tensor
+        None if NORMS[index // 2] in plan.value_counts else tensor
         for index, tensor in enumerate(running)
     ]
 
 
-def _call_backend(
-    x: Tensor,
-    parameters: MBConvParameters,
-    plan: Plan,
-    drop_path_scale: Tensor | None,
-    updates: Mapping[str, RunningUpdate],
-) -> tuple[Tensor, Moments]:
-    """Output and moments of a call without gradients."""
-    backend, description = BACKENDS[plan.backend], plan.description
-    with autocast_off(x):
-        if not plan.moment_counts:
-            output = backend.evaluate(x, parameters, description, drop_path_scale, plan.dtype)
-            return in_format_of(output, x), {}
-        result = backend.forward(
-            x, parameters, description, "block", drop_path_scale, plan.dtype, updates
-        )
-        return in_format_of(result.output, x), result.moments
-
-
 def _call_operators(
     x: Tensor, parameters: MBConvParameters, plan: Plan, drop_path_scale: Tensor | None
-) -> tuple[Tensor, Moments]:
-    """`_call_backend` by the operators that compilers and dispatch modes see."""
+) -> Tensor:
+    """A call without gradients by the operators that compilers and dispatch modes see."""
     tensors, running = _operands(parameters, plan)
-    arguments = (x, tensors, running, drop_path_scale, plan.description.encode(), plan.dtype)
-    if not plan.moment_counts:
-        return torch.ops.moat_kernels.mbconv_evaluate(*arguments, plan.backend), {}
-    output, *measured = torch.ops.moat_kernels.mbconv_forward(*arguments, "block", plan.backend)
-    return output, name_moments(plan.moment_counts, measured)
+    description = plan.description.encode()
+    if not plan.value_counts:
+        return torch.ops.moat_kernels.mbconv_evaluate(
+            x, tensors, running, drop_path_scale, description, plan.dtype, plan.backend
+        )
+    updated, places = list_updated(parameters, plan.value_counts)
+    choices = (description, places, plan.dtype, "block", plan.backend)
+    output, _ = operators.call_forward(x, tensors, running, updated, drop_path_scale, *choices)
+    return output
 
 
 class _MBConv(torch.autograd.Function):
-    """Saves x, the parameters and what the backend asks for.
-
-    Moments are its results where operators are watched; else they are put into `collected`.
-    """
+    """Saves x, the parameters and what the backend asks for; updates running statistics."""
 
     @staticmethod
     def forward(
@@ -132,45 +116,32 @@ class _MBConv(torch.autograd.Function):
         x: Tensor,
         drop_path_scale: Tensor | None,
         plan: Plan,
-        updates: Mapping[str, RunningUpdate],
-        collected: dict[str, tuple[Tensor, ...]],
+        named: MBConvParameters | list[int],
         *tensors: Tensor | None,
-    ) -> tuple[Tensor, ...]:
-        parameters, running = tensors[: len(PARAMETER_NAMES)], tensors[len(PARAMETER_NAMES) :]
-        moments: list[Tensor] = []
-        if is_watched():
-            choices = (plan.description.encode(), plan.dtype, plan.recompute, plan.backend)
-            output, *rest = torch.ops.moat_kernels.mbconv_forward(
-                x, parameters, running, drop_path_scale, *choices
+    ) -> Tensor:
+        """named: all parameters; where operators are watched the places of the last tensors."""
+        count, end = len(PARAMETER_NAMES), len(PARAMETER_NAMES) + 2 * len(NORMS)
+        operands = tensors[:end]
+        if isinstance(named, list):
+            output, saved = operators.call_forward(
+                *(x, operands[:count], operands[count:], tensors[end:], drop_path_scale),
+                *(plan.description.encode(), named, plan.dtype, plan.recompute, plan.backend),
             )
-            count = sum(plan.moment_counts.values())
-            moments, saved = rest[:count], rest[count:]
         else:
-            with autocast_off(x):
-                result = BACKENDS[plan.backend].forward(
-                    x,
-                    unflatten(parameters, running),
-                    plan.description,
-                    plan.recompute,
-                    drop_path_scale,
-                    plan.dtype,
-                    updates,
-                )
-            output, saved = in_format_of(result.output, x), result.saved
-            collected.update(result.moments)
-        ctx.save_for_backward(x, drop_path_scale, *tensors, *saved)
+            choices = (drop_path_scale, plan.dtype, plan.recompute, plan.backend)
+            output, saved = operators.train(x, named, plan.description, plan.value_counts, *choices)
+        ctx.save_for_backward(x, drop_path_scale, *operands, *saved)
         ctx.plan = plan
-        ctx.mark_non_differentiable(*moments)
         ctx.set_materialize_grads(False)
-        return output, *moments
+        return output
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, grad: Tensor | None, *_: Tensor | None) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         count, end = len(PARAMETER_NAMES), len(PARAMETER_NAMES) + 2 * len(NORMS)
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5 : 5 + count]]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4 : 4 + count]]
         x, drop_path_scale, *rest = ctx.saved_tensors
         plan = ctx.plan
         tensors = (grad, x, rest[:count], rest[count:end], drop_path_scale, rest[end:])
@@ -182,4 +153,5 @@ class _MBConv(torch.autograd.Function):
             listed = operators.backward(*tensors, plan.description, *choices)
         gradients = iter(listed)
         grad_x, *grad_parameters = [next(gradients) if needed else None for needed in needs]
-        return (grad_x, *(None,) * 4, *grad_parameters, *(None,) * (2 * len(NORMS)))
+        others = len(ctx.needs_input_grad) - 4 - count
+        return (grad_x, *(None,) * 3, *grad_parameters, *(None,) * others)

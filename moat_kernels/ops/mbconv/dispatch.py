@@ -23,7 +23,7 @@ from moat_kernels.ops.mbconv.description import (
     NormParameters,
     needs_gradient,
 )
-from moat_kernels.ops.mbconv.running_statistics import values_per_channel
+from moat_kernels.ops.mbconv.running_statistics import count_values
 from moat_kernels.ops.mbconv.torch import backend as torch_backend
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
 
@@ -45,9 +45,8 @@ class Plan:
 
     description: with `frozen` resolved. backend: a key of BACKENDS, or "reference".
     recompute: "none", "expand" or "block". differentiable: whether autograd records the call.
-    dtype: what autocast wants the convolutions in; None: it is off. moment_counts: by the name of
-    each norm that measures its batch, how many moments it gives. value_counts: and how many values
-    of each channel this process measures.
+    dtype: what autocast wants the convolutions in; None: it is off. value_counts: by the name of
+    each norm that measures its batch, how many values of each channel this process measures.
     """
 
     description: MBConvDescription
@@ -55,7 +54,6 @@ class Plan:
     recompute: str
     differentiable: bool
     dtype: torch.dtype | None
-    moment_counts: Mapping[str, int]
     value_counts: Mapping[str, int]
 
 
@@ -133,16 +131,13 @@ def _make_plan(
         BACKENDS,
         lambda candidate: candidate.unsupported(x, parameters, description),
     )
-    counts = {name: _moment_count(description, name) for name in NORMS}
-    counts = {name: count for name, count in counts.items() if count}
     return Plan(
         description,
         backend,
         FASTEST_RECOMPUTE if recompute == "auto" else recompute,
         needs_gradient(x, parameters),
         autocast_dtype(x),
-        counts,
-        {name: values_per_channel(name, x, parameters, description) for name in counts},
+        count_values(x, parameters, description),
     )
 
 
@@ -163,11 +158,3 @@ def resolve_frozen(
             if frozen != norm.frozen or group != norm.process_group:
                 norms[name] = dataclasses.replace(norm, frozen=frozen, process_group=group)
     return dataclasses.replace(description, **norms) if norms else description
-
-
-def _moment_count(description: MBConvDescription, name: str) -> int:
-    """How many moments the norm called `name` measures; see contract.Moments."""
-    norm = getattr(description, name)
-    if norm is None or norm.frozen:
-        return 0
-    return 2 if norm.process_group is None else 3

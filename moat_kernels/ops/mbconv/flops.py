@@ -100,6 +100,17 @@ def described_forward(
     return forward_flops(x, parameters, MBConvDescription.decode(description))
 
 
+def trained_forward(
+    x: Shape,
+    parameters: Sequence[Shape | None],
+    running: Any,
+    updated: Any,
+    *arguments: Any,
+    **options: Any,
+) -> int:
+    return described_forward(x, parameters, running, *arguments, **options)
+
+
 def described_backward(
     grad: Shape,
     x: Shape,

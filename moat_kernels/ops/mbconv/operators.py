@@ -6,34 +6,33 @@ Eager calls go to the backends without them.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.common.autocast import without_autocast
+from moat_kernels.ops.common.autocast import autocast_off, without_autocast
 from moat_kernels.ops.common.registration import define_op
 from moat_kernels.ops.common.spatial import in_format_of
-from moat_kernels.ops.mbconv.contract import Moments
-from moat_kernels.ops.mbconv.description import NORMS, PARAMETER_NAMES, MBConvDescription, unflatten
+from moat_kernels.ops.mbconv.description import (
+    PARAMETER_NAMES,
+    MBConvDescription,
+    MBConvParameters,
+    unflatten,
+)
 from moat_kernels.ops.mbconv.dispatch import BACKENDS
-from moat_kernels.ops.mbconv.flops import described_backward, described_forward
+from moat_kernels.ops.mbconv.flops import described_backward, described_forward, trained_forward
+from moat_kernels.ops.mbconv.running_statistics import (
+    count_values,
+    finish_updates,
+    plan_updates,
+    with_updated,
+)
 
-
-def list_moments(moments: Moments) -> list[Tensor]:
-    """The moments of all norms in the order of NORMS."""
-    return [tensor for name in NORMS for tensor in moments.get(name, ())]
-
-
-def name_moments(counts: Mapping[str, int], listed: Iterable[Tensor]) -> Moments:
-    """The inverse of `list_moments`, given how many moments each norm measures."""
-    remaining = iter(listed)
-    return {
-        name: tuple(next(remaining) for _ in range(counts[name]))
-        for name in NORMS
-        if name in counts
-    }
+# How many tensors `mbconv_forward` returns for backward, those that there are not empty ones of
+# this shape: an operator that changes tensors cannot return a list.
+_MOST_SAVED, _MISSING = 16, (0, 0)
 
 
 @without_autocast
@@ -56,18 +55,64 @@ def evaluate(
     return in_format_of(output, x)
 
 
-@without_autocast
+def train(
+    x: Tensor,
+    parameters: MBConvParameters,
+    description: MBConvDescription,
+    counts: Mapping[str, int],
+    drop_path_scale: Tensor | None,
+    dtype: torch.dtype | None,
+    recompute: str,
+    backend: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """(the output, what backward needs); running statistics are updated.
+
+    counts: by the name of each norm that measures its batch, its values of each channel.
+    """
+    updates = plan_updates(counts, parameters, description)
+    with autocast_off(x):
+        result = BACKENDS[backend].forward(
+            x, parameters, description, recompute, drop_path_scale, dtype, updates
+        )
+    finish_updates(parameters, description, updates, result.moments)
+    return in_format_of(result.output, x), result.saved
+
+
 def forward(
     x: Tensor,
     parameters: Sequence[Tensor | None],
     running: Sequence[Tensor | None],
+    updated: Sequence[Tensor],
     drop_path_scale: Tensor | None,
     description: str,
+    places: Sequence[int],
     dtype: torch.dtype | None,
     recompute: str,
     backend: str,
-) -> list[Tensor]:
-    result = BACKENDS[backend].forward(
+) -> tuple[Tensor, ...]:
+    decoded = MBConvDescription.decode(description)
+    named = with_updated(unflatten(parameters, running), updated, places)
+    counts = count_values(x, named, decoded)
+    choices = (drop_path_scale, dtype, recompute, backend)
+    output, saved = train(x, named, decoded, counts, *choices)
+    return output, *_fill(saved, x)
+
+
+@without_autocast
+def _fake_forward(
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    running: Sequence[Tensor | None],
+    updated: Sequence[Tensor],
+    drop_path_scale: Tensor | None,
+    description: str,
+    places: Sequence[int],
+    dtype: torch.dtype | None,
+    recompute: str,
+    backend: str,
+) -> tuple[Tensor, ...]:
+    """Without the updates: they are no results."""
+    output, _, saved = BACKENDS[backend].forward(
         x,
         unflatten(parameters, running),
         MBConvDescription.decode(description),
@@ -76,9 +121,26 @@ def forward(
         dtype,
         {},
     )
-    # An operator's results must not share memory.
-    moments = [tensor.clone() for tensor in list_moments(result.moments)]
-    return [in_format_of(result.output, x), *moments, *result.saved]
+    return in_format_of(output, x), *_fill(saved, x)
+
+
+def _fill(saved: list[Tensor], x: Tensor) -> list[Tensor]:
+    return saved + [x.new_empty(_MISSING) for _ in range(_MOST_SAVED - len(saved))]
+
+
+def call_forward(
+    x: Tensor,
+    parameters: Sequence[Tensor | None],
+    running: Sequence[Tensor | None],
+    updated: Sequence[Tensor | None],
+    drop_path_scale: Tensor | None,
+    *choices: Any,
+) -> tuple[Tensor, list[Tensor]]:
+    """`mbconv_forward`: (the output, what backward needs)."""
+    output, *saved = torch.ops.moat_kernels.mbconv_forward(
+        x, parameters, running, updated, drop_path_scale, *choices
+    )
+    return output, [tensor for tensor in saved if tensor.shape != _MISSING]
 
 
 @without_autocast
@@ -171,13 +233,14 @@ define_op(
     evaluate,
     described_forward,
 )
-# -> [output, the moments of each norm that measures, what backward needs ...]
+# -> (output, what backward needs, and empty tensors behind it); updated: what `with_updated` takes
 define_op(
-    f"mbconv_forward({_TENSORS}, str description, ScalarType? dtype, str recompute, str backend) "
-    "-> Tensor[]",
+    "mbconv_forward(Tensor x, Tensor?[] parameters, Tensor?[] running, Tensor(a!)[] updated, "
+    "Tensor? drop_path_scale, str description, int[] places, ScalarType? dtype, str recompute, "
+    f"str backend) -> ({', '.join(['Tensor'] * (1 + _MOST_SAVED))})",
     forward,
-    forward,
-    described_forward,
+    _fake_forward,
+    trained_forward,
 )
 # -> the gradients that `needs` asks for
 define_op(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from moat_kernels.ops.common.batch_norm import (
     update_norm,
 )
 from moat_kernels.ops.common.spatial import output_size, resolve_padding
-from moat_kernels.ops.mbconv.description import MBConvDescription, MBConvParameters
+from moat_kernels.ops.mbconv.description import NORMS, MBConvDescription, MBConvParameters
 
 
 def values_per_channel(
@@ -36,21 +36,58 @@ def values_per_channel(
     return batch * out_height * output_size(width, left, right, kernel_width, stride)
 
 
+def count_values(
+    x: Tensor, parameters: MBConvParameters, description: MBConvDescription
+) -> dict[str, int]:
+    """By the name of each norm that measures its batch: `values_per_channel`."""
+    return {
+        name: values_per_channel(name, x, parameters, description)
+        for name in NORMS
+        if (norm := getattr(description, name)) is not None and not norm.frozen
+    }
+
+
+# The tensors of a norm that a batch changes.
+_UPDATED = ("running_mean", "running_var", "num_batches_tracked")
+
+
+def list_updated(
+    parameters: MBConvParameters, names: Iterable[str]
+) -> tuple[list[Tensor], list[int]]:
+    """(what a batch changes of these norms, which tensor of which norm each is, as a number)."""
+    found = {
+        len(_UPDATED) * NORMS.index(name) + place: tensor
+        for name in names
+        for place, part in enumerate(_UPDATED)
+        if (tensor := getattr(getattr(parameters, name), part)) is not None
+    }
+    return list(found.values()), list(found)
+
+
+def with_updated(
+    parameters: MBConvParameters, tensors: Sequence[Tensor], places: Sequence[int]
+) -> MBConvParameters:
+    """The parameters with what `list_updated` gave in its place."""
+    norms: dict[str, dict[str, Tensor]] = {}
+    for tensor, place in zip(tensors, places, strict=True):
+        norm, part = divmod(place, len(_UPDATED))
+        norms.setdefault(NORMS[norm], {})[_UPDATED[part]] = tensor
+    changed = {name: getattr(parameters, name)._replace(**one) for name, one in norms.items()}
+    return parameters._replace(**changed)
+
+
 def plan_updates(
-    names: Iterable[str],
-    parameters: MBConvParameters,
-    description: MBConvDescription,
-    counts: Mapping[str, int],
+    counts: Mapping[str, int], parameters: MBConvParameters, description: MBConvDescription
 ) -> dict[str, RunningUpdate]:
     """What is due after a forward pass, by the names of norms that share with no other rank.
 
-    counts: values per channel, by name.
+    counts: of `count_values`. To be asked once for each forward pass.
     """
     updates = {}
-    for name in names:
+    for name, count in counts.items():
         norm = getattr(description, name)
         if norm.process_group is None:
-            update = plan_update(norm, getattr(parameters, name), counts[name])
+            update = plan_update(norm, getattr(parameters, name), count)
             if update is not None:
                 updates[name] = update
     return updates
