@@ -73,9 +73,9 @@ def test_the_attention_half() -> None:
 
 
 def test_the_attention_half_of_large_windows() -> None:
-    """Three kernels in place of one, and a sum: faster on an H200 from some 64 tokens on."""
+    """Three kernels in place of one: faster on an H200 from some 64 tokens on."""
     forward, backward = attention_half_launches(14, "none")
-    assert (len(forward), len(backward)) == (6, 11)
+    assert (len(forward), len(backward)) == (6, 10)
 
 
 def test_recomputing_the_attention_half_draws_once() -> None:
@@ -119,7 +119,7 @@ def test_squeeze_excite_and_strides() -> None:
         block = FusedMBConv(64, 64)
         first = FusedMBConv(64, 96, stride=2)
     assert tuple(map(len, bottleneck_launches(block))) == (9, 15)
-    assert tuple(map(len, bottleneck_launches(first))) == (11, 19)
+    assert tuple(map(len, bottleneck_launches(first))) == (11, 18)
 
 
 @cache
@@ -140,4 +140,4 @@ def test_a_training_step_of_every_variant(model: str) -> None:
 
 
 def test_a_training_step_of_moat_0() -> None:
-    assert step_launches("moat_0", "none") <= 508
+    assert step_launches("moat_0", "none") <= 497

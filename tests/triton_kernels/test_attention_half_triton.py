@@ -136,10 +136,16 @@ def test_gradients_of_float32_weights_are_not_rounded(device: str) -> None:
         assert not torch.equal(gradients[name], gradients[name].bfloat16().float()), name
 
 
-def test_large_windows(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Those with several backward kernels of attention."""
+@pytest.fixture
+def large_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All windows are taken for those with several backward kernels of attention."""
     monkeypatch.setattr(window_attention, "LARGEST_IN_ONE", 0)
-    block, y = make_block(device, **CASES["windows"]), make_map(device)
+
+
+@pytest.mark.usefixtures("large_windows")
+@pytest.mark.parametrize("case", ["whole map", "windows"])
+def test_large_windows(case: str, device: str) -> None:
+    block, y = make_block(device, **CASES[case]), make_map(device)
     check(train(fused, block, y), exactly(block, y))
 
 
@@ -167,13 +173,18 @@ def test_the_same_bits_every_time(device: str) -> None:
     assert all(torch.equal(first[name], value) for name, value in second.items())
 
 
+@pytest.mark.parametrize("windows", ["small_windows", "large_windows"])
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_what_is_not_finite_stays_in_its_window(value: float, device: str) -> None:
+def test_what_is_not_finite_stays_in_its_window(
+    value: float, windows: str, device: str, request: pytest.FixtureRequest
+) -> None:
+    if windows == "large_windows":
+        request.getfixturevalue(windows)
     block, y = make_block(device, window_size=4, position_size=4), make_map(device)
     y[1, 5, 4, 0] = value
     actual, expected = train(fused, block, y), train(stock, block, y)
     assert actual["output"][0].isfinite().all()
-    for name in ("output", "y"):
+    for name in ("output", "y", "attention.qkv.bias"):
         assert torch.equal(actual[name].isfinite(), expected[name].isfinite()), name
 
 

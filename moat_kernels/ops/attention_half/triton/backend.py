@@ -11,7 +11,7 @@ Under autocast, where the layers by themselves take 14 and 16:
     sum                                 all sums over programs
 
 Without gradients it is the forward pass, of which nothing is kept. Windows too large for one
-backward kernel of attention take 3 launches more. Gradients of float32 weights are not rounded to
+backward kernel of attention take 2 launches more. Gradients of float32 weights are not rounded to
 16 bits.
 """
 

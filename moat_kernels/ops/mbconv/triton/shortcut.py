@@ -5,7 +5,6 @@ Pools other than the average of 2x2 pixels of maps of even sizes are stock PyTor
 
 from __future__ import annotations
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -44,7 +43,7 @@ class Shortcut:
     def backward(
         self, grad: Tensor, low_grad: Tensor, needed: frozenset[str]
     ) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """(gradient of x [N, C] if it is needed, those of parameters by name).
+        """(gradient of x [N, C] if it is needed, the weight's by name).
 
         That of x is [N / 4, C] where 2x2 pixels share each row of it. grad: of the output
         [M, C_out]; low_grad: the same in the dtype of the weight.
@@ -56,8 +55,6 @@ class Shortcut:
                 rows, owner = self._pooled().to(self.weight.dtype), self.weights.shortcut
                 assert owner is not None
                 gradients["shortcut_weight"] = weight_gradient(grad, rows, owner.dtype)
-            if "shortcut_bias" in needed:
-                gradients["shortcut_bias"] = grad.sum(0, dtype=torch.float32)
         if "x" not in needed:
             return None, gradients
         if self.weight is not None:

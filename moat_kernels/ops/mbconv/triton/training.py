@@ -329,6 +329,10 @@ def _name(gradients: dict[str, Tensor], norm: str, listed: list[Tensor], constan
     gradients.update(zip(names, listed, strict=True))
 
 
+# Their gradients are sums over rows of the output's.
+_BIASES = ("project_bias", "shortcut_bias")
+
+
 def _project_backward(
     call: Call,
     grad: Tensor,
@@ -348,14 +352,17 @@ def _project_backward(
     if call.description.squeeze_excite is not None:
         excitation = call.excite(Sums(squeezed[:, None], 1), 1)
         gate = excitation.gate
-    needs_weight = not needed.isdisjoint(("project_weight", "project_bias"))
-    if excitation is not None or needs_weight:
-        gradients["project_weight"], grad_bias, grad_gate = project_weight(
+    has_bias, has_shortcut_bias = (
+        name in needed and getattr(call.parameters, name) is not None for name in _BIASES
+    )
+    if excitation is not None or "project_weight" in needed or has_bias or has_shortcut_bias:
+        gradients["project_weight"], *biases, grad_gate = project_weight(
             *(grad, z2, norm, activation, call.drop_path_scale, gate, weight, pixels),
-            "project_bias" in needed,
+            *(has_bias, has_shortcut_bias),
         )
-        if grad_bias is not None:
-            gradients["project_bias"] = grad_bias
+        gradients.update(
+            (name, bias) for name, bias in zip(_BIASES, biases, strict=True) if bias is not None
+        )
     if excitation is not None:
         assert grad_gate is not None and call.description.squeeze_excite is not None
         grad_mean, excite_gradients = excite_backward(

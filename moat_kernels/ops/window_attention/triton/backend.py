@@ -180,7 +180,7 @@ class PartialGradients(NamedTuple):
     """The gradient of qkv, and what the other gradients are sums of, along the first axis.
 
     slabs: [splits, heads, tokens, tokens], float32, of the scores, query by key; None: not needed.
-    sums: [splits, 3 * heads * head_dim], float32, of qkv's gradient over all tokens; None likewise.
+    sums: [parts, 3 * heads * head_dim], float32, of qkv's gradient over all tokens; None likewise.
     """
 
     qkv: Tensor
@@ -216,10 +216,9 @@ def _partial_gradients(
     if call.tokens <= LARGEST_IN_ONE:
         return _gradient(call, grad, output, log_sum_exp, needs_table, needs_sums)
     grad_qkv = call.qkv.new_empty(call.qkv.shape)
-    _, delta = _query_gradient(call, grad, output, log_sum_exp, grad_qkv)
+    _, delta, sums = _query_gradient(call, grad, output, log_sum_exp, grad_qkv, needs_sums)
     _key_value_gradient(call, grad, log_sum_exp, delta, grad_qkv)
     slabs = _score_sums(call, grad, log_sum_exp, delta) if needs_table else None
-    sums = grad_qkv.sum((0, 1, 2), dtype=torch.float32)[None] if needs_sums else None
     return PartialGradients(grad_qkv, slabs, sums)
 
 
@@ -272,16 +271,23 @@ def _gradient(
 
 @tunable
 def _query_gradient(
-    call: _Call, grad: Tensor, output: Tensor, log_sum_exp: Tensor, grad_qkv: Tensor
-) -> tuple[Tensor, Tensor]:
-    """(gradient of the queries, written into grad_qkv, and delta of every query)."""
+    call: _Call,
+    grad: Tensor,
+    output: Tensor,
+    log_sum_exp: Tensor,
+    grad_qkv: Tensor,
+    needs_sums: bool,
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """(gradient of the queries, written into grad_qkv, delta of every query, the sums)."""
     from moat_kernels.ops.window_attention.triton.kernels import backward as kernels
 
     delta = call.statistic()
     chosen, options = call.configure("query")
+    programs = call.blocks(chosen.queries) * call.windows
+    sums = delta.new_empty(programs, call.qkv.shape[3]) if needs_sums else None
     launch(
         kernels.query_gradient_kernel,
-        (call.blocks(chosen.queries) * call.windows, call.heads),
+        (programs, call.heads),
         grad,
         output,
         log_sum_exp,
@@ -289,14 +295,15 @@ def _query_gradient(
         call.table,
         grad_qkv,
         delta,
+        sums,
         *call.geometry,
         reads=(grad, output, log_sum_exp, call.qkv, call.table),
-        writes=(Part(grad_qkv, 1, 3), delta),
+        writes=(Part(grad_qkv, 1, 3), delta, sums),
         flops=call.product_flops(3),
         HAS_TABLE=call.has_table,
         **options,
     )
-    return call.part(grad_qkv, 0), delta
+    return call.part(grad_qkv, 0), delta, sums
 
 
 @tunable

@@ -155,18 +155,29 @@ def _load_factor(drop_path_ptr, row, valid_row, pixels):
 @triton.jit
 def _sum_grad(
     grad_ptr, drop_path_ptr, target_ptr, begin, end, pixels, block, channels,
+    HAS_BIAS: tl.constexpr, HAS_SHORTCUT_BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """target = sum of drop_path * grad over a range of rows, of a block of channels."""
+    """Of a range of rows and a block of channels: the sums of drop_path * grad, and of grad.
+
+    That is the shortcut's, which has no drop path.
+    """
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
+    valid = channel < channels
     sums = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
+    shortcut_sums = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     for start in tl.range(begin, end, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         grad = _load_grad(grad_ptr, row, row < end, channel, channels).to(tl.float32)
+        shortcut_sums += grad
         if drop_path_ptr is not None:
             grad *= _load_factor(drop_path_ptr, row, row < end, pixels)[:, None]
         sums += grad
-    tl.store(target_ptr + channel, tl.sum(sums, 0), mask=channel < channels)
+    if HAS_BIAS:
+        tl.store(target_ptr + channel, tl.sum(sums, 0), mask=valid)
+    if HAS_SHORTCUT_BIAS:
+        target = target_ptr + HAS_BIAS * channels + channel
+        tl.store(target, tl.sum(shortcut_sums, 0), mask=valid)
 
 
 @triton.jit
@@ -177,7 +188,7 @@ def project_weight_kernel(
     drop_path_ptr,  # [B], or None
     gate_ptr,  # [B, E] float32, or None
     weight_ptr,  # [C_out, E], given with the gate
-    partial_ptr,  # [splits, C_out * E, and C_out where HAS_BIAS] float32
+    partial_ptr,  # [splits, C_out * E, and C_out for each bias] float32
     grad_gate_ptr,  # [B, channel blocks, E] float32, given with the gate
     count,
     pixels,
@@ -186,6 +197,7 @@ def project_weight_kernel(
     part,
     parts_per_split,
     HAS_BIAS: tl.constexpr,
+    HAS_SHORTCUT_BIAS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
@@ -195,23 +207,25 @@ def project_weight_kernel(
     """partial = sum over parts of gate * P, P = grad^T (drop_path * act(y)) over one part's rows.
 
     With a gate a part is an image, and grad_gate = sum over C_out of weight * P: what the gate's
-    gradient needs of the map, without reading z once more. HAS_BIAS: programs behind those of the
-    tiles sum drop_path * grad, for which the others have no registers left.
+    gradient needs of the map, without reading z once more. For biases programs behind those of the
+    tiles sum drop_path * grad, and grad, for which the others have no registers left.
 
     Reads grad (C_out-wide) and z (E-wide); tiles of the same rows run side by side, so that all but
     the first find them in L2.
     """
     wide_blocks = tl.cdiv(wide, BLOCK_WIDE)
     channel_block = tl.program_id(0) // wide_blocks
-    if HAS_BIAS:
+    line = (wide + HAS_BIAS + HAS_SHORTCUT_BIAS) * channels
+    if HAS_BIAS or HAS_SHORTCUT_BIAS:
         tiles = tl.cdiv(channels, BLOCK_C) * wide_blocks
         if tl.program_id(0) >= tiles:
             begin = tl.program_id(1) * parts_per_split * part
             _sum_grad(
                 grad_ptr, drop_path_ptr,
-                partial_ptr + (tl.program_id(1).to(tl.int64) * (wide + 1) + wide) * channels,
+                partial_ptr + tl.program_id(1).to(tl.int64) * line + wide * channels,
                 begin, tl.minimum(count, begin + parts_per_split * part), pixels,
-                tl.program_id(0) - tiles, channels, BLOCK_C, BLOCK_ROWS,
+                tl.program_id(0) - tiles, channels, HAS_BIAS, HAS_SHORTCUT_BIAS,
+                BLOCK_C, BLOCK_ROWS,
             )  # fmt: skip
             return
     channel = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
@@ -249,8 +263,7 @@ def project_weight_kernel(
             gate = tl.load(gate_ptr + image * wide + column, mask=valid_column, other=0.0)
             products *= gate[None, :]
         total += products
-    target = partial_ptr + split.to(tl.int64) * channels * (wide + HAS_BIAS)
-    tl.store(target + weight_offset, total, mask=mask)
+    tl.store(partial_ptr + split.to(tl.int64) * line + weight_offset, total, mask=mask)
 
 
 @tunable
@@ -264,11 +277,12 @@ def project_weight(
     weight: Tensor,
     pixels: int,
     has_bias: bool,
-) -> tuple[Tensor, Tensor | None, Sums | None]:
-    """Gradients, float32, of the weight [C_out, E], the bias [C_out] and the gate [B, parts, E].
+    has_shortcut_bias: bool,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Sums | None]:
+    """Gradients, float32, of the weight [C_out, E], the biases and the gate.
 
-    None stands for what is not there. Shapes are
-    those of `project_input`.
+    These are [C_out], of project and of the shortcut, and [B, parts, E]; None stands for what is
+    not there. Shapes are those of `project_input`.
     """
     (count, wide), channels = z.shape, grad.shape[1]
     blocks = gemm_blocks("project_weight", z, channels, wide, count)
@@ -283,17 +297,19 @@ def project_weight(
         batch, part = count // pixels, pixels
         splits, parts_per_split = reduction_splits(batch, tiles, 1)
         grad_gate = z.new_empty((batch, channel_blocks, wide), dtype=torch.float32)
-    # One row holds both gradients, so that one sum over the splits makes them.
-    partial = z.new_empty((splits, channels * (wide + has_bias)), dtype=torch.float32)
+    # One row holds all gradients, so that one sum over the splits makes them.
+    widths = [channels * lines for lines in (wide, has_bias, has_shortcut_bias)]
+    partial = z.new_empty((splits, sum(widths)), dtype=torch.float32)
     gated_weight = None if gate is None else weight
     launch(
         project_weight_kernel,
-        (tiles + (channel_blocks if has_bias else 0), splits),
+        (tiles + (channel_blocks if has_bias or has_shortcut_bias else 0), splits),
         *(
             *(grad, z, affine, drop_path_scale, gate, gated_weight, partial, grad_gate),
             *(count, pixels, wide, channels, part, parts_per_split),
         ),
         HAS_BIAS=has_bias,
+        HAS_SHORTCUT_BIAS=has_shortcut_bias,
         BLOCK_C=blocks.rows,
         BLOCK_WIDE=blocks.columns,
         BLOCK_ROWS=blocks.depth,
@@ -305,11 +321,10 @@ def project_weight(
         writes=(partial, grad_gate),
         flops=2 * count * wide * channels,
     )
-    weight_gradient, bias_gradient = sum_splits(partial).split(
-        (channels * wide, channels * has_bias)
-    )
+    gradient, bias, shortcut_bias = sum_splits(partial).split(widths)
     return (
-        weight_gradient.view(channels, wide),
-        bias_gradient if has_bias else None,
+        gradient.view(channels, wide),
+        bias if has_bias else None,
+        shortcut_bias if has_shortcut_bias else None,
         None if grad_gate is None else Sums(grad_gate, 1),
     )

@@ -158,7 +158,7 @@ def walk_queries(
 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
-    grad_output, output, log_sum_exp, qkv, table, grad_qkv, delta,
+    grad_output, output, log_sum_exp, qkv, table, grad_qkv, delta, sums_of_qkv,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
     ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
@@ -168,6 +168,10 @@ def query_gradient_kernel(
 
     Reads q, k, v, output and its gradient once from DRAM; writes dQ once and a float32 delta per
     query. Scores, dP and dQ's accumulator stay in registers.
+
+    sums_of_qkv [query blocks * windows * batch, 3 * heads * HEAD_DIM], or None: what the sums of
+    dQ, dK and dV over all tokens are sums of. As rows of P sum to 1 and rows of dS to 0, the sum
+    of dV is that of G, and the sum of dK is 0.
 
     Grid: (query blocks * windows * batch, heads). Maps but qkv are contiguous; grad_qkv has the
     layout of qkv.
@@ -190,6 +194,13 @@ def query_gradient_kernel(
     )  # fmt: skip
     difference = output_product(gradient, output, output_offset, query_valid, HEAD_DIM)
     tl.store(delta + statistic, difference, mask=query_valid)
+    channel = tl.arange(0, HEAD_DIM)
+    if sums_of_qkv is not None:
+        sums_of_qkv += tl.program_id(0).to(tl.int64) * 3 * heads * HEAD_DIM + head * stride_head
+        # Where P is not finite neither is their sum with it.
+        spread = tl.sum(normalizer * 0.0, 0)
+        value_sum = tl.sum(gradient.to(tl.float32), 0) + spread
+        tl.store(sums_of_qkv + 2 * stride_part + channel, value_sum)
 
     sums = walk_keys(
         query, gradient, normalizer, difference, query_slot, query_valid, None, False,
@@ -199,6 +210,10 @@ def query_gradient_kernel(
     )  # fmt: skip
     grad_offset = (batch * height * width + pixel) * 3 * heads * HEAD_DIM + head * stride_head
     store_rows(grad_qkv, grad_offset, query_valid, sums, HEAD_DIM)
+    if sums_of_qkv is not None:
+        total = tl.sum(tl.where(query_valid[:, None], sums, 0.0), 0)
+        tl.store(sums_of_qkv + channel, total)
+        tl.store(sums_of_qkv + stride_part + channel, total * 0.0)  # likewise
 
 
 @triton.jit(do_not_specialize=SIZES)
