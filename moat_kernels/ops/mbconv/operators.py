@@ -30,8 +30,8 @@ from moat_kernels.ops.mbconv.running_statistics import (
     with_updated,
 )
 
-# How many tensors `mbconv_forward` returns for backward, those that there are not empty ones of
-# this shape: an operator that changes tensors cannot return a list.
+# How many tensors `mbconv_forward` returns for backward, empty ones of this shape behind those that
+# there are: an operator that changes tensors cannot return a list. All norms synchronised make 15.
 _MOST_SAVED, _MISSING = 16, (0, 0)
 
 
