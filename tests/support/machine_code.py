@@ -9,12 +9,12 @@ from __future__ import annotations
 import functools
 import re
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 _SECTION = re.compile(r"^\s*\.section\s+\.text\.([^,\s]+),", re.MULTILINE)
-_LABEL = re.compile(r"^(\.L_\w+|\$\w+):")
+_LABEL = re.compile(r"^(\.L_\w+|\$[\w$]+):")
 _INSTRUCTION = re.compile(
     r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@(?P<guard>!?U?P[\dT]+)\s+)?"
     r"(?P<opcode>[A-Z][\w.]*)\s*(?P<operands>[^;]*?)\s*;"
@@ -81,12 +81,15 @@ class Function:
         return [i for i, one in enumerate(self.instructions) if one.name == name]
 
 
-def disassemble(cubin: Path) -> list[Function]:
-    """All kernels of a file of machine code."""
+def disassemble(cubin: bytes) -> list[Function]:
+    """All kernels of a cubin."""
     from triton import knobs  # only who disassembles needs it
 
-    command = [knobs.nvidia.nvdisasm.path, "--print-code", str(cubin)]
-    return list(parse(subprocess.check_output(command, text=True)))
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command = [knobs.nvidia.nvdisasm.path, "--print-code", file.name]
+        return list(parse(subprocess.check_output(command, text=True)))
 
 
 def parse(listing: str) -> Iterator[Function]:

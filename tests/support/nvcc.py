@@ -26,8 +26,9 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from support import machine_code
 
 ROOT = Path(__file__).parent.parent.parent
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-HEADERS = sorted((ROOT / "csrc" / "cuda").glob("*.*h"))
+CUDA = ROOT / "csrc" / "cuda"
+SOURCES = sorted(CUDA.glob("*.cu"))
+HEADERS = sorted(CUDA.glob("*.*h"))
 DOCUMENT = ROOT / "docs" / "cuda_kernels.md"
 KEPT = ROOT / "docs" / "cuda_kernels.csv"
 # Where each table stands, and what ends it.
@@ -116,7 +117,7 @@ def include_flags() -> list[str]:
     return [flag.replace("-I", "-isystem", 1) for flag in shlex.split(line)]
 
 
-def _readable(mangled: str) -> str:
+def readable(mangled: str) -> str:
     """depthwise_backward_kernel<bfloat16, gelu, 1>, from its mangled name."""
     match = re.search(
         r"\d([a-z][a-z_]*_kernel)(?![a-z])"
@@ -134,7 +135,7 @@ def _read_ptx(text: str) -> dict[str, dict[str, int]]:
     """Threads of a block and counted instructions, by kernel."""
     entries = re.split(r"\.entry ", text)[1:]
     return {
-        _readable(entry[: entry.index("(")]): {
+        readable(entry[: entry.index("(")]): {
             "threads": int(re.search(r"\.maxntid (\d+)", entry)[1]),
             "loads_of_pairs": len(re.findall(r"ld\.global[\w.]*\.(u32|v2\.\w32)", entry)),
             "matrix_multiplies": entry.count("mma.sync"),
@@ -147,8 +148,8 @@ def _read_ptx(text: str) -> dict[str, dict[str, int]]:
 def _read_machine_code(cubin: Path) -> dict[str, dict[str, int]]:
     """The loops over rows, by kernel."""
     found = {}
-    for function in machine_code.disassemble(cubin):
-        name, loop, rows = _readable(function.name), (), 0
+    for function in machine_code.disassemble(cubin.read_bytes()):
+        name, loop, rows = readable(function.name), (), 0
         if name.startswith("depthwise"):
             barriers = function.find("BAR")
             inside = (function.innermost(barrier) for barrier in barriers)
@@ -169,7 +170,7 @@ def _read_ptxas(text: str) -> list[dict]:
         shared = re.search(r"(\d+) bytes smem", rest)
         kernels.append(
             {
-                "name": _readable(mangled),
+                "name": readable(mangled),
                 "architecture": int(architecture),
                 "registers": int(registers),
                 "spilled_bytes": int(stores) + int(loads),
@@ -208,6 +209,21 @@ def _build() -> str:
     """Such as "V13.0.88": compilers of one version differ in it."""
     output = subprocess.check_output(["nvcc", "--version"], text=True)
     return re.findall(r"V[\d.]+", output)[-1]
+
+
+def compile_cubin(source: Path, architecture: int) -> bytes:
+    """The machine code of all kernels of `source`."""
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "kernels.cubin"
+        command = ["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}"]
+        subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source), "-o", str(cubin)], check=True)
+        return cubin.read_bytes()
+
+
+def source_hash(source: Path) -> str:
+    """Of all that is compiled of `source`, by whichever compiler."""
+    texts = (file.read_text() for file in (source, *HEADERS))
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
 
 
 def _key(source: Path, architectures: tuple[int, ...]) -> str:
