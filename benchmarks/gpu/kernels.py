@@ -29,6 +29,7 @@ from moat_kernels.ops.triton_support import launching, traffic
 from moat_kernels.ops.triton_support.tuning import (
     time_on_gpu,
 )
+from moat_kernels.plan import GPUS
 
 WORKLOAD = MAIN[0]
 EXPAND = Contender('fused, recompute="expand"', True, "eager", "expand")
@@ -243,7 +244,7 @@ def counters(bench: Bench) -> list[Row]:
 
 
 def sum_counters(table: list[dict[str, str]]) -> list[Row]:
-    clock, multiprocessors, schedulers = 1.755e9, 132, 4
+    rate = GPUS["h100"].issue_rate
     sums: dict[str, dict[str, float]] = collections.defaultdict(lambda: collections.Counter())
     for line in table:
         found = sums[line["Kernel Name"].split("(")[0]]
@@ -257,9 +258,7 @@ def sum_counters(table: list[dict[str, str]]) -> list[Row]:
             "ms": found["ns"] / 1e6,
             "DRAM GB": found["DRAM bytes"] / GIGA,
             "instructions, millions": found["instructions"] / 1e6,
-            "issue at full rate, ms": 1e3
-            * found["instructions"]
-            / (clock * multiprocessors * schedulers),
+            "issue at full rate, ms": 1e3 * found["instructions"] / rate,
         }
         for kernel, found in sums.items()
     ]

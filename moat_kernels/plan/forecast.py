@@ -2,8 +2,9 @@
 
 The constants below were measured, the only ones in this folder: on H200s, with moat_0 at 224 px and
 batch 64 in bfloat16 (docs/gpu_results.md). docs/roofline.md compares what follows from them with
-other steps that were measured. How many instructions a kernel issues is not looked at, and steps
-under torch.compile, which makes one kernel of several, are not forecast.
+other steps that were measured. How many instructions a kernel issues is not looked at
+(docs/roofline.md has it for one step), and steps under torch.compile, which makes one kernel of
+several, are not forecast.
 """
 
 from __future__ import annotations

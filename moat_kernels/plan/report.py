@@ -21,7 +21,9 @@ memory    tensors at the worst moment, with gradients and the optimiser's state,
           {RESERVED // GIB} GiB are left to the CUDA context, workspaces and fragmentation
 launches  forward / all; PyTorch launches somewhat more than its operators show
 step      at least: each kernel's bytes at full DRAM bandwidth or its products at the full rate,
-          whichever takes longer; launches and all that is less than ideal come on top
+          whichever takes longer; launches and all that is less than ideal come on top; so
+          does what instructions take to issue, which docs/roofline.md has for one step: counting
+          it needs compilers
           graph: a forecast for a CUDA graph, kernels as near their floors as on the H200
           eager: that, or what a host takes for the launches (88 us for each of this package's,
           33 for others; hosts differ by a half)

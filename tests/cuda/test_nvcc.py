@@ -1,4 +1,4 @@
-"""The CUDA kernels compiled for every architecture: nothing spills, and the table is true.
+"""The CUDA kernels compiled for every architecture: nothing spills, loops are short, tables true.
 
 What docs/cuda_kernels.csv has of the same sources, flags and compiler is not compiled again.
 """
@@ -15,7 +15,18 @@ from torch.utils.cpp_extension import include_paths
 
 from build_support.environment import TORCH_TARGET_VERSION
 
+pytest.importorskip("triton", reason="its wheel has the disassembler")
+
 pytestmark = pytest.mark.skipif(not nvcc.nvcc_version(), reason="there is no nvcc")
+OUTDATED = "run: python tests/support/nvcc.py"
+# Instructions for each element of the input, as training launches the stencils: what nvcc 13.0
+# makes, and a few percent for other compilers. Who makes a loop shorter lowers its budget.
+BUDGETS = [
+    ("depthwise_forward_kernel", 1, 41),
+    ("depthwise_forward_kernel", 2, 24),
+    ("depthwise_backward_kernel", 1, 62),
+    ("depthwise_backward_kernel", 2, 38),
+]
 
 
 def test_every_kernel_is_compiled_for_every_architecture() -> None:
@@ -60,12 +71,33 @@ def test_pixels_are_loaded_at_once_and_products_made_on_tensor_cores() -> None:
             assert kernel.asynchronous_copies >= 2, kernel
 
 
-def test_the_documented_table_is_that_of_these_sources() -> None:
-    documented = nvcc.documented_table()
+@pytest.mark.parametrize(("kernel", "stride", "most"), BUDGETS)
+def test_a_stencil_keeps_its_budget_of_instructions(kernel: str, stride: int, most: int) -> None:
+    activations = nvcc.TRAINED[kernel]
+    trained = {
+        f"{kernel}<{', '.join((dtype, *activations, str(stride)))}>"
+        for dtype in ("float32", "bfloat16", "float16")
+    }
+    counted = [one for one in nvcc.all_kernels() if one.name in trained]
+    assert len(counted) == len(trained) * len(nvcc.ARCHITECTURES)
+    for one in counted:
+        assert one.instructions_per_element <= most, one
+
+
+def test_no_stencil_of_any_activation_issues_more_than_was_planned() -> None:
+    for kernel in nvcc.all_kernels():
+        if kernel.name.startswith("depthwise"):
+            most = 110 if "backward" in kernel.name else 60
+            assert 0 < kernel.instructions_per_element <= most, kernel
+
+
+def test_the_documented_tables_are_those_of_these_sources() -> None:
     version = f"nvcc {nvcc.nvcc_version()}:"
-    if version not in documented:
-        pytest.skip(f"the table was made by another compiler than {version[:-1]}")
-    assert nvcc.documented() and documented == nvcc.table(), "run: python tests/support/nvcc.py"
+    if version not in nvcc.documented_table(nvcc.REGISTERS_TABLE):
+        pytest.skip(f"the tables were made by another compiler than {version[:-1]}")
+    assert nvcc.documented(), OUTDATED
+    for start, table in nvcc.TABLES.items():
+        assert nvcc.documented_table(start) == table(), OUTDATED
 
 
 @pytest.mark.parametrize("name", ["binding", "stream"])

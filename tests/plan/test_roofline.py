@@ -8,7 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from support import roofline
-from support.roofline import DOCUMENT, forecast_rows, kernel_rows, step_rows, trace
+from support.issue_table import PLANNED_SECONDS, Issue, read_file
+from support.roofline import (
+    DOCUMENT,
+    ISSUE,
+    forecast_rows,
+    issue_rows,
+    issue_verdict,
+    kernel_rows,
+    step_rows,
+    trace,
+)
 
 from moat_kernels.ops.triton_support.launching import triton_missing
 from moat_kernels.ops.triton_support.traffic import Crossing, Pass
@@ -43,12 +53,49 @@ def test_the_document_is_current() -> None:
     """One variant of nine; `python benchmarks/roofline.py` writes it anew."""
     document = DOCUMENT.read_text().splitlines()
     steps = trace("tiny_moat_0")
+    issue = read_file()
     for row in (
         *step_rows("tiny_moat_0", steps),
         *forecast_rows("tiny_moat_0", steps),
         *kernel_rows("none", steps),
+        *issue_rows(issue, cuda=True),
+        *issue_rows(issue, cuda=False),
+        *f"{ISSUE}{issue_verdict(issue)}".splitlines(),
     ):
         assert row in document
+
+
+def launch(kernel: str, cuda: int, triton: int, **counted: int) -> Issue:
+    sizes = {"bytes": 0, "flops": 0, "instructions": 0, **counted}
+    most = sizes["instructions"]
+    texts = {"constants": "", "arguments": "", "grid": "", "numbers": "", "source": ""}
+    made = {"unit": "bfloat16", "compiler": "", "warps": 4, "tensor_flops": 0, "blocks": 1}
+    return Issue(kernel=kernel, cuda=cuda, triton=triton, most=most, **texts, **made, **sizes)
+
+
+def test_issue_stands_beside_bytes_and_products() -> None:
+    """132 multiprocessors issue 926.64 warp instructions in a ns, 3.35 TB/s move a GB in 0.3 ms."""
+    rows = [
+        launch("issues", 2, 1, instructions=926_640_000, bytes=335 * 10**7),
+        launch("moves", 1, 1, instructions=92_664_000, bytes=670 * 10**7),
+        launch("of Triton", 0, 3, flops=9894 * 10**8, instructions=92_664_000),
+    ]
+    by_cuda, by_triton = ([*issue_rows(rows, cuda)][2:] for cuda in (True, False))
+    assert by_cuda[:2] == [
+        "| `issues` | 2 | 1853 | 2.00 | 0.00 | 2.00 | 2.00 |",
+        "| `moves` | 1 | 93 | 2.00 | 0.00 | 0.10 | 2.00 |",
+    ]
+    assert by_triton[1] == "| `of Triton` | 3 | 278 | 0.00 | 3.00 | 0.30 | 3.00 |"
+    assert "| **all** | 3 | 1946 | 4.00 | 0.00 | 2.10 | 4.00 |" in by_cuda
+    assert issue_verdict(rows).endswith("2.1 ms: met.")
+    assert issue_verdict(rows * 4).endswith("8.4 ms: not met.")
+
+
+def test_the_step_issues_no_more_than_it_did() -> None:
+    """Planned were 8 ms; 9.2 are reached. Who lowers it lowers the bound."""
+    rows = read_file()
+    seconds = sum(row.launches(True) * row.instructions for row in rows) / GPUS["h100"].issue_rate
+    assert PLANNED_SECONDS <= 8e-3 and seconds <= 9.3e-3
 
 
 @pytest.fixture

@@ -90,12 +90,14 @@ class Launch:
 
     kernel: its name. constants: its compile-time arguments, warps and stages, and what is None
         or 1. arguments: types of the others, "/16" where a pointer or size is a multiple of 16.
+        values: the others themselves, which do not decide it.
     """
 
     kernel: str
     constants: dict[str, Any]
     arguments: dict[str, str]
     compile: Callable[[], Any] = field(repr=False, compare=False)
+    values: dict[str, Any] = field(repr=False, compare=False)
 
     @property
     def key(self) -> tuple[str, str, str]:
@@ -145,7 +147,7 @@ def record_launches(arch: int | str) -> Iterator[list[Launch]]:
     found: list[Launch] = []
 
     def record(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict) -> Launch:
-        launch = _describe(kernel, grid, arguments, options)
+        launch = describe(kernel, grid, arguments, options)
         if launch.key not in launches:
             launches[launch.key] = launch
             found.append(launch)
@@ -158,7 +160,8 @@ def record_launches(arch: int | str) -> Iterator[list[Launch]]:
         yield found
 
 
-def _describe(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict) -> Launch:
+def describe(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict) -> Launch:
+    """A launch that `launching` is about to make."""
     *_, bind = kernel.device_caches[driver.active.get_current_device()]
     values, kinds, chosen = bind(*arguments, debug=False, **options)
     constants, types = {}, {}
@@ -172,6 +175,7 @@ def _describe(kernel: Any, grid: tuple[int, ...], arguments: Any, options: dict)
         constants | {name: chosen[name] for name in ("num_warps", "num_stages") if name in chosen},
         types,
         functools.partial(kernel.warmup, *arguments, grid=grid, **options),
+        {name: values[name] for name in types},
     )
 
 

@@ -1,6 +1,6 @@
-"""Compiles csrc/cuda by nvcc, without a GPU, and reads what ptxas says of every kernel.
+"""Compiles csrc/cuda by nvcc, without a GPU, and reads what ptxas says of every kernel, and makes.
 
-`python tests/support/nvcc.py` writes the table in docs/cuda_kernels.md, and what it was made of
+`python tests/support/nvcc.py` writes the tables in docs/cuda_kernels.md, and what they were made of
 into docs/cuda_kernels.csv: who has the same sources and compiler need not compile them again.
 """
 
@@ -9,22 +9,32 @@ from __future__ import annotations
 import csv
 import functools
 import hashlib
+import itertools
 import json
 import re
 import shlex
 import shutil
 import subprocess
+import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support import machine_code
+
 ROOT = Path(__file__).parent.parent.parent
-SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
-HEADERS = sorted((ROOT / "csrc" / "cuda").glob("*.*h"))
+CUDA = ROOT / "csrc" / "cuda"
+SOURCES = sorted(CUDA.glob("*.cu"))
+HEADERS = sorted(CUDA.glob("*.*h"))
 DOCUMENT = ROOT / "docs" / "cuda_kernels.md"
 KEPT = ROOT / "docs" / "cuda_kernels.csv"
-TABLE_START, TABLE_END = "<!-- table: tests/support/nvcc.py -->\n", "<!-- end of table -->\n"
+# Where each table stands, and what ends it.
+REGISTERS_TABLE = "<!-- table: tests/support/nvcc.py -->\n"
+INSTRUCTIONS_TABLE = "<!-- table of instructions: tests/support/nvcc.py -->\n"
+TABLE_END = "<!-- end of table -->\n"
 
 ARCHITECTURES = (80, 90, 100, 120)
 # Of one multiprocessor (CUDA programming guide, compute capabilities): shared memory in bytes, most
@@ -35,6 +45,12 @@ REGISTERS, REGISTER_UNIT = 65536, 256
 # What the system takes of shared memory for each block, and the most that a block may declare.
 RESERVED_SHARED_BYTES = 1 << 10
 MOST_STATIC_SHARED_BYTES = 48 << 10
+# Whose instructions are documented: architectures, and what training launches (activations of the
+# input, and of the output if it has one).
+COUNTED = (80, 90)
+TRAINED = {"depthwise_backward_kernel": ("gelu",), "depthwise_forward_kernel": ("gelu", "identity")}
+# Channels of a lane of the stencils (columns.cuh).
+LANE_CHANNELS = 2
 
 FLAGS = ("-std=c++17", "-O3", "-fatbin", "-Xptxas", "-v", "--keep")
 _DTYPES = {"f": "float32", "13__nv_bfloat16": "bfloat16", "6__half": "float16"}
@@ -43,7 +59,11 @@ _ACTIVATIONS = ("identity", "gelu")  # as launchers.h counts them
 
 @dataclass(frozen=True)
 class Kernel:
-    """One compiled kernel: what ptxas reports, and instructions of its PTX."""
+    """One compiled kernel: what ptxas reports, and instructions of its PTX.
+
+    row_instructions: in the machine code of a stencil's loop over rows, and `rows`, which the loop
+        takes at a time, each with a barrier; 0 for other kernels.
+    """
 
     name: str
     architecture: int
@@ -54,6 +74,14 @@ class Kernel:
     loads_of_pairs: int
     matrix_multiplies: int
     asynchronous_copies: int
+    row_instructions: int
+    rows: int
+
+    @property
+    def instructions_per_element(self) -> float:
+        """Of a stencil: instructions of its loop over rows for each element of its input."""
+        stride = int(self.name[-2])
+        return self.row_instructions / (self.rows * stride**2 * LANE_CHANNELS)
 
     @property
     def warps(self) -> int:
@@ -67,6 +95,9 @@ class Kernel:
             SHARED_BYTES[self.architecture] // (self.shared_bytes + RESERVED_SHARED_BYTES),
         )
         return blocks * block_warps
+
+
+COLUMNS = ("key", *(field.name for field in fields(Kernel)))
 
 
 def nvcc_version() -> str:
@@ -86,7 +117,7 @@ def include_flags() -> list[str]:
     return [flag.replace("-I", "-isystem", 1) for flag in shlex.split(line)]
 
 
-def _readable(mangled: str) -> str:
+def readable(mangled: str) -> str:
     """depthwise_backward_kernel<bfloat16, gelu, 1>, from its mangled name."""
     match = re.search(
         r"\d([a-z][a-z_]*_kernel)(?![a-z])"
@@ -104,7 +135,7 @@ def _read_ptx(text: str) -> dict[str, dict[str, int]]:
     """Threads of a block and counted instructions, by kernel."""
     entries = re.split(r"\.entry ", text)[1:]
     return {
-        _readable(entry[: entry.index("(")]): {
+        readable(entry[: entry.index("(")]): {
             "threads": int(re.search(r"\.maxntid (\d+)", entry)[1]),
             "loads_of_pairs": len(re.findall(r"ld\.global[\w.]*\.(u32|v2\.\w32)", entry)),
             "matrix_multiplies": entry.count("mma.sync"),
@@ -112,6 +143,20 @@ def _read_ptx(text: str) -> dict[str, dict[str, int]]:
         }
         for entry in entries
     }
+
+
+def _read_machine_code(cubin: Path) -> dict[str, dict[str, int]]:
+    """The loops over rows, by kernel."""
+    found = {}
+    for function in machine_code.disassemble(cubin.read_bytes()):
+        name, loop, rows = readable(function.name), (), 0
+        if name.startswith("depthwise"):
+            barriers = function.find("BAR")
+            inside = (function.innermost(barrier) for barrier in barriers)
+            loop = min((one for one in inside if one is not None), key=len)
+            rows = sum(barrier in loop for barrier in barriers)
+        found[name] = {"row_instructions": len(loop), "rows": rows}
+    return found
 
 
 def _read_ptxas(text: str) -> list[dict]:
@@ -125,7 +170,7 @@ def _read_ptxas(text: str) -> list[dict]:
         shared = re.search(r"(\d+) bytes smem", rest)
         kernels.append(
             {
-                "name": _readable(mangled),
+                "name": readable(mangled),
                 "architecture": int(architecture),
                 "registers": int(registers),
                 "spilled_bytes": int(stores) + int(loads),
@@ -145,14 +190,16 @@ def _compile(source: Path, architectures: tuple[int, ...]) -> list[Kernel]:
             text=True,
         )
         assert result.returncode == 0, result.stderr
-        instructions = {}
+        counted: dict[tuple[int, str], dict[str, int]] = {}
         for architecture in architectures:
             # The name tells the architecture only if there are several.
             suffix = f".compute_{architecture}" if len(architectures) > 1 else ""
-            ptx = Path(directory) / f"{source.stem}{suffix}.ptx"
-            instructions[architecture] = _read_ptx(ptx.read_text())
+            kept = Path(directory) / f"{source.stem}{suffix}"
+            loops = _read_machine_code(kept.with_name(f"{kept.name}.cubin"))
+            ptx = _read_ptx(kept.with_name(f"{kept.name}.ptx").read_text())
+            counted |= {(architecture, name): ptx[name] | loops[name] for name in ptx}
     return [
-        Kernel(**kernel, **instructions[kernel["architecture"]][kernel["name"]])
+        Kernel(**kernel, **counted[kernel["architecture"], kernel["name"]])
         for kernel in _read_ptxas(result.stderr)
     ]
 
@@ -164,11 +211,26 @@ def _build() -> str:
     return re.findall(r"V[\d.]+", output)[-1]
 
 
+def compile_cubin(source: Path, architecture: int) -> bytes:
+    """The machine code of all kernels of `source`."""
+    with tempfile.TemporaryDirectory() as directory:
+        cubin = Path(directory) / "kernels.cubin"
+        command = ["nvcc", "-std=c++17", "-O3", "-cubin", f"-arch=sm_{architecture}"]
+        subprocess.run([*command, f"-I{ROOT / 'csrc'}", str(source), "-o", str(cubin)], check=True)
+        return cubin.read_bytes()
+
+
+def source_hash(source: Path) -> str:
+    """Of all that is compiled of `source`, by whichever compiler."""
+    texts = (file.read_text() for file in (source, *HEADERS))
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:12]
+
+
 def _key(source: Path, architectures: tuple[int, ...]) -> str:
     """Of all that decides what is compiled of `source`, and how it is read."""
     parts = [_build(), *map(str, architectures), *FLAGS]
     parts += (f.read_text() for f in (source, *HEADERS))
-    parts.append(Path(__file__).read_text())
+    parts += (Path(module).read_text() for module in (__file__, machine_code.__file__))
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:20]
 
 
@@ -177,7 +239,10 @@ def _kept() -> dict[str, list[Kernel]]:
     """The kernels in the document, by key."""
     kept: dict[str, list[Kernel]] = {}
     with KEPT.open(newline="") as file:
-        for row in csv.DictReader(file):
+        reader = csv.DictReader(file)
+        if reader.fieldnames != list(COLUMNS):
+            return {}  # of a time when other things were counted
+        for row in reader:
             key, name = row.pop("key"), row.pop("name")
             numbers = {field: int(value) for field, value in row.items()}
             kept.setdefault(key, []).append(Kernel(name=name, **numbers))
@@ -209,7 +274,7 @@ def all_kernels() -> list[Kernel]:
         return [kernel for kernels in pool.map(compile_kernels, SOURCES) for kernel in kernels]
 
 
-def table() -> str:
+def registers_table() -> str:
     """Markdown: registers, and warps per multiprocessor, of every kernel and architecture."""
     header = ["kernel", "threads", "shared bytes", *(f"sm_{a}" for a in ARCHITECTURES)]
     lines = [
@@ -229,23 +294,41 @@ def table() -> str:
     return "\n".join(lines) + "\n"
 
 
-def documented_table() -> str:
-    return DOCUMENT.read_text().partition(TABLE_START)[2].partition(TABLE_END)[0]
+def instructions_table() -> str:
+    """Markdown: instructions for each element, of the stencils as training launches them."""
+    versions = [(dtype, a) for dtype in ("bfloat16", "float32") for a in COUNTED]
+    header = ["kernel", *(f"{dtype}, sm_{architecture}" for dtype, architecture in versions)]
+    lines = ["| " + " | ".join(header) + " |", "|---" + "|---:" * len(versions) + "|"]
+    kernels = {(kernel.name, kernel.architecture): kernel for kernel in all_kernels()}
+    for (kernel, activations), stride in itertools.product(TRAINED.items(), (1, 2)):
+        cells = [f"`{kernel}`, stride {stride}"]
+        for dtype, architecture in versions:
+            name = f"{kernel}<{', '.join((dtype, *activations, str(stride)))}>"
+            cells.append(f"{kernels[name, architecture].instructions_per_element:.1f}")
+        lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+TABLES = {REGISTERS_TABLE: registers_table, INSTRUCTIONS_TABLE: instructions_table}
+
+
+def documented_table(start: str) -> str:
+    return DOCUMENT.read_text().partition(start)[2].partition(TABLE_END)[0]
 
 
 def main() -> None:
     """Bring both documents up to date."""
-    before, _, rest = DOCUMENT.read_text().partition(TABLE_START)
-    after = rest.partition(TABLE_END)[2]
-    DOCUMENT.write_text(before + TABLE_START + table() + TABLE_END + after)
+    for start, table in TABLES.items():
+        before, _, rest = DOCUMENT.read_text().partition(start)
+        after = rest.partition(TABLE_END)[2]
+        DOCUMENT.write_text(before + start + table() + TABLE_END + after)
     rows = [
         {"key": _key(source, ARCHITECTURES), **asdict(kernel)}
         for source in SOURCES
         for kernel in compile_kernels(source)
     ]
     with KEPT.open("w", newline="") as file:
-        names = ("key", *(field.name for field in fields(Kernel)))
-        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer = csv.DictWriter(file, COLUMNS, lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
 
