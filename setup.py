@@ -112,7 +112,7 @@ def extension_arguments() -> dict:
         for flag in cuda.toolkit_flags("INCLUDES", source):
             extension.extra_compile_args.append(flag.replace("-I", "-isystem", 1))
         libraries = cuda.toolkit_flags("LIBRARIES", source)
-        extension.extra_link_args = [*extension.extra_link_args, *libraries, *cuda.LINK_FLAGS]
+        extension.extra_link_args = [*extension.extra_link_args, *libraries]
         extension.libraries += cuda.LIBRARIES
     return {
         "ext_modules": [extension],

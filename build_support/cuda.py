@@ -17,10 +17,9 @@ FLAGS = ("-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden")
 # Code for 80 runs on 86 and 89 as well, that for 100 on 103, for 120 on 121.
 DEFAULT_ARCHITECTURES = (80, 90, 100, 120)
 OLDEST_ARCHITECTURE = 80
-# CUDA's runtime lies in the library, so that it loads where there is none; -l of what that needs.
+# CUDA's runtime lies in the library, so that it loads where there is none, with hidden symbols: a
+# process may have the runtime that torch brings as well. And what it needs of the system.
 LIBRARIES = ("cudart_static", "dl", "pthread", "rt")
-# Its symbols stay inside: a process may have the runtime that torch brings as well.
-LINK_FLAGS = ("-Wl,--exclude-libs,libcudart_static.a",)
 
 
 def nvcc() -> str | None:
