@@ -36,8 +36,9 @@ def architectures() -> list[tuple[int, bool]]:
     """
     names = os.environ.get("TORCH_CUDA_ARCH_LIST")
     if not names:
-        known = [number for number in DEFAULT_ARCHITECTURES if number in _known_to_nvcc()]
-        return [(number, number == known[-1]) for number in known]
+        known = _known_to_nvcc()
+        numbers = [number for number in DEFAULT_ARCHITECTURES if number in known]
+        return [(number, number == numbers[-1]) for number in numbers]
     found = []
     for name in re.split("[ ;]+", names.strip()):
         match = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", name)
