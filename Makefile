@@ -70,7 +70,7 @@ sanitize: $(PACKAGE)
 	$(VENV)/bin/python tests/sanitize.py address $(ARGS)
 	$(VENV)/bin/python tests/sanitize.py thread $(ARGS)
 
-# The source release and the wheel in dist/, tried in a bare environment: two minutes. Of what is
+# The source release and the wheel in dist/, tried in a bare environment: some minutes. Of what is
 # committed only; with ARGS=--uncommitted the same is tried of a tree with changes. With
 # ARGS=--keep-library the wheel's library is the $(EXTENSION) of `make test`: newer than $(PACKAGE).
 release: committed $(PACKAGE)

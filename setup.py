@@ -8,8 +8,9 @@ without them. MOAT_KERNELS_SKIP_EXT=1 leaves them out on purpose; CXX and MAX_JO
 MOAT_KERNELS_SANITIZE=address or =thread builds them for `make sanitize`, with GCC's
 AddressSanitizer and UndefinedBehaviorSanitizer or with its ThreadSanitizer.
 
-Beside a CUDA build of torch, and with nvcc (CUDA_HOME, or on PATH), the library gets the CUDA
-kernels too, for the architectures of TORCH_CUDA_ARCH_LIST, unless MOAT_KERNELS_SKIP_CUDA=1 is set.
+Where nvcc is (CUDA_HOME, or on PATH) and torch is a CUDA build, the library gets the CUDA kernels
+too, for sm_80 to sm_120 or as TORCH_CUDA_ARCH_LIST says; MOAT_KERNELS_SKIP_CUDA=1 leaves them out.
+MOAT_KERNELS_WITH_CUDA=1 builds them beside a CPU build of torch too: one library serves both.
 """
 
 from __future__ import annotations
@@ -112,7 +113,7 @@ def extension_arguments() -> dict:
             extension.extra_compile_args.append(flag.replace("-I", "-isystem", 1))
         libraries = cuda.toolkit_flags("LIBRARIES", source)
         extension.extra_link_args = [*extension.extra_link_args, *libraries]
-        extension.libraries += ["cudart", "torch_cuda"]
+        extension.libraries += cuda.LIBRARIES
     return {
         "ext_modules": [extension],
         "options": {"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -14,9 +14,12 @@ from pathlib import Path
 from build_support.environment import is_set, reason_not_built
 
 FLAGS = ("-std=c++17", "-O3", "-Icsrc", "-Xcompiler=-fPIC,-fvisibility=hidden")
-# As in TORCH_CUDA_ARCH_LIST. With code for 8.0 also 8.6 and 8.9 run; PTX serves what is newer.
-DEFAULT_ARCHITECTURES = "8.0 9.0+PTX"
+# Code for 80 runs on 86 and 89 as well, that for 100 on 103, for 120 on 121.
+DEFAULT_ARCHITECTURES = (80, 90, 100, 120)
 OLDEST_ARCHITECTURE = 80
+# CUDA's runtime lies in the library, so that it loads where there is none, with hidden symbols: a
+# process may have the runtime that torch brings as well. And what it needs of the system.
+LIBRARIES = ("cudart_static", "dl", "pthread", "rt")
 
 
 def nvcc() -> str | None:
@@ -26,8 +29,16 @@ def nvcc() -> str | None:
 
 
 def architectures() -> list[tuple[int, bool]]:
-    """(80, False) for "8.0", (90, True) for "9.0+PTX"; without those too old for the kernels."""
-    names = os.environ.get("TORCH_CUDA_ARCH_LIST") or DEFAULT_ARCHITECTURES
+    """(80, False) for "8.0", (90, True) for "9.0+PTX"; without those too old for the kernels.
+
+    By default those of `DEFAULT_ARCHITECTURES` that nvcc knows, with PTX of the last of them, which
+    serves GPUs to come.
+    """
+    names = os.environ.get("TORCH_CUDA_ARCH_LIST")
+    if not names:
+        known = _known_to_nvcc()
+        numbers = [number for number in DEFAULT_ARCHITECTURES if number in known]
+        return [(number, number == numbers[-1]) for number in numbers]
     found = []
     for name in re.split("[ ;]+", names.strip()):
         match = re.fullmatch(r"(\d+)\.(\d)(\+PTX)?", name)
@@ -39,6 +50,11 @@ def architectures() -> list[tuple[int, bool]]:
     return [both for both in found if both[0] >= OLDEST_ARCHITECTURE]
 
 
+def _known_to_nvcc() -> set[int]:
+    output = subprocess.check_output([str(nvcc()), "--list-gpu-code"], text=True)
+    return {int(number) for number in re.findall(r"sm_(\d+)\b", output)}
+
+
 @functools.cache
 def reason_cuda_not_built() -> str:
     """Why this build leaves the CUDA kernels out; empty if it does not."""
@@ -48,12 +64,13 @@ def reason_cuda_not_built() -> str:
         return "MOAT_KERNELS_SKIP_CUDA is set"
     import torch
 
-    if torch.version.cuda is None:
+    # Only where they are asked for: nobody's CPU build should fail for a compiler of GPU code.
+    if torch.version.cuda is None and not is_set("MOAT_KERNELS_WITH_CUDA"):
         return f"torch {torch.__version__} is built without CUDA"
     if nvcc() is None:
         return "nvcc not found (looked in CUDA_HOME and on PATH)"
     if not architectures():
-        return "TORCH_CUDA_ARCH_LIST names nothing from 8.0 on"
+        return "TORCH_CUDA_ARCH_LIST, or nvcc, has nothing from 8.0 on"
     return ""
 
 

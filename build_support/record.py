@@ -70,6 +70,7 @@ def write(root: Path, sources: dict[str, str] | None = None) -> None:
         record["reason_cuda_not_built"] = cuda.reason_cuda_not_built()
         if not record["reason_cuda_not_built"]:
             record["cuda_architectures"] = [number for number, _ in cuda.architectures()]
+            record["cuda_ptx"] = [number for number, ptx in cuda.architectures() if ptx]
         if sources is not None:
             record["sources"] = sources
     path.write_text(json.dumps(record, indent=2) + "\n")

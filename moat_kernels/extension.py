@@ -1,4 +1,4 @@
-"""Loads the native CPU kernels, and says why not where they cannot be used."""
+"""Loads the native library, and says why not where its kernels cannot be used."""
 
 from __future__ import annotations
 
@@ -37,8 +37,8 @@ def build_record() -> dict[str, Any]:
 
     Keys: `reason_not_built` (empty if they were built), and if they were: `compiler`, `torch` (the
     version whose headers were used), `instruction_sets`, `reason_cuda_not_built`; if the CUDA
-    kernels were built, `cuda_architectures`, such as [80, 90]; in a checkout `sources`, as of
-    `source_hashes`.
+    kernels were built, `cuda_architectures`, such as [80, 90], and `cuda_ptx`, those with PTX for
+    newer GPUs; in a checkout `sources`, as of `source_hashes`.
     """
     path = Path(__file__).with_name("_build_record.json")
     if not path.exists():
@@ -68,6 +68,25 @@ def load_extension() -> ExtensionStatus:
     except ImportError as error:
         return ExtensionStatus(False, f"failed to load: {error}")
     return ExtensionStatus(True)
+
+
+@functools.cache
+def reason_cuda_unusable() -> str:
+    """Why the CUDA kernels cannot be called in this process; empty if they can.
+
+    Every build of torch loads a library that has them: this says where they are of use.
+    """
+    status, record = load_extension(), build_record()
+    if not status.usable:
+        return status.reason
+    if not record.get("cuda_architectures"):
+        return f"not built: {record.get('reason_cuda_not_built') or 'an older build'}"
+    if torch.version.cuda is None:
+        return f"torch {torch.__version__} is built without CUDA"
+    if not torch.cuda.is_available():
+        return "torch finds no GPU"
+    problem: str = torch.ops.moat_kernels.cuda_problem()
+    return problem
 
 
 def _changed_sources() -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 import moat_kernels
-from moat_kernels.extension import build_record, load_extension
+from moat_kernels.extension import build_record, load_extension, reason_cuda_unusable
 from moat_kernels.ops.triton_support import user_table
 
 # Names as Linux prints them in /proc/cpuinfo: those that decide which kernel runs, and how fast.
@@ -78,10 +78,7 @@ def format_text(facts: dict[str, Any]) -> str:
             f"{'extension':<14}usable, instruction set {extension['instruction_set']}, built by "
             f"{extension['compiler']} against torch {extension['torch']}"
         )
-        architectures = ", ".join(f"sm_{number}" for number in extension["cuda_architectures"])
-        reason = extension["reason_cuda_not_built"] or "an older build"
-        built = f"for {architectures}" if architectures else f"not built: {reason}"
-        lines.append(f"{'CUDA kernels':<14}{built}")
+        lines.append(f"{'CUDA kernels':<14}{_cuda_kernels(extension)}")
     else:
         lines.append(f"{'extension':<14}not usable: {extension['reason']}")
     table = facts["launch_table"]
@@ -94,6 +91,14 @@ def format_text(facts: dict[str, Any]) -> str:
         state = "usable" if backend["usable"] else f"not usable: {backend['reason']}"
         lines.append(f"  {name:<12}{state}")
     return "\n".join(lines)
+
+
+def _cuda_kernels(extension: dict[str, Any]) -> str:
+    reason = extension["reason_cuda_unusable"]
+    if not extension["cuda_architectures"]:
+        return reason
+    architectures = ", ".join(f"sm_{number}" for number in extension["cuda_architectures"])
+    return f"for {architectures}" + (f"; not usable: {reason}" if reason else "")
 
 
 def _used_launches(path: str, gpu: dict[str, Any]) -> str:
@@ -125,7 +130,7 @@ def _extension() -> dict[str, Any]:
         "compiler": record.get("compiler", "an unrecorded compiler"),
         "torch": record.get("torch", "an unrecorded version"),
         "cuda_architectures": record.get("cuda_architectures", []),
-        "reason_cuda_not_built": record.get("reason_cuda_not_built", ""),
+        "reason_cuda_unusable": reason_cuda_unusable(),
     }
 
 

@@ -4,15 +4,19 @@ Refused where files are changed or unknown to git, so that a release is what its
 
 The wheel is made of the source release, so that nothing missing in it goes unnoticed, and is
 installed into an environment that holds what the wheel says it needs and nothing else. Both lie in
-dist/ at the end. No network is used. With --keep-library the wheel's native library stays in this
-checkout too, which spares the tests that follow a build of their own: they test what is released.
+dist/ at the end. No network is used. Where nvcc is, the wheel has the CUDA kernels, and is for
+machines with and without a GPU: what it has code for is read from it. With --keep-library the
+wheel's native library stays in this checkout too, which spares the tests that follow a build of
+their own: they test what is released.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib.metadata
+import importlib.util
 import json
+import os
 import re
 import runpy
 import shutil
@@ -23,13 +27,15 @@ import tempfile
 import venv
 import zipfile
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 DIST = ROOT / "dist"
 # Shared libraries that the kernels may need: PyTorch's, and those of any manylinux system.
 LIBRARIES = {
     *("libc10.so", "libtorch.so", "libtorch_cpu.so"),
-    *("libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6", "libpthread.so.0"),
+    *("libc.so.6", "libm.so.6", "libgcc_s.so.1", "libstdc++.so.6"),
+    *("libpthread.so.0", "libdl.so.2", "librt.so.1"),
 }
 # What a wheel holds beside Python files and the kernels.
 METADATA_FILES = {"METADATA", "WHEEL", "RECORD", "top_level.txt", "licenses/LICENSE"}
@@ -107,7 +113,8 @@ def build_source(work: Path) -> Path:
 
 
 def build_wheel(archive: Path, work: Path) -> Path:
-    """The wheel, of nothing but the source release."""
+    """The wheel, of nothing but the source release, with CUDA kernels wherever nvcc is."""
+    os.environ["MOAT_KERNELS_WITH_CUDA"] = "1"
     with tarfile.open(archive) as release:
         release.extractall(work, filter="data")
     (source,) = work.glob("moat_kernels-*/")
@@ -117,8 +124,8 @@ def build_wheel(archive: Path, work: Path) -> Path:
     return wheel
 
 
-def check_wheel(wheel: Path, work: Path) -> bool:
-    """The wheel holds the package and nothing else; whether it has the native kernels."""
+def check_wheel(wheel: Path, work: Path) -> dict[str, Any]:
+    """The wheel holds the package and nothing else; the record of its native kernels."""
     with zipfile.ZipFile(wheel) as archive:
         names = set(archive.namelist())
         record = json.loads(archive.read("moat_kernels/_build_record.json"))
@@ -135,8 +142,11 @@ def check_wheel(wheel: Path, work: Path) -> bool:
     if not re.fullmatch(rf"moat_kernels-{version}-{tag}\.whl", wheel.name):
         raise SystemExit(f"{wheel.name} has not the tag {tag}")
     if native and sys.platform == "linux":
-        check_library(work / "moat_kernels" / "_C.abi3.so")
-    return native
+        library = work / "moat_kernels" / "_C.abi3.so"
+        check_library(library)
+        if record.get("cuda_architectures"):
+            check_gpu_code(library, record)
+    return record
 
 
 def check_library(library: Path) -> None:
@@ -148,6 +158,28 @@ def check_library(library: Path) -> None:
     symbols = set(re.findall(r"\bU (_?Py\w+)", run("nm", "-D", library)))
     if not symbols <= {"PyModule_Create2", "PyModuleDef_Init"}:
         raise SystemExit(f"{library.name} uses {sorted(symbols)} of Python")
+    # Of CUDA neither: torch may bring another version of its runtime into the same process.
+    if shared := re.findall(r"\b_*(?:cuda|cu[A-Z])\w+", run("nm", "-D", library)):
+        raise SystemExit(f"{library.name} shares {sorted(shared)} with CUDA's own libraries")
+
+
+def check_gpu_code(library: Path, record: dict[str, Any]) -> None:
+    """It has machine code and PTX for the architectures in the record, and for no others."""
+    expected = {f"sm_{number}.cubin" for number in record["cuda_architectures"]}
+    expected |= {f"sm_{number}.ptx" for number in record["cuda_ptx"]}
+    tool = shutil.which("cuobjdump") or cuobjdump_of_triton()
+    if tool is None:
+        print("not checked: which GPUs the library has code for, cuobjdump is not installed")
+        return
+    found = set(re.findall(r"\bsm_\w+\.(?:cubin|ptx)", run(tool, "-lelf", "-lptx", library)))
+    if found != expected:
+        raise SystemExit(f"{library.name} has code for {sorted(found)}, not {sorted(expected)}")
+
+
+def cuobjdump_of_triton() -> str | None:
+    triton = importlib.util.find_spec("triton")
+    folders = triton.submodule_search_locations if triton else None
+    return folders and shutil.which("cuobjdump", path=f"{folders[0]}/backends/nvidia/bin")
 
 
 def keep_library(unpacked: Path, source: Path) -> None:
@@ -160,6 +192,17 @@ def keep_library(unpacked: Path, source: Path) -> None:
     (here / "_C.abi3.so").unlink(missing_ok=True)
     shutil.copyfile(released / "_C.abi3.so", here / "_C.abi3.so")
     (here / "_build_record.json").write_text(json.dumps(record, indent=2) + "\n")
+
+
+def told_of_cuda(facts: dict[str, Any], record: dict[str, Any]) -> str:
+    """What the installed wheel says of its CUDA kernels: those in the record, and why not used."""
+    architectures = record.get("cuda_architectures", [])
+    told, reason = (
+        facts["extension"][key] for key in ("cuda_architectures", "reason_cuda_unusable")
+    )
+    if told != architectures or not (reason or facts["gpus"]):
+        raise SystemExit(f"built for {architectures}, but info says: {facts['extension']}")
+    return f"for {told}; here: {reason or 'usable'}"
 
 
 def requirements(name: str, found: set[str]) -> set[str]:
@@ -218,7 +261,8 @@ def release(library_is_kept: bool) -> None:
         archive = build_source(work)
         print(f"source release: {archive.name}, {archive.stat().st_size / 2**20:.1f} MiB")
         wheel = build_wheel(archive, work)
-        native = check_wheel(wheel, work / "unpacked")
+        record = check_wheel(wheel, work / "unpacked")
+        native = not record["reason_not_built"]
         kernels = "with" if native else "without"
         print(
             f"wheel {kernels} native kernels: {wheel.name}, {wheel.stat().st_size / 2**20:.1f} MiB"
@@ -228,6 +272,8 @@ def release(library_is_kept: bool) -> None:
         facts = json.loads(run(python, "-m", "moat_kernels.info", "--json", cwd=work))
         if facts["extension"]["usable"] != native or facts["backends"]["cpu"]["usable"] != native:
             raise SystemExit(f"the native kernels are not usable as installed: {facts}")
+        if native:
+            print(f"CUDA kernels: {told_of_cuda(facts, record)}")
         versions = ", ".join(
             f"{name} {value}" for name, value in facts["versions"].items() if value
         )

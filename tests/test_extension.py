@@ -17,7 +17,12 @@ from support.instruction_sets import INSTRUCTION_SETS
 from support.native import needs_extension
 
 from moat_kernels import extension
-from moat_kernels.extension import build_record, load_extension
+from moat_kernels.extension import (
+    ExtensionStatus,
+    build_record,
+    load_extension,
+    reason_cuda_unusable,
+)
 from moat_kernels.source_hashes import source_hashes
 
 ROOT = Path(__file__).parent.parent
@@ -128,6 +133,48 @@ def test_an_old_torch_is_named_before_the_library_is_tried(
 ) -> None:
     monkeypatch.setattr(torch, "__version__", "2.9.1+cpu")
     assert load_extension().reason == "torch 2.9.1+cpu is installed; at least 2.11 is needed"
+
+
+BUILT_WITH_CUDA = {"cuda_architectures": [80, 90]}
+
+
+@pytest.mark.parametrize(
+    ("record", "cuda_of_torch", "gpu", "reason"),
+    [
+        ({}, "13.0", True, "not built: an older build"),
+        ({"reason_cuda_not_built": "nvcc not found"}, "13.0", True, "not built: nvcc not found"),
+        (BUILT_WITH_CUDA, None, False, f"torch {torch.__version__} is built without CUDA"),
+        (BUILT_WITH_CUDA, "13.0", False, "torch finds no GPU"),
+        (BUILT_WITH_CUDA, "12.8", True, "the driver is too old"),
+    ],
+)
+def test_cuda_kernels_are_unusable_for_a_reason(
+    record: dict[str, object],
+    cuda_of_torch: str | None,
+    gpu: bool,
+    reason: str,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(extension, "load_extension", lambda: ExtensionStatus(True))
+    monkeypatch.setattr(extension, "build_record", lambda: record)
+    monkeypatch.setattr(torch.version, "cuda", cuda_of_torch)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    problem = "the driver is too old"
+    monkeypatch.setattr(torch.ops.moat_kernels, "cuda_problem", lambda: problem, raising=False)
+    assert reason_cuda_unusable.__wrapped__() == reason
+
+
+@needs_extension
+@pytest.mark.skipif(
+    "cuda_architectures" not in build_record() or torch.version.cuda is not None,
+    reason="about a library with CUDA kernels beside a torch without CUDA",
+)
+def test_a_library_with_cuda_kernels_serves_a_torch_without_cuda() -> None:
+    name = "moat_kernels::cuda_depthwise_forward"
+    assert torch._C._dispatch_has_kernel_for_dispatch_key(name, "CUDA")
+    # Of CUDA's runtime in the library: no driver, or no GPU that it can use.
+    assert torch.cuda.is_available() or torch.ops.moat_kernels.cuda_problem()
+    assert torch.ops.moat_kernels.cpu_isa() in INSTRUCTION_SETS
 
 
 @pytest.fixture

@@ -62,7 +62,8 @@ def test_the_command_line_prints_text_or_json(capsys: pytest.CaptureFixture[str]
     ("architectures", "reason", "line"),
     [
         ([80, 90], "", "CUDA kernels  for sm_80, sm_90"),
-        ([], "nvcc not found", "CUDA kernels  not built: nvcc not found"),
+        ([80], "no driver", "CUDA kernels  for sm_80; not usable: no driver"),
+        ([], "not built: no nvcc", "CUDA kernels  not built: no nvcc"),
     ],
 )
 def test_the_cuda_kernels_are_printed_or_why_not(
@@ -75,6 +76,6 @@ def test_the_cuda_kernels_are_printed_or_why_not(
         "compiler": "g++",
         "torch": "2.13",
         "cuda_architectures": architectures,
-        "reason_cuda_not_built": reason,
+        "reason_cuda_unusable": reason,
     }
     assert line in info.format_text(facts).splitlines()

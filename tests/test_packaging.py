@@ -110,34 +110,64 @@ def clean_environment(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         reason.cache_clear()
 
 
-@pytest.mark.parametrize(
-    ("variables", "reason", "architectures"),
-    [
-        ({}, "is built without CUDA", [(80, False), (90, True)]),
-        ({"PRETENDED_CUDA": "13.0", "CUDA_HOME": "/nowhere"}, "nvcc not found", None),
-        ({"PRETENDED_CUDA": "13.0", "MOAT_KERNELS_SKIP_CUDA": "1"}, "SKIP_CUDA is set", None),
-        ({"PRETENDED_CUDA": "13.0", "TORCH_CUDA_ARCH_LIST": "7.5"}, "nothing from 8.0 on", []),
-        ({"PRETENDED_CUDA": "13.0", "TORCH_CUDA_ARCH_LIST": "7.5;12.0"}, "", [(120, False)]),
-    ],
-    ids=["CPU build of torch", "no nvcc", "skipped", "too old", "built"],
-)
-def test_cuda_kernels_are_built_beside_a_cuda_build_of_torch_with_nvcc(
-    variables: dict[str, str],
-    reason: str,
-    architectures: list | None,
+@pytest.fixture
+def toolkit(
+    request: pytest.FixtureRequest,
     clean_environment: None,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    (tmp_path / "bin").mkdir()
-    (tmp_path / "bin" / "nvcc").touch(0o755)
-    for name, value in {"CUDA_HOME": str(tmp_path), **variables}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setattr(torch.version, "cuda", os.environ.get("PRETENDED_CUDA"))
-    actual = cuda.reason_cuda_not_built()
-    assert reason in actual and bool(reason) == bool(actual)
-    if architectures is not None:
-        assert cuda.architectures() == architectures
+    """An nvcc in CUDA_HOME that compiles for these architectures."""
+    compiler = tmp_path / "bin" / "nvcc"
+    compiler.parent.mkdir()
+    compiler.write_text(f"#!/bin/sh\nprintf 'sm_%s\\n' {request.param}\n")
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("MOAT_KERNELS_WITH_CUDA", "1")
+
+
+NVCC_11, NVCC_12_4, NVCC_13 = "60 75", "75 80 86 89 90 90a", "75 80 86 89 90 100 103 110 120 121"
+EVERY = [(80, False), (90, False), (100, False), (120, True)]
+
+
+@pytest.mark.parametrize(
+    ("toolkit", "choice", "expected"),
+    [
+        (NVCC_13, "", EVERY),
+        (NVCC_12_4, "", [(80, False), (90, True)]),
+        (NVCC_11, "", []),
+        (NVCC_13, "7.5;12.0", [(120, False)]),
+        (NVCC_13, "8.6 9.0+PTX", [(86, False), (90, True)]),
+        (NVCC_13, "7.5", []),
+    ],
+    indirect=["toolkit"],
+)
+def test_cuda_kernels_are_compiled_for_what_nvcc_knows_or_what_is_asked_for(
+    toolkit: None, choice: str, expected: list, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", choice)
+    assert cuda.architectures() == expected
+    reason = "" if expected else "TORCH_CUDA_ARCH_LIST, or nvcc, has nothing from 8.0 on"
+    assert cuda.reason_cuda_not_built() == reason
+
+
+@pytest.mark.parametrize("toolkit", [NVCC_13], indirect=True)
+@pytest.mark.parametrize(
+    ("variable", "value", "reason"),
+    [
+        ("CUDA_HOME", "/nowhere", "nvcc not found (looked in CUDA_HOME and on PATH)"),
+        ("MOAT_KERNELS_SKIP_CUDA", "1", "MOAT_KERNELS_SKIP_CUDA is set"),
+        pytest.param(
+            *("MOAT_KERNELS_WITH_CUDA", "0", f"torch {torch.__version__} is built without CUDA"),
+            marks=pytest.mark.skipif(bool(torch.version.cuda), reason="it is built with CUDA"),
+        ),
+    ],
+)
+def test_cuda_kernels_are_left_out_where_they_cannot_be_or_are_not_wanted(
+    toolkit: None, variable: str, value: str, reason: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert cuda.reason_cuda_not_built() == reason
 
 
 def test_an_unreadable_list_of_architectures_is_an_error(

@@ -70,7 +70,9 @@ PUBLIC = {
     "moat_kernels.variants": """
         Preprocessing VARIANTS Variant get_preprocessing get_variant list_models
     """,
-    "moat_kernels.extension": "MINIMUM_TORCH ExtensionStatus build_record load_extension",
+    "moat_kernels.extension": """
+        MINIMUM_TORCH ExtensionStatus build_record load_extension reason_cuda_unusable
+    """,
 }
 
 

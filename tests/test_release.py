@@ -1,4 +1,4 @@
-"""`make release` refuses a tree that is not as its last commit, before it does anything."""
+"""`make release` refuses a tree that is not as its last commit, and code for other GPUs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from release import check_gpu_code
 
 ROOT = Path(__file__).parent.parent
 GENERATED = (
@@ -85,3 +86,27 @@ def test_make_refuses_before_it_sets_anything_up(repository: Path) -> None:
     result = subprocess.run(command, cwd=repository, capture_output=True, text=True)
     assert result.returncode and "?? new.py\n" in result.stderr
     assert not (repository / ".venv").exists()
+
+
+@pytest.mark.parametrize(
+    ("architectures", "ptx", "accepted"),
+    [
+        ([80, 90], [90], True),
+        ([80], [90], False),
+        ([80, 90, 120], [90], False),
+        ([80, 90], [], False),
+    ],
+)
+def test_a_library_has_code_for_the_recorded_gpus_and_for_no_others(
+    architectures: list[int], ptx: list[int], accepted: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    files = ("ELF file    1: a.1.sm_80.cubin", "ELF file    2: a.2.sm_90.cubin")
+    listing = "\n".join((*files, "PTX file    1: a.1.sm_90.ptx", ""))
+    monkeypatch.setattr("release.run", lambda *command: listing)
+    monkeypatch.setattr("shutil.which", lambda name: name)
+    record = {"cuda_architectures": architectures, "cuda_ptx": ptx}
+    if accepted:
+        check_gpu_code(Path("library"), record)
+    else:
+        with pytest.raises(SystemExit, match="library has code for"):
+            check_gpu_code(Path("library"), record)

@@ -99,7 +99,7 @@ def extension() -> list[Row]:
     if not collected["usable"]:
         raise Skipped(f"the native library: {collected['reason']}")
     architectures = ", ".join(f"sm_{number}" for number in collected["cuda_architectures"])
-    built = architectures or collected["reason_cuda_not_built"]
+    built = collected["reason_cuda_unusable"] or architectures
     return [{"native library": "loaded", "CUDA kernels": built, "against": collected["torch"]}]
 
 

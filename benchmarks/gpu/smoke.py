@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.gpu.bench import Bench, Skipped, Step, poisoned_memory
 from benchmarks.gpu.journal import Row
 from moat_kernels import FallbackWarning, use_backend
+from moat_kernels.extension import reason_cuda_unusable
 from moat_kernels.functional import (
     MBConvDescription,
     Pool,
@@ -31,7 +32,6 @@ from moat_kernels.functional import (
     window_attention,
 )
 from moat_kernels.ops.layer_norm import branch_layer_norm
-from moat_kernels.ops.mbconv.triton import cuda_kernels
 from moat_kernels.ops.mbconv.triton import passes as depthwise_passes
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -101,7 +101,7 @@ def compare(
     bench: Bench, name: str, kernels: str, dtype: torch.dtype, compute: Compute
 ) -> list[Row]:
     """Run by the kernels (as it is, recorded, replayed), by stock operations and in float64."""
-    if kernels == "CUDA C++" and (bench.rehearsal or not cuda_kernels.built()):
+    if kernels == "CUDA C++" and (bench.rehearsal or reason_cuda_unusable()):
         raise Skipped("CUDA C++ kernels need a GPU, and a library that was built with them")
     os.environ[depthwise_passes.ENVIRONMENT_VARIABLE] = KERNELS[kernels]
     with poisoned_memory(), warnings.catch_warnings():

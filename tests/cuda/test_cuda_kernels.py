@@ -28,6 +28,7 @@ from support.tolerances import (
 from support.wrong_arguments import run_in_process
 from torch import Tensor
 
+from moat_kernels.extension import reason_cuda_unusable
 from moat_kernels.ops.mbconv.triton import cuda_kernels
 from moat_kernels.ops.mbconv.triton.cuda_kernels import (
     depthwise,
@@ -65,8 +66,8 @@ def device(request: pytest.FixtureRequest) -> str:
         if reason := cuda_on_cpu.reason_unavailable():
             pytest.skip(reason)
         cuda_on_cpu.load()
-    elif not (torch.cuda.is_available() and cuda_kernels.built()):
-        pytest.skip("no GPU" if cuda_kernels.built() else "built without the CUDA kernels")
+    elif reason := reason_cuda_unusable():
+        pytest.skip(f"the CUDA kernels: {reason}")
     return request.param
 
 

@@ -5,15 +5,11 @@ What docs/cuda_kernels.csv has of the same sources, flags and compiler is not co
 
 from __future__ import annotations
 
-import subprocess
 from itertools import product
 from pathlib import Path
 
 import pytest
 from support import nvcc
-from torch.utils.cpp_extension import include_paths
-
-from build_support.environment import TORCH_TARGET_VERSION
 
 pytest.importorskip("triton", reason="its wheel has the disassembler")
 
@@ -98,14 +94,3 @@ def test_the_documented_tables_are_those_of_these_sources() -> None:
     assert nvcc.documented(), OUTDATED
     for start, table in nvcc.TABLES.items():
         assert nvcc.documented_table(start) == table(), OUTDATED
-
-
-@pytest.mark.parametrize("name", ["binding", "stream"])
-def test_the_binding_compiles_with_cudas_own_headers(name: str, tmp_path: Path) -> None:
-    # Linking needs a CUDA build of torch.
-    source = nvcc.ROOT / "csrc" / "cuda" / f"{name}.cpp"
-    flags = ["-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION:#018x}"]
-    flags += [f"-I{nvcc.ROOT / 'csrc'}", *(f"-isystem={path}" for path in include_paths())]
-    command = ["nvcc", *flags, "-c", str(source), "-o", str(tmp_path / "object.o")]
-    result = subprocess.run(command, capture_output=True, text=True)
-    assert result.returncode == 0, result.stderr

@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import cuda_on_cpu
 
-from moat_kernels.ops.mbconv.triton import cuda_kernels
+from moat_kernels.extension import reason_cuda_unusable
 from moat_kernels.ops.mbconv.triton import passes as depthwise_passes
 from moat_kernels.ops.triton_support import replay
 from moat_kernels.ops.triton_support.launching import interpreting, triton_missing
@@ -74,6 +74,6 @@ def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     """Triton's kernels alone, and CUDA C++ wherever it covers a call."""
     if request.param == "always" and interpreting() and not cuda_on_cpu.reason_unavailable():
         cuda_on_cpu.load()
-    elif request.param == "always" and not cuda_kernels.built():
-        pytest.skip("built without the CUDA kernels")
+    elif request.param == "always" and (reason := reason_cuda_unusable()):
+        pytest.skip(f"the CUDA kernels: {reason}")
     monkeypatch.setenv(depthwise_passes.ENVIRONMENT_VARIABLE, request.param)

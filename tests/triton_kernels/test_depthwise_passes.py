@@ -20,10 +20,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 pytest.importorskip("triton")
 
 from moat_kernels import FallbackWarning, use_backend
+from moat_kernels.extension import reason_cuda_unusable
 from moat_kernels.functional import MBConvDescription, Pool, SqueezeExcite
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.mbconv.triton import backend as triton_backend
-from moat_kernels.ops.mbconv.triton import cuda_kernels
 from moat_kernels.ops.mbconv.triton import passes as depthwise_passes
 from moat_kernels.ops.mbconv.triton.launch_table import Implementation
 from moat_kernels.ops.triton_support.choice import choosing
@@ -44,8 +44,8 @@ def always(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
         if reason := cuda_on_cpu.reason_unavailable():
             pytest.skip(reason)
         cuda_on_cpu.load()
-    elif not cuda_kernels.built():
-        pytest.skip("built without the CUDA kernels")
+    elif reason := reason_cuda_unusable():
+        pytest.skip(f"the CUDA kernels: {reason}")
     monkeypatch.setenv(SWITCH, "always")
 
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from moat_kernels.extension import reason_cuda_unusable
 from moat_kernels.ops.common.registration import LIBRARY, register_fake
 from moat_kernels.ops.mbconv.algebra.geometry import Stencil
 from moat_kernels.ops.triton_support.launching import architecture
@@ -30,11 +31,6 @@ OLDEST_ARCHITECTURE = 80
 ALIGNMENT = 16  # bytes, of what is loaded at once
 # Channels that those hold.
 CHANNEL_MULTIPLE = {torch.float32: 4, torch.bfloat16: 8, torch.float16: 8}
-
-
-def built() -> bool:
-    """Whether the native library was built with the CUDA kernels."""
-    return _has_kernel("cuda")
 
 
 def unsupported(z: Tensor, activations: tuple[str, ...]) -> str:
@@ -61,9 +57,11 @@ def unsupported_expand(rows: Tensor, weight: Tensor, activations: tuple[str, ...
 
 
 def _has_kernel(device_type: str) -> bool:
-    # On the CPU in tests only.
-    return device_type in ("cuda", "cpu") and torch._C._dispatch_has_kernel_for_dispatch_key(
-        "moat_kernels::cuda_depthwise_forward", device_type.upper()
+    if device_type == "cuda":
+        return not reason_cuda_unusable()
+    # In tests only.
+    return device_type == "cpu" and torch._C._dispatch_has_kernel_for_dispatch_key(
+        "moat_kernels::cuda_depthwise_forward", "CPU"
     )
 
 

@@ -154,30 +154,20 @@ def _load_factor(drop_path_ptr, row, valid_row, pixels):
 
 @triton.jit
 def _sum_grad(
-    grad_ptr, drop_path_ptr, target_ptr, begin, end, pixels, block, channels,
-    HAS_BIAS: tl.constexpr, HAS_SHORTCUT_BIAS: tl.constexpr,
+    grad_ptr, drop_path_ptr, target_ptr, begin, end, pixels, block, channels, scaled,
     BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """Of a range of rows and a block of channels: the sums of drop_path * grad, and of grad.
-
-    That is the shortcut's, which has no drop path.
-    """
+    """target = sum of grad over a range of rows, of a block of channels; scaled: by drop_path."""
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
-    valid = channel < channels
     sums = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
-    shortcut_sums = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     for start in tl.range(begin, end, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         grad = _load_grad(grad_ptr, row, row < end, channel, channels).to(tl.float32)
-        shortcut_sums += grad
         if drop_path_ptr is not None:
-            grad *= _load_factor(drop_path_ptr, row, row < end, pixels)[:, None]
+            factor = _load_factor(drop_path_ptr, row, row < end, pixels)
+            grad *= tl.where(scaled, factor, 1.0)[:, None]
         sums += grad
-    if HAS_BIAS:
-        tl.store(target_ptr + channel, tl.sum(sums, 0), mask=valid)
-    if HAS_SHORTCUT_BIAS:
-        target = target_ptr + HAS_BIAS * channels + channel
-        tl.store(target, tl.sum(shortcut_sums, 0), mask=valid)
+    tl.store(target_ptr + channel, tl.sum(sums, 0), mask=channel < channels)
 
 
 @triton.jit
@@ -208,7 +198,8 @@ def project_weight_kernel(
 
     With a gate a part is an image, and grad_gate = sum over C_out of weight * P: what the gate's
     gradient needs of the map, without reading z once more. For biases programs behind those of the
-    tiles sum drop_path * grad, and grad, for which the others have no registers left.
+    tiles sum drop_path * grad, and for the shortcut's grad, for which the others have no registers
+    left.
 
     Reads grad (C_out-wide) and z (E-wide); tiles of the same rows run side by side, so that all but
     the first find them in L2.
@@ -217,14 +208,16 @@ def project_weight_kernel(
     channel_block = tl.program_id(0) // wide_blocks
     line = (wide + HAS_BIAS + HAS_SHORTCUT_BIAS) * channels
     if HAS_BIAS or HAS_SHORTCUT_BIAS:
-        tiles = tl.cdiv(channels, BLOCK_C) * wide_blocks
+        channel_blocks = tl.cdiv(channels, BLOCK_C)
+        tiles = channel_blocks * wide_blocks
         if tl.program_id(0) >= tiles:
             begin = tl.program_id(1) * parts_per_split * part
+            bias = (tl.program_id(0) - tiles) // channel_blocks
             _sum_grad(
                 grad_ptr, drop_path_ptr,
-                partial_ptr + tl.program_id(1).to(tl.int64) * line + wide * channels,
+                partial_ptr + tl.program_id(1).to(tl.int64) * line + (wide + bias) * channels,
                 begin, tl.minimum(count, begin + parts_per_split * part), pixels,
-                tl.program_id(0) - tiles, channels, HAS_BIAS, HAS_SHORTCUT_BIAS,
+                (tl.program_id(0) - tiles) % channel_blocks, channels, bias < HAS_BIAS,
                 BLOCK_C, BLOCK_ROWS,
             )  # fmt: skip
             return
@@ -303,7 +296,7 @@ def project_weight(
     gated_weight = None if gate is None else weight
     launch(
         project_weight_kernel,
-        (tiles + (channel_blocks if has_bias or has_shortcut_bias else 0), splits),
+        (tiles + channel_blocks * (has_bias + has_shortcut_bias), splits),
         *(
             *(grad, z, affine, drop_path_scale, gate, gated_weight, partial, grad_gate),
             *(count, pixels, wide, channels, part, parts_per_split),
