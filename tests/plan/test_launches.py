@@ -119,7 +119,7 @@ def test_squeeze_excite_and_strides() -> None:
         block = FusedMBConv(64, 64)
         first = FusedMBConv(64, 96, stride=2)
     assert tuple(map(len, bottleneck_launches(block))) == (9, 15)
-    assert tuple(map(len, bottleneck_launches(first))) == (11, 18)
+    assert tuple(map(len, bottleneck_launches(first))) == (11, 19)
 
 
 @cache
@@ -140,4 +140,4 @@ def test_a_training_step_of_every_variant(model: str) -> None:
 
 
 def test_a_training_step_of_moat_0() -> None:
-    assert step_launches("moat_0", "none") <= 497
+    assert step_launches("moat_0", "none") <= 499

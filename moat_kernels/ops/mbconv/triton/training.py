@@ -355,6 +355,10 @@ def _project_backward(
     has_bias, has_shortcut_bias = (
         name in needed and getattr(call.parameters, name) is not None for name in _BIASES
     )
+    if has_shortcut_bias and gate is not None:
+        # The kernel with a gate has no registers left for it.
+        gradients["shortcut_bias"] = grad.sum(0, dtype=torch.float32)
+        has_shortcut_bias = False
     if excitation is not None or "project_weight" in needed or has_bias or has_shortcut_bias:
         gradients["project_weight"], *biases, grad_gate = project_weight(
             *(grad, z2, norm, activation, call.drop_path_scale, gate, weight, pixels),

@@ -154,18 +154,17 @@ def _load_factor(drop_path_ptr, row, valid_row, pixels):
 
 @triton.jit
 def _sum_grad(
-    grad_ptr, drop_path_ptr, target_ptr, begin, end, pixels, block, channels, scaled,
+    grad_ptr, drop_path_ptr, target_ptr, begin, end, pixels, block, channels,
     BLOCK_C: tl.constexpr, BLOCK_ROWS: tl.constexpr,
 ):  # fmt: skip
-    """target = sum of grad over a range of rows, of a block of channels; scaled: by drop_path."""
+    """target = sum of drop_path * grad over a range of rows, of a block of channels."""
     channel = block * BLOCK_C + tl.arange(0, BLOCK_C)
     sums = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     for start in tl.range(begin, end, BLOCK_ROWS):
         row = start + tl.arange(0, BLOCK_ROWS)
         grad = _load_grad(grad_ptr, row, row < end, channel, channels).to(tl.float32)
         if drop_path_ptr is not None:
-            factor = _load_factor(drop_path_ptr, row, row < end, pixels)
-            grad *= tl.where(scaled, factor, 1.0)[:, None]
+            grad *= _load_factor(drop_path_ptr, row, row < end, pixels)[:, None]
         sums += grad
     tl.store(target_ptr + channel, tl.sum(sums, 0), mask=channel < channels)
 
@@ -206,20 +205,24 @@ def project_weight_kernel(
     """
     wide_blocks = tl.cdiv(wide, BLOCK_WIDE)
     channel_block = tl.program_id(0) // wide_blocks
-    line = (wide + HAS_BIAS + HAS_SHORTCUT_BIAS) * channels
     if HAS_BIAS or HAS_SHORTCUT_BIAS:
         channel_blocks = tl.cdiv(channels, BLOCK_C)
-        tiles = channel_blocks * wide_blocks
-        if tl.program_id(0) >= tiles:
+        block = tl.program_id(0) - channel_blocks * wide_blocks
+        if block >= 0:
             begin = tl.program_id(1) * parts_per_split * part
-            bias = (tl.program_id(0) - tiles) // channel_blocks
-            _sum_grad(
-                grad_ptr, drop_path_ptr,
-                partial_ptr + tl.program_id(1).to(tl.int64) * line + (wide + bias) * channels,
-                begin, tl.minimum(count, begin + parts_per_split * part), pixels,
-                (tl.program_id(0) - tiles) % channel_blocks, channels, bias < HAS_BIAS,
-                BLOCK_C, BLOCK_ROWS,
-            )  # fmt: skip
+            end = tl.minimum(count, begin + parts_per_split * part)
+            target = tl.program_id(1).to(tl.int64) * (wide + HAS_BIAS + HAS_SHORTCUT_BIAS) + wide
+            target = partial_ptr + target * channels
+            if HAS_BIAS and block < channel_blocks:
+                _sum_grad(
+                    grad_ptr, drop_path_ptr, target, begin, end, pixels, block, channels,
+                    BLOCK_C, BLOCK_ROWS,
+                )  # fmt: skip
+            elif HAS_SHORTCUT_BIAS:
+                _sum_grad(
+                    grad_ptr, None, target + HAS_BIAS * channels, begin, end, pixels,
+                    block % channel_blocks, channels, BLOCK_C, BLOCK_ROWS,
+                )  # fmt: skip
             return
     channel = channel_block * BLOCK_C + tl.arange(0, BLOCK_C)
     column = (tl.program_id(0) % wide_blocks) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
@@ -256,7 +259,8 @@ def project_weight_kernel(
             gate = tl.load(gate_ptr + image * wide + column, mask=valid_column, other=0.0)
             products *= gate[None, :]
         total += products
-    tl.store(partial_ptr + split.to(tl.int64) * line + weight_offset, total, mask=mask)
+    target = partial_ptr + split.to(tl.int64) * channels * (wide + HAS_BIAS + HAS_SHORTCUT_BIAS)
+    tl.store(target + weight_offset, total, mask=mask)
 
 
 @tunable
