@@ -14,10 +14,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
-# Devices whose steps are captured.
-CAPTURED = ("cuda",)
-# As PyTorch asks for before a capture: kernels are compiled and loaded, states made.
-WARM_UP = 3
+from moat_kernels import graph_recorder
+
 # What these keep for a parameter is zero before their first step.
 _START_AT_ZERO = (Adam, AdamW, SGD)
 
@@ -78,7 +76,7 @@ def graphed_step(
     buffer.
     """
     step = _Step(model, loss, optimizer, autocast_dtype, scaler)
-    if step.device.type not in CAPTURED:
+    if step.device.type not in graph_recorder.CAPTURED:
         return step
     _check(step)
     graphed = _GraphedStep(step)
@@ -246,49 +244,6 @@ def _restore_state(state: dict[str, Any], before: dict[str, Any]) -> None:
             value.zero_()
 
 
-class _Recorder:
-    """Where steps are warmed up and captured: on one stream, into one pool of memory."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.stream = torch.cuda.Stream(device)
-        self.pool = torch.cuda.graph_pool_handle()
-
-    def run(self, function: Callable[[], Tensor]) -> None:
-        """Call it, uncaptured."""
-        current = torch.cuda.current_stream(self.device)
-        self.stream.wait_stream(current)
-        try:
-            with torch.cuda.stream(self.stream):
-                function()
-        finally:
-            current.wait_stream(self.stream)
-
-    def rehearse(self, function: Callable[[], Tensor]) -> None:
-        """The same, with a RuntimeError if the host waits for the GPU.
-
-        A capture would fail there too, and leave PyTorch without random numbers on the GPU.
-        """
-        before = torch.cuda.get_sync_debug_mode()
-        torch.cuda.set_sync_debug_mode("error")
-        try:
-            self.run(function)
-        finally:
-            torch.cuda.set_sync_debug_mode(before)
-
-    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        """(what replays it, its result, which every replay writes anew)."""
-        graph = torch.cuda.CUDAGraph()
-        # Of this thread alone: that of a data loader may allocate pinned memory meanwhile.
-        capture = torch.cuda.graph(
-            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
-        )
-        # A capture that fails does not go back to the stream that was current.
-        with torch.cuda.stream(torch.cuda.current_stream(self.device)), capture:
-            result = function()
-        return graph.replay, result
-
-
 @dataclass(frozen=True)
 class _Captured:
     """A graph, the tensors that it reads and the loss that it writes."""
@@ -304,7 +259,7 @@ class _GraphedStep:
 
     def __init__(self, step: _Step) -> None:
         self.step = step
-        self.recorder = _Recorder(step.device)
+        self.recorder = graph_recorder.Recorder(step.device)
         self.graphs: dict[object, _Captured] = {}
         self.settings = _settings(step)
         self.state = step.optimizer.state
@@ -333,10 +288,9 @@ class _GraphedStep:
         )
         step = partial(self.step, images, labels)
         with _restoring(self.step), warnings.catch_warnings():
-            # Optimisers warn of being capturable and not captured, PyTorch of what `rehearse` uses.
+            # Optimisers warn of being capturable and not captured.
             warnings.filterwarnings("ignore", "This instance was constructed with capturable=True")
-            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
-            for _ in range(WARM_UP - 1):
+            for _ in range(graph_recorder.WARM_UP - 1):
                 self.recorder.run(step)
             before = _settings(self.step) | _states(self.step)
             try:

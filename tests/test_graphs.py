@@ -16,11 +16,11 @@ from support.small_model import CLASSES, RESOLUTION, make_model
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, NAdam, Optimizer
 
-from moat_kernels import graphed_step, graphs
+from moat_kernels import graph_recorder, graphed_step
 
 
 class StandIn:
-    """Of graphs._Recorder."""
+    """Of graph_recorder.Recorder."""
 
     def __init__(self, device: torch.device) -> None:
         self.result = torch.zeros(())
@@ -36,8 +36,8 @@ class StandIn:
 
 @pytest.fixture
 def captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graphs, "CAPTURED", ("cpu",))
-    monkeypatch.setattr(graphs, "_Recorder", StandIn)
+    monkeypatch.setattr(graph_recorder, "CAPTURED", ("cpu",))
+    monkeypatch.setattr(graph_recorder, "Recorder", StandIn)
 
 
 @pytest.fixture(params=["as it is", "captured"])
@@ -144,15 +144,15 @@ def test_every_kind_of_input_is_captured_once(captured: None) -> None:
         return F.cross_entropy(outputs, labels)
 
     step = graphed_step(model, loss, make_adamw(model), make_batch(2, 0))
-    assert shapes == [2] * graphs.WARM_UP
+    assert shapes == [2] * graph_recorder.WARM_UP
     step(*make_batch(3, 0))
-    assert shapes[graphs.WARM_UP :] == [3] * (graphs.WARM_UP + 1)
+    assert shapes[graph_recorder.WARM_UP :] == [3] * (graph_recorder.WARM_UP + 1)
     for size in (2, 3, 2):
         step(*make_batch(size, 1))
-    assert shapes[2 * graphs.WARM_UP + 1 :] == [2, 3, 2]
+    assert shapes[2 * graph_recorder.WARM_UP + 1 :] == [2, 3, 2]
     model.eval()
     step(*make_batch(2, 1))  # the same inputs, another mode
-    assert len(shapes) == 3 * graphs.WARM_UP + 5
+    assert len(shapes) == 3 * graph_recorder.WARM_UP + 5
 
 
 def test_a_scheduler_changes_a_learning_rate_that_is_a_tensor(either_way: None) -> None:

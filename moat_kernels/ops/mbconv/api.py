@@ -67,11 +67,8 @@ def mbconv(
             updated, places = list_updated(parameters, counts)
             return _MBConv.apply(x, drop_path_scale, plan, places, *tensors, *running, *updated)
         return _MBConv.apply(x, drop_path_scale, plan, parameters, *tensors, *running)
-    if (is_watched() or type(x) is not Tensor) and not exported:
+    if (is_watched() or counts or type(x) is not Tensor) and not exported:
         return _call_operators(x, parameters, plan, drop_path_scale)
-    if counts:
-        choices = (drop_path_scale, plan.dtype, "block", plan.backend)
-        return operators.train(x, parameters, description, counts, *choices)[0]
     with autocast_off(x):
         output = BACKENDS[plan.backend].evaluate(
             x, parameters, description, drop_path_scale, plan.dtype
@@ -94,7 +91,10 @@ def _operands(
 def _call_operators(
     x: Tensor, parameters: MBConvParameters, plan: Plan, drop_path_scale: Tensor | None
 ) -> Tensor:
-    """A call without gradients by the operators that compilers and dispatch modes see."""
+    """A call without gradients by the operators that compilers and dispatch modes see.
+
+    And one that measures its batch all the same, which nobody does often.
+    """
     tensors, running = _operands(parameters, plan)
     description = plan.description.encode()
     if not plan.value_counts:
@@ -128,8 +128,14 @@ class _MBConv(torch.autograd.Function):
                 *(plan.description.encode(), named, plan.dtype, plan.recompute, plan.backend),
             )
         else:
-            choices = (drop_path_scale, plan.dtype, plan.recompute, plan.backend)
-            output, saved = operators.train(x, named, plan.description, plan.value_counts, *choices)
+            updates = plan_updates(plan.value_counts, named, plan.description)
+            with autocast_off(x):
+                output, moments, saved = BACKENDS[plan.backend].forward(
+                    *(x, named, plan.description, plan.recompute, drop_path_scale, plan.dtype),
+                    updates,
+                )
+            finish_updates(named, plan.description, updates, moments)
+            output = in_format_of(output, x)
         ctx.save_for_backward(x, drop_path_scale, *operands, *saved)
         ctx.plan = plan
         ctx.set_materialize_grads(False)

@@ -6,19 +6,18 @@ Eager calls go to the backends without them.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moat_kernels.ops.common.autocast import autocast_off, without_autocast
+from moat_kernels.ops.common.autocast import without_autocast
 from moat_kernels.ops.common.registration import define_op
 from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.mbconv.description import (
     PARAMETER_NAMES,
     MBConvDescription,
-    MBConvParameters,
     unflatten,
 )
 from moat_kernels.ops.mbconv.dispatch import BACKENDS
@@ -55,29 +54,7 @@ def evaluate(
     return in_format_of(output, x)
 
 
-def train(
-    x: Tensor,
-    parameters: MBConvParameters,
-    description: MBConvDescription,
-    counts: Mapping[str, int],
-    drop_path_scale: Tensor | None,
-    dtype: torch.dtype | None,
-    recompute: str,
-    backend: str,
-) -> tuple[Tensor, list[Tensor]]:
-    """(the output, what backward needs); running statistics are updated.
-
-    counts: by the name of each norm that measures its batch, its values of each channel.
-    """
-    updates = plan_updates(counts, parameters, description)
-    with autocast_off(x):
-        result = BACKENDS[backend].forward(
-            x, parameters, description, recompute, drop_path_scale, dtype, updates
-        )
-    finish_updates(parameters, description, updates, result.moments)
-    return in_format_of(result.output, x), result.saved
-
-
+@without_autocast
 def forward(
     x: Tensor,
     parameters: Sequence[Tensor | None],
@@ -92,10 +69,12 @@ def forward(
 ) -> tuple[Tensor, ...]:
     decoded = MBConvDescription.decode(description)
     named = with_updated(unflatten(parameters, running), updated, places)
-    counts = count_values(x, named, decoded)
-    choices = (drop_path_scale, dtype, recompute, backend)
-    output, saved = train(x, named, decoded, counts, *choices)
-    return output, *_fill(saved, x)
+    updates = plan_updates(count_values(x, named, decoded), named, decoded)
+    output, moments, saved = BACKENDS[backend].forward(
+        x, named, decoded, recompute, drop_path_scale, dtype, updates
+    )
+    finish_updates(named, decoded, updates, moments)
+    return in_format_of(output, x), *_fill(saved, x)
 
 
 @without_autocast

@@ -1,0 +1,61 @@
+"""Capturing calls in CUDA graphs."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+
+# Devices whose calls are captured.
+CAPTURED = ("cuda",)
+# As PyTorch asks for before a capture: kernels are compiled and loaded, states made.
+WARM_UP = 3
+
+Result = TypeVar("Result")
+
+
+class Recorder:
+    """Where calls are warmed up and captured: on one stream, into one pool of memory."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.stream = torch.cuda.Stream(device)
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def run(self, function: Callable[[], Any]) -> None:
+        """Call it, uncaptured."""
+        current = torch.cuda.current_stream(self.device)
+        self.stream.wait_stream(current)
+        try:
+            with torch.cuda.stream(self.stream):
+                function()
+        finally:
+            current.wait_stream(self.stream)
+
+    def rehearse(self, function: Callable[[], Any]) -> None:
+        """The same, with a RuntimeError if the host waits for the GPU.
+
+        A capture would fail there too, and leave PyTorch without random numbers on the GPU.
+        """
+        before = torch.cuda.get_sync_debug_mode()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Synchronization debug mode is a prototype")
+            torch.cuda.set_sync_debug_mode("error")
+            try:
+                self.run(function)
+            finally:
+                torch.cuda.set_sync_debug_mode(before)
+
+    def capture(self, function: Callable[[], Result]) -> tuple[Callable[[], None], Result]:
+        """(what replays it, its result, which every replay writes anew)."""
+        graph = torch.cuda.CUDAGraph()
+        # Of this thread alone: that of a data loader may allocate pinned memory meanwhile.
+        capture = torch.cuda.graph(
+            graph, pool=self.pool, stream=self.stream, capture_error_mode="thread_local"
+        )
+        # A capture that fails does not go back to the stream that was current.
+        with torch.cuda.stream(torch.cuda.current_stream(self.device)), capture:
+            result = function()
+        return graph.replay, result
