@@ -63,22 +63,24 @@ WINDOWS = (None, None, (2, 3), None)  # of one stage; the last attends to the wh
 
 
 @pytest.mark.parametrize(
-    ("fused", "train", "backend"),
+    ("fused", "train", "backend", "sizes"),
     [
-        (True, False, "inductor"),
-        (True, True, "inductor"),
+        # What Inductor makes of these operators it makes in training too.
+        (True, False, "aot_eager", SIZES),
+        (True, True, "inductor", SIZES),
         # With Inductor each size is compiled: so it lowers gradients of stock convolutions.
-        (False, True, "aot_eager"),
+        (False, True, "aot_eager", SIZES[:3]),
     ],
+    ids=["fused eval", "fused training", "plain training"],
 )
 def test_one_graph_of_a_whole_model_serves_all_sizes(
-    fused: bool, train: bool, backend: str
+    fused: bool, train: bool, backend: str, sizes: tuple[tuple[int, int], ...]
 ) -> None:
     eager = make_model(torch.float32, fused=fused, window_size=WINDOWS).train(train)
     compiled, counter = compile_dynamic(copy.deepcopy(eager), backend)
-    check_same(compiled, eager, torch.randn(2, 3, *SIZES[0]))
+    check_same(compiled, eager, torch.randn(2, 3, *sizes[0]))
     compilations = counter.frame_count
-    for batch, size in enumerate(SIZES[1:], start=2):
+    for batch, size in enumerate(sizes[1:], start=2):
         check_same(compiled, eager, torch.randn(batch, 3, *size))
     assert counter.frame_count == compilations
 
