@@ -16,6 +16,14 @@ WARM_UP = 3
 Result = TypeVar("Result")
 
 
+def autocast_for_capture(device: torch.device, dtype: torch.dtype | None) -> torch.autocast:
+    """Autocast in `dtype`, or none, even inside of one.
+
+    Without the cache, which would hand out the same casts of parameters in every replay.
+    """
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+
+
 class Recorder:
     """Where calls are warmed up and captured: on one stream, into one pool of memory."""
 

@@ -75,13 +75,7 @@ class _Inference:
     def __call__(self, images: Tensor) -> Any:
         if self.model.training:
             raise RuntimeError("the model was set to training mode: call model.eval()")
-        # A cache would hand out the same casts of parameters in every replay.
-        autocast = torch.autocast(
-            self.device.type,
-            self.autocast_dtype,
-            enabled=self.autocast_dtype is not None,
-            cache_enabled=False,
-        )
+        autocast = graph_recorder.autocast_for_capture(self.device, self.autocast_dtype)
         with torch.no_grad(), autocast:
             return self.model(images.to(self.device))
 

@@ -111,14 +111,7 @@ class _Step:
     def __call__(self, images: Tensor, labels: Tensor) -> Tensor:
         images, labels = images.to(self.device), labels.to(self.device)
         self.drop_gradients()
-        # A cache would hand out the same casts of parameters in every replay.
-        autocast = torch.autocast(
-            self.device.type,
-            self.autocast_dtype,
-            enabled=self.autocast_dtype is not None,
-            cache_enabled=False,
-        )
-        with autocast:
+        with graph_recorder.autocast_for_capture(self.device, self.autocast_dtype):
             loss = self.loss(self.model(images), labels)
         if self.scaler is None:
             loss.backward()

@@ -65,8 +65,9 @@ def mbconv(
         tensors, running = _operands(parameters, plan)
         if is_watched():
             updated, places = list_updated(parameters, counts)
-            return _MBConv.apply(x, drop_path_scale, plan, places, *tensors, *running, *updated)
-        return _MBConv.apply(x, drop_path_scale, plan, parameters, *tensors, *running)
+            operands = (*tensors, *running, *updated)
+            return _MBConv.apply(x, drop_path_scale, plan, None, places, *operands)
+        return _MBConv.apply(x, drop_path_scale, plan, parameters, None, *tensors, *running)
     if (is_watched() or counts or type(x) is not Tensor) and not exported:
         return _call_operators(x, parameters, plan, drop_path_scale)
     with autocast_off(x):
@@ -116,16 +117,20 @@ class _MBConv(torch.autograd.Function):
         x: Tensor,
         drop_path_scale: Tensor | None,
         plan: Plan,
-        named: MBConvParameters | list[int],
+        named: MBConvParameters | None,
+        places: list[int] | None,
         *tensors: Tensor | None,
     ) -> Tensor:
-        """named: all parameters; where operators are watched the places of the last tensors."""
+        """named: the parameters; None where operators are watched, which take them from `tensors`.
+
+        tensors: as `_operands` lists them; behind them, with `places`, those of `list_updated`.
+        """
         count, end = len(PARAMETER_NAMES), len(PARAMETER_NAMES) + 2 * len(NORMS)
         operands = tensors[:end]
-        if isinstance(named, list):
+        if named is None:
             output, saved = operators.call_forward(
                 *(x, operands[:count], operands[count:], tensors[end:], drop_path_scale),
-                *(plan.description.encode(), named, plan.dtype, plan.recompute, plan.backend),
+                *(plan.description.encode(), places, plan.dtype, plan.recompute, plan.backend),
             )
         else:
             updates = plan_updates(plan.value_counts, named, plan.description)
@@ -147,7 +152,7 @@ class _MBConv(torch.autograd.Function):
         if grad is None:
             return (None,) * len(ctx.needs_input_grad)
         count, end = len(PARAMETER_NAMES), len(PARAMETER_NAMES) + 2 * len(NORMS)
-        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[4 : 4 + count]]
+        needs = [ctx.needs_input_grad[0], *ctx.needs_input_grad[5 : 5 + count]]
         x, drop_path_scale, *rest = ctx.saved_tensors
         plan = ctx.plan
         tensors = (grad, x, rest[:count], rest[count:end], drop_path_scale, rest[end:])
@@ -159,5 +164,5 @@ class _MBConv(torch.autograd.Function):
             listed = operators.backward(*tensors, plan.description, *choices)
         gradients = iter(listed)
         grad_x, *grad_parameters = [next(gradients) if needed else None for needed in needs]
-        others = len(ctx.needs_input_grad) - 4 - count
-        return (grad_x, *(None,) * 3, *grad_parameters, *(None,) * others)
+        others = len(ctx.needs_input_grad) - 5 - count
+        return (grad_x, *(None,) * 4, *grad_parameters, *(None,) * others)

@@ -15,11 +15,7 @@ from torch import Tensor
 from moat_kernels.ops.common.autocast import without_autocast
 from moat_kernels.ops.common.registration import define_op
 from moat_kernels.ops.common.spatial import in_format_of
-from moat_kernels.ops.mbconv.description import (
-    PARAMETER_NAMES,
-    MBConvDescription,
-    unflatten,
-)
+from moat_kernels.ops.mbconv.description import PARAMETER_NAMES, MBConvDescription, unflatten
 from moat_kernels.ops.mbconv.dispatch import BACKENDS
 from moat_kernels.ops.mbconv.flops import described_backward, described_forward, trained_forward
 from moat_kernels.ops.mbconv.running_statistics import (
@@ -77,7 +73,6 @@ def forward(
     return in_format_of(output, x), *_fill(saved, x)
 
 
-@without_autocast
 def _fake_forward(
     x: Tensor,
     parameters: Sequence[Tensor | None],
@@ -86,21 +81,10 @@ def _fake_forward(
     drop_path_scale: Tensor | None,
     description: str,
     places: Sequence[int],
-    dtype: torch.dtype | None,
-    recompute: str,
-    backend: str,
+    *choices: Any,
 ) -> tuple[Tensor, ...]:
-    """Without the updates: they are no results."""
-    output, _, saved = BACKENDS[backend].forward(
-        x,
-        unflatten(parameters, running),
-        MBConvDescription.decode(description),
-        recompute,
-        drop_path_scale,
-        dtype,
-        {},
-    )
-    return in_format_of(output, x), *_fill(saved, x)
+    """The same without the updates, which are no results."""
+    return forward(x, parameters, running, (), drop_path_scale, description, (), *choices)
 
 
 def _fill(saved: list[Tensor], x: Tensor) -> list[Tensor]:
