@@ -12,6 +12,7 @@ from moat_kernels.freeze import freeze
 from moat_kernels.frozen_modules import FrozenMOAT
 from moat_kernels.fuse import FusionReport, fuse, unfuse
 from moat_kernels.graphed_inference import graphed_inference
+from moat_kernels.graphed_model import graphed_model
 from moat_kernels.graphs import graphed_step
 from moat_kernels.models import MOAT, create_model, get_preprocessing, list_models
 from moat_kernels.modules import FusedMBConv, FusedMOATBlock
@@ -32,6 +33,7 @@ __all__ = [
     "fuse",
     "get_preprocessing",
     "graphed_inference",
+    "graphed_model",
     "graphed_step",
     "list_models",
     "reference",

@@ -115,13 +115,13 @@ def _take(module: DropPath, x: Tensor) -> _Drawn | None:
     waiting = _waiting.get()
     drawn = waiting.get(id(module)) if waiting else None
     # Checkpointing runs without gradients, or hooks what is saved.
-    if not drawn or not torch.is_grad_enabled() or _saves_by_hooks():
+    if not drawn or not torch.is_grad_enabled() or saves_by_hooks():
         return None
     scale = drawn[0].scale
     fits = scale.shape == x.shape[:1] and scale.dtype == x.dtype and scale.device == x.device
     return drawn.pop(0) if fits else None
 
 
-def _saves_by_hooks() -> bool:
+def saves_by_hooks() -> bool:
     """Whether hooks see each tensor that is saved for the backward pass."""
     return torch._C._autograd._top_saved_tensors_default_hooks(False) is not None

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
+from torch import Tensor
 
 # Devices whose calls are captured.
 CAPTURED = ("cuda",)
@@ -22,6 +24,19 @@ def autocast_for_capture(device: torch.device, dtype: torch.dtype | None) -> tor
     Without the cache, which would hand out the same casts of parameters in every replay.
     """
     return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=False)
+
+
+@contextlib.contextmanager
+def restoring(tensors: Sequence[Tensor], device: torch.device) -> Iterator[None]:
+    """Afterwards the tensors and the random numbers of `device` are as they were before."""
+    saved = [tensor.detach().clone() for tensor in tensors]
+    with torch.random.fork_rng([] if device.type == "cpu" else [device]):
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for tensor, value in zip(tensors, saved, strict=True):
+                    tensor.copy_(value)
 
 
 class Recorder:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moat_kernels import graph_recorder
+from moat_kernels.graphed_model import refuse_graphed
 
 
 def graphed_inference(
@@ -57,6 +58,7 @@ def graphed_inference(
     inference = _Inference(model, torch.device(devices[0]), autocast_dtype)
     if inference.device.type not in graph_recorder.CAPTURED:
         return inference
+    refuse_graphed(model)
     graphed = _GraphedInference(inference)
     graphed.prepare(example)
     return graphed

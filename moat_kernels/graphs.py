@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.optim import SGD, Adam, AdamW, Optimizer
 
 from moat_kernels import graph_recorder
+from moat_kernels.graphed_model import refuse_graphed
 
 # What these keep for a parameter is zero before their first step.
 _START_AT_ZERO = (Adam, AdamW, SGD)
@@ -136,7 +137,11 @@ def _check(step: _Step) -> None:
     """Raise ValueError for what cannot be captured, as far as it shows before a step."""
     optimizer, name = step.optimizer, type(step.optimizer).__name__
     if isinstance(step.model, DistributedDataParallel):
-        raise ValueError("model must not be wrapped in DistributedDataParallel")
+        raise ValueError(
+            "model must not be wrapped in DistributedDataParallel, which may be around a "
+            "graphed_model"
+        )
+    refuse_graphed(step.model)
     devices = sorted({str(parameter.device) for parameter in step.parameters})
     if len(devices) > 1:
         raise ValueError(f"all parameters must be on one device, got some on {', '.join(devices)}")
@@ -198,8 +203,6 @@ def _states(step: _Step) -> dict[str, object]:
 def _restoring(step: _Step) -> Iterator[None]:
     """Afterwards all that a step changes is as it was before."""
     optimizer, scaler = step.optimizer, step.scaler
-    tensors = [*step.parameters, *step.buffers]
-    saved = [tensor.detach().clone() for tensor in tensors]
     settings = [dict(group) for group in optimizer.param_groups]
     states = {
         parameter: {
@@ -209,15 +212,12 @@ def _restoring(step: _Step) -> Iterator[None]:
         for parameter, state in optimizer.state.items()
     }
     scale = None if scaler is None else scaler.state_dict()
-    devices = [] if step.device.type == "cpu" else [step.device]
-    with torch.random.fork_rng(devices):
+    with graph_recorder.restoring([*step.parameters, *step.buffers], step.device):
         try:
             yield
         finally:
             step.drop_gradients()
             with torch.no_grad():
-                for tensor, value in zip(tensors, saved, strict=True):
-                    tensor.copy_(value)
                 for parameter, state in optimizer.state.items():
                     _restore_state(state, states.get(parameter, {}))
             for group, before in zip(optimizer.param_groups, settings, strict=True):

@@ -89,7 +89,8 @@ def _is_patched_where_traced(module: nn.Module) -> bool:
     return replaced or "forward" in own or "_conv_forward" in own
 
 
-def _has_hooks(module: nn.Module) -> bool:
+def has_hooks(module: nn.Module) -> bool:
+    """Whether hooks of the module run when it is called."""
     return bool(
         module._forward_hooks
         or module._forward_pre_hooks
@@ -101,13 +102,13 @@ def _has_hooks(module: nn.Module) -> bool:
 def is_touched(module: nn.Module) -> bool:
     """Whether hooks of the module, or what replaced a method of it, run when it is called."""
     is_patched = _is_patched_where_traced if torch.compiler.is_compiling() else _is_patched
-    return _has_hooks(module) or is_patched(module)
+    return has_hooks(module) or is_patched(module)
 
 
 def are_touched(modules: Iterable[nn.Module | None]) -> bool:
     """Whether any is; for eager calls, in which it is asked of many."""
     for module in modules:
-        if module is not None and (_has_hooks(module) or _is_patched(module)):
+        if module is not None and (has_hooks(module) or _is_patched(module)):
             return True
     return False
 
@@ -141,7 +142,7 @@ def runs_as_its_class(module: nn.Module) -> bool:
 def interception(module: nn.Module, name: str) -> str:
     """What else runs when the module, to be called `name`, is called; empty if nothing does."""
     if is_touched(module):
-        method = "" if _has_hooks(module) else replaced_method(module)
+        method = "" if has_hooks(module) else replaced_method(module)
         return f"the {method} of {name} was replaced" if method else f"{name} has hooks"
     return "hooks for all modules are registered" if hooks_for_all_modules() else ""
 

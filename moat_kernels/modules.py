@@ -14,6 +14,7 @@ from moat_kernels.adapters.freezing import bottleneck_step, check_normalized_sha
 from moat_kernels.adapters.reading import NotCovered, read_drop_path
 from moat_kernels.block_reading import read_block
 from moat_kernels.drop_path import DropPath
+from moat_kernels.graphed_model import plain_class_of
 from moat_kernels.inspection import (
     interception,
     is_plain,
@@ -46,7 +47,7 @@ Result = TypeVar("Result")
 
 def check_runs_as_made(module: nn.Module, classes: tuple[type[nn.Module], ...]) -> None:
     """Raise CannotFreeze if anything but the code of one of `classes` runs when it is called."""
-    if type(module) not in classes:
+    if plain_class_of(module) not in classes:
         raise CannotFreeze(f"a {type(module).__name__} with code of its own")
     if reason := interception(module, "it"):
         raise CannotFreeze(reason)

@@ -26,6 +26,21 @@ def poisoned_memory() -> Iterator[None]:
     torch.use_deterministic_algorithms(False)
 
 
+@pytest.fixture
+def captured() -> Iterator[None]:
+    """CUDA graphs on a CPU, by a stand-in."""
+    from support.stand_in_graphs import standing_in
+
+    with standing_in():
+        yield
+
+
+@pytest.fixture(params=["as it is", "captured"])
+def either_way(request: pytest.FixtureRequest) -> None:
+    if request.param == "captured":
+        request.getfixturevalue("captured")
+
+
 # A file is one process's: those of half a minute and more begin first, so that none is left for the
 # end. The first takes both cores; those that wait for a clock come when it is done.
 LONGEST = (

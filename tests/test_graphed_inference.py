@@ -5,49 +5,14 @@ tests/gpu/test_graphed_inference_gpu.py has the real graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from support.small_model import CLASSES, RESOLUTION, make_model
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_
 
-from moat_kernels import graph_recorder, graphed_inference
-
-
-class StandIn:
-    """Of graph_recorder.Recorder: "replays" a call by calling it."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.captures = 0
-
-    def run(self, function: Callable[[], Any]) -> None:
-        function()
-
-    rehearse = run
-
-    def capture(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        result = function()
-        self.captures += 1
-
-        def replay() -> None:
-            tree_map_(lambda old, new: old.copy_(new), result, function())
-
-        return replay, result
-
-
-@pytest.fixture
-def captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_recorder, "CAPTURED", ("cpu",))
-    monkeypatch.setattr(graph_recorder, "Recorder", StandIn)
-
-
-@pytest.fixture(params=["as it is", "captured"])
-def either_way(request: pytest.FixtureRequest) -> None:
-    if request.param == "captured":
-        request.getfixturevalue("captured")
+from moat_kernels import graphed_inference
 
 
 def make_images(size: int) -> Tensor:

@@ -1,7 +1,6 @@
 """Whole training steps by `graphed_step`: on a CPU as they are, and captured by a stand-in.
 
-The stand-in has no GPU: it warms up as a graph does, then "captures" a step by keeping it and
-"replays" it by calling it. tests/gpu/test_graphed_step.py has the real one.
+The stand-in needs no GPU (support/stand_in_graphs.py); tests/gpu/test_graphed_step.py has graphs.
 """
 
 from __future__ import annotations
@@ -13,37 +12,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from support.small_model import CLASSES, RESOLUTION, make_model
+from support.stand_in_graphs import StandIn
 from torch import Tensor, nn
 from torch.optim import SGD, AdamW, NAdam, Optimizer
 
 from moat_kernels import graph_recorder, graphed_step
-
-
-class StandIn:
-    """Of graph_recorder.Recorder."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.result = torch.zeros(())
-
-    def run(self, function: Callable[[], Tensor]) -> None:
-        function()
-
-    rehearse = run
-
-    def capture(self, function: Callable[[], Tensor]) -> tuple[Callable[[], None], Tensor]:
-        return lambda: self.result.copy_(function()), self.result
-
-
-@pytest.fixture
-def captured(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(graph_recorder, "CAPTURED", ("cpu",))
-    monkeypatch.setattr(graph_recorder, "Recorder", StandIn)
-
-
-@pytest.fixture(params=["as it is", "captured"])
-def either_way(request: pytest.FixtureRequest) -> None:
-    if request.param == "captured":
-        request.getfixturevalue("captured")
 
 
 def make_batch(size: int, seed: int) -> tuple[Tensor, Tensor]:
@@ -144,15 +117,16 @@ def test_every_kind_of_input_is_captured_once(captured: None) -> None:
         return F.cross_entropy(outputs, labels)
 
     step = graphed_step(model, loss, make_adamw(model), make_batch(2, 0))
-    assert shapes == [2] * graph_recorder.WARM_UP
+    to_capture = graph_recorder.WARM_UP + 1
+    assert shapes == [2] * to_capture
     step(*make_batch(3, 0))
-    assert shapes[graph_recorder.WARM_UP :] == [3] * (graph_recorder.WARM_UP + 1)
+    assert shapes[to_capture:] == [3] * (to_capture + 1)
     for size in (2, 3, 2):
         step(*make_batch(size, 1))
-    assert shapes[2 * graph_recorder.WARM_UP + 1 :] == [2, 3, 2]
+    assert shapes[2 * to_capture + 1 :] == [2, 3, 2]
     model.eval()
     step(*make_batch(2, 1))  # the same inputs, another mode
-    assert len(shapes) == 3 * graph_recorder.WARM_UP + 5
+    assert len(shapes) == 3 * to_capture + 5
 
 
 def test_a_scheduler_changes_a_learning_rate_that_is_a_tensor(either_way: None) -> None:
