@@ -10,6 +10,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from support.joined_batch import Batch, check_ranks, make_batches, train_step
 from support.small_model import CLASSES, make_model
+from support.stand_in_graphs import StandIn, standing_in
 from support.tolerances import BACKEND_GRADIENT, assert_close
 from torch import Tensor, nn
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
@@ -21,6 +22,18 @@ from moat_kernels.reference import MBConvBlock
 
 RANKS = 4
 EQUAL, UNEQUAL = [2, 2, 2, 2], [3, 1, 2, 2]
+
+
+def graphed_step_with_synchronised_norms(samples: int, batch: Batch) -> dict[str, Tensor]:
+    with standing_in(), pytest.warns(mk.FallbackWarning, match="norms that are synchronised"):
+        model = mk.graphed_model(mk.convert_sync_batchnorm(make_model()))
+        return train_step(DistributedDataParallel(model), batch, samples)
+
+
+def test_synchronised_norms_run_without_a_graph(ranks) -> None:
+    joined, shares = make_batches(UNEQUAL)
+    results = ranks.run(graphed_step_with_synchronised_norms, sum(UNEQUAL), each=shares)
+    check_ranks(results, train_step(make_model(fused=False), joined, sum(UNEQUAL)))
 
 
 def ddp_step(options: dict[str, Any], samples: int, batch: Batch) -> dict[str, Tensor]:
@@ -53,17 +66,22 @@ def test_ddp_without_synchronised_norms_takes_the_mean_of_the_ranks(ranks) -> No
             assert_close(result[name], mean, BACKEND_GRADIENT[torch.float64], name, floor=1e-3)
 
 
-def accumulated_step(halves: list[Batch]) -> dict[str, Tensor]:
-    model = DistributedDataParallel(make_model())
-    with model.no_sync():
-        train_step(model, halves[0], sum(EQUAL))
-    return train_step(model, halves[1], sum(EQUAL))
+def accumulated_step(graphed: bool, halves: list[Batch]) -> dict[str, Tensor]:
+    with standing_in():
+        model = make_model()
+        model = DistributedDataParallel(mk.graphed_model(model) if graphed else model)
+        with model.no_sync():
+            train_step(model, halves[0], sum(EQUAL))
+        results = train_step(model, halves[1], sum(EQUAL))
+        assert StandIn.captures == (2 if graphed else 0)
+        return results
 
 
-def test_gradient_accumulation(ranks) -> None:
+@pytest.mark.parametrize("graphed", [False, True], ids=["as it is", "graphed"])
+def test_gradient_accumulation(ranks, graphed: bool) -> None:
     _, shares = make_batches(EQUAL)
     halves = [[(x[:1], y[:1]), (x[1:], y[1:])] for x, y in shares]
-    results = ranks.run(accumulated_step, each=halves)
+    results = ranks.run(accumulated_step, graphed, each=halves)
     alone = []
     for first, second in halves:
         model = make_model(fused=False)
