@@ -54,19 +54,20 @@ def graphed_model(model: Model) -> Model:
 
     Calls run as they are, with a FallbackWarning that names the reason, where something inside has
     hooks, which a graph would not call, or synchronises ranks, where tensors are of another class
-    (DTensor), and after MOST_GRAPHS kinds; and without one under torch.compile, in exports, under
-    activation checkpointing, and for inputs on other devices than the model's.
+    (DTensor) or on several devices, in DataParallel, and after MOST_GRAPHS kinds; and without one
+    under torch.compile, in exports and under activation checkpointing.
 
     >>> model = graphed_model(torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.GELU()))
     >>> optimizer = torch.optim.AdamW(model.parameters())
     >>> model(torch.randn(8, 3)).square().mean().backward()
     >>> optimizer.step()
 
-    Raises TypeError if `model` is no module, ValueError if it is wrapped in
-    DistributedDataParallel (wrap the graphed model). A call raises RuntimeError where it cannot be
-    captured, as something in it waits for the GPU, and ValueError where it returns something else
-    than tensors, lists, tuples and dictionaries of them. A backward pass raises RuntimeError if the
-    model was called with gradients since, or for a second time: a graph keeps what one call saved.
+    Raises TypeError if `model` is no module, ValueError if it is wrapped in DistributedDataParallel
+    (wrap the graphed model) or has a forward of its own (torch.compile). A call raises RuntimeError
+    where it cannot be captured, as something in it waits for the GPU, and ValueError where it
+    returns something else than tensors, lists, tuples and dictionaries of them. A backward pass
+    raises RuntimeError if the model was called with gradients since, or for a second time: a graph
+    keeps what one call saved.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}")
@@ -74,6 +75,11 @@ def graphed_model(model: Model) -> Model:
         raise ValueError(
             "model must not be wrapped in DistributedDataParallel: "
             "DistributedDataParallel(graphed_model(model))"
+        )
+    if "forward" in model.__dict__:
+        raise ValueError(
+            f"model must run the forward of its class, and this {type(model).__name__} has one of "
+            "its own, as torch.compile and others set it"
         )
     if not isinstance(model, GraphedModule):
         _set_class(model, _graphed_class(type(model)))
@@ -154,6 +160,8 @@ def _look_at(model: nn.Module) -> _Look:
     modes: list[bool] = []
     memory: list[int] = []
     obstacle = "hooks for all modules are registered" if hooks_for_all_modules() else ""
+    if "_is_replica" in model.__dict__:
+        obstacle = "it is one of DataParallel's replicas, which are made in every call"
     seen, left = {id(model)}, [model]
     while left:
         module = left.pop()

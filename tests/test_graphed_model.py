@@ -263,6 +263,12 @@ class TestWhatRunsAsItIs:
         with pytest.warns(mk.FallbackWarning, match="Sets: an argument of its call has no hash"):
             model(torch.ones(4, 3), {"a", "b"})
 
+    def test_replicas_of_data_parallel(self) -> None:
+        replica = graphed_model(nn.Linear(3, 2))._replicate_for_data_parallel()
+        replica.weight, replica.bias = torch.ones(2, 3), None
+        with pytest.warns(mk.FallbackWarning, match="one of DataParallel's replicas"):
+            replica(torch.ones(4, 3))
+
     def test_tensors_of_other_classes(self) -> None:
         class Other(Tensor):
             pass
@@ -300,6 +306,8 @@ class TestTheModelItself:
     def test_what_is_no_model_is_refused(self) -> None:
         with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got int"):
             graphed_model(3)  # type: ignore[type-var]
+        with pytest.raises(ValueError, match="this OptimizedModule has one of its own"):
+            graphed_model(torch.compile(nn.Linear(3, 2), backend="eager"))
         wrapped = DistributedDataParallel.__new__(DistributedDataParallel)
         with pytest.raises(ValueError, match=r"DistributedDataParallel\(graphed_model\(model\)\)"):
             graphed_model(wrapped)

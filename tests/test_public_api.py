@@ -16,8 +16,8 @@ PUBLIC = {
     "moat_kernels": """
         MOAT FallbackWarning FrozenMOAT FusedMBConv FusedMOATBlock FusionReport __version__
         convert_sync_batchnorm create_model freeze functional fuse get_preprocessing
-        graphed_inference graphed_step list_models reference register_adapter supported_cases unfuse
-        use_backend
+        graphed_inference graphed_model graphed_step list_models reference register_adapter
+        supported_cases unfuse use_backend
     """,
     "moat_kernels.functional": """
         MBConvDescription MBConvParameters Norm NormParameters Pool SqueezeExcite
@@ -47,6 +47,7 @@ PUBLIC = {
     "moat_kernels.freeze": "freeze",
     "moat_kernels.frozen_modules": "FrozenBlock FrozenMOAT FrozenModule FrozenTransformerBlock",
     "moat_kernels.graphed_inference": "graphed_inference",
+    "moat_kernels.graphed_model": "graphed_model _rebuild",
     "moat_kernels.graphs": "graphed_step",
     "moat_kernels.fuse": "FusedEntry FusionReport SkippedEntry fuse unfuse",
     "moat_kernels.adapters": """
