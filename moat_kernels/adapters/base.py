@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -91,6 +91,11 @@ class Adapter(ABC):
     @abstractmethod
     def run(self, module: nn.Module, recompute: str, *inputs: Any, **options: Any) -> Any:
         """What `method` returns. Raises NotCovered before anything is changed."""
+
+    @property
+    def trials(self) -> tuple[Callable[..., Any], ...]:
+        """The ways in which `run` may compute a module, each called like it, that `fuse` tries."""
+        return (self.run,)
 
     @abstractmethod
     def example(self, module: nn.Module) -> tuple[Tensor, ...]:

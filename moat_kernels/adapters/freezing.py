@@ -1,8 +1,8 @@
 """What of other people's models `freeze` packs: bottlenecks, attention halves, MLPs and stems.
 
-`fuse` computes attention where it stands. A frozen step computes the norm before and the sum after
-it too, which lie in the block around: a `HalfReader` knows such a block, and says what it is made
-of. As it is known by names alone, `freeze` tries it out.
+A frozen step computes attention with the norm before and the sum after it, which lie in the block
+around: a `HalfReader` knows such a block, and says what it is made of. As it is known by names
+alone, `freeze` tries it out.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from moat_kernels.adapters.base import AttentionReading
 from moat_kernels.adapters.reading import (
     Bottleneck,
+    DropPathReading,
     NotCovered,
     class_name,
     read_activation,
@@ -26,8 +27,10 @@ from moat_kernels.adapters.reading import (
     read_norm,
     read_pointwise,
 )
+from moat_kernels.drop_path import DropPath
 from moat_kernels.inspection import is_plain_tensor
 from moat_kernels.normalization import norm_tensors
+from moat_kernels.ops.common.symbols import settled
 from moat_kernels.ops.frozen import (
     CannotFreeze,
     FrozenStep,
@@ -151,6 +154,7 @@ class AttentionHalf(TransformerPart):
     """y = x + layer_scale(proj(attention(qkv(norm(x))))) of a block, and maybe the MLP after it.
 
     norm: a layer norm over the channels. qkv, proj: linear layers or 1x1 convolutions.
+    drop_path: what drops now, of the attention's branch; None where nothing does.
     map_size: of the only maps that attention takes; None: of all that its windows divide.
     pool: if given, in place of x and norm(x) are expand(pool(x)) and pool(norm(x)).
     expand: a 1x1 convolution; None: it changes nothing.
@@ -162,6 +166,7 @@ class AttentionHalf(TransformerPart):
     proj: nn.Module
     attention: AttentionReading
     layer_scale: nn.Module | None = None
+    drop_path: DropPathReading | DropPath | None = None
     map_size: tuple[int, int] | None = None
     pool: Pool | None = None
     expand: nn.Module | None = None
@@ -180,15 +185,13 @@ class AttentionHalf(TransformerPart):
     def _attention_step(
         self, maps: torch.dtype | None, *quantizations: Quantizations
     ) -> FrozenStep:
+        if self.drop_path is not None:
+            raise NotCovered("its drop path drops")
         norm, description = _check_layer_norm(self.norm, "attention"), self.attention.description
-        qkv = _qkv(self.qkv, description)
-        proj = _scaled(self.proj, self.layer_scale, "attention")
+        tensors = self.tensors()
+        tensors[2:4] = qkv = _parts_first(tensors[2:4], description)
         assert qkv[0] is not None
         check_normalized_shape(norm, qkv[0].shape[1])
-        tensors = [
-            *(tensor_of(norm, "weight"), tensor_of(norm, "bias")),
-            *(*qkv, *proj, self.attention.bias_table),
-        ]
         layout = replace(description, qkv_layout="qkv_heads")
         if self.pool is None:
             step = attention_half_step(tensors, norm.eps, layout, maps, *quantizations)
@@ -197,6 +200,27 @@ class AttentionHalf(TransformerPart):
         step = pooled_half_step(tensors, Shortcut(self.pool, *expand), norm.eps, layout, maps)
         place = _checked_place(step, description.window_size, self.map_size, pooled=True)
         return replace(step, place=place)
+
+    @property
+    def eps(self) -> float:
+        return float(settled(_check_layer_norm(self.norm, "attention").eps))
+
+    def tensors(self) -> list[Tensor | None]:
+        """As ops/attention_half takes them, qkv as the description says. Raises NotCovered."""
+        norm = _check_layer_norm(self.norm, "attention")
+        return [
+            *(tensor_of(norm, "weight"), tensor_of(norm, "bias")),
+            *_read_plain(self.qkv),
+            *_scaled(self.proj, self.layer_scale, "attention"),
+            self.attention.bias_table,
+        ]
+
+    def takes(self, height: int, width: int) -> bool:
+        """Whether attention takes a map of that size, once pooled."""
+        window = self.attention.description.window_size
+        if self.map_size is not None:
+            return (height, width) == self.map_size
+        return window is None or not (height % window[0] or width % window[1])
 
     def with_mlp(self, mlp: Mlp) -> AttentionHalf:
         """The same block without a branch."""
@@ -369,19 +393,21 @@ def _read_plain(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     return weight.flatten(1), bias
 
 
-def _qkv(module: nn.Module, description: WindowAttentionDescription) -> list[Tensor | None]:
+def _parts_first(
+    qkv: Sequence[Tensor | None], description: WindowAttentionDescription
+) -> list[Tensor | None]:
     """Weight and bias with their rows in the order of "qkv_heads". Raises NotCovered."""
-    weight, bias = _read_plain(module)
     heads, head_dim = description.heads, description.head_dim
-    if len(weight) != 3 * heads * head_dim:
-        raise NotCovered(f"qkv of {len(weight)} channels for {heads} heads of {head_dim}")
+    assert qkv[0] is not None
+    if len(qkv[0]) != 3 * heads * head_dim:
+        raise NotCovered(f"qkv of {len(qkv[0])} channels for {heads} heads of {head_dim}")
     if description.qkv_layout == "qkv_heads":
-        return [weight, bias]
+        return list(qkv)
     return [
         None
         if tensor is None
         else tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-        for tensor in (weight, bias)
+        for tensor in qkv
     ]
 
 

@@ -15,7 +15,6 @@ from moat_kernels.adapters.base import (
 )
 from moat_kernels.adapters.freezing import (
     AttentionHalf,
-    HalfReader,
     Mlp,
     StemPart,
     StemReader,
@@ -32,6 +31,7 @@ from moat_kernels.adapters.reading import (
     read_swin_table,
     refuse_dropout,
 )
+from moat_kernels.adapters.transformer import TransformerAdapter, TransformerHalf
 from moat_kernels.chains import Container
 from moat_kernels.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
@@ -110,7 +110,7 @@ class RelativePositionalMultiHeadAttention(AttentionAdapter):
         return (torch.randn(1, 2, module.max_seq_len, channels, dtype=torch.float64),)
 
 
-class PartitionAttentionLayer(AttentionAdapter):
+class PartitionAttentionLayer(TransformerAdapter):
     """The whole layer, without cutting the map into windows and back."""
 
     implementation = "torchvision"
@@ -160,6 +160,25 @@ class PartitionAttentionLayer(AttentionAdapter):
         x = x + module.stochastic_dropout(module.mlp_layer(x))
         return x.permute(0, 3, 1, 2)
 
+    def read_half(self, module: Any, attention: AttentionReading) -> AttentionHalf:
+        size = tuple(module.grid_size)
+        _check_map(module, size)
+        norm, inner, _ = module.attn_layer
+        return AttentionHalf(
+            norm,
+            inner.to_qkv,
+            inner.merge,
+            attention,
+            drop_path=read_drop_path(module.stochastic_dropout),
+            map_size=size,
+            branch=("mlp_layer", "stochastic_dropout"),
+            branch_rows=True,
+        )
+
+    def half_consumed(self, module: Any) -> Iterable[nn.Module]:
+        norm, inner, dropout = module.attn_layer
+        return (norm, inner.to_qkv, inner.merge, dropout)
+
     def example(self, module: Any) -> tuple[Tensor, ...]:
         channels = module.attn_layer[1].to_qkv.in_features
         return (torch.randn(1, channels, *module.grid_size, dtype=torch.float64),)
@@ -178,27 +197,7 @@ def _check_map(layer: Any, size: tuple[int, ...]) -> None:
         raise NotCovered(f"windows of {tokens}, not the {window} of the bias table")
 
 
-class PartitionHalf(HalfReader):
-    class_name = PartitionAttentionLayer.class_name
-    children = PartitionAttentionLayer.children
-    adapter_key = PartitionAttentionLayer().key
-
-    def read(self, layer: Any) -> AttentionHalf:
-        attention = PartitionAttentionLayer().read(layer)
-        size = tuple(layer.grid_size)
-        _check_map(layer, size)
-        norm, inner, _ = layer.attn_layer
-        refuse_drop_path(layer.stochastic_dropout)
-        return AttentionHalf(
-            norm,
-            inner.to_qkv,
-            inner.merge,
-            attention,
-            map_size=size,
-            branch=("mlp_layer", "stochastic_dropout"),
-            branch_rows=True,
-        )
-
+class PartitionHalf(TransformerHalf):
     def read_mlp(self, layer: Any) -> Mlp:
         if len(layer.mlp_layer) != 5:
             raise NotCovered("an MLP of unknown structure")
@@ -210,7 +209,7 @@ class PartitionHalf(HalfReader):
 
 ADAPTERS = (MBConv(), PartitionAttentionLayer(), RelativePositionalMultiHeadAttention())
 
-HALVES = (PartitionHalf(),)
+HALVES = (PartitionHalf(PartitionAttentionLayer()),)
 
 
 class Stem(StemReader):
