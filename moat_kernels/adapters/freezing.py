@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +20,7 @@ from moat_kernels.adapters.reading import (
     Bottleneck,
     DropPathReading,
     NotCovered,
+    check_pointwise,
     class_name,
     read_activation,
     read_convolution,
@@ -28,7 +29,7 @@ from moat_kernels.adapters.reading import (
     read_pointwise,
 )
 from moat_kernels.drop_path import DropPath
-from moat_kernels.inspection import is_plain_tensor
+from moat_kernels.inspection import are_plain_tensors, is_plain_tensor
 from moat_kernels.normalization import norm_tensors
 from moat_kernels.ops.common.symbols import settled
 from moat_kernels.ops.frozen import (
@@ -48,6 +49,8 @@ from moat_kernels.ops.mbconv.description import Pool
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 from moat_kernels.tensor_access import tensor_of
+
+_LAYER = ("weight", "bias")
 
 # The two modules whose inputs are the operands of a step's int8 products.
 Operands = tuple[nn.Module, nn.Module]
@@ -149,6 +152,27 @@ class Mlp(TransformerPart):
         return self._example(leading, 3, 4, tensor_of(self.fc2, "weight"))
 
 
+class HalfLayers(NamedTuple):
+    """The modules that hold an attention half's tensors but for the bias table."""
+
+    norm: nn.Module
+    qkv: nn.Module
+    proj: nn.Module
+    layer_scale: nn.Module | None
+
+
+def layer_tensors(
+    norm: nn.Module, qkv: nn.Module, proj: nn.Module, layer_scale: nn.Module | None
+) -> list[Tensor | None]:
+    """The six that ops/attention_half takes, of layers that were checked. Raises NotCovered."""
+    tensors = [tensor_of(layer, name) for layer in (norm, qkv, proj) for name in _LAYER]
+    _refuse_subclasses(*tensors)
+    tensors[2], tensors[4] = _flat(tensors[2]), _flat(tensors[4])
+    if layer_scale is not None:
+        tensors[4:] = _scaled_by(layer_scale, *tensors[4:])
+    return tensors
+
+
 @dataclass(frozen=True)
 class AttentionHalf(TransformerPart):
     """y = x + layer_scale(proj(attention(qkv(norm(x))))) of a block, and maybe the MLP after it.
@@ -207,20 +231,17 @@ class AttentionHalf(TransformerPart):
 
     def tensors(self) -> list[Tensor | None]:
         """As ops/attention_half takes them, qkv as the description says. Raises NotCovered."""
-        norm = _check_layer_norm(self.norm, "attention")
-        return [
-            *(tensor_of(norm, "weight"), tensor_of(norm, "bias")),
-            *_read_plain(self.qkv),
-            *_scaled(self.proj, self.layer_scale, "attention"),
-            self.attention.bias_table,
-        ]
+        layers = self.check_layers()
+        return [*layer_tensors(*layers), self.attention.bias_table]
 
-    def takes(self, height: int, width: int) -> bool:
-        """Whether attention takes a map of that size, once pooled."""
-        window = self.attention.description.window_size
-        if self.map_size is not None:
-            return (height, width) == self.map_size
-        return window is None or not (height % window[0] or width % window[1])
+    def check_layers(self) -> HalfLayers:
+        """The modules that hold the tensors, if their classes are known. Raises NotCovered."""
+        return HalfLayers(
+            _check_layer_norm(self.norm, "attention"),
+            check_pointwise(self.qkv),
+            check_pointwise(self.proj),
+            _check_layer_scale(self.layer_scale, "attention"),
+        )
 
     def with_mlp(self, mlp: Mlp) -> AttentionHalf:
         """The same block without a branch."""
@@ -381,6 +402,8 @@ def _check_layer_norm(norm: nn.Module, before: str) -> nn.LayerNorm:
 
 def _refuse_subclasses(*tensors: Tensor | None) -> None:
     """Raise NotCovered for tensors whose sums and views may be of another class than they."""
+    if are_plain_tensors(tensors):
+        return
     for tensor in tensors:
         if not is_plain_tensor(tensor):
             raise NotCovered(f"a {type(tensor).__name__} among its tensors")
@@ -390,7 +413,7 @@ def _read_plain(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias of a linear layer or a 1x1 convolution. Raises NotCovered."""
     weight, bias = read_pointwise(module)
     _refuse_subclasses(weight, bias)
-    return weight.flatten(1), bias
+    return _flat(weight), bias
 
 
 def _parts_first(
@@ -411,17 +434,35 @@ def _parts_first(
     ]
 
 
-def _scaled(
-    module: nn.Module, layer_scale: nn.Module | None, what: str
+def _flat(weight: Tensor) -> Tensor:
+    """[out, in] of a linear layer's weight or a 1x1 convolution's."""
+    return weight if weight.dim() == 2 else weight.flatten(1)
+
+
+def _check_layer_scale(module: nn.Module | None, what: str) -> nn.Module | None:
+    """The layer scale, if there is one; None of the identity. Raises NotCovered."""
+    if module is None or class_name(module) == "Identity":
+        return None
+    if class_name(module) not in ("LayerScale", "LayerScale2d"):
+        raise NotCovered(f"{class_name(module)} after its {what}")
+    return module
+
+
+def _scaled_by(
+    layer_scale: nn.Module, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias of the last layer of `what`, and of the scale after it. Raises NotCovered."""
-    weight, bias = _read_plain(module)
-    if layer_scale is None or class_name(layer_scale) == "Identity":
-        return weight, bias
-    if class_name(layer_scale) not in ("LayerScale", "LayerScale2d"):
-        raise NotCovered(f"{class_name(layer_scale)} after its {what}")
+    """Weight and bias of a last layer and of the scale after it. Raises NotCovered."""
     factor = tensor_of(layer_scale, "gamma")
     _refuse_subclasses(factor)
     if factor.shape != weight.shape[:1]:
         raise NotCovered(f"a layer scale {tuple(factor.shape)} of {len(weight)} channels")
     return factor[:, None] * weight, None if bias is None else factor * bias
+
+
+def _scaled(
+    module: nn.Module, layer_scale: nn.Module | None, what: str
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of the last layer of `what`, and of the scale after it. Raises NotCovered."""
+    weight, bias = _read_plain(module)
+    scale = _check_layer_scale(layer_scale, what)
+    return (weight, bias) if scale is None else _scaled_by(scale, weight, bias)

@@ -34,7 +34,7 @@ from moat_kernels.ops.mbconv.description import (
 from moat_kernels.reference import SameConv2d
 from moat_kernels.tensor_access import is_parametrized, plain_class, tensor_of
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "GELU": "gelu",
     "GELUTanh": "gelu_tanh",
     "SiLU": "silu",
@@ -91,9 +91,9 @@ def read_activation(module: nn.Module) -> str:
     name = class_name(module)
     if name == "GELU" and getattr(module, "approximate", "none") == "tanh":
         name = "GELUTanh"
-    if name not in _ACTIVATIONS:
+    if name not in ACTIVATIONS:
         raise NotCovered(f"activation {name}")
-    return _ACTIVATIONS[name]
+    return ACTIVATIONS[name]
 
 
 class NormReading(NamedTuple):
@@ -302,19 +302,6 @@ def read_drop_path(module: nn.Module) -> DropPathReading | DropPath | None:
     return DropPathReading(probability) if module.training and probability > 0 else None
 
 
-@dataclass(frozen=True)
-class Bottleneck:
-    """An inverted bottleneck as `functional.mbconv` takes it.
-
-    project: the module of the last convolution.
-    """
-
-    description: MBConvDescription
-    parameters: MBConvParameters
-    drop_path: DropPathReading | DropPath | None = None
-    project: nn.Module | None = None
-
-
 class BottleneckModules(NamedTuple):
     """The modules of an inverted bottleneck that hold its tensors."""
 
@@ -328,6 +315,16 @@ class BottleneckModules(NamedTuple):
     se_reduce: nn.Module | None
     se_expand: nn.Module | None
     shortcut: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """An inverted bottleneck as `functional.mbconv` takes it, and the modules that hold it."""
+
+    description: MBConvDescription
+    modules: BottleneckModules
+    parameters: MBConvParameters
+    drop_path: DropPathReading | DropPath | None = None
 
 
 def read_tensors(modules: BottleneckModules) -> MBConvParameters:
@@ -417,7 +414,7 @@ def read_bottleneck(
         gate.expand if gate else None,
         shortcut,
     )
-    return Bottleneck(description, read_tensors(modules), drop_path, project)
+    return Bottleneck(description, modules, read_tensors(modules), drop_path)
 
 
 def _one_activation(norm: NormReading, activation: nn.Module | None) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ from moat_kernels.adapters.freezing import (
     StemReader,
     refuse_drop_path,
 )
+from moat_kernels.adapters.outline import Outline, Settings, own_tensors
 from moat_kernels.adapters.reading import (
     Bottleneck,
     Gate,
@@ -41,10 +43,35 @@ from moat_kernels.linear import apply_linear
 from moat_kernels.ops.common.backends import warn_once
 from moat_kernels.ops.mbconv.description import Pool
 from moat_kernels.ops.window_attention import WindowAttentionDescription
+from moat_kernels.tensor_access import child
 
 _TABLE = "relative_position_bias_table"
 # Of a transformer block's children, those behind its attention half.
 _MLP_BRANCH = ("norm2", "mlp", "ls2", "drop_path2")
+# Those, and the classes whose children are called where they are read.
+_CALLED = (*_MLP_BRANCH, "RelPosMlp")
+
+
+def _attention_settings(attention: Any) -> Hashable:
+    # None in place of a bias is no child.
+    sizes = (attention.num_heads, attention.dim_head, attention.scale)
+    flags = (attention.fused_attn, attention.head_first, attention.__dict__.get("rel_pos"))
+    return sizes, flags, own_tensors(attention)
+
+
+def _bias_settings(bias: Any) -> Hashable:
+    return tuple(bias.window_size), bias.prefix_tokens, own_tensors(bias)
+
+
+# What reading looks at of timm's classes.
+_CLASSES: Mapping[str, Settings] = {
+    **dict.fromkeys(("Attention2d", "AttentionCl"), _attention_settings),
+    **dict.fromkeys(("RelPosBias", "RelPosMlp"), _bias_settings),
+    "RelPosBiasTf": lambda bias: (tuple(bias.window_size), own_tensors(bias)),
+    "DropPath": attrgetter("drop_prob", "scale_by_keep", "training"),
+    "SEModule": attrgetter("add_maxpool"),
+    **dict.fromkeys(("Downsample2d", "LayerScale", "LayerScale2d"), lambda _: None),
+}
 
 
 def _read_se(module: nn.Module) -> Gate:
@@ -63,6 +90,7 @@ class MbConvBlock(MBConvAdapter):
         *("conv3_1x1", "drop_path"),
     )
     optional = ("se", "se_early")
+    outline = Outline(_CLASSES, optional=optional)
     covers = "stride in the depthwise convolution, SE early or late, every pool and padding"
     leaves = "stride_mode 'pool' and '1x1', group_size > 1, channel attention other than SE"
 
@@ -122,11 +150,11 @@ def _read_table(bias: Any) -> Tensor | None:
     raise NotCovered(f"relative position bias {name}")
 
 
-def _read_attention(
+def _describe_attention(
     attention: Any, window: tuple[int, int] | None = None, partition: Any = "window"
-) -> AttentionReading:
+) -> WindowAttentionDescription:
     refuse_dropout(attention.attn_drop, "the attention weights")
-    description = WindowAttentionDescription(
+    return WindowAttentionDescription(
         attention.num_heads,
         attention.dim_head,
         window,
@@ -134,7 +162,6 @@ def _read_attention(
         "heads_qkv" if attention.head_first else "qkv_heads",
         partition,
     )
-    return AttentionReading(description, _read_table(attention.rel_pos))
 
 
 def _check_bias(attention: Any, size: tuple[int, int], shared: Tensor | None) -> None:
@@ -155,7 +182,7 @@ class _Attention(AttentionAdapter):
         return [child for child in (module.attn_drop, module.rel_pos) if child is not None]
 
     def read(self, module: Any) -> AttentionReading:
-        return _read_attention(module)
+        return AttentionReading(_describe_attention(module), _read_table(module.rel_pos))
 
     def example_size(self, module: Any) -> tuple[int, int]:
         return (3, 4) if module.rel_pos is None else tuple(module.rel_pos.window_size)
@@ -205,32 +232,23 @@ class AttentionCl(_Attention):
         return (torch.randn(2, height, width, module.qkv.in_features, dtype=torch.float64),)
 
 
-def _read_half(
-    block: Any, attention: AttentionReading, map_size: tuple[int, int] | None, rows: bool
-) -> AttentionHalf:
-    """The half of a block whose children have the names that all of timm's have."""
-    inner = block.attn
-    refuse_dropout(inner.proj_drop, "the projection")
-    return AttentionHalf(
-        block.norm1,
-        inner.qkv,
-        inner.proj,
-        attention,
-        block.ls1,
-        read_drop_path(block.drop_path1),
-        map_size,
-        rows=rows,
-        branch=_MLP_BRANCH,
-        branch_rows=rows,
-    )
+# Classes by whether they compute along the last axis, which rows have channels on.
+_OF_LAYOUT = {
+    True: ("LayerNorm", "LayerScale", "Linear"),
+    False: ("LayerNorm2d", "LayerScale2d", "Conv2d", "Conv2dSame"),
+}
 
 
 class _Transformer(TransformerAdapter):
-    """What the blocks share: their children, and how they add the branches."""
+    """What the blocks share: their children, and how they add the branches.
+
+    rows: whether a block reads [B, H, W, C]; else it reads [B, C, H, W].
+    """
 
     implementation = "timm"
     children: tuple[str, ...] = ("norm1", "attn", "ls1", "drop_path1", *_MLP_BRANCH)
     attention: _Attention
+    rows: bool
 
     def consumed(self, module: Any) -> Iterable[nn.Module]:
         return [module.attn, *self.attention.consumed(module.attn)]
@@ -247,6 +265,35 @@ class _Transformer(TransformerAdapter):
             raise NotCovered(f"attention {class_name(module.attn)}")
         self.attention.check_structure(module.attn)
 
+    def read_table(self, module: Any) -> Tensor | None:
+        attention = child(module, "attn")
+        return _read_table(child(attention, "rel_pos"))
+
+    def _half(
+        self,
+        block: Any,
+        attention: AttentionReading,
+        norm: nn.Module,
+        map_size: tuple[int, int] | None = None,
+    ) -> AttentionHalf:
+        inner, layer_scale = block.attn, block.ls1
+        refuse_dropout(inner.proj_drop, "the projection")
+        for module in (norm, inner.qkv, inner.proj, layer_scale):
+            if class_name(module) in _OF_LAYOUT[not self.rows]:
+                raise NotCovered(f"{class_name(module)}, which is for another layout")
+        return AttentionHalf(
+            norm,
+            inner.qkv,
+            inner.proj,
+            attention,
+            layer_scale,
+            read_drop_path(block.drop_path1),
+            map_size,
+            rows=self.rows,
+            branch=_MLP_BRANCH,
+            branch_rows=self.rows,
+        )
+
     @staticmethod
     def _add_branches(module: Any, x: Tensor, attended: Tensor) -> Tensor:
         """x: what the first one is added to."""
@@ -259,13 +306,18 @@ class TransformerBlock2d(_Transformer):
 
     class_name = "TransformerBlock2d"
     children: tuple[str, ...] = ("shortcut", *_Transformer.children)
+    outline = Outline(_CLASSES, called=_CALLED)
     attention = Attention2d()
+    rows = False
     covers = "as its attention"
     leaves = "as its attention"
 
-    def read(self, block: Any) -> AttentionReading:
-        self._check_attention(block)
-        return self.attention.read(block.attn)
+    def describe(self, module: Any) -> WindowAttentionDescription:
+        self._check_attention(module)
+        return _describe_attention(module.attn)
+
+    def half_consumed(self, module: Any) -> Iterable[nn.Module]:
+        return (*super().half_consumed(module), module.shortcut)
 
     def compute(
         self,
@@ -287,20 +339,17 @@ class TransformerBlock2d(_Transformer):
         return self._add_branches(module, module.shortcut(x), attended)
 
     def read_half(self, module: Any, attention: AttentionReading) -> AttentionHalf:
-        bias = module.attn.rel_pos
+        bias, norm = module.attn.rel_pos, module.norm1
         map_size = None if bias is None else tuple(bias.window_size)
-        half = _read_half(module, attention, map_size, rows=False)
         if class_name(module.shortcut) == "Identity":
-            return half
+            return self._half(module, attention, norm, map_size)
         pool, expand = _read_downsampling(module.shortcut)
-        if class_name(module.norm1) != "Sequential" or child_names(module.norm1) != {
-            "norm",
-            "down",
-        }:
+        if class_name(norm) != "Sequential" or child_names(norm) != {"norm", "down"}:
             raise NotCovered("a pool of its shortcut alone")
-        if _read_downsampling(module.norm1.down) != (pool, None):
+        if _read_downsampling(norm.down) != (pool, None):
             raise NotCovered("another pool than its shortcut's before its attention")
-        return replace(half, norm=module.norm1.norm, pool=pool, expand=expand)
+        half = self._half(module, attention, norm.norm, map_size)
+        return replace(half, pool=pool, expand=expand)
 
     def example(self, module: Any) -> tuple[Tensor, ...]:
         height, width = self.attention.example_size(module.attn)
@@ -313,17 +362,25 @@ class TransformerBlock2d(_Transformer):
 class _PartitionAttention(_Transformer):
     """MaxViT's, without cutting the map into windows and back."""
 
-    rows: bool
+    outline = Outline(
+        _CLASSES,
+        settings=("partition_block", "partition_size"),
+        called=_CALLED,
+        methods=("_partition_attn",),
+    )
     covers = "window and grid partition, without copies"
     leaves = "as its attention; projection dropout (then only its attention is fused)"
 
-    def read(self, module: Any) -> AttentionReading:
+    def describe(self, module: Any) -> WindowAttentionDescription:
         self._check_attention(module)
+        if "_partition_attn" in module.__dict__:
+            raise NotCovered("its _partition_attn was replaced")
         if getattr(module.attn.proj_drop, "p", 0.0) > 0:
             raise NotCovered("projection dropout, drawn window by window")
         window = tuple(module.partition_size)
         _check_bias(module.attn, window, None)
-        return _read_attention(module.attn, window, "window" if module.partition_block else "grid")
+        partition = "window" if module.partition_block else "grid"
+        return _describe_attention(module.attn, window, partition)
 
     def compute(
         self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any
@@ -343,7 +400,7 @@ class _PartitionAttention(_Transformer):
         raise NotImplementedError
 
     def read_half(self, module: Any, attention: AttentionReading) -> AttentionHalf:
-        return _read_half(module, attention, None, self.rows)
+        return self._half(module, attention, module.norm1)
 
 
 class PartitionAttentionCl(_PartitionAttention):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from moat_kernels.adapters.freezing import (
     StemReader,
     refuse_drop_path,
 )
+from moat_kernels.adapters.outline import Outline, Settings, own_tensors
 from moat_kernels.adapters.reading import (
     Bottleneck,
     NotCovered,
@@ -35,12 +37,33 @@ from moat_kernels.adapters.transformer import TransformerAdapter, TransformerHal
 from moat_kernels.chains import Container
 from moat_kernels.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
+from moat_kernels.tensor_access import child, tensor_of
+
+
+def _attention_settings(attention: Any) -> Hashable:
+    sizes = (attention.size, attention.n_heads, attention.head_dim, attention.scale_factor)
+    return sizes, own_tensors(attention)
+
+
+def _nothing(_: nn.Module) -> None:
+    return None
+
+
+# What reading looks at of torchvision's classes.
+_CLASSES: Mapping[str, Settings] = {
+    "RelativePositionalMultiHeadAttention": _attention_settings,
+    "StochasticDepth": attrgetter("p", "mode", "training"),
+    **dict.fromkeys(("WindowPartition", "WindowDepartition", "SwapAxes"), _nothing),
+    **dict.fromkeys(("Conv2dNormActivation", "SqueezeExcitation"), _nothing),
+    "AdaptiveAvgPool2d": _nothing,
+}
 
 
 class MBConv(MBConvAdapter):
     implementation = "torchvision"
     class_name = "MBConv"
     children = ("proj", "stochastic_depth", "layers")
+    outline = Outline(_CLASSES)
     covers = "everything that MaxVit builds"
     leaves = "stochastic depth by batch"
 
@@ -80,6 +103,11 @@ class MBConv(MBConvAdapter):
         )
 
 
+def _read_table(attention: Any) -> Tensor:
+    table = tensor_of(attention, "relative_position_bias_table")
+    return read_swin_table(table, (attention.size, attention.size))
+
+
 class RelativePositionalMultiHeadAttention(AttentionAdapter):
     implementation = "torchvision"
     class_name = "RelativePositionalMultiHeadAttention"
@@ -91,12 +119,10 @@ class RelativePositionalMultiHeadAttention(AttentionAdapter):
         return []
 
     def read(self, module: Any) -> AttentionReading:
-        window = (module.size, module.size)
         description = WindowAttentionDescription(
             module.n_heads, module.head_dim, None, float(module.scale_factor)
         )
-        table = read_swin_table(module.relative_position_bias_table, window)
-        return AttentionReading(description, table)
+        return AttentionReading(description, _read_table(module))
 
     def compute(
         self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any
@@ -121,6 +147,7 @@ class PartitionAttentionLayer(TransformerAdapter):
     )
     covers = "window and grid partition, without copies"
     leaves = "dropout in attn_layer or mlp_layer (then only its attention is fused)"
+    outline = Outline(_CLASSES, settings=("partition_type", "p", "grid_size"))
     attention = RelativePositionalMultiHeadAttention()
 
     def consumed(self, module: Any) -> Iterable[nn.Module]:
@@ -128,7 +155,7 @@ class PartitionAttentionLayer(TransformerAdapter):
         reverse = (module.departition_op, module.departition_swap)
         return [*partition, *reverse, module.attn_layer, module.attn_layer[1]]
 
-    def read(self, module: Any) -> AttentionReading:
+    def describe(self, module: Any) -> WindowAttentionDescription:
         for layers in (module.attn_layer, module.mlp_layer):
             for dropout in layers:
                 if getattr(dropout, "p", 0.0) > 0:
@@ -137,15 +164,16 @@ class PartitionAttentionLayer(TransformerAdapter):
         if len(module.attn_layer) != 3 or class_name(inner) != self.attention.class_name:
             raise NotCovered("attention of unknown structure")
         self.attention.check_structure(inner)
-        reading = self.attention.read(inner)
-        description = WindowAttentionDescription(
+        return WindowAttentionDescription(
             inner.n_heads,
             inner.head_dim,
             (inner.size, inner.size),
             float(inner.scale_factor),
             partition="grid" if module.partition_type == "grid" else "window",
         )
-        return AttentionReading(description, reading.bias_table)
+
+    def read_table(self, module: Any) -> Tensor | None:
+        return _read_table(child(child(module, "attn_layer"), "1"))
 
     def compute(
         self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any

@@ -8,25 +8,77 @@ cover a call, the block's own modules are called around the attention.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from moat_kernels.adapters.base import AttentionAdapter, AttentionReading
-from moat_kernels.adapters.freezing import AttentionHalf, HalfReader
-from moat_kernels.adapters.reading import NotCovered, refuse_hooks
+from moat_kernels.adapters.freezing import AttentionHalf, HalfLayers, HalfReader, layer_tensors
+from moat_kernels.adapters.outline import Outline, places
+from moat_kernels.adapters.reading import DropPathReading, NotCovered, refuse_hooks
+from moat_kernels.drop_path import DropPath
 from moat_kernels.ops.attention_half import api as attention_half
 from moat_kernels.ops.attention_half import reference
 from moat_kernels.ops.attention_half import training as attention_half_training
 from moat_kernels.ops.attention_half.description import Layers
+from moat_kernels.ops.attention_half.dispatch import TRAINING, may_cover, way_to_compute
+from moat_kernels.ops.common.autocast import autocast_dtype
 from moat_kernels.ops.common.backends import requested_backend
 from moat_kernels.ops.common.spatial import in_format_of
-from moat_kernels.tensor_access import is_parametrized
+from moat_kernels.ops.window_attention import WindowAttentionDescription
+from moat_kernels.tensor_access import child, is_parametrized, tensor_of
+
+
+class OneOp(NamedTuple):
+    """An attention half that one op may compute: what follows from classes and settings.
+
+    layers: places of `HalfLayers` among the modules that the block was told by.
+    channels: what the norm is over. eps: the norm's. Others: as of AttentionHalf.
+    """
+
+    layers: tuple[int | None, ...]
+    channels: tuple[int, ...]
+    eps: float
+    drop_path: DropPathReading | DropPath | None
+    map_size: tuple[int, int] | None
+    rows: bool
+    branch: tuple[str, ...]
+    branch_rows: bool
+
+    def takes(self, y: Tensor, window: tuple[int, int] | None) -> bool:
+        """Whether the norm and attention take a map [B, C, H, W]."""
+        _, channels, height, width = y.shape
+        if self.channels != (channels,):
+            return False
+        if self.map_size is not None:
+            return (height, width) == self.map_size
+        return window is None or not (height % window[0] or width % window[1])
+
+
+class Kept(NamedTuple):
+    """What of a block follows from its outline. half: None where no op computes all of it."""
+
+    description: WindowAttentionDescription
+    half: OneOp | None
 
 
 class TransformerAdapter(AttentionAdapter):
-    """A block of an attention half and an MLP. A subclass says by `read_half` what the half is."""
+    """A block of an attention half and an MLP. A subclass says by `read_half` what the half is.
+
+    outline: tells of which blocks nothing but tensors need be read again.
+    """
+
+    outline: Outline[Kept]
+
+    @abstractmethod
+    def describe(self, module: Any) -> WindowAttentionDescription:
+        """The attention as it is now, but for its tensors. Raises NotCovered."""
+
+    @abstractmethod
+    def read_table(self, module: Any) -> Tensor | None:
+        """The bias table, to be read once in a call. Raises NotCovered."""
 
     @abstractmethod
     def read_half(self, module: Any, attention: AttentionReading) -> AttentionHalf:
@@ -34,64 +86,132 @@ class TransformerAdapter(AttentionAdapter):
 
     @abstractmethod
     def half_consumed(self, module: Any) -> Iterable[nn.Module]:
-        """The modules that are read, not called, where one op computes the half."""
+        """The modules that are read, not called, where one op computes the half.
+
+        Those of `consumed` need not be among them.
+        """
+
+    def read(self, module: Any) -> AttentionReading:
+        return AttentionReading(self.describe(module), self.read_table(module))
 
     def run(self, module: nn.Module, recompute: str, *inputs: Any, **options: Any) -> Any:
-        self.check_structure(module)
-        attention = self.read(module)
-        output = self._run_half(module, attention, *inputs, **options)
-        return self.compute(module, attention, *inputs, **options) if output is None else output
+        kept, modules = self._look(module)
+        attention = AttentionReading(kept.description, self.read_table(module))
+        if kept.half is not None and len(inputs) == 1 and not options:
+            output = _run_half(module, kept.half, modules, attention, inputs[0])
+            if output is not None:
+                return output
+        return self.compute(module, attention, *inputs, **options)
 
     @property
     def trials(self) -> tuple[Callable[..., Any], ...]:
         return (self.run, super().run)
 
-    def _run_half(
-        self, module: Any, attention: AttentionReading, x: Any, *inputs: Any, **options: Any
-    ) -> Tensor | None:
-        """The block's output, its attention half by one op; None where that does not cover it."""
-        if inputs or options or not isinstance(x, Tensor) or x.dim() != 4:
-            return None
+    def _look(self, module: nn.Module) -> tuple[Kept, Sequence[nn.Module | None]]:
+        """What the block is, and the modules that the half's layers are among."""
+        seen = self.outline.look(module)
+        if seen is not None and seen.kept is not None:
+            return seen.kept, seen.modules
+        self.check_structure(module)
+        description = self.describe(module)
         try:
-            refuse_hooks(self.half_consumed(module))
-            half = self.read_half(module, attention)
-            y = _compute_half(half, x.permute(0, 3, 1, 2) if half.rows else x)
+            half, layers = self._read_layers(module, description)
         except NotCovered:
-            return None
-        if y is None:
-            return None
-        y = y.permute(0, 2, 3, 1) if half.branch_rows else y
-        branch = y
-        for name in half.branch:
-            branch = getattr(module, name)(branch)
-        y = y + branch
-        if half.rows == half.branch_rows:
-            return y if half.rows else in_format_of(y, x)
-        return in_format_of(y.permute(0, 3, 1, 2), x)
+            half, layers = None, None
+        if half is None or layers is None:
+            kept = Kept(description, None)
+            if seen is not None:
+                self.outline.keep(seen, kept)
+            return kept, ()
+        kept = Kept(description, half)
+        if seen is not None and not isinstance(half.drop_path, DropPath):
+            found = places(seen.modules, layers)
+            if found is not None:
+                self.outline.keep(seen, Kept(description, half._replace(layers=found)))
+        return kept, layers
+
+    def _read_layers(
+        self, module: nn.Module, description: WindowAttentionDescription
+    ) -> tuple[OneOp | None, HalfLayers | None]:
+        """The half and its layers, at the places 0 to 3. Raises NotCovered."""
+        refuse_hooks(self.half_consumed(module))
+        half = self.read_half(module, AttentionReading(description, None))
+        layers = half.check_layers()
+        # Reading a parametrized one may change it, and where no kernel covers the call it would be
+        # called after that.
+        parametrized = any(layer is not None and is_parametrized(layer) for layer in layers)
+        if half.pool is not None or parametrized:
+            return None, None
+        norm: Any = layers.norm
+        one_op = OneOp(
+            tuple(range(len(layers))),
+            norm.normalized_shape,
+            half.eps,
+            half.drop_path,
+            half.map_size,
+            half.rows,
+            half.branch,
+            half.branch_rows,
+        )
+        return one_op, layers
 
 
-def _compute_half(half: AttentionHalf, x: Tensor) -> Tensor | None:
+def _run_half(
+    module: nn.Module,
+    half: OneOp,
+    modules: Sequence[nn.Module | None],
+    attention: AttentionReading,
+    x: Any,
+) -> Tensor | None:
+    """The block's output, its attention half by one op; None where that does not cover it."""
+    if not isinstance(x, Tensor) or x.dim() != 4:
+        return None
+    map_before = x.permute(0, 3, 1, 2) if half.rows else x
+    layers = HalfLayers(*[None if place is None else modules[place] for place in half.layers])
+    y = _compute_half(half, layers, attention, map_before)
+    if y is None:
+        return None
+    y = y.permute(0, 2, 3, 1) if half.branch_rows else y
+    branch = y
+    for name in half.branch:
+        branch = child(module, name)(branch)
+    y = y + branch
+    y = in_format_of(y.permute(0, 3, 1, 2) if half.branch_rows else y, map_before)
+    return y.permute(0, 2, 3, 1) if half.rows else y
+
+
+def _compute_half(
+    half: OneOp, layers: HalfLayers, attention: AttentionReading, y: Tensor
+) -> Tensor | None:
     """[B, C, H, W] -> the same in channels_last; None where no backend computes the half."""
-    description = half.attention.description
-    if half.pool is not None or not half.takes(x.shape[2], x.shape[3]):
+    description = attention.description
+    if not half.takes(y, description.window_size):
         return None
-    if any(map(is_parametrized, (half.norm, half.qkv, half.proj))):
-        return None  # reading them may change them, and the modules would be called after it
-    tensors = half.tensors()
-    if half.drop_path is None:
-        backend = attention_half.covering(x, tensors, description)
-        if backend:
-            return attention_half.attention_half(x, tensors, half.eps, description, backend)
-    *layers, table = tensors
-    trains = attention_half_training.covers(x, layers, table, description)
-    if not trains and requested_backend() != "reference":
+    is_specified = requested_backend() == "reference"
+    if not (is_specified or may_cover(y)):
         return None
-    scale = None if half.drop_path is None else half.drop_path.scale(x)
-    if not trains:
-        return reference.attention_half(x, tensors, half.eps, description, scale)
-    named = Layers(*layers)  # type: ignore[arg-type]  # none is missing: they are covered
+    if layers.layer_scale is not None:
+        # The products' weights are scaled: float16 may not hold them, nor their gradients.
+        if torch.float16 in (autocast_dtype(y), y.dtype):
+            return None
+        # What the branch is multiplied by decides the dtype of the sum.
+        y = y.to(torch.promote_types(y.dtype, tensor_of(layers.layer_scale, "gamma").dtype))
+    try:
+        tensors = [*layer_tensors(*layers), attention.bias_table]
+    except NotCovered:
+        return None
+    drop_path = half.drop_path
+    way = way_to_compute(y, tensors, description, drop_path is not None)
+    if not (way or is_specified):
+        return None
+    if way in attention_half.BACKENDS:
+        return attention_half.attention_half(y, tensors, half.eps, description, way)
+    scale = None if drop_path is None else drop_path.scale(y)
+    if way != TRAINING:
+        return reference.attention_half(y, tensors, half.eps, description, scale)
+    *six, table = tensors
     return attention_half_training.attention_half(
-        x, named, table, half.eps, description, scale, 1.0
+        *(y, Layers(*six), table, half.eps, description, scale, 1.0)
     )
 
 

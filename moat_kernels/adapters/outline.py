@@ -1,0 +1,171 @@
+"""Blocks alike, told by one pass over their modules: what was read of one holds for all of them.
+
+Reading a block (reading.py) looks at every setting and takes tens of microseconds. So what follows
+from settings and classes is kept by its outline. Tensors are read in every call; hooks, settings,
+and modules and methods that were replaced are looked at in every call, too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from operator import attrgetter
+from typing import Any, Generic, NamedTuple, TypeVar
+
+import torch
+from torch import nn
+
+from moat_kernels.adapters.reading import ACTIVATIONS, tensor_names
+from moat_kernels.inspection import are_touched, hooks_for_all_modules
+from moat_kernels.normalization import describe_norm
+from moat_kernels.ops.common.batch_norm import Norm
+
+Value = TypeVar("Value")
+
+# All that reading looks at of a module beside its class, its children and its tensors.
+Settings = Callable[[Any], Hashable]
+
+_MOST_KEPT = 1024
+_PLAIN = (type, type(None), bool, int, float, str, Norm)
+
+
+def _nothing(_: nn.Module) -> None:
+    return None
+
+
+def own_tensors(module: nn.Module) -> frozenset[str] | None:
+    """Names of the parameters and buffers that a module holds itself; None: there are none."""
+    return frozenset(tensor_names(module)) if module._parameters or module._buffers else None
+
+
+_convolution_settings = attrgetter(
+    *("kernel_size", "stride", "padding", "dilation", "groups", "padding_mode"),
+    *("in_channels", "out_channels"),
+)
+
+
+def _read_convolution(conv: nn.Conv2d) -> Hashable:
+    return _convolution_settings(conv), conv._parameters["weight"].shape  # type: ignore[union-attr]
+
+
+_read_pool = attrgetter("kernel_size", "stride", "padding", "ceil_mode")
+
+# By the name of the class, for those of torch.nn and for what several packages call the same.
+COMMON: Mapping[str, Settings] = {
+    **dict.fromkeys(ACTIVATIONS, _nothing),
+    "GELU": lambda module: getattr(module, "approximate", None),
+    **dict.fromkeys(("Sigmoid", "Sequential", "Linear"), _nothing),
+    **dict.fromkeys(("Conv2d", "Conv2dSame"), _read_convolution),
+    **dict.fromkeys(("BatchNorm2d", "BatchNormAct2d", "SyncBatchNorm"), describe_norm),
+    **dict.fromkeys(("LayerNorm", "LayerNorm2d"), attrgetter("normalized_shape", "eps")),
+    **dict.fromkeys(
+        ("AvgPool2d", "AvgPool2dSame"),
+        lambda pool: (_read_pool(pool), pool.count_include_pad, pool.divisor_override),
+    ),
+    **dict.fromkeys(
+        ("MaxPool2d", "MaxPool2dSame"), lambda pool: (_read_pool(pool), pool.dilation)
+    ),
+    "Dropout": attrgetter("p", "training"),
+}
+
+
+class Seen(NamedTuple, Generic[Value]):
+    """A block: its key, its modules in the order of the key, and what is kept for it, if anything.
+
+    Blocks of the same key are read alike, the same places among `modules` playing the same parts.
+    """
+
+    key: tuple[Any, ...]
+    modules: list[nn.Module]
+    kept: Value | None
+
+
+class Outline(Generic[Value]):
+    """Tells blocks of one adapter apart, and keeps what was read of each kind.
+
+    classes: by the name of the class what reading looks at, of modules inside; a block that holds
+        others has no outline. A class is never told by its name alone: it is part of the key.
+    settings, optional: names of what reading looks at of the block itself; of its attributes that
+        may be None in place of a module.
+    called: names of the block's children that are called, and of the classes whose children are.
+    methods: names of the block's methods that its stock `forward` calls.
+    """
+
+    def __init__(
+        self,
+        classes: Mapping[str, Settings],
+        *,
+        settings: Iterable[str] = (),
+        optional: Iterable[str] = (),
+        called: Iterable[str] = (),
+        methods: Iterable[str] = (),
+    ) -> None:
+        self._classes = {**COMMON, **classes}
+        self._settings, self._optional = tuple(settings), tuple(optional)
+        self._called, self._methods = frozenset(called), frozenset(methods)
+        self._readers: dict[type[nn.Module], Settings | None] = {}
+        # Threads may race to add the same, which is harmless.
+        self._kept: dict[tuple[Any, ...], Value] = {}
+
+    def look(self, block: nn.Module) -> Seen[Value] | None:
+        """The block as it is now; None if its modules must be looked at one by one."""
+        if torch.compiler.is_compiling() or hooks_for_all_modules():
+            return None
+        try:
+            key, modules = self._describe(block)
+            if are_touched(modules):
+                return None
+            return Seen(key, modules, self._kept.get(key))
+        # A class or an attribute that is not known; a list, say, among the settings.
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return None
+
+    def keep(self, seen: Seen[Value], value: Value) -> None:
+        """Keep what was read of such blocks, where the key refers to nothing that may change."""
+        if _is_plain(seen.key):
+            if len(self._kept) >= _MOST_KEPT:
+                self._kept.clear()
+            self._kept[seen.key] = value
+
+    def _describe(self, block: nn.Module) -> tuple[tuple[Any, ...], list[nn.Module]]:
+        own, children = block.__dict__, block._modules
+        if block._parameters or block._buffers or not own.keys().isdisjoint(self._methods):
+            raise KeyError("tensors or methods of the block's own")
+        key: list[Any] = [type(block), *children]
+        key += [own[name] for name in self._settings]
+        key += [own.get(name) for name in self._optional]
+        called, readers = self._called, self._readers
+        modules: list[Any] = [child for name, child in children.items() if name not in called]
+        for module in modules:  # which grows
+            kind = type(module)
+            read = readers[kind] if kind in readers else self._learn(kind)
+            if read is None:
+                raise KeyError(kind)
+            inner = module._modules
+            key += (kind, read(module), *inner)
+            if inner and kind.__name__ not in called:
+                modules += inner.values()
+        return tuple(key), modules
+
+    def _learn(self, kind: type[nn.Module]) -> Settings | None:
+        """What to read of modules of a class; noted."""
+        known = kind.__name__ in self._classes and issubclass(kind, nn.Module)
+        self._readers[kind] = self._classes[kind.__name__] if known else None
+        return self._readers[kind]
+
+
+def places(
+    modules: Sequence[nn.Module], parts: Iterable[nn.Module | None]
+) -> tuple[int | None, ...] | None:
+    """Where the parts are among the modules, None of None.
+
+    None at all if one is not there, or if one module is in two places, which may be two later.
+    """
+    found = {id(module): index for index, module in enumerate(modules)}
+    wanted = [part if part is None else found.get(id(part), -1) for part in parts]
+    return None if len(found) < len(modules) or -1 in wanted else tuple(wanted)
+
+
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, tuple | frozenset):
+        return all(map(_is_plain, value))
+    return isinstance(value, _PLAIN)
