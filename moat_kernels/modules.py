@@ -24,8 +24,8 @@ from moat_kernels.inspection import (
 from moat_kernels.linear import apply_linear
 from moat_kernels.ops.attention_half import api as attention_half
 from moat_kernels.ops.attention_half import training as attention_half_training
-from moat_kernels.ops.attention_half.dispatch import TRAINING, way_to_compute
 from moat_kernels.ops.attention_half.description import Layers
+from moat_kernels.ops.attention_half.dispatch import TRAINING, way_to_compute
 from moat_kernels.ops.common.backends import NO_TORCHSCRIPT, keep_backend, warn_once
 from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.common.symbols import settled

@@ -21,8 +21,8 @@ from moat_kernels.adapters.reading import (
     refuse_hooks,
     tensor_names,
 )
-from moat_kernels.ops.common.backends import warn_once
 from moat_kernels.drop_path import DropPath
+from moat_kernels.ops.common.backends import warn_once
 from moat_kernels.ops.mbconv import mbconv
 from moat_kernels.ops.mbconv.description import MBConvDescription
 from moat_kernels.ops.window_attention import WindowAttentionDescription, window_attention
@@ -156,9 +156,7 @@ class MBConvAdapter(Adapter):
         seen = None if self.outline is None else self.outline.look(module)
         if seen is not None and seen.kept is not None:
             description, drop_path, found = seen.kept
-            modules = BottleneckModules(
-                *[None if place is None else seen.modules[place] for place in found]
-            )
+            modules = BottleneckModules(*seen.at(found))
             return Bottleneck(description, modules, read_tensors(modules), drop_path)
         self.check_structure(module)
         bottleneck = self.read(module)

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from moat_kernels.adapters.reading import ACTIVATIONS, tensor_names
-from moat_kernels.inspection import are_touched, hooks_for_all_modules
+from moat_kernels.inspection import hooks_for_all_modules, touch_of
 from moat_kernels.normalization import describe_norm
 from moat_kernels.ops.common.batch_norm import Norm
 
@@ -61,9 +61,7 @@ COMMON: Mapping[str, Settings] = {
         ("AvgPool2d", "AvgPool2dSame"),
         lambda pool: (_read_pool(pool), pool.count_include_pad, pool.divisor_override),
     ),
-    **dict.fromkeys(
-        ("MaxPool2d", "MaxPool2dSame"), lambda pool: (_read_pool(pool), pool.dilation)
-    ),
+    **dict.fromkeys(("MaxPool2d", "MaxPool2dSame"), lambda pool: (_read_pool(pool), pool.dilation)),
     "Dropout": attrgetter("p", "training"),
 }
 
@@ -77,6 +75,23 @@ class Seen(NamedTuple, Generic[Value]):
     key: tuple[Any, ...]
     modules: list[nn.Module]
     kept: Value | None
+
+    def at(self, found: Iterable[int | None]) -> list[Any]:
+        """The modules at `places`, None for None."""
+        modules = self.modules
+        return [None if place is None else modules[place] for place in found]
+
+
+class _Touched(Exception):
+    """A module of which more must be looked at than its settings."""
+
+
+class _Kind(NamedTuple):
+    """What to do with modules of a class. descends: whether to look at their children."""
+
+    read: Settings
+    touches: Callable[[nn.Module], bool]
+    descends: bool
 
 
 class Outline(Generic[Value]):
@@ -102,8 +117,8 @@ class Outline(Generic[Value]):
         self._classes = {**COMMON, **classes}
         self._settings, self._optional = tuple(settings), tuple(optional)
         self._called, self._methods = frozenset(called), frozenset(methods)
-        self._readers: dict[type[nn.Module], Settings | None] = {}
         # Threads may race to add the same, which is harmless.
+        self._kinds: dict[type[nn.Module], _Kind] = {}
         self._kept: dict[tuple[Any, ...], Value] = {}
 
     def look(self, block: nn.Module) -> Seen[Value] | None:
@@ -112,11 +127,9 @@ class Outline(Generic[Value]):
             return None
         try:
             key, modules = self._describe(block)
-            if are_touched(modules):
-                return None
             return Seen(key, modules, self._kept.get(key))
-        # A class or an attribute that is not known; a list, say, among the settings.
-        except (AttributeError, KeyError, TypeError, ValueError):
+        # Besides: an unknown class or attribute; a list, say, among the settings.
+        except (_Touched, AttributeError, KeyError, TypeError, ValueError):
             return None
 
     def keep(self, seen: Seen[Value], value: Value) -> None:
@@ -129,28 +142,28 @@ class Outline(Generic[Value]):
     def _describe(self, block: nn.Module) -> tuple[tuple[Any, ...], list[nn.Module]]:
         own, children = block.__dict__, block._modules
         if block._parameters or block._buffers or not own.keys().isdisjoint(self._methods):
-            raise KeyError("tensors or methods of the block's own")
+            raise _Touched
         key: list[Any] = [type(block), *children]
         key += [own[name] for name in self._settings]
         key += [own.get(name) for name in self._optional]
-        called, readers = self._called, self._readers
+        called, kinds = self._called, self._kinds
         modules: list[Any] = [child for name, child in children.items() if name not in called]
         for module in modules:  # which grows
             kind = type(module)
-            read = readers[kind] if kind in readers else self._learn(kind)
-            if read is None:
-                raise KeyError(kind)
+            read, touches, descends = kinds.get(kind) or self._learn(kind)
+            if touches(module):
+                raise _Touched
             inner = module._modules
             key += (kind, read(module), *inner)
-            if inner and kind.__name__ not in called:
+            if inner and descends:
                 modules += inner.values()
         return tuple(key), modules
 
-    def _learn(self, kind: type[nn.Module]) -> Settings | None:
-        """What to read of modules of a class; noted."""
-        known = kind.__name__ in self._classes and issubclass(kind, nn.Module)
-        self._readers[kind] = self._classes[kind.__name__] if known else None
-        return self._readers[kind]
+    def _learn(self, kind: type[nn.Module]) -> _Kind:
+        """What to do with modules of a class; noted. Raises KeyError if it is not known."""
+        read = self._classes[kind.__name__]
+        self._kinds[kind] = _Kind(read, touch_of(kind), kind.__name__ not in self._called)
+        return self._kinds[kind]
 
 
 def places(

@@ -270,11 +270,15 @@ class DropPathReading:
 
     probability: float
 
+    def draw(self, x: Tensor) -> Tensor:
+        """[B]: 0 or 1 for each sample, of the same random numbers that the module draws."""
+        return x.new_empty(x.shape[0]).bernoulli_(1.0 - self.probability)
+
     def scale(self, x: Tensor) -> Tensor:
-        """[B]: 0 or 1/p for each sample, of the same random numbers that the module draws."""
+        """[B]: 0 or 1/p for each sample, p the probability that it survives."""
         survival = 1.0 - self.probability
-        scale = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(survival)
-        return (scale.div_(survival) if survival > 0 else scale).flatten()
+        kept = self.draw(x)
+        return kept.div_(survival) if survival > 0 else kept
 
 
 def read_drop_path(module: nn.Module) -> DropPathReading | DropPath | None:

@@ -166,9 +166,10 @@ def _run_half(
     """The block's output, its attention half by one op; None where that does not cover it."""
     if not isinstance(x, Tensor) or x.dim() != 4:
         return None
-    map_before = x.permute(0, 3, 1, 2) if half.rows else x
-    layers = HalfLayers(*[None if place is None else modules[place] for place in half.layers])
-    y = _compute_half(half, layers, attention, map_before)
+    layers: Any = [None if place is None else modules[place] for place in half.layers]
+    y = _compute_half(
+        half, HalfLayers(*layers), attention, x.permute(0, 3, 1, 2) if half.rows else x
+    )
     if y is None:
         return None
     y = y.permute(0, 2, 3, 1) if half.branch_rows else y
@@ -176,19 +177,26 @@ def _run_half(
     for name in half.branch:
         branch = child(module, name)(branch)
     y = y + branch
-    y = in_format_of(y.permute(0, 3, 1, 2) if half.branch_rows else y, map_before)
-    return y.permute(0, 2, 3, 1) if half.rows else y
+    if half.rows == half.branch_rows:
+        return _in_format_of_rows(y, x) if half.rows else in_format_of(y, x)
+    return in_format_of(y.permute(0, 3, 1, 2), x)
+
+
+def _in_format_of_rows(y: Tensor, x: Tensor) -> Tensor:
+    """As `in_format_of`, of [B, H, W, C]."""
+    if x.is_contiguous():
+        return y.contiguous()
+    return in_format_of(y.permute(0, 3, 1, 2), x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 def _compute_half(
     half: OneOp, layers: HalfLayers, attention: AttentionReading, y: Tensor
 ) -> Tensor | None:
     """[B, C, H, W] -> the same in channels_last; None where no backend computes the half."""
-    description = attention.description
+    description, drop_path = attention.description, half.drop_path
     if not half.takes(y, description.window_size):
         return None
-    is_specified = requested_backend() == "reference"
-    if not (is_specified or may_cover(y)):
+    if not (may_cover(y) or _is_specified()):
         return None
     if layers.layer_scale is not None:
         # The products' weights are scaled: float16 may not hold them, nor their gradients.
@@ -200,19 +208,31 @@ def _compute_half(
         tensors = [*layer_tensors(*layers), attention.bias_table]
     except NotCovered:
         return None
-    drop_path = half.drop_path
     way = way_to_compute(y, tensors, description, drop_path is not None)
-    if not (way or is_specified):
-        return None
     if way in attention_half.BACKENDS:
         return attention_half.attention_half(y, tensors, half.eps, description, way)
+    if way == TRAINING:
+        kept = None if drop_path is None else drop_path.draw(y)
+        factor = 1.0 if drop_path is None else _factor(drop_path)
+        six: Any = tensors[:-1]  # none is missing: they are covered
+        return attention_half_training.attention_half(
+            *(y, Layers(*six), tensors[-1], half.eps, description, kept, factor)
+        )
+    if not _is_specified():
+        return None
     scale = None if drop_path is None else drop_path.scale(y)
-    if way != TRAINING:
-        return reference.attention_half(y, tensors, half.eps, description, scale)
-    *six, table = tensors
-    return attention_half_training.attention_half(
-        *(y, Layers(*six), table, half.eps, description, scale, 1.0)
-    )
+    return reference.attention_half(y, tensors, half.eps, description, scale)
+
+
+def _is_specified() -> bool:
+    """Whether the specification is to compute the half, which covers every call."""
+    return requested_backend() == "reference"
+
+
+def _factor(drop_path: DropPathReading | DropPath) -> float:
+    """Of the samples that are kept."""
+    survival = 1.0 - drop_path.probability
+    return 1.0 / survival if survival > 0 else 1.0
 
 
 class TransformerHalf(HalfReader):

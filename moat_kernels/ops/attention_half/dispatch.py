@@ -1,4 +1,4 @@
-"""How a call of the attention half is computed by one operator: decided once for all calls alike."""
+"""How a call of the attention half is computed by one operator: decided once for calls alike."""
 
 from __future__ import annotations
 
@@ -50,9 +50,7 @@ def way_to_compute(
         autocast_dtype(y),
         device_type(y),
         torch.is_grad_enabled(),
-        *[
-            t if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in (y, *tensors)
-        ],
+        *[t if t is None else (t.shape, t.dtype, t.device, t.requires_grad) for t in (y, *tensors)],
     )
     way = _ways.get(signature)
     if way is None:
