@@ -41,7 +41,8 @@ class Adapter(ABC):
     """Computes modules of one class of one implementation by a fused op.
 
     An adapter is found by the name of the module's class and the names of its children; the other
-    package is never imported. It keeps no state: everything is read from the module at every call.
+    package is never imported. It keeps nothing of a module: what was read at a call holds for
+    another one only if the module has the same outline then (outline.py).
 
     implementation: the package or repository, for reports.
     class_name: the class of the modules.

@@ -1,7 +1,8 @@
 """Reading other people's modules: what they hold as an op needs it, or the reason why not.
 
-Everything is read anew at every call, so that nothing can be stale, and nothing is assumed: a
-class, a setting or a child that is not known here ends in `NotCovered`.
+Nothing is assumed: a class, a setting or a child that is not known here ends in `NotCovered`. What
+follows from classes and settings is kept by these alone (outline.py, block_reading.py), so that it
+cannot be stale; tensors are read at every call.
 """
 
 from __future__ import annotations

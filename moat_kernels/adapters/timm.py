@@ -309,7 +309,7 @@ class TransformerBlock2d(_Transformer):
     outline = Outline(_CLASSES, called=_CALLED)
     attention = Attention2d()
     rows = False
-    covers = "as its attention"
+    covers = "with and without a pool, for the biases of its attention"
     leaves = "as its attention"
 
     def describe(self, module: Any) -> WindowAttentionDescription:
