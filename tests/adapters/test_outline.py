@@ -137,6 +137,7 @@ EDITS: dict[str, list[Callable[[nn.Module], object]]] = {
         lambda block: setattr(block.attn, "rel_pos", None),
         lambda block: setattr(block, "ls1", nn.Identity()),
         lambda block: setattr(block, "norm1", nn.Identity()),
+        lambda block: setattr(block, "norm1", nn.LayerNorm((6, 16), elementwise_affine=False)),
         lambda block: setattr(block.attn, "proj", nn.Sequential(block.attn.proj, nn.Tanh())),
         lambda block: setattr(block, "_partition_attn", lambda x: 3 * x),
         lambda block: parametrizations.spectral_norm(block.attn.qkv),
@@ -305,6 +306,17 @@ def test_what_no_kernel_covers_is_computed_by_pieces(
     assert not maps
 
 
+def test_where_no_kernel_covers_a_call_parametrizations_run_once() -> None:
+    """Each call of a spectral norm in training changes its buffers."""
+    stock, fused = make("rows")
+    for block in (stock.float(), fused.float()):
+        torch.manual_seed(3)
+        parametrizations.spectral_norm(block.attn.qkv)
+        block.train()(make_input("rows").float())
+    for expected, buffer in zip(stock.buffers(), fused.buffers(), strict=True):
+        assert torch.equal(expected, buffer)
+
+
 def refuse(*_: object) -> None:
     raise AssertionError("the half's tensors were read")
 
@@ -318,7 +330,7 @@ def test_training_on_a_cpu_does_not_read_the_half(monkeypatch: pytest.MonkeyPatc
 def test_a_block_with_a_pool_does_not_read_the_half(monkeypatch: pytest.MonkeyPatch) -> None:
     config = dataclasses.replace(timm.MaxxVitTransformerCfg(), dim_head=8)
     holder = nn.Sequential(timm.TransformerBlock2d(16, 16, 2, None, config)).eval()
-    assert len(mk.fuse(holder).fused) == 1
+    assert [entry.class_name for entry in mk.fuse(holder).fused] == ["TransformerBlock2d"]
     monkeypatch.setattr(transformer, "layer_tensors", refuse)
     with torch.no_grad():
         holder(torch.randn(1, 16, 4, 6))

@@ -44,20 +44,20 @@ def coatnet(rel_pos_type: str = "bias", **options) -> tuple[nn.Module, Tensor]:
     config = settings(rel_pos_type=rel_pos_type, **options)
     bias = timm.get_rel_pos_cls(config, (3, 5))
     block = timm.TransformerBlock2d(32, 32, 1, bias, config, drop_path=0.5)
-    return block, torch.randn(3, 32, 3, 5)
+    return block, torch.randn(2, 32, 3, 5)
 
 
 def maxvit(kind: str, partition: str, **options) -> tuple[nn.Module, Tensor]:
     block = getattr(timm, kind)(32, partition, settings(**options), drop_path=0.5)
-    return block, torch.randn(3, *((4, 9, 32) if kind.endswith("Cl") else (32, 4, 9)))
+    return block, torch.randn(2, *((4, 6, 32) if kind.endswith("Cl") else (32, 4, 6)))
 
 
 def layer(partition: str) -> tuple[nn.Module, Tensor]:
-    size = (6, 6) if partition == "grid" else (6, 3)
+    size = (4, 4) if partition == "grid" else (4, 2)
     block = torchvision.PartitionAttentionLayer(
-        32, 16, 3, partition, size, 2, nn.GELU, nn.LayerNorm, 0.0, 0.0, 0.5
+        32, 16, 2, partition, size, 2, nn.GELU, nn.LayerNorm, 0.0, 0.0, 0.5
     )
-    return block, torch.randn(3, 32, *size)
+    return block, torch.randn(2, 32, *size)
 
 
 # Both layouts of qkv, each table of positions, layer scales.
@@ -106,7 +106,7 @@ def exact(stock: nn.Module) -> nn.Module:
 
 def step(block: nn.Module, x: Tensor) -> dict[str, Tensor]:
     """Output and gradients of one step; drop paths draw the same each time."""
-    torch.manual_seed(1)
+    torch.manual_seed(4)  # on a CPU the second sample loses both branches
     leaf = x.detach().requires_grad_()
     output = block(leaf)
     generator = torch.Generator().manual_seed(2)
@@ -162,11 +162,15 @@ def test_autocast(name: str, x_dtype: torch.dtype, device: str) -> None:
     stock, fused, x = make(name, device)
     x = x.to(x_dtype)
     launched: list[str] = []
+    sums: list[torch.dtype] = []
+    for block in (stock, fused):
+        block.norm2.register_forward_pre_hook(lambda _, inputs: sums.append(inputs[0].dtype))
     with torch.autocast(device, torch.bfloat16):
         eager = step(stock, x)
         with by_triton(launched):
             actual = step(fused, x)
     assert launched[:2] == ["norm_and_cast_kernel", "forward_kernel"]
+    assert sums[0] == sums[1]
     for key, value in step(exact(stock), x.double()).items():
         assert actual[key].dtype == eager[key].dtype, key
         allowed = LOW_PRECISION_FACTOR * relative_error(eager[key], value)
