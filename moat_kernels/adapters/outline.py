@@ -14,7 +14,7 @@ from typing import Any, Generic, NamedTuple, TypeVar
 import torch
 from torch import nn
 
-from moat_kernels.adapters.reading import ACTIVATIONS, tensor_names
+from moat_kernels.adapters.reading import ACTIVATIONS
 from moat_kernels.inspection import hooks_for_all_modules, touch_of
 from moat_kernels.normalization import describe_norm
 from moat_kernels.ops.common.batch_norm import Norm
@@ -32,9 +32,14 @@ def _nothing(_: nn.Module) -> None:
     return None
 
 
-def own_tensors(module: nn.Module) -> frozenset[str] | None:
+def own_tensors(module: nn.Module) -> tuple[str, ...] | None:
     """Names of the parameters and buffers that a module holds itself; None: there are none."""
-    return frozenset(tensor_names(module)) if module._parameters or module._buffers else None
+    parameters, buffers = module._parameters, module._buffers
+    if not (parameters or buffers):
+        return None
+    own = [name for name, tensor in parameters.items() if tensor is not None]
+    own += [name for name, tensor in buffers.items() if tensor is not None]
+    return tuple(own)
 
 
 _convolution_settings = attrgetter(
@@ -179,6 +184,6 @@ def places(
 
 
 def _is_plain(value: Any) -> bool:
-    if isinstance(value, tuple | frozenset):
+    if isinstance(value, tuple):
         return all(map(_is_plain, value))
     return isinstance(value, _PLAIN)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterable, Mapping
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from operator import attrgetter
 from typing import Any
@@ -43,7 +43,7 @@ from moat_kernels.linear import apply_linear
 from moat_kernels.ops.common.backends import warn_once
 from moat_kernels.ops.mbconv.description import Pool
 from moat_kernels.ops.window_attention import WindowAttentionDescription
-from moat_kernels.tensor_access import child
+from moat_kernels.tensor_access import child, tensor_of
 
 _TABLE = "relative_position_bias_table"
 # Of a transformer block's children, those behind its attention half.
@@ -60,14 +60,13 @@ def _attention_settings(attention: Any) -> Hashable:
 
 
 def _bias_settings(bias: Any) -> Hashable:
-    return tuple(bias.window_size), bias.prefix_tokens, own_tensors(bias)
+    return tuple(bias.window_size), getattr(bias, "prefix_tokens", 0), own_tensors(bias)
 
 
 # What reading looks at of timm's classes.
 _CLASSES: Mapping[str, Settings] = {
     **dict.fromkeys(("Attention2d", "AttentionCl"), _attention_settings),
-    **dict.fromkeys(("RelPosBias", "RelPosMlp"), _bias_settings),
-    "RelPosBiasTf": lambda bias: (tuple(bias.window_size), own_tensors(bias)),
+    **dict.fromkeys(("RelPosBias", "RelPosBiasTf", "RelPosMlp"), _bias_settings),
     "DropPath": attrgetter("drop_prob", "scale_by_keep", "training"),
     "SEModule": attrgetter("add_maxpool"),
     **dict.fromkeys(("Downsample2d", "LayerScale", "LayerScale2d"), lambda _: None),
@@ -132,22 +131,40 @@ def _read_downsampling(module: Any) -> tuple[Pool, nn.Module | None]:
     return read_pool(module.pool), expand
 
 
-def _read_table(bias: Any) -> Tensor | None:
-    """The bias table in the op's order: of RelPosBias, RelPosBiasTf or RelPosMlp."""
+def _swin_table(bias: Any) -> Tensor:
+    return read_swin_table(tensor_of(bias, _TABLE), bias.window_size)
+
+
+def _mlp_table(bias: Any) -> Tensor:
+    table = bias.bias_act(bias.mlp(bias.rel_coords_log).view(-1, bias.num_heads))
+    table = table if bias.bias_gain is None else bias.bias_gain * table
+    return read_swin_table(table, bias.window_size)
+
+
+# By the class of the bias: the tensors that it holds, and its table in the op's order.
+_BIASES: Mapping[str, tuple[set[str], Callable[[Any], Tensor]]] = {
+    "RelPosBias": ({_TABLE, "relative_position_index"}, _swin_table),
+    "RelPosBiasTf": (
+        {_TABLE, "height_lookup", "width_lookup"},
+        lambda bias: tensor_of(bias, _TABLE),
+    ),
+    "RelPosMlp": ({"rel_coords_log", "relative_position_index"}, _mlp_table),
+}
+
+
+def _read_table(bias: Any, known: bool = False) -> Tensor | None:
+    """The bias table in the op's order; known: whether class and tensors were checked."""
     if bias is None:
         return None
-    name, own = class_name(bias), tensor_names(bias)
+    if known:
+        return _BIASES[type(bias).__name__][1](bias)
+    name = class_name(bias)
     if getattr(bias, "prefix_tokens", 0):
         raise NotCovered("relative position bias with prefix tokens")
-    if name == "RelPosBiasTf" and own == {_TABLE, "height_lookup", "width_lookup"}:
-        return bias.relative_position_bias_table
-    window = tuple(bias.window_size)
-    if name == "RelPosBias" and own == {_TABLE, "relative_position_index"}:
-        return read_swin_table(bias.relative_position_bias_table, window)
-    if name == "RelPosMlp" and own == {"rel_coords_log", "relative_position_index"}:
-        table = bias.bias_act(bias.mlp(bias.rel_coords_log).view(-1, bias.num_heads))
-        return read_swin_table(table if bias.bias_gain is None else bias.bias_gain * table, window)
-    raise NotCovered(f"relative position bias {name}")
+    own, read = _BIASES.get(name, (None, None))
+    if read is None or tensor_names(bias) != own:
+        raise NotCovered(f"relative position bias {name}")
+    return read(bias)
 
 
 def _describe_attention(
@@ -265,9 +282,9 @@ class _Transformer(TransformerAdapter):
             raise NotCovered(f"attention {class_name(module.attn)}")
         self.attention.check_structure(module.attn)
 
-    def read_table(self, module: Any) -> Tensor | None:
-        attention = child(module, "attn")
-        return _read_table(child(attention, "rel_pos"))
+    def read_table(self, module: Any, known: bool = False) -> Tensor | None:
+        bias = child(child(module, "attn"), "rel_pos")
+        return _read_table(bias, known)
 
     def _half(
         self,

@@ -172,7 +172,7 @@ class PartitionAttentionLayer(TransformerAdapter):
             partition="grid" if module.partition_type == "grid" else "window",
         )
 
-    def read_table(self, module: Any) -> Tensor | None:
+    def read_table(self, module: Any, known: bool = False) -> Tensor | None:
         return _read_table(child(child(module, "attn_layer"), "1"))
 
     def compute(

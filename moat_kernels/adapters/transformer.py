@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from moat_kernels.adapters.base import AttentionAdapter, AttentionReading
 from moat_kernels.adapters.freezing import AttentionHalf, HalfLayers, HalfReader, layer_tensors
-from moat_kernels.adapters.outline import Outline, places
+from moat_kernels.adapters.outline import Outline, Seen, places
 from moat_kernels.adapters.reading import DropPathReading, NotCovered, refuse_hooks
 from moat_kernels.drop_path import DropPath
 from moat_kernels.ops.attention_half import api as attention_half
@@ -77,8 +77,11 @@ class TransformerAdapter(AttentionAdapter):
         """The attention as it is now, but for its tensors. Raises NotCovered."""
 
     @abstractmethod
-    def read_table(self, module: Any) -> Tensor | None:
-        """The bias table, to be read once in a call. Raises NotCovered."""
+    def read_table(self, module: Any, known: bool = False) -> Tensor | None:
+        """The bias table, to be read once in a call. Raises NotCovered.
+
+        known: whether the block's outline was, so that no class need be checked.
+        """
 
     @abstractmethod
     def read_half(self, module: Any, attention: AttentionReading) -> AttentionHalf:
@@ -95,8 +98,13 @@ class TransformerAdapter(AttentionAdapter):
         return AttentionReading(self.describe(module), self.read_table(module))
 
     def run(self, module: nn.Module, recompute: str, *inputs: Any, **options: Any) -> Any:
-        kept, modules = self._look(module)
-        attention = AttentionReading(kept.description, self.read_table(module))
+        seen = self.outline.look(module)
+        kept = None if seen is None else seen.kept
+        modules: Sequence[nn.Module | None] = () if seen is None else seen.modules
+        table_known = kept is not None
+        if kept is None:
+            kept, modules = self._read_block(module, seen)
+        attention = AttentionReading(kept.description, self.read_table(module, table_known))
         if kept.half is not None and len(inputs) == 1 and not options:
             output = _run_half(module, kept.half, modules, attention, inputs[0])
             if output is not None:
@@ -107,11 +115,10 @@ class TransformerAdapter(AttentionAdapter):
     def trials(self) -> tuple[Callable[..., Any], ...]:
         return (self.run, super().run)
 
-    def _look(self, module: nn.Module) -> tuple[Kept, Sequence[nn.Module | None]]:
+    def _read_block(
+        self, module: nn.Module, seen: Seen[Kept] | None
+    ) -> tuple[Kept, Sequence[nn.Module | None]]:
         """What the block is, and the modules that the half's layers are among."""
-        seen = self.outline.look(module)
-        if seen is not None and seen.kept is not None:
-            return seen.kept, seen.modules
         self.check_structure(module)
         description = self.describe(module)
         try:
