@@ -25,6 +25,7 @@ Value = TypeVar("Value")
 Settings = Callable[[Any], Hashable]
 
 _MOST_KEPT = 1024
+_MOST_MODULES = 256
 _PLAIN = (type, type(None), bool, int, float, str, Norm)
 
 
@@ -161,6 +162,8 @@ class Outline(Generic[Value]):
             inner = module._modules
             key += (kind, read(module), *inner)
             if inner and descends:
+                if len(modules) > _MOST_MODULES:  # one may be inside of itself
+                    raise _Touched
                 modules += inner.values()
         return tuple(key), modules
 

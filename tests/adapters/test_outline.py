@@ -239,6 +239,7 @@ def test_one_module_in_two_places(monkeypatch: pytest.MonkeyPatch) -> None:
         lambda block: setattr(block, "norm1", nn.GroupNorm(1, 64)),
         lambda block: setattr(block.norm1, "act", None),
         lambda block: block.register_buffer("more", torch.ones(1)),
+        lambda block: setattr(block.se.fc1, "owner", block.se),
     ],
 )
 def test_what_must_be_looked_at_closely_has_no_outline(
