@@ -16,6 +16,7 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
+from moat_kernels.ops.attention_half import dispatch as attention_half
 from moat_kernels.ops.common import backends
 from moat_kernels.ops.layer_norm.triton import backend as layer_norm
 from moat_kernels.ops.mbconv.triton import backend as mbconv
@@ -61,7 +62,7 @@ def launching_nothing() -> Iterator[None]:
     """Inside the `with` block the backend "triton" takes the CPU's tensors and computes nothing."""
     usable = {"triton": backends.BackendStatus(True)}
     with contextlib.ExitStack() as stack:
-        for backend in (layer_norm, mbconv, window_attention):
+        for backend in (attention_half, layer_norm, mbconv, window_attention):
             stack.enter_context(mock.patch.object(backend, "unsupported_tensor", lambda _: ""))
         stack.enter_context(mock.patch.dict(backends._STATUS, usable))
         stack.enter_context(mock.patch.object(driver, "_active", _Driver()))

@@ -76,7 +76,8 @@ def read_block(block: MBConvBlock) -> Bottleneck:
     key = None if torch.compiler.is_compiling() else _signature(block)
     description = None if key is None else _descriptions.get(key)
     if description is not None:
-        return Bottleneck(description, read_tensors(_modules_of(block)), drop_path)
+        modules = _modules_of(block)
+        return Bottleneck(description, modules, read_tensors(modules), drop_path)
     bottleneck = _read(block, drop_path)
     if key is not None:
         if len(_descriptions) >= _MOST_DESCRIPTIONS:

@@ -172,8 +172,7 @@ class FrozenBlock(FrozenModule):
     def operands(self, module: nn.Module) -> list[Operands]:
         if not isinstance(module, FusedModule):
             return []
-        project = fused_bottleneck(module).project
-        return [] if project is None else [(module, project)]
+        return [(module, fused_bottleneck(module).modules.project)]
 
     def steps_in_int8(
         self, module: FusedModule, quantizations: Sequence[Quantizations]

@@ -113,6 +113,25 @@ def are_touched(modules: Iterable[nn.Module | None]) -> bool:
     return False
 
 
+def touch_of(kind: type[nn.Module]) -> Callable[[nn.Module], bool]:
+    """`is_touched` of modules of exactly that class, not parametrized, in eager calls."""
+    code = _CODE.get(kind)
+    names = _names(kind) if code is None else code.names  # type: ignore[arg-type]
+    read, methods = (None, None) if code is None else (code.read, code.methods)
+
+    def touches(module: nn.Module) -> bool:
+        return bool(
+            module._forward_hooks
+            or module._forward_pre_hooks
+            or module._backward_hooks
+            or module._backward_pre_hooks
+            or not module.__dict__.keys().isdisjoint(names)
+            or (read is not None and read(kind) != methods)
+        )
+
+    return touches
+
+
 def hooks_for_all_modules() -> bool:
     """Whether a hook is registered for every module of the process, and wants to see each call.
 

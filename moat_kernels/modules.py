@@ -26,6 +26,7 @@ from moat_kernels.linear import apply_linear
 from moat_kernels.ops.attention_half import api as attention_half
 from moat_kernels.ops.attention_half import training as attention_half_training
 from moat_kernels.ops.attention_half.description import Layers
+from moat_kernels.ops.attention_half.dispatch import TRAINING, way_to_compute
 from moat_kernels.ops.common.backends import NO_TORCHSCRIPT, keep_backend, warn_once
 from moat_kernels.ops.common.spatial import in_format_of
 from moat_kernels.ops.common.symbols import settled
@@ -204,14 +205,12 @@ class FusedMOATBlock(FusedInvertedBottleneck, reference.MOATBlock):
         tensors = self.read_attention_half()
         if tensors is not None and child(self, "attention_norm").normalized_shape == y.shape[1:2]:
             description, eps = self.attention.description, settled(self.attention_norm.eps)
-            backend = "" if self._drops() else attention_half.covering(y, tensors, description)
-            if backend:
-                output = attention_half.attention_half(y, tensors, eps, description, backend)
+            way = way_to_compute(y, tensors, description, self._drops())
+            if way in attention_half.BACKENDS:
+                output = attention_half.attention_half(y, tensors, eps, description, way)
                 return in_format_of(output, y)
             drop_path = child(self, "drop_path")
-            if is_plain(drop_path, DropPath) and attention_half_training.covers(
-                *(y, tensors[:-1], tensors[-1], description)
-            ):
+            if way == TRAINING and is_plain(drop_path, DropPath):
                 return self._train_attention_half(y, tensors[:-1], drop_path)
         if self._fuses_branch(y):
             rows, branch = self._keeping_input(self._branch, y.permute(0, 2, 3, 1))

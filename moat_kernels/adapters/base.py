@@ -3,22 +3,28 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from moat_kernels.adapters.outline import Outline, Seen, places
 from moat_kernels.adapters.reading import (
     Bottleneck,
+    BottleneckModules,
+    DropPathReading,
     NotCovered,
     child_names,
+    read_tensors,
     refuse_hooks,
     tensor_names,
 )
+from moat_kernels.drop_path import DropPath
 from moat_kernels.ops.common.backends import warn_once
 from moat_kernels.ops.mbconv import mbconv
+from moat_kernels.ops.mbconv.description import MBConvDescription
 from moat_kernels.ops.window_attention import WindowAttentionDescription, window_attention
 from moat_kernels.tracing import is_traced, record_call
 
@@ -35,7 +41,8 @@ class Adapter(ABC):
     """Computes modules of one class of one implementation by a fused op.
 
     An adapter is found by the name of the module's class and the names of its children; the other
-    package is never imported. It keeps no state: everything is read from the module at every call.
+    package is never imported. It keeps nothing of a module: what was read at a call holds for
+    another one only if the module has the same outline then (outline.py).
 
     implementation: the package or repository, for reports.
     class_name: the class of the modules.
@@ -92,6 +99,11 @@ class Adapter(ABC):
     def run(self, module: nn.Module, recompute: str, *inputs: Any, **options: Any) -> Any:
         """What `method` returns. Raises NotCovered before anything is changed."""
 
+    @property
+    def trials(self) -> tuple[Callable[..., Any], ...]:
+        """The ways in which `run` may compute a module, each called like it, that `fuse` tries."""
+        return (self.run,)
+
     @abstractmethod
     def example(self, module: nn.Module) -> tuple[Tensor, ...]:
         """Small inputs for `method`, in float64, on which `fuse` compares both ways."""
@@ -115,10 +127,22 @@ class Adapter(ABC):
         return FusedClass(stock, {self.method: method})
 
 
+class _KeptBottleneck(NamedTuple):
+    """What of a bottleneck follows from its outline. places: of `BottleneckModules`."""
+
+    description: MBConvDescription
+    drop_path: DropPathReading | None
+    places: tuple[int | None, ...]
+
+
 class MBConvAdapter(Adapter):
-    """An inverted bottleneck. A subclass says by `read` which module plays which part."""
+    """An inverted bottleneck. A subclass says by `read` which module plays which part.
+
+    outline: tells of which blocks `read` need not be asked again; None: it is asked in every call.
+    """
 
     op = "mbconv"
+    outline: Outline[_KeptBottleneck] | None = None
 
     @abstractmethod
     def read(self, block: Any) -> Bottleneck:
@@ -128,9 +152,27 @@ class MBConvAdapter(Adapter):
         self.check_structure(module)
         self.read(module)
 
-    def run(self, module: nn.Module, recompute: str, *inputs: Any, **options: Any) -> Any:
+    def _read_again(self, module: nn.Module) -> Bottleneck:
+        """What `check` and `read` find, by the module's outline if it has one."""
+        seen = None if self.outline is None else self.outline.look(module)
+        if seen is not None and seen.kept is not None:
+            description, drop_path, found = seen.kept
+            modules = BottleneckModules(*seen.at(found))
+            return Bottleneck(description, modules, read_tensors(modules), drop_path)
         self.check_structure(module)
         bottleneck = self.read(module)
+        if seen is not None:
+            self._keep(seen, bottleneck)
+        return bottleneck
+
+    def _keep(self, seen: Seen[_KeptBottleneck], bottleneck: Bottleneck) -> None:
+        found, drop_path = places(seen.modules, bottleneck.modules), bottleneck.drop_path
+        if self.outline is None or found is None or isinstance(drop_path, DropPath):
+            return  # a drop path of this package is a module, which may change
+        self.outline.keep(seen, _KeptBottleneck(bottleneck.description, drop_path, found))
+
+    def run(self, module: nn.Module, recompute: str, *inputs: Any, **options: Any) -> Any:
+        bottleneck = self._read_again(module)
         (x,) = inputs
         drop_path = bottleneck.drop_path
         return mbconv(

@@ -15,7 +15,7 @@ COMBINATIONS = {
     "other norms (instance, group, layer norm)": "left as it is, and reported",
     "hooks on a block, parametrized weights": "fused; they run",
     "hooks on modules inside a block, or a forward replaced there": (
-        "the block runs unfused, with a `FallbackWarning`"
+        "the block runs unfused, with a `FallbackWarning`; modules around attention are called"
     ),
     "settings and biases changed inside a block": (
         "fused, or, if no op computes them, the block runs unfused, with a `FallbackWarning`"

@@ -1,8 +1,8 @@
 """What of other people's models `freeze` packs: bottlenecks, attention halves, MLPs and stems.
 
-`fuse` computes attention where it stands. A frozen step computes the norm before and the sum after
-it too, which lie in the block around: a `HalfReader` knows such a block, and says what it is made
-of. As it is known by names alone, `freeze` tries it out.
+A frozen step computes attention with the norm before and the sum after it, which lie in the block
+around: a `HalfReader` knows such a block, and says what it is made of. As it is known by names
+alone, `freeze` tries it out.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 from moat_kernels.adapters.base import AttentionReading
 from moat_kernels.adapters.reading import (
     Bottleneck,
+    DropPathReading,
     NotCovered,
+    check_pointwise,
     class_name,
     read_activation,
     read_convolution,
@@ -26,8 +28,10 @@ from moat_kernels.adapters.reading import (
     read_norm,
     read_pointwise,
 )
-from moat_kernels.inspection import is_plain_tensor
+from moat_kernels.drop_path import DropPath
+from moat_kernels.inspection import are_plain_tensors, is_plain_tensor
 from moat_kernels.normalization import norm_tensors
+from moat_kernels.ops.common.symbols import settled
 from moat_kernels.ops.frozen import (
     CannotFreeze,
     FrozenStep,
@@ -45,6 +49,8 @@ from moat_kernels.ops.mbconv.description import Pool
 from moat_kernels.ops.mbconv.dispatch import resolve_frozen
 from moat_kernels.ops.window_attention import WindowAttentionDescription
 from moat_kernels.tensor_access import tensor_of
+
+_LAYER = ("weight", "bias")
 
 # The two modules whose inputs are the operands of a step's int8 products.
 Operands = tuple[nn.Module, nn.Module]
@@ -146,11 +152,33 @@ class Mlp(TransformerPart):
         return self._example(leading, 3, 4, tensor_of(self.fc2, "weight"))
 
 
+class HalfLayers(NamedTuple):
+    """The modules that hold an attention half's tensors but for the bias table."""
+
+    norm: nn.Module
+    qkv: nn.Module
+    proj: nn.Module
+    layer_scale: nn.Module | None
+
+
+def layer_tensors(
+    norm: nn.Module, qkv: nn.Module, proj: nn.Module, layer_scale: nn.Module | None
+) -> list[Tensor | None]:
+    """The six that ops/attention_half takes, of layers that were checked. Raises NotCovered."""
+    tensors = [tensor_of(layer, name) for layer in (norm, qkv, proj) for name in _LAYER]
+    _refuse_subclasses(*tensors)
+    tensors[2], tensors[4] = _flat(tensors[2]), _flat(tensors[4])
+    if layer_scale is not None:
+        tensors[4:] = _scaled_by(layer_scale, *tensors[4:])
+    return tensors
+
+
 @dataclass(frozen=True)
 class AttentionHalf(TransformerPart):
     """y = x + layer_scale(proj(attention(qkv(norm(x))))) of a block, and maybe the MLP after it.
 
     norm: a layer norm over the channels. qkv, proj: linear layers or 1x1 convolutions.
+    drop_path: what drops now, of the attention's branch; None where nothing does.
     map_size: of the only maps that attention takes; None: of all that its windows divide.
     pool: if given, in place of x and norm(x) are expand(pool(x)) and pool(norm(x)).
     expand: a 1x1 convolution; None: it changes nothing.
@@ -162,6 +190,7 @@ class AttentionHalf(TransformerPart):
     proj: nn.Module
     attention: AttentionReading
     layer_scale: nn.Module | None = None
+    drop_path: DropPathReading | DropPath | None = None
     map_size: tuple[int, int] | None = None
     pool: Pool | None = None
     expand: nn.Module | None = None
@@ -180,15 +209,13 @@ class AttentionHalf(TransformerPart):
     def _attention_step(
         self, maps: torch.dtype | None, *quantizations: Quantizations
     ) -> FrozenStep:
+        if self.drop_path is not None:
+            raise NotCovered("its drop path drops")
         norm, description = _check_layer_norm(self.norm, "attention"), self.attention.description
-        qkv = _qkv(self.qkv, description)
-        proj = _scaled(self.proj, self.layer_scale, "attention")
+        tensors = self.tensors()
+        tensors[2:4] = qkv = _parts_first(tensors[2:4], description)
         assert qkv[0] is not None
         check_normalized_shape(norm, qkv[0].shape[1])
-        tensors = [
-            *(tensor_of(norm, "weight"), tensor_of(norm, "bias")),
-            *(*qkv, *proj, self.attention.bias_table),
-        ]
         layout = replace(description, qkv_layout="qkv_heads")
         if self.pool is None:
             step = attention_half_step(tensors, norm.eps, layout, maps, *quantizations)
@@ -197,6 +224,24 @@ class AttentionHalf(TransformerPart):
         step = pooled_half_step(tensors, Shortcut(self.pool, *expand), norm.eps, layout, maps)
         place = _checked_place(step, description.window_size, self.map_size, pooled=True)
         return replace(step, place=place)
+
+    @property
+    def eps(self) -> float:
+        return float(settled(_check_layer_norm(self.norm, "attention").eps))
+
+    def tensors(self) -> list[Tensor | None]:
+        """As ops/attention_half takes them, qkv as the description says. Raises NotCovered."""
+        layers = self.check_layers()
+        return [*layer_tensors(*layers), self.attention.bias_table]
+
+    def check_layers(self) -> HalfLayers:
+        """The modules that hold the tensors, if their classes are known. Raises NotCovered."""
+        return HalfLayers(
+            _check_layer_norm(self.norm, "attention"),
+            check_pointwise(self.qkv),
+            check_pointwise(self.proj),
+            _check_layer_scale(self.layer_scale, "attention"),
+        )
 
     def with_mlp(self, mlp: Mlp) -> AttentionHalf:
         """The same block without a branch."""
@@ -357,6 +402,8 @@ def _check_layer_norm(norm: nn.Module, before: str) -> nn.LayerNorm:
 
 def _refuse_subclasses(*tensors: Tensor | None) -> None:
     """Raise NotCovered for tensors whose sums and views may be of another class than they."""
+    if are_plain_tensors(tensors):
+        return
     for tensor in tensors:
         if not is_plain_tensor(tensor):
             raise NotCovered(f"a {type(tensor).__name__} among its tensors")
@@ -366,23 +413,50 @@ def _read_plain(module: nn.Module) -> tuple[Tensor, Tensor | None]:
     """Weight [out, in] and bias of a linear layer or a 1x1 convolution. Raises NotCovered."""
     weight, bias = read_pointwise(module)
     _refuse_subclasses(weight, bias)
-    return weight.flatten(1), bias
+    return _flat(weight), bias
 
 
-def _qkv(module: nn.Module, description: WindowAttentionDescription) -> list[Tensor | None]:
+def _parts_first(
+    qkv: Sequence[Tensor | None], description: WindowAttentionDescription
+) -> list[Tensor | None]:
     """Weight and bias with their rows in the order of "qkv_heads". Raises NotCovered."""
-    weight, bias = _read_plain(module)
     heads, head_dim = description.heads, description.head_dim
-    if len(weight) != 3 * heads * head_dim:
-        raise NotCovered(f"qkv of {len(weight)} channels for {heads} heads of {head_dim}")
+    assert qkv[0] is not None
+    if len(qkv[0]) != 3 * heads * head_dim:
+        raise NotCovered(f"qkv of {len(qkv[0])} channels for {heads} heads of {head_dim}")
     if description.qkv_layout == "qkv_heads":
-        return [weight, bias]
+        return list(qkv)
     return [
         None
         if tensor is None
         else tensor.unflatten(0, (heads, 3, -1)).transpose(0, 1).flatten(0, 2)
-        for tensor in (weight, bias)
+        for tensor in qkv
     ]
+
+
+def _flat(weight: Tensor) -> Tensor:
+    """[out, in] of a linear layer's weight or a 1x1 convolution's."""
+    return weight if weight.dim() == 2 else weight.flatten(1)
+
+
+def _check_layer_scale(module: nn.Module | None, what: str) -> nn.Module | None:
+    """The layer scale, if there is one; None of the identity. Raises NotCovered."""
+    if module is None or class_name(module) == "Identity":
+        return None
+    if class_name(module) not in ("LayerScale", "LayerScale2d"):
+        raise NotCovered(f"{class_name(module)} after its {what}")
+    return module
+
+
+def _scaled_by(
+    layer_scale: nn.Module, weight: Tensor, bias: Tensor | None
+) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias of a last layer and of the scale after it. Raises NotCovered."""
+    factor = tensor_of(layer_scale, "gamma")
+    _refuse_subclasses(factor)
+    if factor.shape != weight.shape[:1]:
+        raise NotCovered(f"a layer scale {tuple(factor.shape)} of {len(weight)} channels")
+    return factor[:, None] * weight, None if bias is None else factor * bias
 
 
 def _scaled(
@@ -390,12 +464,5 @@ def _scaled(
 ) -> tuple[Tensor, Tensor | None]:
     """Weight and bias of the last layer of `what`, and of the scale after it. Raises NotCovered."""
     weight, bias = _read_plain(module)
-    if layer_scale is None or class_name(layer_scale) == "Identity":
-        return weight, bias
-    if class_name(layer_scale) not in ("LayerScale", "LayerScale2d"):
-        raise NotCovered(f"{class_name(layer_scale)} after its {what}")
-    factor = tensor_of(layer_scale, "gamma")
-    _refuse_subclasses(factor)
-    if factor.shape != weight.shape[:1]:
-        raise NotCovered(f"a layer scale {tuple(factor.shape)} of {len(weight)} channels")
-    return factor[:, None] * weight, None if bias is None else factor * bias
+    scale = _check_layer_scale(layer_scale, what)
+    return (weight, bias) if scale is None else _scaled_by(scale, weight, bias)

@@ -1,7 +1,8 @@
 """Reading other people's modules: what they hold as an op needs it, or the reason why not.
 
-Everything is read anew at every call, so that nothing can be stale, and nothing is assumed: a
-class, a setting or a child that is not known here ends in `NotCovered`.
+Nothing is assumed: a class, a setting or a child that is not known here ends in `NotCovered`. What
+follows from classes and settings is kept by these alone (outline.py, block_reading.py), so that it
+cannot be stale; tensors are read at every call.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from moat_kernels.ops.mbconv.description import (
 from moat_kernels.reference import SameConv2d
 from moat_kernels.tensor_access import is_parametrized, plain_class, tensor_of
 
-_ACTIVATIONS = {
+ACTIVATIONS = {
     "GELU": "gelu",
     "GELUTanh": "gelu_tanh",
     "SiLU": "silu",
@@ -91,9 +92,9 @@ def read_activation(module: nn.Module) -> str:
     name = class_name(module)
     if name == "GELU" and getattr(module, "approximate", "none") == "tanh":
         name = "GELUTanh"
-    if name not in _ACTIVATIONS:
+    if name not in ACTIVATIONS:
         raise NotCovered(f"activation {name}")
-    return _ACTIVATIONS[name]
+    return ACTIVATIONS[name]
 
 
 class NormReading(NamedTuple):
@@ -270,11 +271,15 @@ class DropPathReading:
 
     probability: float
 
+    def draw(self, x: Tensor) -> Tensor:
+        """[B]: 0 or 1 for each sample, of the same random numbers that the module draws."""
+        return x.new_empty(x.shape[0]).bernoulli_(1.0 - self.probability)
+
     def scale(self, x: Tensor) -> Tensor:
-        """[B]: 0 or 1/p for each sample, of the same random numbers that the module draws."""
+        """[B]: 0 or 1/p for each sample, p the probability that it survives."""
         survival = 1.0 - self.probability
-        scale = x.new_empty(x.shape[0], 1, 1, 1).bernoulli_(survival)
-        return (scale.div_(survival) if survival > 0 else scale).flatten()
+        kept = self.draw(x)
+        return kept.div_(survival) if survival > 0 else kept
 
 
 def read_drop_path(module: nn.Module) -> DropPathReading | DropPath | None:
@@ -302,19 +307,6 @@ def read_drop_path(module: nn.Module) -> DropPathReading | DropPath | None:
     return DropPathReading(probability) if module.training and probability > 0 else None
 
 
-@dataclass(frozen=True)
-class Bottleneck:
-    """An inverted bottleneck as `functional.mbconv` takes it.
-
-    project: the module of the last convolution.
-    """
-
-    description: MBConvDescription
-    parameters: MBConvParameters
-    drop_path: DropPathReading | DropPath | None = None
-    project: nn.Module | None = None
-
-
 class BottleneckModules(NamedTuple):
     """The modules of an inverted bottleneck that hold its tensors."""
 
@@ -328,6 +320,16 @@ class BottleneckModules(NamedTuple):
     se_reduce: nn.Module | None
     se_expand: nn.Module | None
     shortcut: nn.Module | None
+
+
+@dataclass(frozen=True)
+class Bottleneck:
+    """An inverted bottleneck as `functional.mbconv` takes it, and the modules that hold it."""
+
+    description: MBConvDescription
+    modules: BottleneckModules
+    parameters: MBConvParameters
+    drop_path: DropPathReading | DropPath | None = None
 
 
 def read_tensors(modules: BottleneckModules) -> MBConvParameters:
@@ -417,7 +419,7 @@ def read_bottleneck(
         gate.expand if gate else None,
         shortcut,
     )
-    return Bottleneck(description, read_tensors(modules), drop_path, project)
+    return Bottleneck(description, modules, read_tensors(modules), drop_path)
 
 
 def _one_activation(norm: NormReading, activation: nn.Module | None) -> str:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
+from operator import attrgetter
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from moat_kernels.adapters.base import (
-    Adapter,
     AttentionAdapter,
     AttentionReading,
     MBConvAdapter,
 )
 from moat_kernels.adapters.freezing import (
     AttentionHalf,
-    HalfReader,
     Mlp,
     StemPart,
     StemReader,
     refuse_drop_path,
 )
+from moat_kernels.adapters.outline import Outline, Settings, own_tensors
 from moat_kernels.adapters.reading import (
     Bottleneck,
     Gate,
@@ -37,12 +37,40 @@ from moat_kernels.adapters.reading import (
     refuse_dropout,
     tensor_names,
 )
+from moat_kernels.adapters.transformer import TransformerAdapter, TransformerHalf
 from moat_kernels.chains import Container
 from moat_kernels.linear import apply_linear
+from moat_kernels.ops.common.backends import warn_once
 from moat_kernels.ops.mbconv.description import Pool
 from moat_kernels.ops.window_attention import WindowAttentionDescription
+from moat_kernels.tensor_access import child, tensor_of
 
 _TABLE = "relative_position_bias_table"
+# Of a transformer block's children, those behind its attention half.
+_MLP_BRANCH = ("norm2", "mlp", "ls2", "drop_path2")
+# Those, and the classes whose children are called where they are read.
+_CALLED = (*_MLP_BRANCH, "RelPosMlp")
+
+
+def _attention_settings(attention: Any) -> Hashable:
+    # None in place of a bias is no child.
+    sizes = (attention.num_heads, attention.dim_head, attention.scale)
+    flags = (attention.fused_attn, attention.head_first, attention.__dict__.get("rel_pos"))
+    return sizes, flags, own_tensors(attention)
+
+
+def _bias_settings(bias: Any) -> Hashable:
+    return tuple(bias.window_size), getattr(bias, "prefix_tokens", 0), own_tensors(bias)
+
+
+# What reading looks at of timm's classes.
+_CLASSES: Mapping[str, Settings] = {
+    **dict.fromkeys(("Attention2d", "AttentionCl"), _attention_settings),
+    **dict.fromkeys(("RelPosBias", "RelPosBiasTf", "RelPosMlp"), _bias_settings),
+    "DropPath": attrgetter("drop_prob", "scale_by_keep", "training"),
+    "SEModule": attrgetter("add_maxpool"),
+    **dict.fromkeys(("Downsample2d", "LayerScale", "LayerScale2d"), lambda _: None),
+}
 
 
 def _read_se(module: nn.Module) -> Gate:
@@ -61,6 +89,7 @@ class MbConvBlock(MBConvAdapter):
         *("conv3_1x1", "drop_path"),
     )
     optional = ("se", "se_early")
+    outline = Outline(_CLASSES, optional=optional)
     covers = "stride in the depthwise convolution, SE early or late, every pool and padding"
     leaves = "stride_mode 'pool' and '1x1', group_size > 1, channel attention other than SE"
 
@@ -102,29 +131,47 @@ def _read_downsampling(module: Any) -> tuple[Pool, nn.Module | None]:
     return read_pool(module.pool), expand
 
 
-def _read_table(bias: Any) -> Tensor | None:
-    """The bias table in the op's order: of RelPosBias, RelPosBiasTf or RelPosMlp."""
+def _swin_table(bias: Any) -> Tensor:
+    return read_swin_table(tensor_of(bias, _TABLE), bias.window_size)
+
+
+def _mlp_table(bias: Any) -> Tensor:
+    table = bias.bias_act(bias.mlp(bias.rel_coords_log).view(-1, bias.num_heads))
+    table = table if bias.bias_gain is None else bias.bias_gain * table
+    return read_swin_table(table, bias.window_size)
+
+
+# By the class of the bias: the tensors that it holds, and its table in the op's order.
+_BIASES: Mapping[str, tuple[set[str], Callable[[Any], Tensor]]] = {
+    "RelPosBias": ({_TABLE, "relative_position_index"}, _swin_table),
+    "RelPosBiasTf": (
+        {_TABLE, "height_lookup", "width_lookup"},
+        lambda bias: tensor_of(bias, _TABLE),
+    ),
+    "RelPosMlp": ({"rel_coords_log", "relative_position_index"}, _mlp_table),
+}
+
+
+def _read_table(bias: Any, known: bool = False) -> Tensor | None:
+    """The bias table in the op's order; known: whether class and tensors were checked."""
     if bias is None:
         return None
-    name, own = class_name(bias), tensor_names(bias)
+    if known:
+        return _BIASES[type(bias).__name__][1](bias)
+    name = class_name(bias)
     if getattr(bias, "prefix_tokens", 0):
         raise NotCovered("relative position bias with prefix tokens")
-    if name == "RelPosBiasTf" and own == {_TABLE, "height_lookup", "width_lookup"}:
-        return bias.relative_position_bias_table
-    window = tuple(bias.window_size)
-    if name == "RelPosBias" and own == {_TABLE, "relative_position_index"}:
-        return read_swin_table(bias.relative_position_bias_table, window)
-    if name == "RelPosMlp" and own == {"rel_coords_log", "relative_position_index"}:
-        table = bias.bias_act(bias.mlp(bias.rel_coords_log).view(-1, bias.num_heads))
-        return read_swin_table(table if bias.bias_gain is None else bias.bias_gain * table, window)
-    raise NotCovered(f"relative position bias {name}")
+    own, read = _BIASES.get(name, (None, None))
+    if read is None or tensor_names(bias) != own:
+        raise NotCovered(f"relative position bias {name}")
+    return read(bias)
 
 
-def _read_attention(
+def _describe_attention(
     attention: Any, window: tuple[int, int] | None = None, partition: Any = "window"
-) -> AttentionReading:
+) -> WindowAttentionDescription:
     refuse_dropout(attention.attn_drop, "the attention weights")
-    description = WindowAttentionDescription(
+    return WindowAttentionDescription(
         attention.num_heads,
         attention.dim_head,
         window,
@@ -132,7 +179,6 @@ def _read_attention(
         "heads_qkv" if attention.head_first else "qkv_heads",
         partition,
     )
-    return AttentionReading(description, _read_table(attention.rel_pos))
 
 
 def _check_bias(attention: Any, size: tuple[int, int], shared: Tensor | None) -> None:
@@ -153,9 +199,9 @@ class _Attention(AttentionAdapter):
         return [child for child in (module.attn_drop, module.rel_pos) if child is not None]
 
     def read(self, module: Any) -> AttentionReading:
-        return _read_attention(module)
+        return AttentionReading(_describe_attention(module), _read_table(module.rel_pos))
 
-    def _example_size(self, module: Any) -> tuple[int, int]:
+    def example_size(self, module: Any) -> tuple[int, int]:
         return (3, 4) if module.rel_pos is None else tuple(module.rel_pos.window_size)
 
 
@@ -176,7 +222,7 @@ class Attention2d(_Attention):
         return module.proj_drop(module.proj(rows.permute(0, 3, 1, 2)))
 
     def example(self, module: Any) -> tuple[Tensor, ...]:
-        height, width = self._example_size(module)
+        height, width = self.example_size(module)
         return (torch.randn(2, module.qkv.in_channels, height, width, dtype=torch.float64),)
 
 
@@ -199,32 +245,167 @@ class AttentionCl(_Attention):
         return module.proj_drop(apply_linear(module.proj, rows))
 
     def example(self, module: Any) -> tuple[Tensor, ...]:
-        height, width = self._example_size(module)
+        height, width = self.example_size(module)
         return (torch.randn(2, height, width, module.qkv.in_features, dtype=torch.float64),)
 
 
-class _PartitionAttention(AttentionAdapter):
-    """The block's attention without cutting the map into windows and back."""
+# Classes by whether they compute along the last axis, which rows have channels on.
+_OF_LAYOUT = {
+    True: ("LayerNorm", "LayerScale", "Linear"),
+    False: ("LayerNorm2d", "LayerScale2d", "Conv2d", "Conv2dSame"),
+}
+
+
+class _Transformer(TransformerAdapter):
+    """What the blocks share: their children, and how they add the branches.
+
+    rows: whether a block reads [B, H, W, C]; else it reads [B, C, H, W].
+    """
 
     implementation = "timm"
-    children = ("norm1", "attn", "ls1", "drop_path1", "norm2", "mlp", "ls2", "drop_path2")
-    method = "_partition_attn"
-    attention: Adapter
-    covers = "window and grid partition, without copies"
-    leaves = "as its attention; projection dropout (then only its attention is fused)"
+    children: tuple[str, ...] = ("norm1", "attn", "ls1", "drop_path1", *_MLP_BRANCH)
+    attention: _Attention
+    rows: bool
 
     def consumed(self, module: Any) -> Iterable[nn.Module]:
         return [module.attn, *self.attention.consumed(module.attn)]
 
-    def read(self, module: Any) -> AttentionReading:
+    def half_consumed(self, module: Any) -> Iterable[nn.Module]:
+        inner = module.attn
+        return (
+            *(module.norm1, inner.qkv, inner.proj, inner.proj_drop),
+            *(module.ls1, module.drop_path1),
+        )
+
+    def _check_attention(self, module: Any) -> None:
         if class_name(module.attn) != self.attention.class_name:
             raise NotCovered(f"attention {class_name(module.attn)}")
         self.attention.check_structure(module.attn)
+
+    def read_table(self, module: Any, known: bool = False) -> Tensor | None:
+        bias = child(child(module, "attn"), "rel_pos")
+        return _read_table(bias, known)
+
+    def _half(
+        self,
+        block: Any,
+        attention: AttentionReading,
+        norm: nn.Module,
+        map_size: tuple[int, int] | None = None,
+    ) -> AttentionHalf:
+        inner, layer_scale = block.attn, block.ls1
+        refuse_dropout(inner.proj_drop, "the projection")
+        for module in (norm, inner.qkv, inner.proj, layer_scale):
+            if class_name(module) in _OF_LAYOUT[not self.rows]:
+                raise NotCovered(f"{class_name(module)}, which is for another layout")
+        return AttentionHalf(
+            norm,
+            inner.qkv,
+            inner.proj,
+            attention,
+            layer_scale,
+            read_drop_path(block.drop_path1),
+            map_size,
+            rows=self.rows,
+            branch=_MLP_BRANCH,
+            branch_rows=self.rows,
+        )
+
+    @staticmethod
+    def _add_branches(module: Any, x: Tensor, attended: Tensor) -> Tensor:
+        """x: what the first one is added to."""
+        x = x + module.drop_path1(module.ls1(attended))
+        return x + module.drop_path2(module.ls2(module.mlp(module.norm2(x))))
+
+
+class TransformerBlock2d(_Transformer):
+    """CoAtNet's."""
+
+    class_name = "TransformerBlock2d"
+    children: tuple[str, ...] = ("shortcut", *_Transformer.children)
+    outline = Outline(_CLASSES, called=_CALLED)
+    attention = Attention2d()
+    rows = False
+    covers = "with and without a pool, for the biases of its attention"
+    leaves = "as its attention"
+
+    def describe(self, module: Any) -> WindowAttentionDescription:
+        self._check_attention(module)
+        return _describe_attention(module.attn)
+
+    def half_consumed(self, module: Any) -> Iterable[nn.Module]:
+        return (*super().half_consumed(module), module.shortcut)
+
+    def compute(
+        self,
+        module: Any,
+        attention: AttentionReading,
+        *inputs: Any,
+        shared_rel_pos: Tensor | None = None,
+    ) -> Tensor:
+        x, *rest = inputs
+        shared = rest[0] if rest else shared_rel_pos
+        if class_name(module.norm1) != "Sequential":  # with a pool, whose map is known later
+            _check_bias(module.attn, x.shape[2:], shared)
+        normalized = module.norm1(x)
+        try:
+            attended = self.attention.compute(module.attn, attention, normalized, shared)
+        except NotCovered as obstacle:
+            warn_once(f"{class_name(module.attn)}: {obstacle}; running unfused")
+            attended = module.attn(normalized, shared_rel_pos=shared)
+        return self._add_branches(module, module.shortcut(x), attended)
+
+    def read_half(self, module: Any, attention: AttentionReading) -> AttentionHalf:
+        bias, norm = module.attn.rel_pos, module.norm1
+        map_size = None if bias is None else tuple(bias.window_size)
+        if class_name(module.shortcut) == "Identity":
+            return self._half(module, attention, norm, map_size)
+        pool, expand = _read_downsampling(module.shortcut)
+        if class_name(norm) != "Sequential" or child_names(norm) != {"norm", "down"}:
+            raise NotCovered("a pool of its shortcut alone")
+        if _read_downsampling(norm.down) != (pool, None):
+            raise NotCovered("another pool than its shortcut's before its attention")
+        half = self._half(module, attention, norm.norm, map_size)
+        return replace(half, pool=pool, expand=expand)
+
+    def example(self, module: Any) -> tuple[Tensor, ...]:
+        height, width = self.attention.example_size(module.attn)
+        stride = 1 if class_name(module.shortcut) == "Identity" else 2
+        size = (stride * height, stride * width)
+        channels = module.attn.qkv.in_channels
+        return (torch.randn(2, channels, *size, dtype=torch.float64),)
+
+
+class _PartitionAttention(_Transformer):
+    """MaxViT's, without cutting the map into windows and back."""
+
+    outline = Outline(
+        _CLASSES,
+        settings=("partition_block", "partition_size"),
+        called=_CALLED,
+        methods=("_partition_attn",),
+    )
+    covers = "window and grid partition, without copies"
+    leaves = "as its attention; projection dropout (then only its attention is fused)"
+
+    def describe(self, module: Any) -> WindowAttentionDescription:
+        self._check_attention(module)
+        if "_partition_attn" in module.__dict__:
+            raise NotCovered("its _partition_attn was replaced")
         if getattr(module.attn.proj_drop, "p", 0.0) > 0:
             raise NotCovered("projection dropout, drawn window by window")
         window = tuple(module.partition_size)
         _check_bias(module.attn, window, None)
-        return _read_attention(module.attn, window, "window" if module.partition_block else "grid")
+        partition = "window" if module.partition_block else "grid"
+        return _describe_attention(module.attn, window, partition)
+
+    def compute(
+        self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any
+    ) -> Tensor:
+        (x,) = inputs
+        self._check_map(attention, *(x.shape[1:3] if self.rows else x.shape[2:]))
+        attended = self._attend(module.attn, attention, module.norm1(x))
+        return self._add_branches(module, x, attended)
 
     def _check_map(self, attention: AttentionReading, height: int, width: int) -> None:
         window = attention.description.window_size
@@ -232,17 +413,19 @@ class _PartitionAttention(AttentionAdapter):
         if height % window[0] or width % window[1]:
             raise NotCovered(f"a map of {height} x {width}, which windows {window} do not divide")
 
+    def _attend(self, inner: Any, attention: AttentionReading, x: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def read_half(self, module: Any, attention: AttentionReading) -> AttentionHalf:
+        return self._half(module, attention, module.norm1)
+
 
 class PartitionAttentionCl(_PartitionAttention):
     class_name = "PartitionAttentionCl"
     attention = AttentionCl()
+    rows = True
 
-    def compute(
-        self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any
-    ) -> Tensor:
-        (x,) = inputs
-        self._check_map(attention, x.shape[1], x.shape[2])
-        inner = module.attn
+    def _attend(self, inner: Any, attention: AttentionReading, x: Tensor) -> Tensor:
         rows = attention.attend(apply_linear(inner.qkv, x))
         return inner.proj_drop(apply_linear(inner.proj, rows))
 
@@ -255,13 +438,9 @@ class PartitionAttentionCl(_PartitionAttention):
 class PartitionAttention2d(_PartitionAttention):
     class_name = "PartitionAttention2d"
     attention = Attention2d()
+    rows = False
 
-    def compute(
-        self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any
-    ) -> Tensor:
-        (x,) = inputs
-        self._check_map(attention, x.shape[2], x.shape[3])
-        inner = module.attn
+    def _attend(self, inner: Any, attention: AttentionReading, x: Tensor) -> Tensor:
         rows = attention.attend(inner.qkv(x).permute(0, 2, 3, 1))
         return inner.proj_drop(inner.proj(rows.permute(0, 3, 1, 2)))
 
@@ -271,34 +450,14 @@ class PartitionAttention2d(_PartitionAttention):
         return (torch.randn(1, channels, 2 * height, 3 * width, dtype=torch.float64),)
 
 
-def _read_half(
-    block: Any, attention: AttentionReading, map_size: tuple[int, int] | None, rows: bool
-) -> AttentionHalf:
-    """The half of a block whose children have the names that all of timm's have."""
-    inner = block.attn
-    refuse_dropout(inner.proj_drop, "the projection")
-    refuse_drop_path(block.drop_path1)
-    return AttentionHalf(
-        block.norm1,
-        inner.qkv,
-        inner.proj,
-        attention,
-        block.ls1,
-        map_size,
-        rows=rows,
-        branch=("norm2", "mlp", "ls2", "drop_path2"),
-        branch_rows=rows,
-    )
-
-
-# Of its MLPs: the children, of which the dropouts are named so.
+# Of their MLPs: the children, of which the dropouts are named so.
 _MLPS = {
     "Mlp": ("fc1", "act", "drop1", "norm", "fc2", "drop2"),
     "ConvMlp": ("fc1", "norm", "act", "drop", "fc2"),
 }
 
 
-class _Half(HalfReader):
+class _Half(TransformerHalf):
     def read_mlp(self, block: Any) -> Mlp:
         mlp = block.mlp
         if child_names(mlp) != set(_MLPS.get(class_name(mlp), ())):
@@ -312,61 +471,14 @@ class _Half(HalfReader):
         return Mlp(block.norm2, mlp.fc1, mlp.act, mlp.fc2, block.ls2)
 
 
-class TransformerBlock2d(_Half):
-    """CoAtNet's; `fuse` finds the attention in it."""
-
-    class_name = "TransformerBlock2d"
-    children = ("shortcut", *_PartitionAttention.children)
-    adapter_key = Attention2d().key
-    attention = "attn"
-
-    def read(self, block: Any) -> AttentionHalf:
-        bias = block.attn.rel_pos
-        map_size = None if bias is None else tuple(bias.window_size)
-        half = _read_half(block, _read_attention(block.attn), map_size, rows=False)
-        if class_name(block.shortcut) == "Identity":
-            return half
-        pool, expand = _read_downsampling(block.shortcut)
-        if class_name(block.norm1) != "Sequential" or child_names(block.norm1) != {"norm", "down"}:
-            raise NotCovered("a pool of its shortcut alone")
-        if _read_downsampling(block.norm1.down) != (pool, None):
-            raise NotCovered("another pool than its shortcut's before its attention")
-        return replace(half, norm=block.norm1.norm, pool=pool, expand=expand)
-
-
-class _PartitionHalf(_Half):
-    """MaxViT's."""
-
-    children = _PartitionAttention.children
-    adapter: _PartitionAttention
-    rows: bool
-
-    def read(self, block: Any) -> AttentionHalf:
-        return _read_half(block, self.adapter.read(block), None, self.rows)
-
-
-class PartitionClHalf(_PartitionHalf):
-    adapter, rows = PartitionAttentionCl(), True
-    class_name, adapter_key = adapter.class_name, adapter.key
-
-
-class Partition2dHalf(_PartitionHalf):
-    adapter, rows = PartitionAttention2d(), False
-    class_name, adapter_key = adapter.class_name, adapter.key
-
-
 # Blocks of the same models that no op computes.
 UNFUSED = {"ConvNeXtBlock": "its norm is a layer norm, after the depthwise convolution"}
 
-ADAPTERS = (
-    MbConvBlock(),
-    PartitionAttentionCl(),
-    PartitionAttention2d(),
-    Attention2d(),
-    AttentionCl(),
-)
+_BLOCKS = (TransformerBlock2d(), PartitionAttentionCl(), PartitionAttention2d())
 
-HALVES = (TransformerBlock2d(), PartitionClHalf(), Partition2dHalf())
+ADAPTERS = (MbConvBlock(), *_BLOCKS, Attention2d(), AttentionCl())
+
+HALVES = tuple(map(_Half, _BLOCKS))
 
 
 class Stem(StemReader):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Hashable, Iterable, Mapping
+from operator import attrgetter
 from typing import Any
 
 import torch
@@ -15,12 +16,12 @@ from moat_kernels.adapters.base import (
 )
 from moat_kernels.adapters.freezing import (
     AttentionHalf,
-    HalfReader,
     Mlp,
     StemPart,
     StemReader,
     refuse_drop_path,
 )
+from moat_kernels.adapters.outline import Outline, Settings, own_tensors
 from moat_kernels.adapters.reading import (
     Bottleneck,
     NotCovered,
@@ -32,15 +33,37 @@ from moat_kernels.adapters.reading import (
     read_swin_table,
     refuse_dropout,
 )
+from moat_kernels.adapters.transformer import TransformerAdapter, TransformerHalf
 from moat_kernels.chains import Container
 from moat_kernels.linear import apply_linear
 from moat_kernels.ops.window_attention import WindowAttentionDescription
+from moat_kernels.tensor_access import child, tensor_of
+
+
+def _attention_settings(attention: Any) -> Hashable:
+    sizes = (attention.size, attention.n_heads, attention.head_dim, attention.scale_factor)
+    return sizes, own_tensors(attention)
+
+
+def _nothing(_: nn.Module) -> None:
+    return None
+
+
+# What reading looks at of torchvision's classes.
+_CLASSES: Mapping[str, Settings] = {
+    "RelativePositionalMultiHeadAttention": _attention_settings,
+    "StochasticDepth": attrgetter("p", "mode", "training"),
+    **dict.fromkeys(("WindowPartition", "WindowDepartition", "SwapAxes"), _nothing),
+    **dict.fromkeys(("Conv2dNormActivation", "SqueezeExcitation"), _nothing),
+    "AdaptiveAvgPool2d": _nothing,
+}
 
 
 class MBConv(MBConvAdapter):
     implementation = "torchvision"
     class_name = "MBConv"
     children = ("proj", "stochastic_depth", "layers")
+    outline = Outline(_CLASSES)
     covers = "everything that MaxVit builds"
     leaves = "stochastic depth by batch"
 
@@ -80,6 +103,11 @@ class MBConv(MBConvAdapter):
         )
 
 
+def _read_table(attention: Any) -> Tensor:
+    table = tensor_of(attention, "relative_position_bias_table")
+    return read_swin_table(table, (attention.size, attention.size))
+
+
 class RelativePositionalMultiHeadAttention(AttentionAdapter):
     implementation = "torchvision"
     class_name = "RelativePositionalMultiHeadAttention"
@@ -91,12 +119,10 @@ class RelativePositionalMultiHeadAttention(AttentionAdapter):
         return []
 
     def read(self, module: Any) -> AttentionReading:
-        window = (module.size, module.size)
         description = WindowAttentionDescription(
             module.n_heads, module.head_dim, None, float(module.scale_factor)
         )
-        table = read_swin_table(module.relative_position_bias_table, window)
-        return AttentionReading(description, table)
+        return AttentionReading(description, _read_table(module))
 
     def compute(
         self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any
@@ -110,7 +136,7 @@ class RelativePositionalMultiHeadAttention(AttentionAdapter):
         return (torch.randn(1, 2, module.max_seq_len, channels, dtype=torch.float64),)
 
 
-class PartitionAttentionLayer(AttentionAdapter):
+class PartitionAttentionLayer(TransformerAdapter):
     """The whole layer, without cutting the map into windows and back."""
 
     implementation = "torchvision"
@@ -121,6 +147,7 @@ class PartitionAttentionLayer(AttentionAdapter):
     )
     covers = "window and grid partition, without copies"
     leaves = "dropout in attn_layer or mlp_layer (then only its attention is fused)"
+    outline = Outline(_CLASSES, settings=("partition_type", "p", "grid_size"))
     attention = RelativePositionalMultiHeadAttention()
 
     def consumed(self, module: Any) -> Iterable[nn.Module]:
@@ -128,7 +155,7 @@ class PartitionAttentionLayer(AttentionAdapter):
         reverse = (module.departition_op, module.departition_swap)
         return [*partition, *reverse, module.attn_layer, module.attn_layer[1]]
 
-    def read(self, module: Any) -> AttentionReading:
+    def describe(self, module: Any) -> WindowAttentionDescription:
         for layers in (module.attn_layer, module.mlp_layer):
             for dropout in layers:
                 if getattr(dropout, "p", 0.0) > 0:
@@ -137,15 +164,16 @@ class PartitionAttentionLayer(AttentionAdapter):
         if len(module.attn_layer) != 3 or class_name(inner) != self.attention.class_name:
             raise NotCovered("attention of unknown structure")
         self.attention.check_structure(inner)
-        reading = self.attention.read(inner)
-        description = WindowAttentionDescription(
+        return WindowAttentionDescription(
             inner.n_heads,
             inner.head_dim,
             (inner.size, inner.size),
             float(inner.scale_factor),
             partition="grid" if module.partition_type == "grid" else "window",
         )
-        return AttentionReading(description, reading.bias_table)
+
+    def read_table(self, module: Any, known: bool = False) -> Tensor | None:
+        return _read_table(child(child(module, "attn_layer"), "1"))
 
     def compute(
         self, module: Any, attention: AttentionReading, *inputs: Any, **options: Any
@@ -159,6 +187,25 @@ class PartitionAttentionLayer(AttentionAdapter):
         x = x + module.stochastic_dropout(attended)
         x = x + module.stochastic_dropout(module.mlp_layer(x))
         return x.permute(0, 3, 1, 2)
+
+    def read_half(self, module: Any, attention: AttentionReading) -> AttentionHalf:
+        size = tuple(module.grid_size)
+        _check_map(module, size)
+        norm, inner, _ = module.attn_layer
+        return AttentionHalf(
+            norm,
+            inner.to_qkv,
+            inner.merge,
+            attention,
+            drop_path=read_drop_path(module.stochastic_dropout),
+            map_size=size,
+            branch=("mlp_layer", "stochastic_dropout"),
+            branch_rows=True,
+        )
+
+    def half_consumed(self, module: Any) -> Iterable[nn.Module]:
+        norm, inner, dropout = module.attn_layer
+        return (norm, inner.to_qkv, inner.merge, dropout)
 
     def example(self, module: Any) -> tuple[Tensor, ...]:
         channels = module.attn_layer[1].to_qkv.in_features
@@ -178,27 +225,7 @@ def _check_map(layer: Any, size: tuple[int, ...]) -> None:
         raise NotCovered(f"windows of {tokens}, not the {window} of the bias table")
 
 
-class PartitionHalf(HalfReader):
-    class_name = PartitionAttentionLayer.class_name
-    children = PartitionAttentionLayer.children
-    adapter_key = PartitionAttentionLayer().key
-
-    def read(self, layer: Any) -> AttentionHalf:
-        attention = PartitionAttentionLayer().read(layer)
-        size = tuple(layer.grid_size)
-        _check_map(layer, size)
-        norm, inner, _ = layer.attn_layer
-        refuse_drop_path(layer.stochastic_dropout)
-        return AttentionHalf(
-            norm,
-            inner.to_qkv,
-            inner.merge,
-            attention,
-            map_size=size,
-            branch=("mlp_layer", "stochastic_dropout"),
-            branch_rows=True,
-        )
-
+class PartitionHalf(TransformerHalf):
     def read_mlp(self, layer: Any) -> Mlp:
         if len(layer.mlp_layer) != 5:
             raise NotCovered("an MLP of unknown structure")
@@ -210,7 +237,7 @@ class PartitionHalf(HalfReader):
 
 ADAPTERS = (MBConv(), PartitionAttentionLayer(), RelativePositionalMultiHeadAttention())
 
-HALVES = (PartitionHalf(),)
+HALVES = (PartitionHalf(PartitionAttentionLayer()),)
 
 
 class Stem(StemReader):

@@ -6,6 +6,9 @@ before a module is fused, a copy of it with random weights runs both ways in flo
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
@@ -45,11 +48,12 @@ def verify(adapter: Adapter, module: nn.Module) -> str:
             stock = _randomized(_clone(module, {}))
         except Exception as error:
             raise NotCovered(f"trying it out failed: {error}") from error
-        try:
-            _compare(adapter, stock.train())
-        except NotCoveredInTraining as obstacle:
-            reason = str(obstacle)
-        _compare(adapter, stock.eval())
+        for run in adapter.trials:
+            try:
+                _compare(adapter, run, stock.train())
+            except NotCoveredInTraining as obstacle:
+                reason = str(obstacle)
+            _compare(adapter, run, stock.eval())
     return reason
 
 
@@ -120,12 +124,12 @@ def _randomized(module: nn.Module) -> nn.Module:
     return module
 
 
-def _compare(adapter: Adapter, stock: nn.Module) -> None:
+def _compare(adapter: Adapter, run: Callable[..., Any], stock: nn.Module) -> None:
     fused = _clone(stock, {}).train(stock.training)
     try:
         inputs = adapter.example(_clone(stock, {}))
         state = torch.get_rng_state()
-        actual = adapter.run(fused, "auto", *[value.clone() for value in inputs])
+        actual = run(fused, "auto", *[value.clone() for value in inputs])
         torch.set_rng_state(state)
         expected = getattr(stock, adapter.method)(*[value.clone() for value in inputs])
     except NotCovered:

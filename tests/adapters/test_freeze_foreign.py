@@ -296,12 +296,12 @@ def hook(module: nn.Module) -> None:
         (make_conv, lambda block: hook(block.conv1_1x1), "an inner Conv2d has hooks"),
         (make_conv, lambda block: block.norm1.train(), "a batch norm that measures its batch"),
         (make_transformer, hook, "it has hooks"),
-        (make_transformer, lambda block: hook(block.attn), "it has hooks"),
+        (make_transformer, lambda block: hook(block.attn), "an inner Attention2d has hooks"),
         (make_transformer, lambda block: hook(block.mlp.fc1), "an inner Conv2d has hooks"),
         (
             make_transformer,
             lambda block: block.add_module("lora", nn.Tanh()),
-            "unknown or missing lora",
+            "unknown lora",
         ),
         (
             make_partition,
@@ -343,7 +343,8 @@ def test_a_block_of_the_same_names_with_another_forward_is_left() -> None:
 
     block = make_transformer()
     block.__class__ = TransformerBlock2d
-    assert reason_for(fused_copy(block)).startswith("its results differ from those of the code")
+    assert mk.fuse(copy.deepcopy(block)).skipped[0].reason.startswith("its results differ from")
+    assert reason_for(fused_copy(block)) == "an attention without a block around it that is known"
 
 
 def test_an_attention_by_itself_is_left() -> None:

@@ -184,10 +184,10 @@ def unknown_shortcut(block: nn.Module) -> None:
 def test_blocks_that_were_changed_are_left(
     change: Callable[[nn.Module], None], reason: str
 ) -> None:
-    block = make_block()
-    change(block)
-    model = block.float()
+    model = make_block()
     mk.fuse(model)
+    change(model)
+    model.float()
     with pytest.raises(ValueError, match=reason):
         mk.freeze(model)
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cache
 
 import pytest
 import torch
-from torch import Tensor
+from support.peers import import_peer
+from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
-from moat_kernels import FusedMBConv, FusedMOATBlock, list_models, use_backend
+from moat_kernels import FusedMBConv, FusedMOATBlock, fuse, list_models, use_backend
 from moat_kernels.ops.common.device import planning
 from moat_kernels.ops.common.registration import looking_inside
 from moat_kernels.ops.triton_support.launching import triton_missing
@@ -61,15 +63,16 @@ def attention_half_launches(side: int, recompute: str) -> tuple[list[str], list[
 
 
 FORWARD = ["norm_and_cast_kernel", "addmm", "forward_kernel", "addmm", "addcmul"]
+BACKWARD = [
+    *("branch_gradient_kernel", "mm", "mm", "gradient_kernel", "mm", "mm"),
+    *("layer_norm_backward_kernel", "fold_sums_kernel"),
+]
 
 
 def test_the_attention_half() -> None:
     forward, backward = attention_half_launches(7, "none")
     assert forward == ["bernoulli_", *FORWARD]
-    assert backward == [
-        *("branch_gradient_kernel", "mm", "mm", "gradient_kernel", "mm", "mm"),
-        *("layer_norm_backward_kernel", "fold_sums_kernel"),
-    ]
+    assert backward == BACKWARD
 
 
 def test_the_attention_half_of_large_windows() -> None:
@@ -83,6 +86,17 @@ def test_recomputing_the_attention_half_draws_once() -> None:
     assert forward == ["bernoulli_", *FORWARD]
     assert backward[: len(FORWARD)] == FORWARD
     assert len(backward) == len(FORWARD) + 8
+
+
+def test_the_attention_half_of_a_block_of_timm() -> None:
+    """As of ours: its draw and its sum are part of it too."""
+    maxvit = import_peer("timm.models.maxxvit")
+    config = replace(maxvit.MaxxVitTransformerCfg(), window_size=(7, 7), rel_pos_type="bias_tf")
+    blocks = nn.Sequential(maxvit.PartitionAttention2d(64, "block", config, drop_path=0.2))
+    fuse(blocks)
+    forward, backward = launches(blocks.to("meta"), meta_map(64, 14))
+    assert forward[: len(FORWARD) + 1] == ["bernoulli_", *FORWARD]
+    assert backward[-len(BACKWARD) :] == BACKWARD
 
 
 DRAW = ["bernoulli_", "div_"]

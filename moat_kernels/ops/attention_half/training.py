@@ -61,7 +61,7 @@ def attention_half(
     without the factor. Products are in autocast's dtype, the sum is in the wider one. Not
     differentiable twice, nor with respect to `kept`.
     """
-    description, table = clamp_window(y.permute(0, 2, 3, 1), table, description)
+    description, table = clamp_window(y.shape[2:], table, description)
     half = Half(description, eps, factor, autocast_dtype(y) or y.dtype)
     return _AttentionHalf.apply(y, *layers, table, kept, half)
 

@@ -134,8 +134,8 @@ def _describe(
                 key += (_describe, position)  # no argument equals that
                 continue
             tensors.append(value)
-            key += (value.shape, value.stride(), value.dtype, value.device)
-            key.append(value.data_ptr() % ALIGNMENT)
+            address = value.data_ptr() % ALIGNMENT
+            key += (value.shape, value.stride(), value.dtype, value.device, address)
         elif value is None:
             key.append(None)
         elif isinstance(value, (tuple, list)):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def window_attention(
     dtype = autocast_dtype(qkv)
     if dtype is not None:
         qkv = qkv.to(dtype)
-    description, bias_table = clamp_window(qkv, bias_table, description)
+    description, bias_table = clamp_window(qkv.shape[1:3], bias_table, description)
     backend = choose_backend(
         "window_attention",
         qkv.device,
@@ -63,15 +64,15 @@ def _needs_gradient(qkv: Tensor, bias_table: Tensor | None) -> bool:
 
 
 def clamp_window(
-    qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
+    size: Sequence[int], bias_table: Tensor | None, description: WindowAttentionDescription
 ) -> tuple[WindowAttentionDescription, Tensor | None]:
     """A window beyond the map cut to the map: the same result without computing on padding.
 
-    Where the map's sizes are symbols, nothing is cut.
+    size: the map's height and width; where these are symbols, nothing is cut.
     """
     if description.window_size is None or description.partition == "grid":
         return description, bias_table
-    sides = zip(description.window_size, qkv.shape[1:3], strict=True)
+    sides = zip(description.window_size, size, strict=True)
     height, width = [size if is_certain(size < side) else side for side, size in sides]
     window = (height, width)
     if window == description.window_size:

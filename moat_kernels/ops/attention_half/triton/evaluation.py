@@ -40,7 +40,7 @@ def evaluate(
     *layers, table = tensors
     if table is not None:
         table = resize_table(table, description.window_for(*y.shape[2:]))
-    description, table = clamp_window(y.permute(0, 2, 3, 1), table, description)
+    description, table = clamp_window(y.shape[2:], table, description)
     dtype = autocast_dtype(y) or y.dtype
     if is_watched():
         output, *_ = torch.ops.moat_kernels.attention_half_forward(
