@@ -118,7 +118,9 @@ class Op:
 
 OPS = {
     "window_attention": Op(
-        launch_window_attention, frozenset({"fold_table_kernel"}), exact_float32=True
+        launch_window_attention,
+        frozenset({"spread_bias_kernel", "fold_table_kernel"}),
+        exact_float32=True,
     ),
     "layer_norm": Op(
         launch_layer_norm,
@@ -130,7 +132,7 @@ OPS = {
         frozenset(
             {
                 *("layer_norm_kernel", "norm_and_cast_kernel", "branch_gradient_kernel"),
-                *("layer_norm_backward_kernel", "fold_sums_kernel"),
+                *("layer_norm_backward_kernel", "fold_sums_kernel", "spread_bias_kernel"),
             }
         ),
         exact_float32=True,

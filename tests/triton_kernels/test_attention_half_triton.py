@@ -139,7 +139,7 @@ def test_gradients_of_float32_weights_are_not_rounded(device: str) -> None:
 @pytest.fixture
 def large_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     """All windows are taken for those with several backward kernels of attention."""
-    monkeypatch.setattr(window_attention, "LARGEST_IN_ONE", 0)
+    monkeypatch.setattr(window_attention, "in_one", lambda *_: False)
 
 
 @pytest.mark.usefixtures("large_windows")

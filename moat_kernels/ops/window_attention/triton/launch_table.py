@@ -1,14 +1,14 @@
 """How the Triton kernels of window attention are launched: its launch table.
 
-Chosen by counting registers and shared memory (docs/gpu_kernels.md has what each compiles to).
-Those of Hopper (9) were measured on an H200, the others on no GPU:
-`python -m moat_kernels.tune` does that.
+Chosen by counting instructions, registers and shared memory (docs/gpu_kernels.md has what each
+compiles to), and measured on no GPU: `python -m moat_kernels.tune` does that.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from moat_kernels.ops.triton_support.choice import choose
@@ -18,6 +18,7 @@ from moat_kernels.ops.triton_support.launch_table import (
     LaunchTable,
     register_launch_table,
 )
+from moat_kernels.ops.triton_support.launching import architecture
 
 
 @dataclass(frozen=True)
@@ -34,22 +35,21 @@ class AttentionBlocks:
 SMALL_WINDOW = 64
 SMALL, LARGE = "small window", "large window"
 
-# A program keeps its block of queries and walks over keys, of "key_value" the other way round. That
-# of "gradient" (of small windows) does both: it keeps as many keys as queries, and walks over as
-# many.
+# A program keeps its block of queries and walks over keys, of "key_value" the other way round. For
+# "gradient" (of small windows) a block of queries is the whole window, whatever stands here.
 LAUNCHES = register_launch_table(
     LaunchTable(
         "window_attention",
         {
-            ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
-            ("forward", 2, LARGE): AttentionBlocks(128, 32, 8, 2),
-            ("query", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
-            ("query", 2, LARGE): AttentionBlocks(128, 32, 8, 2),
-            ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 2),
-            ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 2),
-            ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
-            ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 2),
-            ("gradient", 2, SMALL): AttentionBlocks(64, 16, 4, 1),
+            ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+            ("forward", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            ("query", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+            ("query", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            ("key_value", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+            ("key_value", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            ("bias", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+            ("bias", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+            ("gradient", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
             ("forward", 4, SMALL): AttentionBlocks(64, 16, 8, 1),
             ("forward", 4, LARGE): AttentionBlocks(64, 16, 8, 1),
             ("query", 4, SMALL): AttentionBlocks(32, 32, 4, 2),
@@ -58,6 +58,7 @@ LAUNCHES = register_launch_table(
             ("key_value", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
             ("bias", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
             ("bias", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
+            # Where nothing is compiled, in tests: its registers would spill, see `in_one`.
             ("gradient", 4, SMALL): AttentionBlocks(64, 16, 8, 1),
         },
         choices={
@@ -71,38 +72,57 @@ LAUNCHES = register_launch_table(
                 ("key_value", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
                 ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
             },
-            9: {  # measured on an H200, see docs/launch_tables.md
-                ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
-                ("forward", 2, LARGE): AttentionBlocks(64, 16, 4, 1),
-                ("query", 2, LARGE): AttentionBlocks(128, 16, 8, 1),
-                ("key_value", 2, LARGE): AttentionBlocks(16, 64, 4, 1),
-                ("bias", 2, LARGE): AttentionBlocks(64, 64, 4, 2),
-                ("gradient", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+            # Registers allow larger tiles. "query" sums the scores too, see `sums_by_queries`.
+            9: {
+                ("forward", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("forward", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+                ("query", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("key_value", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("key_value", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
             },
-            10: {  # with two stages registers spill, those of "gradient" under Triton 3.6
-                ("gradient", 2, SMALL): AttentionBlocks(64, 32, 8, 1),
-                ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
-                ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 1),
-                ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 1),
-                ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
-                ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            10: {  # with one stage, and "gradient" with fewer warps, registers spill
+                ("forward", 2, SMALL): AttentionBlocks(64, 64, 4, 2),
+                ("forward", 2, LARGE): AttentionBlocks(64, 64, 4, 2),
+                ("query", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("query", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+                ("key_value", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("key_value", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+                ("gradient", 2, SMALL): AttentionBlocks(64, 64, 8, 1),
+            },
+            12: {  # with one stage, in float32 with fewer warps, registers spill
+                ("gradient", 2, SMALL): AttentionBlocks(64, 64, 4, 2),
+                ("key_value", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
+                ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
             },
         },
     )
 )
 
-# Windows of up to so many tokens have one backward kernel: each of its programs has a sum of tokens
-# times tokens in the second-level cache, as many as there are programs at a time. Beyond, three
-# kernels of more programs were faster on an H200.
+# Windows of up to so many tokens have one backward kernel in 16 bits.
 LARGEST_IN_ONE = SMALL_WINDOW
+
+# Windows of up to so many tokens are held in shared memory, and have room in registers for the sums
+# of a block of queries.
+LARGEST_HELD = 256
+LARGEST_SUMMED = 208
+
+# Windows of up to so many tokens have the bias of every pair of tokens in memory: at most 2 MiB for
+# each head in 16 bits. Beyond, kernels look it up in the table.
+LARGEST_SPREAD = 1024
+
+# Programs among which the blocks of a window are shared out, if there are few windows: enough for
+# several on each multiprocessor.
+GROUP_PROGRAMS = 528
+
+# Programs of "query" that sum gradients of scores: as many as run at a time on a large GPU.
+SUM_PROGRAMS = 264
 
 # Programs that sum the table's gradient, in a kernel of their own: enough for several on each
 # multiprocessor of any GPU. A constant, so that the order of summation is the same on all of them.
 BIAS_GRADIENT_PROGRAMS = 1024
 
-# Likewise of the one backward kernel: several rounds of what fits a GPU, for few to be idle in the
-# last, but each has a slab.
-GRADIENT_PROGRAMS = 1024
+# Likewise of the one backward kernel: twice what runs at a time on a large GPU; each has a slab.
+GRADIENT_PROGRAMS = 528
 
 
 def size_of(tokens: int) -> str:
@@ -110,13 +130,36 @@ def size_of(tokens: int) -> str:
     return SMALL if tokens <= SMALL_WINDOW else LARGE
 
 
-def row_slots(window_width: int) -> int:
-    """In how many slots kernels count the tokens of a window's row.
+def next_power_of_2(size: int) -> int:
+    """The smallest that is not below `size`."""
+    return 1 << (size - 1).bit_length()
 
-    The next power of 2, which is cheap to divide by, if three quarters of the slots have a token.
+
+def padded_tokens(tokens: int) -> int:
+    """`padded_tokens` of the kernels: rows and columns of the bias of a window's tokens."""
+    return 64 if tokens <= 64 else -(-tokens // 128) * 128
+
+
+def is_held(like: Tensor, tokens: int, block: int) -> bool:
+    """Whether kernels keep a window's keys (or queries) in shared memory, and unroll over blocks.
+
+    In float32 products are so many instructions that unrolling them takes too many.
     """
-    power = 1 << (window_width - 1).bit_length()
-    return power if 3 * power <= 4 * window_width else window_width
+    return like.element_size() == 2 and tokens <= min(LARGEST_HELD, 8 * block)
+
+
+def in_one(like: Tensor, tokens: int) -> bool:
+    """Whether one kernel is the backward pass: in float32 its registers would spill."""
+    return like.element_size() == 2 and tokens <= LARGEST_IN_ONE
+
+
+def sums_by_queries(like: Tensor, tokens: int) -> bool:
+    """Whether "query" sums gradients of scores too, [queries, tokens] of them in registers.
+
+    Otherwise "bias" computes the scores again. Elsewhere than on Hopper registers would spill.
+    """
+    hopper = architecture(like.device) // 10 == 9
+    return hopper and like.dtype == torch.bfloat16 and tokens <= LARGEST_SUMMED
 
 
 def window_splits(windows: int, heads: int, programs: int) -> int:
