@@ -104,24 +104,25 @@ def _normalize(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
     """(x normalised, mean and 1 / standard deviation of its rows, the cast parameters, the tiles).
 
-    The last two are None where there is nothing to cast: attention then spreads its bias itself.
+    The last two are None where there is nothing to cast, and where there are none.
     """
     from moat_kernels.ops.attention_half.triton.kernels import norm_and_cast_kernel
 
     weight, bias = layers.norm_weight.contiguous(), layers.norm_bias.contiguous()
-    if layers.qkv_weight.dtype == half.dtype:
-        normalized, (mean, rstd) = layer_norm.forward(x, weight, bias, half.eps, half.dtype)
-        return normalized, mean, rstd, None, None
-    sources = [tensor.contiguous() for tensor in layers[2:]]
-    sizes = [source.numel() for source in sources]
+    sources: list[Tensor | None] = [None] * 4
+    sizes, low = [0] * 4, None
+    if layers.qkv_weight.dtype != half.dtype:
+        sources = [tensor.contiguous() for tensor in layers[2:]]
+        sizes = [tensor.numel() for tensor in layers[2:]]
+        low = x.new_empty(sum(map(_whole_blocks, sizes)), dtype=half.dtype)
     channels = x.shape[-1]
     count = x.numel() // channels
     normalized = torch.empty_like(x, dtype=half.dtype)
     mean, rstd = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
-    low = x.new_empty(sum(map(_whole_blocks, sizes)), dtype=half.dtype)
     blocks = norm_blocks("forward", x, count, channels)
     rows, covering = blocks.tile(channels)
-    norm_programs, cast_programs = -(-count // rows), len(low) // BLOCK_CAST
+    norm_programs = -(-count // rows)
+    cast_programs = 0 if low is None else len(low) // BLOCK_CAST
     spread = _Spread.of(table, half, x)
     launch(
         norm_and_cast_kernel,

@@ -37,7 +37,8 @@ def norm_and_cast_kernel(
 
     The first norm_programs programs do what `layer_norm_kernel` does. Each of the next
     cast_programs fills a block of low: the four parameters one after the other, each from the
-    beginning of a block on. The others do what `spread_bias_kernel` does; none if tiles are None.
+    beginning of a block on (none if low is None). The others do what `spread_bias_kernel` does
+    (none if tiles are None).
     """
     block = tl.program_id(0) - norm_programs
     if block < 0:
@@ -46,17 +47,18 @@ def norm_and_cast_kernel(
             BLOCK_ROWS, BLOCK_CHANNELS,
         )  # fmt: skip
     elif block < cast_programs:
-        qkv_end = tl.cdiv(qkv_size, BLOCK_CAST)
-        qkv_bias_end = qkv_end + tl.cdiv(qkv_bias_size, BLOCK_CAST)
-        proj_end = qkv_bias_end + tl.cdiv(proj_size, BLOCK_CAST)
-        if block < qkv_end:
-            cast_block(qkv_weight, qkv_size, low, block, 0, BLOCK_CAST)
-        elif block < qkv_bias_end:
-            cast_block(qkv_bias, qkv_bias_size, low, block, qkv_end, BLOCK_CAST)
-        elif block < proj_end:
-            cast_block(proj_weight, proj_size, low, block, qkv_bias_end, BLOCK_CAST)
-        else:
-            cast_block(proj_bias, proj_bias_size, low, block, proj_end, BLOCK_CAST)
+        if low is not None:
+            qkv_end = tl.cdiv(qkv_size, BLOCK_CAST)
+            qkv_bias_end = qkv_end + tl.cdiv(qkv_bias_size, BLOCK_CAST)
+            proj_end = qkv_bias_end + tl.cdiv(proj_size, BLOCK_CAST)
+            if block < qkv_end:
+                cast_block(qkv_weight, qkv_size, low, block, 0, BLOCK_CAST)
+            elif block < qkv_bias_end:
+                cast_block(qkv_bias, qkv_bias_size, low, block, qkv_end, BLOCK_CAST)
+            elif block < proj_end:
+                cast_block(proj_weight, proj_size, low, block, qkv_bias_end, BLOCK_CAST)
+            else:
+                cast_block(proj_bias, proj_bias_size, low, block, proj_end, BLOCK_CAST)
     elif tiles is not None:
         spread_block(
             table, tiles, block - cast_programs, window_height, window_width, PADDED, BLOCK_SPREAD

@@ -29,14 +29,12 @@ from moat_kernels.ops.window_attention.triton.launch_table import (
     GRADIENT_PROGRAMS,
     GROUP_PROGRAMS,
     LARGEST_SPREAD,
-    SUM_PROGRAMS,
     AttentionBlocks,
     attention_blocks,
     in_one,
     is_held,
     next_power_of_2,
     padded_tokens,
-    sums_by_queries,
     window_splits,
 )
 
@@ -265,14 +263,14 @@ def backward(
 
 
 @dataclass(frozen=True)
-class ScoreSums:
-    """`PartialGradients.slabs`, whose number depends on the launch."""
+class Summands:
+    """What a sum is of, along the first axis: how many there are depends on the launch."""
 
-    slabs: Tensor
+    parts: Tensor
 
     def whole(self) -> Tensor:
         """What tuning compares."""
-        return self.slabs.sum(0)
+        return self.parts.sum(0)
 
 
 class PartialGradients(NamedTuple):
@@ -320,13 +318,10 @@ def _partial_gradients(
     if in_one(call.qkv, call.tokens):
         return _gradient(call, grad, output, log_sum_exp, needs_table, needs_sums)
     grad_qkv = call.qkv.new_empty(call.qkv.shape)
-    sums_scores = needs_table and sums_by_queries(call.qkv, call.tokens)
-    _, delta, scores = _query_gradient(call, grad, output, log_sum_exp, grad_qkv, sums_scores)
+    _, delta, sums = _query_gradient(call, grad, output, log_sum_exp, grad_qkv, needs_sums)
     _key_value_gradient(call, grad, log_sum_exp, delta, grad_qkv)
-    if needs_table and scores is None:
-        scores = _score_sums(call, grad, log_sum_exp, delta)
-    sums = grad_qkv.sum((0, 1, 2), dtype=torch.float32)[None] if needs_sums else None
-    return PartialGradients(grad_qkv, None if scores is None else scores.slabs, sums)
+    slabs = _score_sums(call, grad, log_sum_exp, delta).parts if needs_table else None
+    return PartialGradients(grad_qkv, slabs, None if sums is None else sums.parts)
 
 
 @tunable
@@ -381,21 +376,18 @@ def _query_gradient(
     output: Tensor,
     log_sum_exp: Tensor,
     grad_qkv: Tensor,
-    sums_scores: bool,
-) -> tuple[Tensor, Tensor, ScoreSums | None]:
-    """(gradient of the queries, written into grad_qkv, delta of every query, sums if asked)."""
+    needs_sums: bool,
+) -> tuple[Tensor, Tensor, Summands | None]:
+    """(gradient of the queries, written into grad_qkv, delta of every query, qkv's sums)."""
     from moat_kernels.ops.window_attention.triton.kernels import backward as kernels
 
     delta = call.statistic()
     chosen, options = call.configure("query")
-    blocks = call.blocks(chosen.queries)
-    splits, slabs = call.windows, None
-    if sums_scores:
-        splits = window_splits(call.windows, call.heads * blocks, SUM_PROGRAMS)
-        slabs = call.slabs(splits)
+    programs = call.blocks(chosen.queries) * call.windows
+    sums = delta.new_empty(programs, call.qkv.shape[3]) if needs_sums else None
     launch(
         kernels.query_gradient_kernel,
-        (blocks * splits, call.heads),
+        (programs, call.heads),
         grad,
         output,
         log_sum_exp,
@@ -403,17 +395,15 @@ def _query_gradient(
         call.bias,
         grad_qkv,
         delta,
-        slabs,
+        sums,
         *call.geometry,
-        call.batch,
         reads=(grad, output, log_sum_exp, call.qkv, call.bias),
-        writes=(Part(grad_qkv, 1, 3), delta, slabs),
+        writes=(Part(grad_qkv, 1, 3), delta, sums),
         flops=call.product_flops(3),
-        enable_fp_fusion=False,
         **call.walk(chosen.keys),
         **options,
     )
-    return call.part(grad_qkv, 0), delta, None if slabs is None else ScoreSums(slabs)
+    return call.part(grad_qkv, 0), delta, None if sums is None else Summands(sums)
 
 
 @tunable
@@ -444,7 +434,7 @@ def _key_value_gradient(
 
 
 @tunable
-def _score_sums(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -> ScoreSums:
+def _score_sums(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -> Summands:
     """Each summed in a fixed order."""
     from moat_kernels.ops.window_attention.triton.kernels import backward as kernels
 
@@ -468,7 +458,7 @@ def _score_sums(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -
         flops=call.product_flops(2),
         **options,
     )
-    return ScoreSums(slabs)
+    return Summands(slabs)
 
 
 def _fold_table(call: _Call, slabs: Tensor, dtype: torch.dtype) -> Tensor:

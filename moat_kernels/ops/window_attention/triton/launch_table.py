@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from moat_kernels.ops.triton_support.choice import choose
@@ -18,7 +17,6 @@ from moat_kernels.ops.triton_support.launch_table import (
     LaunchTable,
     register_launch_table,
 )
-from moat_kernels.ops.triton_support.launching import architecture
 
 
 @dataclass(frozen=True)
@@ -68,15 +66,17 @@ LAUNCHES = register_launch_table(
             "stages": STAGES,
         },
         exceptions={
-            8: {  # with fewer warps registers spill under Triton 3.6
+            8: {  # with fewer warps, or more keys, registers spill
+                ("query", 4, SMALL): AttentionBlocks(32, 16, 4, 2),
+                ("query", 4, LARGE): AttentionBlocks(32, 16, 4, 2),
                 ("key_value", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
                 ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
             },
-            # Registers allow larger tiles. "query" sums the scores too, see `sums_by_queries`.
-            9: {
+            9: {  # registers allow larger tiles
                 ("forward", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
                 ("forward", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
                 ("query", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("query", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
                 ("key_value", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
                 ("key_value", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
             },
@@ -89,10 +89,12 @@ LAUNCHES = register_launch_table(
                 ("key_value", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
                 ("gradient", 2, SMALL): AttentionBlocks(64, 64, 8, 1),
             },
-            12: {  # with one stage, in float32 with fewer warps, registers spill
+            12: {  # with one stage, in float32 with more keys, registers spill
                 ("gradient", 2, SMALL): AttentionBlocks(64, 64, 4, 2),
-                ("key_value", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
-                ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
+                ("query", 4, SMALL): AttentionBlocks(32, 16, 4, 2),
+                ("query", 4, LARGE): AttentionBlocks(32, 16, 4, 2),
+                ("key_value", 4, SMALL): AttentionBlocks(32, 16, 4, 1),
+                ("key_value", 4, LARGE): AttentionBlocks(32, 16, 4, 1),
             },
         },
     )
@@ -101,10 +103,8 @@ LAUNCHES = register_launch_table(
 # Windows of up to so many tokens have one backward kernel in 16 bits.
 LARGEST_IN_ONE = SMALL_WINDOW
 
-# Windows of up to so many tokens are held in shared memory, and have room in registers for the sums
-# of a block of queries.
+# Windows of up to so many tokens are held in shared memory.
 LARGEST_HELD = 256
-LARGEST_SUMMED = 208
 
 # Windows of up to so many tokens have the bias of every pair of tokens in memory: at most 2 MiB for
 # each head in 16 bits. Beyond, kernels look it up in the table.
@@ -113,9 +113,6 @@ LARGEST_SPREAD = 1024
 # Programs among which the blocks of a window are shared out, if there are few windows: enough for
 # several on each multiprocessor.
 GROUP_PROGRAMS = 528
-
-# Programs of "query" that sum gradients of scores: as many as run at a time on a large GPU.
-SUM_PROGRAMS = 264
 
 # Programs that sum the table's gradient, in a kernel of their own: enough for several on each
 # multiprocessor of any GPU. A constant, so that the order of summation is the same on all of them.
@@ -151,15 +148,6 @@ def is_held(like: Tensor, tokens: int, block: int) -> bool:
 def in_one(like: Tensor, tokens: int) -> bool:
     """Whether one kernel is the backward pass: in float32 its registers would spill."""
     return like.element_size() == 2 and tokens <= LARGEST_IN_ONE
-
-
-def sums_by_queries(like: Tensor, tokens: int) -> bool:
-    """Whether "query" sums gradients of scores too, [queries, tokens] of them in registers.
-
-    Otherwise "bias" computes the scores again. Elsewhere than on Hopper registers would spill.
-    """
-    hopper = architecture(like.device) // 10 == 9
-    return hopper and like.dtype == torch.bfloat16 and tokens <= LARGEST_SUMMED
 
 
 def window_splits(windows: int, heads: int, programs: int) -> int:

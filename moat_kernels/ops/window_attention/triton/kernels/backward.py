@@ -81,19 +81,6 @@ def score_gradient(
 
 
 @triton.jit
-def zero_blocks(
-    ROWS: tl.constexpr, FULL: tl.constexpr, BLOCK_KEYS: tl.constexpr, REST: tl.constexpr
-):
-    """Zeros for every block of keys, [ROWS, keys] each: a tuple."""
-    blocks = ()
-    for _ in tl.static_range(0, FULL, BLOCK_KEYS):
-        blocks = blocks + (tl.zeros([ROWS, BLOCK_KEYS], tl.float32),)  # noqa: RUF005
-    if REST > 0:
-        blocks = blocks + (tl.zeros([ROWS, REST], tl.float32),)  # noqa: RUF005
-    return blocks
-
-
-@triton.jit
 def store_slab(
     slabs, index, first_query, first_key, values,
     PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
@@ -104,104 +91,107 @@ def store_slab(
     tl.store(slabs + row[:, None] + (first_key + tl.arange(0, KEYS))[None, :], values)
 
 
-@triton.jit(do_not_specialize=[*SIZES, "batch_size"])
+@triton.jit
+def add_query_gradient(
+    sums, query, gradient, normalizer, difference, query_valid, key, value, key_valid,
+    first_query, first_key, bias, scale, window_height, window_width,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr,
+    BIAS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """dQ / scale of a block of queries with a block of keys more."""
+    _, grad_score = score_gradient(
+        query, gradient, normalizer, difference, query_valid, key, value, key_valid,
+        first_query, first_key, bias, scale, window_height, window_width,
+        QUERIES, KEYS, RAGGED, BIAS, PADDED, PRECISION,
+    )  # fmt: skip
+    return tl.dot(grad_score.to(key.dtype), key, sums, input_precision=PRECISION)
+
+
+@triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
-    grad_output, output, log_sum_exp, qkv, bias, grad_qkv, delta, slabs,
+    grad_output, output, log_sum_exp, qkv, bias, grad_qkv, delta, qkv_sums,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
-    batch_size,
     GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, BIAS: tl.constexpr,
     PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
     REST: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dQ = scale dS K and delta of a block of queries, in every splits-th window of a head.
+    """dQ = scale dS K and delta for one (block of queries, window, head) a program.
 
-    slabs [splits, heads, PADDED, PADDED] (None unless HELD) are sums of dS over a program's
-    windows: no atomics, and always the same order.
+    Reads q, k, v, output and its gradient once from DRAM; writes dQ once and a float32 delta per
+    query. Scores, dP and dQ's accumulator stay in registers. HELD: the loop over blocks of keys is
+    unrolled, the last of REST.
 
-    Reads q, k, v, output and its gradient once from DRAM; writes dQ once, a float32 delta per
-    query, and its slab. Scores, dP and the sums stay in registers. HELD: the loop over blocks of
-    keys is unrolled, the last of REST. Compiled without fusing multiplications and additions: dS is
-    rounded once for its product and its sum, instead of waiting for the latter in two registers.
+    qkv_sums [query blocks * windows * batch, 3 * heads * HEAD_DIM], or None: what the sums of dQ,
+    dK and dV over all tokens are sums of. As rows of P sum to 1 and rows of dS to 0, the sum of dV
+    is that of G, and the sum of dK is 0.
 
-    Grid: (query blocks * splits, heads). Maps but qkv are contiguous; grad_qkv has the layout of
-    qkv.
+    Grid: (query blocks * windows * batch, heads). Maps but qkv are contiguous; grad_qkv has the
+    layout of qkv.
     """
     TOKENS: tl.constexpr = window_height * window_width
     FULL: tl.constexpr = TOKENS // BLOCK_KEYS * BLOCK_KEYS
-    windows = window_count(height, width, window_height, window_width)
     query_blocks = tl.cdiv(TOKENS, BLOCK_QUERIES)
     first = tl.program_id(0) % query_blocks * BLOCK_QUERIES
-    split, splits = tl.program_id(0) // query_blocks, tl.num_programs(0) // query_blocks
+    batch, row, column = find_window(
+        tl.program_id(0) // query_blocks, height, width, window_height, window_width, GRID
+    )
     head = tl.program_id(1)
+    base = qkv + batch * stride_batch + head * stride_head
+    base += row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    origin = row.to(tl.int64) * width + column
+    place = (batch * height * width + origin) * heads * HEAD_DIM + head * HEAD_DIM
+    statistic = (batch * heads + head) * height * width + origin
     bias = bias_of_head(bias, head, window_height, window_width, BIAS, PADDED)
-    token = first + tl.arange(0, BLOCK_QUERIES)
-    score_sums = ()
-    if slabs is not None:
-        score_sums = zero_blocks(BLOCK_QUERIES, FULL, BLOCK_KEYS, REST)
+    query, gradient, normalizer, valid, pixel = load_queries(
+        base, grad_output + place, log_sum_exp + statistic, first + tl.arange(0, BLOCK_QUERIES),
+        row, column, stride_row, stride_column, heads, height, width, window_height, window_width,
+        GRID, RAGGED, LONG, HEAD_DIM,
+    )  # fmt: skip
+    difference = output_product(gradient, output + place, pixel, valid, heads, HEAD_DIM)
+    tl.store(delta + statistic + pixel, difference, mask=valid)
+    channel = tl.arange(0, HEAD_DIM)
+    if qkv_sums is not None:
+        qkv_sums += tl.program_id(0).to(tl.int64) * 3 * heads * HEAD_DIM + head * stride_head
+        # Where P is not finite neither is their sum with it.
+        spread = tl.sum(normalizer * 0.0, 0)
+        value_sum = tl.sum(gradient.to(tl.float32), 0) + spread
+        tl.store(qkv_sums + 2 * stride_part + channel, value_sum)
 
-    for index in range(split, batch_size * windows, splits):
-        # 0, which the compiler does not see: it would keep offsets of all tokens in registers from
-        # window to window, and spill them. With sums it spills less if those of queries stay.
-        zero = index >> 31
-        query_token = token + zero if slabs is None else token
-        batch, row, column = find_window(index, height, width, window_height, window_width, GRID)
-        base = qkv + batch * stride_batch + head * stride_head
-        base += row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
-        origin = row.to(tl.int64) * width + column
-        place = (batch * height * width + origin) * heads * HEAD_DIM + head * HEAD_DIM
-        statistic = (batch * heads + head) * height * width + origin
-        query, gradient, normalizer, valid, pixel = load_queries(
-            base, grad_output + place, log_sum_exp + statistic, query_token, row, column,
-            stride_row, stride_column, heads, height, width, window_height, window_width,
-            GRID, RAGGED, LONG, HEAD_DIM,
-        )  # fmt: skip
-        difference = output_product(gradient, output + place, pixel, valid, heads, HEAD_DIM)
-        tl.store(delta + statistic + pixel, difference, mask=valid)
-
-        sums = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
-        if HELD:
-            added = ()
-            for start in tl.static_range(0, TOKENS, BLOCK_KEYS):
-                key, value, key_valid, _ = load_keys(
-                    base, start + zero + tl.arange(0, BLOCK_KEYS if start < FULL else REST),
-                    row, column,
-                    stride_row, stride_column, stride_part,
-                    height, width, window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
-                )  # fmt: skip
-                _, grad_score = score_gradient(
-                    query, gradient, normalizer, difference, valid, key, value, key_valid,
-                    first, start, bias, scale, window_height, window_width,
-                    BLOCK_QUERIES, key.shape[0], RAGGED, BIAS, PADDED, PRECISION,
-                )  # fmt: skip
-                if slabs is not None:
-                    added = added + (score_sums[start // BLOCK_KEYS] + grad_score,)  # noqa: RUF005
-                sums = tl.dot(grad_score.to(key.dtype), key, sums, input_precision=PRECISION)
-            score_sums = added
-        else:
-            for start in range(0, TOKENS, BLOCK_KEYS):
-                key, value, key_valid, _ = load_keys(
-                    base, start + tl.arange(0, BLOCK_KEYS), row, column,
-                    stride_row, stride_column, stride_part,
-                    height, width, window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
-                )  # fmt: skip
-                _, grad_score = score_gradient(
-                    query, gradient, normalizer, difference, valid, key, value, key_valid,
-                    first, start, bias, scale, window_height, window_width,
-                    BLOCK_QUERIES, BLOCK_KEYS, RAGGED, BIAS, PADDED, PRECISION,
-                )  # fmt: skip
-                sums = tl.dot(grad_score.to(key.dtype), key, sums, input_precision=PRECISION)
-        target = grad_qkv + (batch * height * width + origin) * 3 * heads * HEAD_DIM
-        target += head * stride_head
-        store_rows(target, pixel * (3 * heads * HEAD_DIM), valid, sums * scale, HEAD_DIM)
-
-    if slabs is not None:
-        for block in tl.static_range(len(score_sums)):
-            store_slab(
-                slabs, split * heads + head, first, block * BLOCK_KEYS,
-                score_sums[block], PADDED, BLOCK_QUERIES, score_sums[block].shape[1],
+    sums = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
+    if HELD:
+        for start in tl.static_range(0, TOKENS, BLOCK_KEYS):
+            key, value, key_valid, _ = load_keys(
+                base, start + tl.arange(0, BLOCK_KEYS if start < FULL else REST), row, column,
+                stride_row, stride_column, stride_part,
+                height, width, window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
             )  # fmt: skip
+            sums = add_query_gradient(
+                sums, query, gradient, normalizer, difference, valid, key, value, key_valid,
+                first, start, bias, scale, window_height, window_width,
+                BLOCK_QUERIES, key.shape[0], RAGGED, BIAS, PADDED, PRECISION,
+            )  # fmt: skip
+    else:
+        for start in range(0, TOKENS, BLOCK_KEYS):
+            key, value, key_valid, _ = load_keys(
+                base, start + tl.arange(0, BLOCK_KEYS), row, column,
+                stride_row, stride_column, stride_part,
+                height, width, window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
+            )  # fmt: skip
+            sums = add_query_gradient(
+                sums, query, gradient, normalizer, difference, valid, key, value, key_valid,
+                first, start, bias, scale, window_height, window_width,
+                BLOCK_QUERIES, BLOCK_KEYS, RAGGED, BIAS, PADDED, PRECISION,
+            )  # fmt: skip
+    sums *= scale
+    target = grad_qkv + (batch * height * width + origin) * 3 * heads * HEAD_DIM
+    target += head * stride_head
+    store_rows(target, pixel * (3 * heads * HEAD_DIM), valid, sums, HEAD_DIM)
+    if qkv_sums is not None:
+        total = tl.sum(tl.where(valid[:, None], sums, 0.0), 0)
+        tl.store(qkv_sums + channel, total)
+        tl.store(qkv_sums + stride_part + channel, total * 0.0)  # likewise
 
 
 @triton.jit

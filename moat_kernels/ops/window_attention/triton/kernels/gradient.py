@@ -13,7 +13,6 @@ from moat_kernels.ops.window_attention.triton.kernels.backward import (
     output_product,
     score_gradient,
     store_slab,
-    zero_blocks,
 )
 from moat_kernels.ops.window_attention.triton.kernels.forward import (
     SIZES,
@@ -23,6 +22,15 @@ from moat_kernels.ops.window_attention.triton.kernels.forward import (
     window_count,
 )
 from moat_kernels.ops.window_attention.triton.kernels.position_bias import bias_of_head
+
+
+@triton.jit
+def zero_blocks(ROWS: tl.constexpr, BLOCKS: tl.constexpr, BLOCK_KEYS: tl.constexpr):
+    """Zeros for every block of keys, [ROWS, BLOCK_KEYS] each: a tuple."""
+    blocks = ()
+    for _ in tl.static_range(BLOCKS):
+        blocks = blocks + (tl.zeros([ROWS, BLOCK_KEYS], tl.float32),)  # noqa: RUF005
+    return blocks
 
 
 @triton.jit
@@ -57,7 +65,8 @@ def gradient_kernel(
 
     Reads q, k, v, output and its gradient and a float32 per query once from DRAM; writes dQ, dK and
     dV once, and the sums, which stay in registers: no atomics, and always the same order. Compiled
-    without fusing multiplications and additions, as `query_gradient_kernel`.
+    without fusing multiplications and additions: dS is rounded once for its product and its sum,
+    instead of waiting for the latter in two registers.
 
     Grid: (splits, heads). Maps but qkv are contiguous; grad_qkv has the layout of qkv.
     """
@@ -69,14 +78,15 @@ def gradient_kernel(
     bias = bias_of_head(bias, head, window_height, window_width, BIAS, PADDED)
     score_sums = ()
     if slabs is not None:
-        score_sums = zero_blocks(BLOCK_QUERIES, BLOCKS * BLOCK_KEYS, BLOCK_KEYS, 0)
+        score_sums = zero_blocks(BLOCK_QUERIES, BLOCKS, BLOCK_KEYS)
     if qkv_sums is not None:
         query_totals = tl.zeros([BLOCK_QUERIES // 16, 8, HEAD_DIM], tl.float32)
         key_totals = tl.zeros([BLOCK_KEYS // 16, 8, HEAD_DIM], tl.float32)
         value_totals = tl.zeros([BLOCK_KEYS // 16, 8, HEAD_DIM], tl.float32)
 
     for index in range(split, batch_size * windows, tl.num_programs(0)):
-        # 0, see `query_gradient_kernel`.
+        # 0, which the compiler does not see: it would keep offsets of all tokens in registers from
+        # window to window, and spill them.
         zero = index >> 31
         batch, row, column = find_window(index, height, width, window_height, window_width, GRID)
         base = qkv + batch * stride_batch + head * stride_head
