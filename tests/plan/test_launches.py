@@ -60,39 +60,29 @@ def attention_half_launches(side: int, recompute: str) -> tuple[list[str], list[
     return launches(block.attention_half, meta_map(64, side))
 
 
-FORWARD = [
-    *("norm_and_cast_kernel", "addmm", "spread_bias_kernel", "forward_kernel", "addmm", "addcmul"),
-]
+FORWARD = ["norm_and_cast_kernel", "addmm", "forward_kernel", "addmm", "addcmul"]
 
 
 def test_the_attention_half() -> None:
     forward, backward = attention_half_launches(7, "none")
     assert forward == ["bernoulli_", *FORWARD]
     assert backward == [
-        *(
-            "branch_gradient_kernel",
-            "mm",
-            "mm",
-            "spread_bias_kernel",
-            "gradient_kernel",
-            "mm",
-            "mm",
-        ),
+        *("branch_gradient_kernel", "mm", "mm", "gradient_kernel", "mm", "mm"),
         *("layer_norm_backward_kernel", "fold_sums_kernel"),
     ]
 
 
 def test_the_attention_half_of_large_windows() -> None:
-    """Two kernels in place of one, and a sum."""
+    """Three kernels in place of one: faster on an H200 from some 64 tokens on."""
     forward, backward = attention_half_launches(14, "none")
-    assert (len(forward), len(backward)) == (7, 11)
+    assert (len(forward), len(backward)) == (6, 10)
 
 
 def test_recomputing_the_attention_half_draws_once() -> None:
     forward, backward = attention_half_launches(7, "block")
     assert forward == ["bernoulli_", *FORWARD]
     assert backward[: len(FORWARD)] == FORWARD
-    assert len(backward) == len(FORWARD) + 9
+    assert len(backward) == len(FORWARD) + 8
 
 
 DRAW = ["bernoulli_", "div_"]
@@ -141,12 +131,12 @@ def step_launches(model: str, blocks: str) -> int:
 @pytest.mark.parametrize("blocks", BLOCKS[1:])
 @pytest.mark.parametrize("model", ["moat_0", "tiny_moat_0"])
 def test_a_training_step_in_every_recompute_level(model: str, blocks: str) -> None:
-    assert step_launches(model, blocks) <= 0.40 * step_launches(model, "stock")
+    assert step_launches(model, blocks) <= 0.38 * step_launches(model, "stock")
 
 
 @pytest.mark.parametrize("model", list_models())
 def test_a_training_step_of_every_variant(model: str) -> None:
-    assert step_launches(model, "none") <= 0.35 * step_launches(model, "stock")
+    assert step_launches(model, "none") <= 0.34 * step_launches(model, "stock")
 
 
 def test_a_training_step_of_moat_0() -> None:

@@ -131,8 +131,8 @@ OPS = {
         launch_attention_half,
         frozenset(
             {
-                *("layer_norm_kernel", "norm_and_cast_kernel", "branch_gradient_kernel"),
-                *("layer_norm_backward_kernel", "fold_sums_kernel", "spread_bias_kernel"),
+                *("norm_and_cast_kernel", "branch_gradient_kernel"),
+                *("layer_norm_backward_kernel", "fold_sums_kernel"),
             }
         ),
         exact_float32=True,

@@ -51,16 +51,18 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["one", "several", "held"])
+@pytest.fixture(params=["one", "several", "held", "looked up"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """How the backward pass is made: by one kernel, or as large windows are, which are few here.
 
-    held: as those are in bfloat16 on Hopper, where the queries' kernel sums the scores' gradients.
+    held: as those of up to 256 tokens are. looked up: as those of more than 1024, whose bias is not
+    spread out.
     """
     one, held = request.param == "one", request.param == "held"
     monkeypatch.setattr(triton_backend, "in_one", lambda _, tokens: one and tokens <= 64)
     monkeypatch.setattr(triton_backend, "is_held", lambda *_: held)
-    monkeypatch.setattr(triton_backend, "sums_by_queries", lambda *_: held)
+    if request.param == "looked up":
+        monkeypatch.setattr(triton_backend, "LARGEST_SPREAD", 0)
     return str(request.param)
 
 
@@ -106,8 +108,8 @@ def test_the_tables_gradient_for_any_number_of_partial_sums(
     programs: int, kernels: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five windows, summed by one program, and by three: two, two and one."""
-    constants = {"one": "GRADIENT", "several": "BIAS_GRADIENT", "held": "SUM"}
-    monkeypatch.setattr(triton_backend, f"{constants[kernels]}_PROGRAMS", programs)
+    constant = "GRADIENT" if kernels == "one" else "BIAS_GRADIENT"
+    monkeypatch.setattr(triton_backend, f"{constant}_PROGRAMS", programs)
     description = WindowAttentionDescription(1, 16, (3, 3))
     qkv, table = make_inputs(description, (5, 3, 3), device=device)
     expected = run("reference", qkv, table, description, torch.float64)
@@ -137,7 +139,7 @@ def test_windows_of_several_blocks_add_to_one_sum(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two windows of 60 tokens, in blocks of 16 or 32, by one program."""
-    monkeypatch.setattr(triton_backend, "SUM_PROGRAMS", 1)
+    monkeypatch.setattr(triton_backend, "BIAS_GRADIENT_PROGRAMS", 1)
     monkeypatch.setattr(triton_backend, "GRADIENT_PROGRAMS", 1)
     description = WindowAttentionDescription(1, 16)
     qkv, table = make_inputs(description, (2, 5, 12), device=device)
@@ -290,31 +292,27 @@ def test_bytes_and_products_of_each_pass(kernels: str) -> None:
     rows, table_bytes = 3 * 8 * 8, 4 * 2 * 7 * 7
     wide, statistic = 4 * rows * 32, 4 * rows * 2
     slabs = 4 * 12 * 2 * 16 * 16  # one for each of the 12 windows
+    spread = kernels != "looked up"
     tiles = 4 * 2 * 64 * 64
-    ends = {
-        "spread_bias_kernel": table_bytes + tiles,
-        "forward_kernel": 3 * wide + tiles + wide + statistic,
+    bias = tiles if spread else table_bytes
+    expected = {
+        "forward_kernel": 3 * wide + bias + wide + statistic,
         "fold_table_kernel": slabs + table_bytes,
     }
-    query = 5 * wide + tiles + statistic + wide + statistic
-    key_value = 4 * wide + tiles + 2 * statistic + 2 * wide
-    middle = {
-        "one": {"gradient_kernel": 5 * wide + tiles + statistic + 3 * wide + slabs},
-        "several": {
-            "query_gradient_kernel": query,
-            "key_value_gradient_kernel": key_value,
-            "bias_gradient_kernel": 4 * wide + tiles + 2 * statistic + slabs,
-        },
-        "held": {"query_gradient_kernel": query + slabs, "key_value_gradient_kernel": key_value},
-    }
-    assert {one.kernel: one.bytes for one in passes} == {**ends, **middle[kernels]}
+    if spread:
+        expected["spread_bias_kernel"] = table_bytes + tiles
+    if kernels == "one":
+        expected["gradient_kernel"] = 5 * wide + bias + statistic + 3 * wide + slabs
+    else:
+        expected["query_gradient_kernel"] = 5 * wide + bias + statistic + wide + statistic
+        expected["key_value_gradient_kernel"] = 4 * wide + bias + 2 * statistic + 2 * wide
+        expected["bias_gradient_kernel"] = 4 * wide + bias + 2 * statistic + slabs
+    assert {one.kernel: one.bytes for one in passes} == expected
     product = 2 * 12 * 2 * 16 * 16 * 16
-    products = {
-        "one": [0, 2, 0, 5, 0],
-        "several": [0, 2, 0, 3, 4, 2, 0],
-        "held": [0, 2, 0, 3, 4, 0],
-    }
-    assert [one.flops // product for one in passes] == products[kernels]
+    products = {"one": [0, 2, 0, 5, 0], "looked up": [2, 3, 4, 2, 0]}.get(
+        kernels, [0, 2, 0, 3, 4, 2, 0]
+    )
+    assert [one.flops // product for one in passes] == products
     assert {one.arithmetic for one in passes} == {"float32"}
 
 
