@@ -62,8 +62,8 @@ def _attention_maps() -> Iterator[tuple[int, int, int]]:
 
 
 def launch_window_attention(dtype: torch.dtype, autocast: bool) -> None:
-    """Forward and backward of every attention of the nine variants."""
-    for batch, size, width in _attention_maps():
+    """Forward and backward of every attention of the nine variants, and of a larger map."""
+    for batch, size, width in (*_attention_maps(), (2, 40, 256)):
         description = WindowAttentionDescription(width // HEAD_DIM, HEAD_DIM)
         sides = 2 * size - 1
         table = _empty(description.heads, sides, sides, dtype=torch.float32 if autocast else dtype)

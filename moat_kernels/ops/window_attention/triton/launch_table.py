@@ -31,7 +31,10 @@ class AttentionBlocks:
 
 # Of windows up to 64 tokens (7 x 7 and 8 x 8) one tile is the whole window.
 SMALL_WINDOW = 64
-SMALL, LARGE = "small window", "large window"
+# Windows of up to so many tokens have the bias of every pair of tokens in memory: at most 2 MiB for
+# each head in 16 bits. Beyond, kernels look it up in the table.
+LARGEST_SPREAD = 1024
+SMALL, LARGE, HUGE = "small window", "large window", "bias looked up"
 
 # A program keeps its block of queries and walks over keys, of "key_value" the other way round. For
 # "gradient" (of small windows) a block of queries is the whole window, whatever stands here.
@@ -41,21 +44,29 @@ LAUNCHES = register_launch_table(
         {
             ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
             ("forward", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            ("forward", 2, HUGE): AttentionBlocks(64, 32, 4, 1),
             ("query", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
             ("query", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            ("query", 2, HUGE): AttentionBlocks(64, 32, 4, 1),
             ("key_value", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
             ("key_value", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            ("key_value", 2, HUGE): AttentionBlocks(64, 32, 4, 1),
             ("bias", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
             ("bias", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+            ("bias", 2, HUGE): AttentionBlocks(64, 64, 4, 1),
             ("gradient", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
             ("forward", 4, SMALL): AttentionBlocks(64, 16, 8, 1),
             ("forward", 4, LARGE): AttentionBlocks(64, 16, 8, 1),
+            ("forward", 4, HUGE): AttentionBlocks(64, 16, 8, 1),
             ("query", 4, SMALL): AttentionBlocks(32, 32, 4, 2),
             ("query", 4, LARGE): AttentionBlocks(32, 32, 4, 2),
+            ("query", 4, HUGE): AttentionBlocks(32, 16, 4, 2),
             ("key_value", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
             ("key_value", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
+            ("key_value", 4, HUGE): AttentionBlocks(32, 16, 4, 1),
             ("bias", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
             ("bias", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
+            ("bias", 4, HUGE): AttentionBlocks(32, 32, 4, 1),
             # Where nothing is compiled, in tests: its registers would spill, see `in_one`.
             ("gradient", 4, SMALL): AttentionBlocks(64, 16, 8, 1),
         },
@@ -87,6 +98,7 @@ LAUNCHES = register_launch_table(
                 ("query", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
                 ("key_value", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
                 ("key_value", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+                ("key_value", 2, HUGE): AttentionBlocks(32, 32, 4, 1),
                 ("gradient", 2, SMALL): AttentionBlocks(64, 64, 8, 1),
             },
             12: {  # with one stage, in float32 with more keys, registers spill
@@ -106,10 +118,6 @@ LARGEST_IN_ONE = SMALL_WINDOW
 # Windows of up to so many tokens are held in shared memory.
 LARGEST_HELD = 256
 
-# Windows of up to so many tokens have the bias of every pair of tokens in memory: at most 2 MiB for
-# each head in 16 bits. Beyond, kernels look it up in the table.
-LARGEST_SPREAD = 1024
-
 # Programs among which the blocks of a window are shared out, if there are few windows: enough for
 # several on each multiprocessor.
 GROUP_PROGRAMS = 528
@@ -124,7 +132,9 @@ GRADIENT_PROGRAMS = 528
 
 def size_of(tokens: int) -> str:
     """The launch table's word for windows of so many tokens."""
-    return SMALL if tokens <= SMALL_WINDOW else LARGE
+    if tokens <= SMALL_WINDOW:
+        return SMALL
+    return LARGE if tokens <= LARGEST_SPREAD else HUGE
 
 
 def next_power_of_2(size: int) -> int:
