@@ -79,11 +79,11 @@ def test_neighbours_differ_by_one_step_of_one_field() -> None:
 
 
 def test_exceptions_of_an_architecture(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    stages = {}
+    warps = {}
     for number in (90, 100, 103):
         monkeypatch.setattr(launching, "_architecture", lambda _, number=number: number)
-        stages[number] = attention_blocks("key_value", ROWS, 1, 49, 3, 32).stages
-    assert stages == {90: 2, 100: 1, 103: 1}
+        warps[number] = attention_blocks("gradient", ROWS, 1, 49, 3, 32).warps
+    assert warps == {90: 4, 100: 8, 103: 8}
 
 
 def test_blocks_do_not_exceed_what_they_cover() -> None:

@@ -62,8 +62,8 @@ def _attention_maps() -> Iterator[tuple[int, int, int]]:
 
 
 def launch_window_attention(dtype: torch.dtype, autocast: bool) -> None:
-    """Forward and backward of every attention of the nine variants."""
-    for batch, size, width in _attention_maps():
+    """Forward and backward of every attention of the nine variants, and of a larger map."""
+    for batch, size, width in (*_attention_maps(), (2, 40, 256)):
         description = WindowAttentionDescription(width // HEAD_DIM, HEAD_DIM)
         sides = 2 * size - 1
         table = _empty(description.heads, sides, sides, dtype=torch.float32 if autocast else dtype)
@@ -118,7 +118,9 @@ class Op:
 
 OPS = {
     "window_attention": Op(
-        launch_window_attention, frozenset({"fold_table_kernel"}), exact_float32=True
+        launch_window_attention,
+        frozenset({"spread_bias_kernel", "fold_table_kernel"}),
+        exact_float32=True,
     ),
     "layer_norm": Op(
         launch_layer_norm,
@@ -129,7 +131,7 @@ OPS = {
         launch_attention_half,
         frozenset(
             {
-                *("layer_norm_kernel", "norm_and_cast_kernel", "branch_gradient_kernel"),
+                *("norm_and_cast_kernel", "branch_gradient_kernel"),
                 *("layer_norm_backward_kernel", "fold_sums_kernel"),
             }
         ),

@@ -135,6 +135,8 @@ def test_more_than_one_tile_along_every_axis(
     ):
         check((2, 5, 6), Case(description, 17, 20, 18), device, training=True)
         check((2, 5, 6), Case(description, 3, 20, 18), device, training=True)
+        # Whole tiles alone, which are compiled without masks.
+        check((2, 4, 8), Case(description, 3, 32, 18), device, training=True)
 
 
 @pytest.mark.parametrize("shape", [(1, 1, 1), (3, 2, 1), (1, 1, 9)], ids=str)

@@ -174,7 +174,7 @@ def test_a_model_is_tuned_and_the_table_is_used(
     device: str, gpu: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The later of two launches is always the faster one: stages 5, and CUDA C++ where built."""
-    monkeypatch.setattr(window_attention, "LARGEST_IN_ONE", 0)  # small windows as large ones
+    monkeypatch.setattr(window_attention, "in_one", lambda *_: False)  # as large windows
     if device == "cpu" and not cuda_on_cpu.reason_unavailable():
         cuda_on_cpu.load()
     torch.manual_seed(0)

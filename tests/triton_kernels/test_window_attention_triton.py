@@ -51,12 +51,19 @@ CASES = {
 }
 
 
-@pytest.fixture(params=["one", "several"])
+@pytest.fixture(params=["one", "several", "held", "looked up"])
 def kernels(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """How many kernels the backward pass has: several is for windows that are too large here."""
-    if request.param == "several":
-        monkeypatch.setattr(triton_backend, "LARGEST_IN_ONE", 0)
-    return request.param
+    """How the backward pass is made: by one kernel, or as large windows are, which are few here.
+
+    held: as those of up to 256 tokens are. looked up: as those of more than 1024, whose bias is not
+    spread out.
+    """
+    one, held = request.param == "one", request.param == "held"
+    monkeypatch.setattr(triton_backend, "in_one", lambda _, tokens: one and tokens <= 64)
+    monkeypatch.setattr(triton_backend, "is_held", lambda *_: held)
+    if request.param == "looked up":
+        monkeypatch.setattr(triton_backend, "LARGEST_SPREAD", 0)
+    return str(request.param)
 
 
 def check(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
@@ -101,26 +108,38 @@ def test_the_tables_gradient_for_any_number_of_partial_sums(
     programs: int, kernels: str, device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Five windows, summed by one program, and by three: two, two and one."""
-    if kernels == "one":
-        monkeypatch.setattr(triton_backend, "GRADIENT_PROGRAMS", programs)
-    else:
-        monkeypatch.setattr(triton_backend, "BIAS_GRADIENT_PROGRAMS", programs)
+    constant = "GRADIENT" if kernels == "one" else "BIAS_GRADIENT"
+    monkeypatch.setattr(triton_backend, f"{constant}_PROGRAMS", programs)
     description = WindowAttentionDescription(1, 16, (3, 3))
     qkv, table = make_inputs(description, (5, 3, 3), device=device)
     expected = run("reference", qkv, table, description, torch.float64)
     check(run("triton", qkv, table, description), expected)
 
 
-@pytest.mark.parametrize(("width", "slots"), [(1, 1), (5, 5), (7, 8), (12, 16), (14, 16), (20, 20)])
-def test_slots_of_a_windows_row(width: int, slots: int) -> None:
-    """A power of 2 where it leaves no more than a quarter of them empty."""
-    assert launch_table.row_slots(width) == slots
+@pytest.mark.parametrize(("tokens", "rows"), [(1, 64), (64, 64), (65, 128), (196, 256), (576, 640)])
+def test_rows_of_the_bias_spread_out(tokens: int, rows: int) -> None:
+    """Whole blocks of every size that a launch may have; the kernels' rule is the same."""
+    assert launch_table.padded_tokens(tokens) == rows
 
 
-def test_a_window_of_several_blocks_adds_to_one_sum(
+@pytest.mark.parametrize("value", [1e6, -1e6, -1e30])
+def test_a_bias_beyond_float16_saturates(value: float, device: str) -> None:
+    """In bfloat16 the bias is spread out in float16; what is masked by a large number stays so."""
+    description = WindowAttentionDescription(1, 16, (3, 4))
+    qkv, table = make_inputs(description, (1, 3, 8), device=device, dtype=torch.bfloat16)
+    table[0, 0, 3] = value
+    actual = run("triton", qkv, table, description, torch.bfloat16)
+    expected = run("reference", qkv, table, description, torch.float64)
+    for name, exact in expected.items():
+        assert_close(actual[name], exact, 2e-2, name)
+
+
+@pytest.mark.usefixtures("kernels")
+def test_windows_of_several_blocks_add_to_one_sum(
     device: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two windows of 60 tokens in 80 slots, held in two blocks of 64, by one program."""
+    """Two windows of 60 tokens, in blocks of 16 or 32, by one program."""
+    monkeypatch.setattr(triton_backend, "BIAS_GRADIENT_PROGRAMS", 1)
     monkeypatch.setattr(triton_backend, "GRADIENT_PROGRAMS", 1)
     description = WindowAttentionDescription(1, 16)
     qkv, table = make_inputs(description, (2, 5, 12), device=device)
@@ -261,7 +280,8 @@ def test_a_head_dim_without_kernels_falls_back_visibly(device: str) -> None:
 
 
 def test_bytes_and_products_of_each_pass(kernels: str) -> None:
-    """Beside packed qkv (3 C): C-wide maps, two float32 per query and head, slabs and the table."""
+    """Beside packed qkv (3 C): C-wide maps, two float32 per query and head, slabs, the table
+    and its bias spread out."""
     description = WindowAttentionDescription(2, 16, (4, 4))
     with FakeTensorMode():
         qkv, table = torch.empty(3, 8, 8, 96), torch.empty(2, 7, 7)
@@ -272,22 +292,27 @@ def test_bytes_and_products_of_each_pass(kernels: str) -> None:
     rows, table_bytes = 3 * 8 * 8, 4 * 2 * 7 * 7
     wide, statistic = 4 * rows * 32, 4 * rows * 2
     slabs = 4 * 12 * 2 * 16 * 16  # one for each of the 12 windows
-    ends = {
-        "forward_kernel": 3 * wide + table_bytes + wide + statistic,
+    spread = kernels != "looked up"
+    tiles = 4 * 2 * 64 * 64
+    bias = tiles if spread else table_bytes
+    expected = {
+        "forward_kernel": 3 * wide + bias + wide + statistic,
         "fold_table_kernel": slabs + table_bytes,
     }
-    middle = {
-        "one": {"gradient_kernel": 5 * wide + table_bytes + statistic + 3 * wide + slabs},
-        "several": {
-            "query_gradient_kernel": 5 * wide + table_bytes + statistic + wide + statistic,
-            "key_value_gradient_kernel": 4 * wide + table_bytes + 2 * statistic + 2 * wide,
-            "bias_gradient_kernel": 4 * wide + table_bytes + 2 * statistic + slabs,
-        },
-    }
-    assert {one.kernel: one.bytes for one in passes} == {**ends, **middle[kernels]}
+    if spread:
+        expected["spread_bias_kernel"] = table_bytes + tiles
+    if kernels == "one":
+        expected["gradient_kernel"] = 5 * wide + bias + statistic + 3 * wide + slabs
+    else:
+        expected["query_gradient_kernel"] = 5 * wide + bias + statistic + wide + statistic
+        expected["key_value_gradient_kernel"] = 4 * wide + bias + 2 * statistic + 2 * wide
+        expected["bias_gradient_kernel"] = 4 * wide + bias + 2 * statistic + slabs
+    assert {one.kernel: one.bytes for one in passes} == expected
     product = 2 * 12 * 2 * 16 * 16 * 16
-    products = {"one": [2, 7, 0], "several": [2, 3, 4, 2, 0]}
-    assert [one.flops // product for one in passes] == products[kernels]
+    products = {"one": [0, 2, 0, 5, 0], "looked up": [2, 3, 4, 2, 0]}.get(
+        kernels, [0, 2, 0, 3, 4, 2, 0]
+    )
+    assert [one.flops // product for one in passes] == products
     assert {one.arithmetic for one in passes} == {"float32"}
 
 

@@ -3,7 +3,8 @@
 Under autocast, where the layers by themselves take 14 and 16:
 
     forward                             backward
-    LayerNorm; the casts                gradient of the branch; sums for proj's bias
+    LayerNorm; casts; the bias'         gradient of the branch; sums for proj's bias; the bias'
+    tiles                               tiles
     product: qkv                        products: gradients of proj's input, of its weight
     attention                           attention; sums for the table and for qkv's bias
     product: proj                       products: gradients of qkv's input, of its weight
@@ -18,6 +19,7 @@ backward kernel of attention take 2 launches more. Gradients of float32 weights 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,11 +84,11 @@ def forward(
 ) -> Forward:
     """[B, C, H, W] -> the same; kept: [B], 1 or 0, or None for all."""
     rows = y.permute(0, 2, 3, 1)
-    normalized, mean, rstd, low = _normalize(rows.contiguous(), layers, half)
+    normalized, mean, rstd, low, tiles = _normalize(rows.contiguous(), layers, table, half)
     used = _in_low_precision(layers, low)
     qkv = torch.addmm(used.qkv_bias, normalized.flatten(0, 2), used.qkv_weight.t())
     qkv = qkv.view(*rows.shape[:3], -1)
-    attended, (log_sum_exp,) = window_attention.forward(qkv, table, half.description)
+    attended, (log_sum_exp,) = window_attention.forward(qkv, table, half.description, tiles)
     branch = torch.addmm(used.proj_bias, attended.flatten(0, 2), used.proj_weight.t())
     branch = branch.view(rows.shape)
     if kept is None:
@@ -98,39 +100,70 @@ def forward(
 
 
 def _normalize(
-    x: Tensor, layers: Layers, half: Half
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """(x normalised, mean and 1 / standard deviation of its rows, the cast parameters if any)."""
+    x: Tensor, layers: Layers, table: Tensor | None, half: Half
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(x normalised, mean and 1 / standard deviation of its rows, the cast parameters, the tiles).
+
+    The last two are None where there is nothing to cast, and where there are none.
+    """
     from moat_kernels.ops.attention_half.triton.kernels import norm_and_cast_kernel
 
     weight, bias = layers.norm_weight.contiguous(), layers.norm_bias.contiguous()
-    if layers.qkv_weight.dtype == half.dtype:
-        normalized, (mean, rstd) = layer_norm.forward(x, weight, bias, half.eps, half.dtype)
-        return normalized, mean, rstd, None
-    sources = [tensor.contiguous() for tensor in layers[2:]]
-    sizes = [source.numel() for source in sources]
+    sources: list[Tensor | None] = [None] * 4
+    sizes, low = [0] * 4, None
+    if layers.qkv_weight.dtype != half.dtype:
+        sources = [tensor.contiguous() for tensor in layers[2:]]
+        sizes = [tensor.numel() for tensor in layers[2:]]
+        low = x.new_empty(sum(map(_whole_blocks, sizes)), dtype=half.dtype)
     channels = x.shape[-1]
     count = x.numel() // channels
     normalized = torch.empty_like(x, dtype=half.dtype)
     mean, rstd = (x.new_empty(count, dtype=torch.float32) for _ in range(2))
-    low = x.new_empty(sum(map(_whole_blocks, sizes)), dtype=half.dtype)
     blocks = norm_blocks("forward", x, count, channels)
     rows, covering = blocks.tile(channels)
     norm_programs = -(-count // rows)
+    cast_programs = 0 if low is None else len(low) // BLOCK_CAST
+    spread = _Spread.of(table, half, x)
     launch(
         norm_and_cast_kernel,
-        (norm_programs + len(low) // BLOCK_CAST,),
-        *(x, weight, bias, normalized, mean, rstd, *sources, low),
-        *(count, channels, half.eps, norm_programs, *sizes),
-        reads=(x, weight, bias, *sources),
-        writes=(normalized, mean, rstd, low),
+        (norm_programs + cast_programs + spread.programs,),
+        *(x, weight, bias, normalized, mean, rstd, *sources, low, spread.table, spread.tiles),
+        *(count, channels, half.eps, norm_programs, cast_programs, *sizes, *spread.window),
+        reads=(x, weight, bias, *sources, spread.table),
+        writes=(normalized, mean, rstd, low, spread.tiles),
+        **spread.blocks,
         BLOCK_ROWS=rows,
         BLOCK_CHANNELS=covering,
         BLOCK_CAST=BLOCK_CAST,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
-    return normalized, mean, rstd, low
+    return normalized, mean, rstd, low, spread.tiles
+
+
+class _Spread(NamedTuple):
+    """The bias' tiles, filled by programs behind those of a kernel that does something else.
+
+    table, tiles: None where there are none to fill. blocks: compile-time arguments.
+    """
+
+    table: Tensor | None
+    tiles: Tensor | None
+    window: tuple[int, int]
+    programs: int
+    blocks: dict[str, int]
+
+    @staticmethod
+    def of(table: Tensor | None, half: Half, x: Tensor) -> _Spread:
+        """x: a map [B, H, W, C]."""
+        window = half.description.window_for(*x.shape[1:3])
+        tiles = window_attention.empty_tiles(table, half.dtype, window)
+        block = window_attention.SPREAD_BLOCK
+        if table is None or tiles is None:
+            return _Spread(None, None, window, 0, {"PADDED": 0, "BLOCK_SPREAD": block})
+        blocks = {"PADDED": tiles.shape[1], "BLOCK_SPREAD": block}
+        programs = window_attention.spread_programs(tiles)
+        return _Spread(table.contiguous(), tiles, window, programs, blocks)
 
 
 def _whole_blocks(size: int) -> int:
@@ -169,14 +202,14 @@ def backward(
     needs_table = needed[7] and table is not None
     x, grad = (t.permute(0, 2, 3, 1).contiguous() for t in (y, grad))
 
-    grad_branch, branch_sums = _branch_gradient(grad, kept, half)
+    grad_branch, branch_sums, tiles = _branch_gradient(grad, kept, table, half)
     flat = grad_branch.flatten(0, 2)
     grad_proj, grad_qkv = None, None
     if needed[5]:
         grad_proj = weight_gradient(flat, attended.flatten(0, 2), layers.proj_weight.dtype)
     partial = window_attention.partial_gradients(
         (flat @ used.proj_weight).view(attended.shape),
-        *(qkv, table, half.description, attended, [log_sum_exp], needs_table),
+        *(qkv, table, half.description, attended, [log_sum_exp], needs_table, tiles),
     )
     flat = partial.qkv.flatten(0, 2)
     if needed[3]:
@@ -196,8 +229,13 @@ def backward(
     return [g for g, is_needed in zip(found, needed, strict=True) if is_needed and g is not None]
 
 
-def _branch_gradient(grad: Tensor, kept: Tensor | None, half: Half) -> tuple[Tensor, Tensor]:
-    """(grad * kept * factor in the products' dtype, [programs, C]: its sums over rows, float32)."""
+def _branch_gradient(
+    grad: Tensor, kept: Tensor | None, table: Tensor | None, half: Half
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """grad * kept * factor in the products' dtype, its sums over rows, and the bias' tiles if any.
+
+    The sums are [programs, C], float32.
+    """
     from moat_kernels.ops.attention_half.triton.kernels import branch_gradient_kernel
 
     channels = grad.shape[-1]
@@ -208,19 +246,21 @@ def _branch_gradient(grad: Tensor, kept: Tensor | None, half: Half) -> tuple[Ten
     programs = -(-count // share)
     grad_branch = torch.empty_like(grad, dtype=half.dtype)
     sums = grad.new_empty(programs, channels, dtype=torch.float32)
+    spread = _Spread.of(table, half, grad)
     launch(
         branch_gradient_kernel,
-        (programs,),
-        *(grad, kept, grad_branch, sums, half.factor),
-        *(count, channels, share, count // len(grad)),
-        reads=(grad, kept),
-        writes=(grad_branch, sums),
+        (programs + spread.programs,),
+        *(grad, kept, grad_branch, sums, spread.table, spread.tiles, half.factor),
+        *(count, channels, share, count // len(grad), programs, *spread.window),
+        reads=(grad, kept, spread.table),
+        writes=(grad_branch, sums, spread.tiles),
+        **spread.blocks,
         BLOCK_ROWS=rows,
         BLOCK_CHANNELS=covering,
         num_warps=blocks.warps,
         num_stages=blocks.stages,
     )
-    return grad_branch, sums
+    return grad_branch, sums, spread.tiles
 
 
 def _fold(

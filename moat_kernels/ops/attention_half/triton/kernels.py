@@ -10,7 +10,10 @@ import triton.language as tl
 
 from moat_kernels.ops.layer_norm.triton.kernels import locate, normalize_rows
 from moat_kernels.ops.window_attention.triton.kernels.backward import fold_offsets
-from moat_kernels.ops.window_attention.triton.kernels.forward import SIZES
+from moat_kernels.ops.window_attention.triton.kernels.position_bias import spread_block
+
+# Arguments without better code for particular values.
+WINDOW = ["window_height", "window_width"]
 
 
 @triton.jit
@@ -22,47 +25,66 @@ def cast_block(source, size, low, block, first_block, BLOCK: tl.constexpr):
     tl.store(low + block.to(tl.int64) * BLOCK + offset, values.to(low.dtype.element_ty))
 
 
-@triton.jit(do_not_specialize=["rows", "norm_programs"])
+@triton.jit(do_not_specialize=["rows", "norm_programs", "cast_programs", *WINDOW])
 def norm_and_cast_kernel(
     x, weight, bias, normalized, mean, rstd, qkv_weight, qkv_bias, proj_weight, proj_bias, low,
-    rows, channels, eps, norm_programs, qkv_size, qkv_bias_size, proj_size, proj_bias_size,
+    table, tiles, rows, channels, eps, norm_programs, cast_programs,
+    qkv_size, qkv_bias_size, proj_size, proj_bias_size, window_height, window_width,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr, BLOCK_CAST: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_SPREAD: tl.constexpr,
 ):  # fmt: skip
     """LayerNorm of x [rows, channels], and the linear layers' parameters in low's dtype.
 
-    The first norm_programs programs do what `layer_norm_kernel` does. Each other one fills a block
-    of low: the four parameters one after the other, each from the beginning of a block on.
+    The first norm_programs programs do what `layer_norm_kernel` does. Each of the next
+    cast_programs fills a block of low: the four parameters one after the other, each from the
+    beginning of a block on (none if low is None). The others do what `spread_bias_kernel` does
+    (none if tiles are None).
     """
-    if tl.program_id(0) < norm_programs:
+    block = tl.program_id(0) - norm_programs
+    if block < 0:
         normalize_rows(
             x, weight, bias, normalized, mean, rstd, rows, channels, eps, tl.program_id(0),
             BLOCK_ROWS, BLOCK_CHANNELS,
         )  # fmt: skip
-    else:
-        block = tl.program_id(0) - norm_programs
-        qkv_end = tl.cdiv(qkv_size, BLOCK_CAST)
-        qkv_bias_end = qkv_end + tl.cdiv(qkv_bias_size, BLOCK_CAST)
-        proj_end = qkv_bias_end + tl.cdiv(proj_size, BLOCK_CAST)
-        if block < qkv_end:
-            cast_block(qkv_weight, qkv_size, low, block, 0, BLOCK_CAST)
-        elif block < qkv_bias_end:
-            cast_block(qkv_bias, qkv_bias_size, low, block, qkv_end, BLOCK_CAST)
-        elif block < proj_end:
-            cast_block(proj_weight, proj_size, low, block, qkv_bias_end, BLOCK_CAST)
-        else:
-            cast_block(proj_bias, proj_bias_size, low, block, proj_end, BLOCK_CAST)
+    elif block < cast_programs:
+        if low is not None:
+            qkv_end = tl.cdiv(qkv_size, BLOCK_CAST)
+            qkv_bias_end = qkv_end + tl.cdiv(qkv_bias_size, BLOCK_CAST)
+            proj_end = qkv_bias_end + tl.cdiv(proj_size, BLOCK_CAST)
+            if block < qkv_end:
+                cast_block(qkv_weight, qkv_size, low, block, 0, BLOCK_CAST)
+            elif block < qkv_bias_end:
+                cast_block(qkv_bias, qkv_bias_size, low, block, qkv_end, BLOCK_CAST)
+            elif block < proj_end:
+                cast_block(proj_weight, proj_size, low, block, qkv_bias_end, BLOCK_CAST)
+            else:
+                cast_block(proj_bias, proj_bias_size, low, block, proj_end, BLOCK_CAST)
+    elif tiles is not None:
+        spread_block(
+            table, tiles, block - cast_programs, window_height, window_width, PADDED, BLOCK_SPREAD
+        )
 
 
-@triton.jit(do_not_specialize=["rows", "share", "rows_of_a_sample"])
+@triton.jit(do_not_specialize=["rows", "share", "rows_of_a_sample", "programs", *WINDOW])
 def branch_gradient_kernel(
-    grad, kept, grad_branch, sums, factor, rows, channels, share, rows_of_a_sample,
+    grad, kept, grad_branch, sums, table, tiles, factor, rows, channels, share, rows_of_a_sample,
+    programs, window_height, window_width,
     BLOCK_ROWS: tl.constexpr, BLOCK_CHANNELS: tl.constexpr,
+    PADDED: tl.constexpr, BLOCK_SPREAD: tl.constexpr,
 ):  # fmt: skip
     """grad_branch = grad * kept * factor by rows, and sums [programs, channels] over its rows.
 
     kept: [samples], or None for all, without the factor. Reads grad once; writes grad_branch once.
-    Grid: shares of rows.
+    Grid: shares of rows, `programs` of them; behind them what `spread_bias_kernel` does, unless
+    tiles are None.
     """
+    if tl.program_id(0) >= programs:
+        if tiles is not None:
+            spread_block(
+                table, tiles, tl.program_id(0) - programs, window_height, window_width,
+                PADDED, BLOCK_SPREAD,
+            )  # fmt: skip
+        return
     total = tl.zeros([BLOCK_ROWS, BLOCK_CHANNELS], tl.float32)
     first = tl.program_id(0) * share
     for start in range(first, tl.minimum(first + share, rows), BLOCK_ROWS):
@@ -96,7 +118,7 @@ def fold_columns(
     tl.store(gradient + column, result, mask=column < size)
 
 
-@triton.jit(do_not_specialize=["splits", "qkv_rows", "branch_rows", "norm_rows", *SIZES])
+@triton.jit(do_not_specialize=["splits", "qkv_rows", "branch_rows", "norm_rows", "heads", *WINDOW])
 def fold_sums_kernel(
     qkv_sums, branch_sums, norm_sums, slabs,
     grad_qkv_bias, grad_proj_bias, grad_norm_weight, grad_norm_bias, grad_table,

@@ -6,6 +6,7 @@ Accumulates in float32; float32 products are exact unless PyTorch's own are TF32
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
@@ -26,10 +27,14 @@ from moat_kernels.ops.window_attention.description import WindowAttentionDescrip
 from moat_kernels.ops.window_attention.triton.launch_table import (
     BIAS_GRADIENT_PROGRAMS,
     GRADIENT_PROGRAMS,
-    LARGEST_IN_ONE,
+    GROUP_PROGRAMS,
+    LARGEST_SPREAD,
     AttentionBlocks,
     attention_blocks,
-    row_slots,
+    in_one,
+    is_held,
+    next_power_of_2,
+    padded_tokens,
     window_splits,
 )
 
@@ -38,6 +43,9 @@ HEAD_DIMS = (16, 32, 64)
 # Of slabs, of a window's columns and of the table's: so many are read at a time by the kernel that
 # folds slabs into the table's gradient.
 FOLD_BLOCKS = {"BLOCK_SPLITS": 8, "BLOCK_COLUMNS": 16, "BLOCK_OFFSETS": 32}
+
+# Elements of the bias that a program spreads out.
+SPREAD_BLOCK = 1024
 
 
 def unsupported(
@@ -49,23 +57,59 @@ def unsupported(
     return unsupported_tensor(qkv)
 
 
+def empty_tiles(table: Tensor | None, dtype: torch.dtype, window: tuple[int, int]) -> Tensor | None:
+    """Memory for the bias of every pair of tokens, see kernels/position_bias.py.
+
+    None where there is no bias, or it is looked up in the table: the tiles of large windows would
+    be many. dtype: of qkv.
+    """
+    tokens = window[0] * window[1]
+    if table is None or tokens > LARGEST_SPREAD:
+        return None
+    padded = padded_tokens(tokens)
+    # float16 has three bits more than the weights will be rounded to, and half the bytes.
+    kept = torch.float16 if dtype == torch.bfloat16 else torch.float32
+    return table.new_empty(len(table), padded, padded, dtype=kept)
+
+
+def spread_programs(tiles: Tensor) -> int:
+    """Blocks of SPREAD_BLOCK in the tiles."""
+    return tiles.numel() // SPREAD_BLOCK
+
+
+def _spread(table: Tensor, tiles: Tensor, window: tuple[int, int]) -> None:
+    from moat_kernels.ops.window_attention.triton.kernels.position_bias import spread_bias_kernel
+
+    launch(
+        spread_bias_kernel,
+        (spread_programs(tiles),),
+        *(table, tiles, *window),
+        reads=(table,),
+        writes=(tiles,),
+        PADDED=tiles.shape[1],
+        BLOCK=SPREAD_BLOCK,
+        num_warps=4,
+    )
+
+
 class _Call:
-    """What the kernels of one call have in common."""
+    """What the kernels of one call have in common. tiles: of the table, if they are filled."""
 
     def __init__(
-        self, qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
+        self,
+        qkv: Tensor,
+        bias_table: Tensor | None,
+        description: WindowAttentionDescription,
+        tiles: Tensor | None = None,
     ) -> None:
         batch, height, width, _ = qkv.shape
         heads, head_dim = description.heads, description.head_dim
         self.qkv = qkv if qkv.stride(3) == 1 else qkv.contiguous()
-        # Kernels without a table take any pointer in its place.
-        self.table = self.qkv if bias_table is None else bias_table.contiguous()
         self.batch, self.heads, self.head_dim = batch, heads, head_dim
         self.map = (height, width)
         self.window = description.window_for(height, width)
         self.tokens = self.window[0] * self.window[1]
-        slots = row_slots(self.window[1])
-        self.slots = self.window[0] * slots
+        self.padded = padded_tokens(self.tokens)
         rows, columns = window_counts(height, width, self.window)
         self.windows = batch * rows * columns
         self.parts_first = description.qkv_layout == "qkv_heads"
@@ -80,18 +124,38 @@ class _Call:
             width,
             *self.window,
         )
-        self.constants = {
-            "ROW_SLOTS": slots,
+        ends = ((height - 1) * self.qkv.stride(1) + width * self.qkv.stride(2), height * width)
+        longest = max(ends[0], ends[1] * 3 * heads * head_dim)
+        self.constants: dict[str, Any] = {
             "GRID": description.partition == "grid",
+            "RAGGED": height % self.window[0] != 0 or width % self.window[1] != 0,
+            "LONG": longest >= 2**31,
+            "PADDED": self.padded,
             "HEAD_DIM": head_dim,
             "PRECISION": "tf32" if multiplies_as_tf32() else "ieee",
         }
         self.has_table = bias_table is not None
+        self.bias, self.constants["BIAS"] = self._bias(bias_table, tiles)
+
+    def _bias(self, table: Tensor | None, tiles: Tensor | None) -> tuple[Tensor, str]:
+        """What kernels add to scores, and what it is."""
+        if table is None:
+            return self.qkv, ""  # any pointer
+        if tiles is None:
+            tiles = empty_tiles(table, self.qkv.dtype, self.window)
+            if tiles is None:
+                return table.contiguous(), "table"
+            _spread(table.contiguous(), tiles, self.window)
+        return tiles, "tiles"
 
     def configure(self, kernel: str) -> tuple[AttentionBlocks, dict[str, Any]]:
         """A kernel's launch, and the same as its options."""
         chosen = attention_blocks(
             *(kernel, self.qkv, self.windows, self.tokens, self.heads, self.head_dim)
+        )
+        # A tile has no more rows and columns than there are of the bias.
+        chosen = replace(
+            chosen, queries=min(chosen.queries, self.padded), keys=min(chosen.keys, self.padded)
         )
         return chosen, {
             **self.constants,
@@ -101,9 +165,19 @@ class _Call:
             "num_stages": chosen.stages,
         }
 
+    def walk(self, block: int) -> dict[str, Any]:
+        """Options of a kernel that walks over a window's tokens, a block at a time."""
+        rest = self.tokens % block
+        held = is_held(self.qkv, self.tokens, block)
+        return {"REST": rest and max(16, next_power_of_2(rest)), "HELD": held}
+
     def blocks(self, size: int) -> int:
-        """Blocks of `size` slots in a window."""
-        return -(-self.slots // size)
+        """Blocks of `size` tokens in a window."""
+        return -(-self.tokens // size)
+
+    def groups(self, size: int) -> int:
+        """Over how many programs a window's blocks of `size` tokens go: enough for any GPU."""
+        return min(self.blocks(size), -(-GROUP_PROGRAMS // max(1, self.windows * self.heads)))
 
     def product_flops(self, products: int) -> int:
         """Of so many products of two matrices for each window, [tokens, head_dim, tokens]."""
@@ -116,6 +190,12 @@ class _Call:
         return packed.unflatten(3, (*shape, self.head_dim)).select(
             3 if self.parts_first else 4, index
         )
+
+    def slabs(self, splits: int) -> Tensor:
+        """Empty ones, see `PartialGradients`."""
+        shape = (splits, self.heads, self.padded, self.padded)
+        whole = self.qkv.new_empty(shape, dtype=torch.float32)
+        return whole[:, :, : self.tokens, : self.tokens]
 
     def statistic(self) -> Tensor:
         """An empty float32 per query, [B, heads, H, W]."""
@@ -132,27 +212,33 @@ def evaluate(
 @replayed()
 @tunable
 def forward(
-    qkv: Tensor, bias_table: Tensor | None, description: WindowAttentionDescription
+    qkv: Tensor,
+    bias_table: Tensor | None,
+    description: WindowAttentionDescription,
+    tiles: Tensor | None = None,
 ) -> Forward:
-    """The output and the log2-sum-exp of every query, [B, heads, H, W]."""
+    """The output and the log2-sum-exp of every query, [B, heads, H, W].
+
+    tiles: `empty_tiles`, if somebody else spread the table there.
+    """
     from moat_kernels.ops.window_attention.triton.kernels.forward import forward_kernel
 
-    call = _Call(qkv, bias_table, description)
+    call = _Call(qkv, bias_table, description, tiles)
     output = qkv.new_empty(*qkv.shape[:3], description.heads * description.head_dim)
     log_sum_exp = call.statistic()
     chosen, options = call.configure("forward")
     launch(
         forward_kernel,
-        (call.blocks(chosen.queries) * call.windows, call.heads),
+        (call.windows, call.heads, call.groups(chosen.queries)),
         call.qkv,
-        call.table,
+        call.bias,
         output,
         log_sum_exp,
         *call.geometry,
-        reads=(call.qkv, call.table),
+        reads=(call.qkv, call.bias),
         writes=(output, log_sum_exp),
         flops=call.product_flops(2),
-        HAS_TABLE=call.has_table,
+        **call.walk(chosen.keys),
         **options,
     )
     return Forward(output, [log_sum_exp])
@@ -176,11 +262,23 @@ def backward(
     return partial.qkv, _fold_table(call, partial.slabs, bias_table.dtype)
 
 
+@dataclass(frozen=True)
+class Summands:
+    """What a sum is of, along the first axis: how many there are depends on the launch."""
+
+    parts: Tensor
+
+    def whole(self) -> Tensor:
+        """What tuning compares."""
+        return self.parts.sum(0)
+
+
 class PartialGradients(NamedTuple):
     """The gradient of qkv, and what the other gradients are sums of, along the first axis.
 
-    slabs: [splits, heads, tokens, tokens], float32, of the scores, query by key; None: not needed.
-    sums: [parts, 3 * heads * head_dim], float32, of qkv's gradient over all tokens; None likewise.
+    slabs: [splits, heads, tokens, tokens], float32, of the scores, query by key, in memory
+        [splits, heads, padded, padded] (`padded_tokens`); None: not needed.
+    sums: [splits, 3 * heads * head_dim], float32, of qkv's gradient over all tokens; None likewise.
     """
 
     qkv: Tensor
@@ -196,9 +294,13 @@ def partial_gradients(
     output: Tensor,
     saved: list[Tensor],
     needs_table: bool,
+    tiles: Tensor | None = None,
 ) -> PartialGradients:
-    """`backward`, for who adds the slabs up in a kernel of its own, and qkv's sums with them."""
-    call = _Call(qkv, bias_table, description)
+    """`backward`, for who adds the slabs up in a kernel of its own, and qkv's sums with them.
+
+    tiles: as of `forward`.
+    """
+    call = _Call(qkv, bias_table, description, tiles)
     return _partial_gradients(call, grad, output, saved, needs_table, needs_sums=True)
 
 
@@ -213,13 +315,13 @@ def _partial_gradients(
     grad = grad.contiguous()
     (log_sum_exp,) = saved
     needs_table = needs_table and call.has_table
-    if call.tokens <= LARGEST_IN_ONE:
+    if in_one(call.qkv, call.tokens):
         return _gradient(call, grad, output, log_sum_exp, needs_table, needs_sums)
     grad_qkv = call.qkv.new_empty(call.qkv.shape)
     _, delta, sums = _query_gradient(call, grad, output, log_sum_exp, grad_qkv, needs_sums)
     _key_value_gradient(call, grad, log_sum_exp, delta, grad_qkv)
-    slabs = _score_sums(call, grad, log_sum_exp, delta) if needs_table else None
-    return PartialGradients(grad_qkv, slabs, sums)
+    slabs = _score_sums(call, grad, log_sum_exp, delta).parts if needs_table else None
+    return PartialGradients(grad_qkv, slabs, None if sums is None else sums.parts)
 
 
 @tunable
@@ -235,14 +337,14 @@ def _gradient(
     from moat_kernels.ops.window_attention.triton.kernels.gradient import gradient_kernel
 
     _, options = call.configure("gradient")
-    held, walked = options.pop("BLOCK_QUERIES"), options.pop("BLOCK_KEYS")
+    options["BLOCK_QUERIES"] = call.padded  # the whole window
     splits = call.windows
     if needs_table or needs_sums:
         splits = window_splits(call.windows, call.heads, GRADIENT_PROGRAMS)
     grad_qkv = call.qkv.new_empty(call.qkv.shape)
     slabs = sums = None
     if needs_table:
-        slabs = log_sum_exp.new_empty(splits, call.heads, call.tokens, call.tokens)
+        slabs = call.slabs(splits)
     if needs_sums:
         sums = log_sum_exp.new_empty(splits, call.qkv.shape[3])
     launch(
@@ -252,18 +354,16 @@ def _gradient(
         output,
         log_sum_exp,
         call.qkv,
-        call.table,
+        call.bias,
         grad_qkv,
         slabs,
         sums,
         *call.geometry,
         call.batch,
-        reads=(grad, output, log_sum_exp, call.qkv, call.table),
+        reads=(grad, output, log_sum_exp, call.qkv, call.bias),
         writes=(grad_qkv, slabs, sums),
-        flops=call.product_flops(7),
-        HAS_TABLE=call.has_table,
-        BLOCK_HELD=held,
-        BLOCK_WALKED=walked,
+        flops=call.product_flops(5),
+        enable_fp_fusion=False,
         **options,
     )
     return PartialGradients(grad_qkv, slabs, sums)
@@ -277,8 +377,8 @@ def _query_gradient(
     log_sum_exp: Tensor,
     grad_qkv: Tensor,
     needs_sums: bool,
-) -> tuple[Tensor, Tensor, Tensor | None]:
-    """(gradient of the queries, written into grad_qkv, delta of every query, the sums)."""
+) -> tuple[Tensor, Tensor, Summands | None]:
+    """(gradient of the queries, written into grad_qkv, delta of every query, qkv's sums)."""
     from moat_kernels.ops.window_attention.triton.kernels import backward as kernels
 
     delta = call.statistic()
@@ -292,18 +392,18 @@ def _query_gradient(
         output,
         log_sum_exp,
         call.qkv,
-        call.table,
+        call.bias,
         grad_qkv,
         delta,
         sums,
         *call.geometry,
-        reads=(grad, output, log_sum_exp, call.qkv, call.table),
+        reads=(grad, output, log_sum_exp, call.qkv, call.bias),
         writes=(Part(grad_qkv, 1, 3), delta, sums),
         flops=call.product_flops(3),
-        HAS_TABLE=call.has_table,
+        **call.walk(chosen.keys),
         **options,
     )
-    return call.part(grad_qkv, 0), delta, sums
+    return call.part(grad_qkv, 0), delta, None if sums is None else Summands(sums)
 
 
 @tunable
@@ -316,32 +416,32 @@ def _key_value_gradient(
     chosen, options = call.configure("key_value")
     launch(
         kernels.key_value_gradient_kernel,
-        (call.blocks(chosen.keys) * call.windows, call.heads),
+        (call.windows, call.heads, call.groups(chosen.keys)),
         grad,
         log_sum_exp,
         delta,
         call.qkv,
-        call.table,
+        call.bias,
         grad_qkv,
         *call.geometry,
-        reads=(grad, log_sum_exp, delta, call.qkv, call.table),
+        reads=(grad, log_sum_exp, delta, call.qkv, call.bias),
         writes=(Part(grad_qkv, 2, 3),),
         flops=call.product_flops(4),
-        HAS_TABLE=call.has_table,
+        **call.walk(chosen.queries),
         **options,
     )
     return call.part(grad_qkv, 1), call.part(grad_qkv, 2)
 
 
 @tunable
-def _score_sums(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -> Tensor:
-    """`PartialGradients.slabs`, each summed in a fixed order."""
+def _score_sums(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -> Summands:
+    """Each summed in a fixed order."""
     from moat_kernels.ops.window_attention.triton.kernels import backward as kernels
 
     chosen, options = call.configure("bias")
     tiles = call.blocks(chosen.queries) * call.blocks(chosen.keys)
     splits = max(1, min(call.windows, BIAS_GRADIENT_PROGRAMS // (tiles * call.heads)))
-    slabs = delta.new_empty(splits, call.heads, call.tokens, call.tokens)
+    slabs = call.slabs(splits)
     launch(
         kernels.bias_gradient_kernel,
         (tiles, call.heads, splits),
@@ -349,16 +449,16 @@ def _score_sums(call: _Call, grad: Tensor, log_sum_exp: Tensor, delta: Tensor) -
         log_sum_exp,
         delta,
         call.qkv,
-        call.table,
+        call.bias,
         slabs,
         *call.geometry,
         call.batch,
-        reads=(grad, log_sum_exp, delta, call.qkv, call.table),
+        reads=(grad, log_sum_exp, delta, call.qkv, call.bias),
         writes=(slabs,),
         flops=call.product_flops(2),
         **options,
     )
-    return slabs
+    return Summands(slabs)
 
 
 def _fold_table(call: _Call, slabs: Tensor, dtype: torch.dtype) -> Tensor:

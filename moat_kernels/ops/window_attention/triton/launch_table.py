@@ -1,8 +1,7 @@
 """How the Triton kernels of window attention are launched: its launch table.
 
-Chosen by counting registers and shared memory (docs/gpu_kernels.md has what each compiles to).
-Those of Hopper (9) were measured on an H200, the others on no GPU:
-`python -m moat_kernels.tune` does that.
+Chosen by counting instructions, registers and shared memory (docs/gpu_kernels.md has what each
+compiles to), and measured on no GPU: `python -m moat_kernels.tune` does that.
 """
 
 from __future__ import annotations
@@ -32,32 +31,43 @@ class AttentionBlocks:
 
 # Of windows up to 64 tokens (7 x 7 and 8 x 8) one tile is the whole window.
 SMALL_WINDOW = 64
-SMALL, LARGE = "small window", "large window"
+# Windows of up to so many tokens have the bias of every pair of tokens in memory: at most 2 MiB for
+# each head in 16 bits. Beyond, kernels look it up in the table.
+LARGEST_SPREAD = 1024
+SMALL, LARGE, HUGE = "small window", "large window", "bias looked up"
 
-# A program keeps its block of queries and walks over keys, of "key_value" the other way round. That
-# of "gradient" (of small windows) does both: it keeps as many keys as queries, and walks over as
-# many.
+# A program keeps its block of queries and walks over keys, of "key_value" the other way round. For
+# "gradient" (of small windows) a block of queries is the whole window, whatever stands here.
 LAUNCHES = register_launch_table(
     LaunchTable(
         "window_attention",
         {
-            ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
-            ("forward", 2, LARGE): AttentionBlocks(128, 32, 8, 2),
-            ("query", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
-            ("query", 2, LARGE): AttentionBlocks(128, 32, 8, 2),
-            ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 2),
-            ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 2),
-            ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 2),
-            ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 2),
-            ("gradient", 2, SMALL): AttentionBlocks(64, 16, 4, 1),
+            ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+            ("forward", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            ("forward", 2, HUGE): AttentionBlocks(64, 32, 4, 1),
+            ("query", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+            ("query", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            ("query", 2, HUGE): AttentionBlocks(64, 32, 4, 1),
+            ("key_value", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+            ("key_value", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            ("key_value", 2, HUGE): AttentionBlocks(64, 32, 4, 1),
+            ("bias", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+            ("bias", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+            ("bias", 2, HUGE): AttentionBlocks(64, 64, 4, 1),
+            ("gradient", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
             ("forward", 4, SMALL): AttentionBlocks(64, 16, 8, 1),
             ("forward", 4, LARGE): AttentionBlocks(64, 16, 8, 1),
+            ("forward", 4, HUGE): AttentionBlocks(64, 16, 8, 1),
             ("query", 4, SMALL): AttentionBlocks(32, 32, 4, 2),
             ("query", 4, LARGE): AttentionBlocks(32, 32, 4, 2),
+            ("query", 4, HUGE): AttentionBlocks(32, 16, 4, 2),
             ("key_value", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
             ("key_value", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
+            ("key_value", 4, HUGE): AttentionBlocks(32, 16, 4, 1),
             ("bias", 4, SMALL): AttentionBlocks(32, 32, 4, 1),
             ("bias", 4, LARGE): AttentionBlocks(32, 32, 4, 1),
+            ("bias", 4, HUGE): AttentionBlocks(32, 32, 4, 1),
+            # Where nothing is compiled, in tests: its registers would spill, see `in_one`.
             ("gradient", 4, SMALL): AttentionBlocks(64, 16, 8, 1),
         },
         choices={
@@ -67,56 +77,87 @@ LAUNCHES = register_launch_table(
             "stages": STAGES,
         },
         exceptions={
-            8: {  # with fewer warps registers spill under Triton 3.6
+            8: {  # with fewer warps, or more keys, registers spill
+                ("query", 4, SMALL): AttentionBlocks(32, 16, 4, 2),
+                ("query", 4, LARGE): AttentionBlocks(32, 16, 4, 2),
                 ("key_value", 4, SMALL): AttentionBlocks(32, 32, 8, 1),
                 ("key_value", 4, LARGE): AttentionBlocks(32, 32, 8, 1),
             },
-            9: {  # measured on an H200, see docs/launch_tables.md
-                ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
-                ("forward", 2, LARGE): AttentionBlocks(64, 16, 4, 1),
-                ("query", 2, LARGE): AttentionBlocks(128, 16, 8, 1),
-                ("key_value", 2, LARGE): AttentionBlocks(16, 64, 4, 1),
-                ("bias", 2, LARGE): AttentionBlocks(64, 64, 4, 2),
-                ("gradient", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
+            9: {  # registers allow larger tiles
+                ("forward", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("forward", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+                ("query", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("query", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+                ("key_value", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("key_value", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
             },
-            10: {  # with two stages registers spill, those of "gradient" under Triton 3.6
-                ("gradient", 2, SMALL): AttentionBlocks(64, 32, 8, 1),
-                ("forward", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
-                ("key_value", 2, SMALL): AttentionBlocks(32, 64, 4, 1),
-                ("key_value", 2, LARGE): AttentionBlocks(32, 128, 8, 1),
-                ("bias", 2, SMALL): AttentionBlocks(64, 32, 4, 1),
-                ("bias", 2, LARGE): AttentionBlocks(64, 32, 4, 1),
+            10: {  # with one stage, and "gradient" with fewer warps, registers spill
+                ("forward", 2, SMALL): AttentionBlocks(64, 64, 4, 2),
+                ("forward", 2, LARGE): AttentionBlocks(64, 64, 4, 2),
+                ("query", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("query", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+                ("key_value", 2, SMALL): AttentionBlocks(64, 64, 4, 1),
+                ("key_value", 2, LARGE): AttentionBlocks(64, 64, 4, 1),
+                ("key_value", 2, HUGE): AttentionBlocks(32, 32, 4, 1),
+                ("gradient", 2, SMALL): AttentionBlocks(64, 64, 8, 1),
+            },
+            12: {  # with one stage, in float32 with more keys, registers spill
+                ("gradient", 2, SMALL): AttentionBlocks(64, 64, 4, 2),
+                ("query", 4, SMALL): AttentionBlocks(32, 16, 4, 2),
+                ("query", 4, LARGE): AttentionBlocks(32, 16, 4, 2),
+                ("key_value", 4, SMALL): AttentionBlocks(32, 16, 4, 1),
+                ("key_value", 4, LARGE): AttentionBlocks(32, 16, 4, 1),
             },
         },
     )
 )
 
-# Windows of up to so many tokens have one backward kernel: each of its programs has a sum of tokens
-# times tokens in the second-level cache, as many as there are programs at a time. Beyond, three
-# kernels of more programs were faster on an H200.
+# Windows of up to so many tokens have one backward kernel in 16 bits.
 LARGEST_IN_ONE = SMALL_WINDOW
+
+# Windows of up to so many tokens are held in shared memory.
+LARGEST_HELD = 256
+
+# Programs among which the blocks of a window are shared out, if there are few windows: enough for
+# several on each multiprocessor.
+GROUP_PROGRAMS = 528
 
 # Programs that sum the table's gradient, in a kernel of their own: enough for several on each
 # multiprocessor of any GPU. A constant, so that the order of summation is the same on all of them.
 BIAS_GRADIENT_PROGRAMS = 1024
 
-# Likewise of the one backward kernel: several rounds of what fits a GPU, for few to be idle in the
-# last, but each has a slab.
-GRADIENT_PROGRAMS = 1024
+# Likewise of the one backward kernel: twice what runs at a time on a large GPU; each has a slab.
+GRADIENT_PROGRAMS = 528
 
 
 def size_of(tokens: int) -> str:
     """The launch table's word for windows of so many tokens."""
-    return SMALL if tokens <= SMALL_WINDOW else LARGE
+    if tokens <= SMALL_WINDOW:
+        return SMALL
+    return LARGE if tokens <= LARGEST_SPREAD else HUGE
 
 
-def row_slots(window_width: int) -> int:
-    """In how many slots kernels count the tokens of a window's row.
+def next_power_of_2(size: int) -> int:
+    """The smallest that is not below `size`."""
+    return 1 << (size - 1).bit_length()
 
-    The next power of 2, which is cheap to divide by, if three quarters of the slots have a token.
+
+def padded_tokens(tokens: int) -> int:
+    """`padded_tokens` of the kernels: rows and columns of the bias of a window's tokens."""
+    return 64 if tokens <= 64 else -(-tokens // 128) * 128
+
+
+def is_held(like: Tensor, tokens: int, block: int) -> bool:
+    """Whether kernels keep a window's keys (or queries) in shared memory, and unroll over blocks.
+
+    In float32 products are so many instructions that unrolling them takes too many.
     """
-    power = 1 << (window_width - 1).bit_length()
-    return power if 3 * power <= 4 * window_width else window_width
+    return like.element_size() == 2 and tokens <= min(LARGEST_HELD, 8 * block)
+
+
+def in_one(like: Tensor, tokens: int) -> bool:
+    """Whether one kernel is the backward pass: in float32 its registers would spill."""
+    return like.element_size() == 2 and tokens <= LARGEST_IN_ONE
 
 
 def window_splits(windows: int, heads: int, programs: int) -> int:

@@ -1,9 +1,18 @@
-"""A norm as the kernels read it: one factor and one addend per channel."""
+"""What tiles of channels have in common: which exist, and a norm as one factor and one addend."""
 
 from __future__ import annotations
 
 import triton
 import triton.language as tl
+
+
+@triton.jit
+def exist(index, size, WHOLE: tl.constexpr):
+    """index < size; WHOLE: that holds for all, so that masks cost no instructions."""
+    if WHOLE:
+        return tl.full(index.shape, True, tl.int1)
+    else:
+        return index < size
 
 
 @triton.jit

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from moat_kernels.ops.mbconv.triton.kernels.affine import exist
 from moat_kernels.ops.mbconv.triton.kernels.moments import (
     Moments,
     Tiles,
@@ -30,6 +31,8 @@ def expand_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WHOLE_ROWS: tl.constexpr,
+    WHOLE_WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -42,32 +45,32 @@ def expand_kernel(
     row_block = tl.program_id(0) // wide_blocks
     row = row_block * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     column = (tl.program_id(0) % wide_blocks) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
+    valid_row, valid_column = exist(row, count, WHOLE_ROWS), exist(column, wide, WHOLE_WIDE)
     row_offset = row.to(tl.int64)
     products = tl.zeros([BLOCK_ROWS, BLOCK_WIDE], tl.float32)
     for start in tl.range(0, channels, BLOCK_C):
         channel = start + tl.arange(0, BLOCK_C)
         a = tl.load(
             rows_ptr + row_offset[:, None] * channels + channel[None, :],
-            mask=(row < count)[:, None] & (channel < channels)[None, :],
+            mask=valid_row[:, None] & (channel < channels)[None, :],
             other=0.0,
         )
         b = tl.load(
             weight_ptr + column[None, :] * channels + channel[:, None],
-            mask=(column < wide)[None, :] & (channel < channels)[:, None],
+            mask=valid_column[None, :] & (channel < channels)[:, None],
             other=0.0,
         )
         products = tl.dot(a, b, products, input_precision=PRECISION)
-    bias = tl.load(bias_ptr + column, mask=column < wide, other=0.0)
+    bias = tl.load(bias_ptr + column, mask=valid_column, other=0.0)
     value = activate(products + bias[None, :], ACTIVATION)
-    valid = (row < count)[:, None]
     tl.store(
         output_ptr + row_offset[:, None] * wide + column[None, :],
         value.to(output_ptr.dtype.element_ty),
-        mask=valid & (column < wide)[None, :],
+        mask=valid_row[:, None] & valid_column[None, :],
     )
     if moments_ptr is not None:
         size = tl.minimum(BLOCK_ROWS, count - row_block * BLOCK_ROWS)
-        store_tile_moments(moments_ptr, row_block, column, wide, value, valid, size)
+        store_tile_moments(moments_ptr, row_block, column, wide, value, valid_row[:, None], size)
 
 
 @tunable
@@ -88,6 +91,8 @@ def expand(
         BLOCK_ROWS=blocks.rows,
         BLOCK_WIDE=blocks.columns,
         BLOCK_C=blocks.depth,
+        WHOLE_ROWS=count % blocks.rows == 0,
+        WHOLE_WIDE=wide % blocks.columns == 0,
         ACTIVATION=activation,
         PRECISION=dot_precision(rows),
         num_warps=blocks.warps,

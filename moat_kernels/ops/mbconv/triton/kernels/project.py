@@ -9,7 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
+from moat_kernels.ops.mbconv.triton.kernels.affine import exist, load_affine
 from moat_kernels.ops.mbconv.triton.kernels.moments import Sums
 from moat_kernels.ops.mbconv.triton.launch_table import dot_precision, gemm_blocks, pool_blocks
 from moat_kernels.ops.triton_support.activations import activate
@@ -110,6 +110,7 @@ def project_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
+    WHOLE_WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -128,7 +129,7 @@ def project_kernel(
     products = tl.zeros([BLOCK_ROWS, BLOCK_C], tl.float32)
     for start in tl.range(0, wide, BLOCK_WIDE):
         column = start + tl.arange(0, BLOCK_WIDE)
-        valid = column < wide
+        valid = exist(column, wide, WHOLE_WIDE)
         z = tl.load(
             z_ptr + row[:, None] * wide + column[None, :],
             mask=valid_row[:, None] & valid[None, :],
@@ -193,6 +194,7 @@ def project(
         BLOCK_ROWS=blocks.rows,
         BLOCK_C=blocks.columns,
         BLOCK_WIDE=blocks.depth,
+        WHOLE_WIDE=wide % blocks.depth == 0,
         ACTIVATION=activation,
         PRECISION=dot_precision(z),
         num_warps=blocks.warps,

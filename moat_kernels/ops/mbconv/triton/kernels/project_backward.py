@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from moat_kernels.ops.mbconv.triton.kernels.affine import load_affine
+from moat_kernels.ops.mbconv.triton.kernels.affine import exist, load_affine
 from moat_kernels.ops.mbconv.triton.kernels.moments import Sums
 from moat_kernels.ops.mbconv.triton.kernels.project import row_blocks, rows_of_block
 from moat_kernels.ops.mbconv.triton.launch_table import (
@@ -43,6 +43,7 @@ def project_input_kernel(
     BLOCK_ROWS: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WHOLE_WIDE: tl.constexpr,
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -57,7 +58,7 @@ def project_input_kernel(
         row_block, count, pixels, BLOCK_ROWS, gate_ptr is not None
     )
     column = (tl.program_id(0) % wide_blocks) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
-    valid_column = column < wide
+    valid_column = exist(column, wide, WHOLE_WIDE)
     mask = valid_row[:, None] & valid_column[None, :]
     offset = row[:, None] * wide + column[None, :]
     # Asked for now, it arrives while the tile is multiplied.
@@ -127,6 +128,7 @@ def project_input(
         BLOCK_ROWS=blocks.rows,
         BLOCK_WIDE=blocks.columns,
         BLOCK_C=blocks.depth,
+        WHOLE_WIDE=wide % blocks.columns == 0,
         ACTIVATION=activation,
         PRECISION=dot_precision(z),
         num_warps=blocks.warps,

@@ -15,307 +15,343 @@ import triton.language as tl
 
 from moat_kernels.ops.window_attention.triton.kernels.forward import (
     SIZES,
+    find_window,
     load_keys,
     load_rows,
     locate,
     scores,
     store_rows,
-    token_of,
     window_count,
+)
+from moat_kernels.ops.window_attention.triton.kernels.position_bias import (
+    bias_of_head,
+    padded_tokens,
 )
 
 
 @triton.jit
-def score_gradient(score, log_sum_exp, delta, weight_gradient, valid):
-    """(P, dS) of a tile; zero where not valid, whatever is there."""
-    weight = tl.where(valid, tl.exp2(score - log_sum_exp), 0.0)
-    return weight, tl.where(valid, weight * (weight_gradient - delta), 0.0)
-
-
-@triton.jit
 def load_queries(
-    base, grad_output, log_sum_exp, slot, batch, head, heads, window, stride_row, stride_column,
-    height, width, window_height, window_width,
-    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HEAD_DIM: tl.constexpr,
+    base, grad_output, log_sum_exp, token, row, column, stride_row, stride_column,
+    heads, height, width, window_height, window_width,
+    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, HEAD_DIM: tl.constexpr,
 ):  # fmt: skip
-    """(query, gradient of the output, log2-sum-exp) of some slots, and where they are.
+    """(query, gradient of the output, log2-sum-exp, which are there, pixels) of some tokens.
 
-    That is: whether there, the pixel of the map, offsets of the output and of statistics.
+    base, grad_output, log_sum_exp: of a head where the window begins.
     """
-    row, column, valid = locate(
-        slot, window, height, width, window_height, window_width, ROW_SLOTS, GRID
+    down, right, valid = locate(
+        token, row, column, height, width, window_height, window_width, GRID, RAGGED, LONG
     )
-    query = load_rows(base, row * stride_row + column * stride_column, valid, HEAD_DIM)
-    pixel = row * width + column
-    output_offset = ((batch * height * width + pixel) * heads + head) * HEAD_DIM
-    gradient = load_rows(grad_output, output_offset, valid, HEAD_DIM)
-    statistic = (batch * heads + head) * height * width + pixel
-    normalizer = tl.load(log_sum_exp + statistic, mask=valid, other=0.0)
-    return query, gradient, normalizer, valid, pixel, output_offset, statistic
+    query = load_rows(base, down * stride_row + right * stride_column, valid, HEAD_DIM)
+    pixel = down * width + right
+    gradient = load_rows(grad_output, pixel * (heads * HEAD_DIM), valid, HEAD_DIM)
+    normalizer = tl.load(log_sum_exp + pixel, mask=valid, other=0.0)
+    return query, gradient, normalizer, valid, pixel
 
 
 @triton.jit
-def output_product(gradient, output, output_offset, valid, HEAD_DIM: tl.constexpr):
-    """delta of some queries."""
-    result = load_rows(output, output_offset, valid, HEAD_DIM)
+def output_product(gradient, output, pixel, valid, heads, HEAD_DIM: tl.constexpr):
+    """delta of some queries; output: of a head where the window begins."""
+    result = load_rows(output, pixel * (heads * HEAD_DIM), valid, HEAD_DIM)
     return tl.sum(gradient.to(tl.float32) * result.to(tl.float32), 1)
 
 
 @triton.jit
-def slab_tile(
-    slab, query_slot, key_slot, window_height, window_width, ROW_SLOTS: tl.constexpr
+def score_gradient(
+    query, gradient, normalizer, difference, query_valid, key, value, key_valid,
+    first_query, first_key, bias, scale, window_height, window_width,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr,
+    BIAS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Pointers into a slab [tokens, tokens], and which are."""
-    query_row, query_column, query_there = token_of(
-        query_slot, window_height, window_width, ROW_SLOTS
-    )
-    key_row, key_column, key_there = token_of(key_slot, window_height, window_width, ROW_SLOTS)
-    query = query_row * window_width + query_column
-    key = key_row * window_width + key_column
-    pointers = slab + query[:, None] * (window_height * window_width) + key[None, :]
-    return pointers, query_there[:, None] & key_there[None, :]
+    """(P, dS) of a tile; zero where there is no token.
+
+    normalizer, difference: log2-sum-exp and delta of the queries.
+    """
+    score = scores(
+        query, key, first_query, first_key, key_valid, bias, scale, window_height, window_width,
+        QUERIES, KEYS, RAGGED, BIAS, PADDED, PRECISION,
+    )  # fmt: skip
+    weight_gradient = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
+    weight = tl.exp2(score - normalizer[:, None])
+    result = weight * (weight_gradient - difference[:, None])
+    if RAGGED:
+        valid = query_valid[:, None] & key_valid[None, :]
+        weight, result = tl.where(valid, weight, 0.0), tl.where(valid, result, 0.0)
+    return weight, result
 
 
 @triton.jit
-def walk_keys(
-    query, gradient, normalizer, difference, query_slot, query_valid, slab, adds,
-    base, stride_row, stride_column, stride_part, table, scale,
-    window, height, width, window_height, window_width,
-    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+def store_slab(
+    slabs, index, first_query, first_key, values,
+    PADDED: tl.constexpr, QUERIES: tl.constexpr, KEYS: tl.constexpr,
 ):  # fmt: skip
-    """dQ = scale dS K of a block of queries, [BLOCK_QUERIES, HEAD_DIM], over all keys of a window.
-
-    normalizer, difference: log2-sum-exp and delta of the queries. base: q of a map and a head.
-    slab [tokens, tokens], if there is one, gets dS, added to what is there if `adds`.
-    """
-    sums = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
-    for start in range(0, window_height * ROW_SLOTS, BLOCK_KEYS):
-        key_slot = start + tl.arange(0, BLOCK_KEYS)
-        _, _, key_valid, key, value = load_keys(
-            base, key_slot, window, stride_row, stride_column, stride_part,
-            height, width, window_height, window_width, ROW_SLOTS, GRID, HEAD_DIM,
-        )  # fmt: skip
-        score = scores(
-            query, key, query_slot, key_slot, key_valid, table, scale,
-            window_height, window_width, ROW_SLOTS, True, HAS_TABLE, PRECISION,
-        )  # fmt: skip
-        weight_gradient = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
-        _, grad_score = score_gradient(
-            score, normalizer[:, None], difference[:, None], weight_gradient, key_valid[None, :]
-        )
-        if slab is not None:
-            pointers, inside = slab_tile(
-                slab, query_slot, key_slot, window_height, window_width, ROW_SLOTS
-            )
-            total = tl.where(query_valid[:, None], grad_score, 0.0)
-            if adds:
-                total += tl.load(pointers, mask=inside, other=0.0)
-            tl.store(pointers, total, mask=inside)
-        sums = tl.dot(grad_score.to(key.dtype), key, sums, input_precision=PRECISION)
-    return sums * scale
+    """A tile of slabs[index], [PADDED, PADDED]."""
+    slabs += index.to(tl.int64) * PADDED * PADDED
+    row = (first_query + tl.arange(0, QUERIES)) * PADDED
+    tl.store(slabs + row[:, None] + (first_key + tl.arange(0, KEYS))[None, :], values)
 
 
 @triton.jit
-def walk_queries(
-    key, value, key_slot, grad_output, output, log_sum_exp, delta,
-    base, stride_row, stride_column, table, scale,
-    batch, head, heads, window, height, width, window_height, window_width,
-    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+def add_query_gradient(
+    sums, query, gradient, normalizer, difference, query_valid, key, value, key_valid,
+    first_query, first_key, bias, scale, window_height, window_width,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr,
+    BIAS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """(dK = scale dS^T Q, dV = P^T G) of a block of keys, [BLOCK_KEYS, HEAD_DIM] each.
-
-    Over all queries of a window. The tile is computed transposed, [keys, queries], as both products
-    need it. delta is read, or if None computed from output.
-    """
-    key_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
-    value_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
-    for start in range(0, window_height * ROW_SLOTS, BLOCK_QUERIES):
-        query_slot = start + tl.arange(0, BLOCK_QUERIES)
-        query, gradient, normalizer, query_valid, _, output_offset, statistic = load_queries(
-            base, grad_output, log_sum_exp, query_slot, batch, head, heads, window,
-            stride_row, stride_column, height, width, window_height, window_width,
-            ROW_SLOTS, GRID, HEAD_DIM,
-        )  # fmt: skip
-        if delta is not None:
-            difference = tl.load(delta + statistic, mask=query_valid, other=0.0)
-        else:
-            difference = output_product(gradient, output, output_offset, query_valid, HEAD_DIM)
-        score = scores(
-            key, query, key_slot, query_slot, query_valid, table, scale,
-            window_height, window_width, ROW_SLOTS, False, HAS_TABLE, PRECISION,
-        )  # fmt: skip
-        weight_gradient = tl.dot(value, tl.trans(gradient), input_precision=PRECISION)
-        weight, grad_score = score_gradient(
-            score, normalizer[None, :], difference[None, :], weight_gradient, query_valid[None, :]
-        )
-        low = weight.to(gradient.dtype)
-        value_sums = tl.dot(low, gradient, value_sums, input_precision=PRECISION)
-        key_sums = tl.dot(grad_score.to(query.dtype), query, key_sums, input_precision=PRECISION)
-    return key_sums * scale, value_sums
+    """dQ / scale of a block of queries with a block of keys more."""
+    _, grad_score = score_gradient(
+        query, gradient, normalizer, difference, query_valid, key, value, key_valid,
+        first_query, first_key, bias, scale, window_height, window_width,
+        QUERIES, KEYS, RAGGED, BIAS, PADDED, PRECISION,
+    )  # fmt: skip
+    return tl.dot(grad_score.to(key.dtype), key, sums, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=SIZES)
 def query_gradient_kernel(
-    grad_output, output, log_sum_exp, qkv, table, grad_qkv, delta, sums_of_qkv,
+    grad_output, output, log_sum_exp, qkv, bias, grad_qkv, delta, qkv_sums,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
-    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, BIAS: tl.constexpr,
+    PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    REST: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """dQ = scale dS K and delta for one (block of queries, window, head) a program.
 
     Reads q, k, v, output and its gradient once from DRAM; writes dQ once and a float32 delta per
-    query. Scores, dP and dQ's accumulator stay in registers.
+    query. Scores, dP and dQ's accumulator stay in registers. HELD: the loop over blocks of keys is
+    unrolled, the last of REST.
 
-    sums_of_qkv [query blocks * windows * batch, 3 * heads * HEAD_DIM], or None: what the sums of
-    dQ, dK and dV over all tokens are sums of. As rows of P sum to 1 and rows of dS to 0, the sum
-    of dV is that of G, and the sum of dK is 0.
+    qkv_sums [query blocks * windows * batch, 3 * heads * HEAD_DIM], or None: what the sums of dQ,
+    dK and dV over all tokens are sums of. As rows of P sum to 1 and rows of dS to 0, the sum of dV
+    is that of G, and the sum of dK is 0.
 
     Grid: (query blocks * windows * batch, heads). Maps but qkv are contiguous; grad_qkv has the
     layout of qkv.
     """
-    query_blocks = tl.cdiv(window_height * ROW_SLOTS, BLOCK_QUERIES)
-    windows = window_count(height, width, window_height, window_width)
+    TOKENS: tl.constexpr = window_height * window_width
+    FULL: tl.constexpr = TOKENS // BLOCK_KEYS * BLOCK_KEYS
+    query_blocks = tl.cdiv(TOKENS, BLOCK_QUERIES)
     first = tl.program_id(0) % query_blocks * BLOCK_QUERIES
-    window = tl.program_id(0) // query_blocks % windows
-    batch = (tl.program_id(0) // query_blocks // windows).to(tl.int64)
+    batch, row, column = find_window(
+        tl.program_id(0) // query_blocks, height, width, window_height, window_width, GRID
+    )
     head = tl.program_id(1)
     base = qkv + batch * stride_batch + head * stride_head
-    if HAS_TABLE:
-        table += head * (2 * window_height - 1) * (2 * window_width - 1)
-
-    query_slot = first + tl.arange(0, BLOCK_QUERIES)
-    query, gradient, normalizer, query_valid, pixel, output_offset, statistic = load_queries(
-        base, grad_output, log_sum_exp, query_slot, batch, head, heads, window,
-        stride_row, stride_column, height, width, window_height, window_width,
-        ROW_SLOTS, GRID, HEAD_DIM,
+    base += row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    origin = row.to(tl.int64) * width + column
+    place = (batch * height * width + origin) * heads * HEAD_DIM + head * HEAD_DIM
+    statistic = (batch * heads + head) * height * width + origin
+    bias = bias_of_head(bias, head, window_height, window_width, BIAS, PADDED)
+    query, gradient, normalizer, valid, pixel = load_queries(
+        base, grad_output + place, log_sum_exp + statistic, first + tl.arange(0, BLOCK_QUERIES),
+        row, column, stride_row, stride_column, heads, height, width, window_height, window_width,
+        GRID, RAGGED, LONG, HEAD_DIM,
     )  # fmt: skip
-    difference = output_product(gradient, output, output_offset, query_valid, HEAD_DIM)
-    tl.store(delta + statistic, difference, mask=query_valid)
+    difference = output_product(gradient, output + place, pixel, valid, heads, HEAD_DIM)
+    tl.store(delta + statistic + pixel, difference, mask=valid)
     channel = tl.arange(0, HEAD_DIM)
-    if sums_of_qkv is not None:
-        sums_of_qkv += tl.program_id(0).to(tl.int64) * 3 * heads * HEAD_DIM + head * stride_head
+    if qkv_sums is not None:
+        qkv_sums += tl.program_id(0).to(tl.int64) * 3 * heads * HEAD_DIM + head * stride_head
         # Where P is not finite neither is their sum with it.
         spread = tl.sum(normalizer * 0.0, 0)
         value_sum = tl.sum(gradient.to(tl.float32), 0) + spread
-        tl.store(sums_of_qkv + 2 * stride_part + channel, value_sum)
+        tl.store(qkv_sums + 2 * stride_part + channel, value_sum)
 
-    sums = walk_keys(
-        query, gradient, normalizer, difference, query_slot, query_valid, None, False,
-        base, stride_row, stride_column, stride_part, table, scale,
-        window, height, width, window_height, window_width,
-        ROW_SLOTS, GRID, HAS_TABLE, HEAD_DIM, BLOCK_QUERIES, BLOCK_KEYS, PRECISION,
+    sums = tl.zeros([BLOCK_QUERIES, HEAD_DIM], tl.float32)
+    if HELD:
+        for start in tl.static_range(0, TOKENS, BLOCK_KEYS):
+            key, value, key_valid, _ = load_keys(
+                base, start + tl.arange(0, BLOCK_KEYS if start < FULL else REST), row, column,
+                stride_row, stride_column, stride_part,
+                height, width, window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
+            )  # fmt: skip
+            sums = add_query_gradient(
+                sums, query, gradient, normalizer, difference, valid, key, value, key_valid,
+                first, start, bias, scale, window_height, window_width,
+                BLOCK_QUERIES, key.shape[0], RAGGED, BIAS, PADDED, PRECISION,
+            )  # fmt: skip
+    else:
+        for start in range(0, TOKENS, BLOCK_KEYS):
+            key, value, key_valid, _ = load_keys(
+                base, start + tl.arange(0, BLOCK_KEYS), row, column,
+                stride_row, stride_column, stride_part,
+                height, width, window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
+            )  # fmt: skip
+            sums = add_query_gradient(
+                sums, query, gradient, normalizer, difference, valid, key, value, key_valid,
+                first, start, bias, scale, window_height, window_width,
+                BLOCK_QUERIES, BLOCK_KEYS, RAGGED, BIAS, PADDED, PRECISION,
+            )  # fmt: skip
+    sums *= scale
+    target = grad_qkv + (batch * height * width + origin) * 3 * heads * HEAD_DIM
+    target += head * stride_head
+    store_rows(target, pixel * (3 * heads * HEAD_DIM), valid, sums, HEAD_DIM)
+    if qkv_sums is not None:
+        total = tl.sum(tl.where(valid[:, None], sums, 0.0), 0)
+        tl.store(qkv_sums + channel, total)
+        tl.store(qkv_sums + stride_part + channel, total * 0.0)  # likewise
+
+
+@triton.jit
+def add_key_gradients(
+    key_sums, value_sums, key, value, key_valid, query, gradient, normalizer, difference, valid,
+    first_query, first_key, bias, scale, window_height, window_width,
+    QUERIES: tl.constexpr, KEYS: tl.constexpr, RAGGED: tl.constexpr,
+    BIAS: tl.constexpr, PADDED: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(dK / scale, dV) of a block of keys with a block of queries more."""
+    weight, grad_score = score_gradient(
+        query, gradient, normalizer, difference, valid, key, value, key_valid,
+        first_query, first_key, bias, scale, window_height, window_width,
+        QUERIES, KEYS, RAGGED, BIAS, PADDED, PRECISION,
     )  # fmt: skip
-    grad_offset = (batch * height * width + pixel) * 3 * heads * HEAD_DIM + head * stride_head
-    store_rows(grad_qkv, grad_offset, query_valid, sums, HEAD_DIM)
-    if sums_of_qkv is not None:
-        total = tl.sum(tl.where(query_valid[:, None], sums, 0.0), 0)
-        tl.store(sums_of_qkv + channel, total)
-        tl.store(sums_of_qkv + stride_part + channel, total * 0.0)  # likewise
+    low = tl.trans(weight.to(gradient.dtype))
+    value_sums = tl.dot(low, gradient, value_sums, input_precision=PRECISION)
+    low = tl.trans(grad_score.to(query.dtype))
+    key_sums = tl.dot(low, query, key_sums, input_precision=PRECISION)
+    return key_sums, value_sums
 
 
 @triton.jit(do_not_specialize=SIZES)
 def key_value_gradient_kernel(
-    grad_output, log_sum_exp, delta, qkv, table, grad_qkv,
+    grad_output, log_sum_exp, delta, qkv, bias, grad_qkv,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
-    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HAS_TABLE: tl.constexpr, HEAD_DIM: tl.constexpr,
-    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
+    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, BIAS: tl.constexpr,
+    PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
+    BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr,
+    REST: tl.constexpr, HELD: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """dK = scale dS^T Q and dV = P^T G for one (block of keys, window, head) a program.
+    """dK = scale dS^T Q and dV = P^T G for every groups-th block of keys of a window.
 
-    Reads q, k, v, the output's gradient and two float32 per query once from DRAM; writes dK and dV
-    once. The tile is computed transposed, [keys, queries], as both products need it; it and the
-    two accumulators stay in registers.
+    Reads q, k, v, the output's gradient and two float32 per query once from DRAM (again for each
+    further program of a window); writes dK and dV once. Scores and the two accumulators stay in
+    registers; P and dS cross shared memory, to be transposed. HELD: q and the gradient stay in
+    shared memory. Queries come in blocks of BLOCK_QUERIES, with one of REST at the end.
 
-    Grid: (key blocks * windows * batch, heads). Layouts as in `query_gradient_kernel`.
+    Grid: (windows * batch, heads, groups). Layouts as in `query_gradient_kernel`.
     """
-    key_blocks = tl.cdiv(window_height * ROW_SLOTS, BLOCK_KEYS)
-    windows = window_count(height, width, window_height, window_width)
-    first = tl.program_id(0) % key_blocks * BLOCK_KEYS
-    window = tl.program_id(0) // key_blocks % windows
-    batch = (tl.program_id(0) // key_blocks // windows).to(tl.int64)
+    TOKENS: tl.constexpr = window_height * window_width
+    FULL: tl.constexpr = TOKENS // BLOCK_QUERIES * BLOCK_QUERIES
+    batch, row, column = find_window(
+        tl.program_id(0), height, width, window_height, window_width, GRID
+    )
     head = tl.program_id(1)
     base = qkv + batch * stride_batch + head * stride_head
-    if HAS_TABLE:
-        table += head * (2 * window_height - 1) * (2 * window_width - 1)
+    base += row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+    origin = row.to(tl.int64) * width + column
+    grad_output += (batch * height * width + origin) * heads * HEAD_DIM + head * HEAD_DIM
+    log_sum_exp += (batch * heads + head) * height * width + origin
+    delta += (batch * heads + head) * height * width + origin
+    grad_qkv += (batch * height * width + origin) * 3 * heads * HEAD_DIM + head * stride_head
+    bias = bias_of_head(bias, head, window_height, window_width, BIAS, PADDED)
+    held = ()
+    if HELD:
+        for start in tl.static_range(0, TOKENS, BLOCK_QUERIES):
+            query, gradient, normalizer, valid, query_pixel = load_queries(
+                base, grad_output, log_sum_exp,
+                start + tl.arange(0, BLOCK_QUERIES if start < FULL else REST),
+                row, column, stride_row, stride_column, heads, height, width,
+                window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
+            )  # fmt: skip
+            difference = tl.load(delta + query_pixel, mask=valid, other=0.0)
+            held = held + ((query, gradient, normalizer, difference, valid),)  # noqa: RUF005
 
-    key_slot = first + tl.arange(0, BLOCK_KEYS)
-    row, column, key_valid, key, value = load_keys(
-        base, key_slot, window, stride_row, stride_column, stride_part,
-        height, width, window_height, window_width, ROW_SLOTS, GRID, HEAD_DIM,
-    )  # fmt: skip
-
-    key_sums, value_sums = walk_queries(
-        key, value, key_slot, grad_output, None, log_sum_exp, delta,
-        base, stride_row, stride_column, table, scale,
-        batch, head, heads, window, height, width, window_height, window_width,
-        ROW_SLOTS, GRID, HAS_TABLE, HEAD_DIM, BLOCK_QUERIES, BLOCK_KEYS, PRECISION,
-    )  # fmt: skip
-    position = batch * height * width + row * width + column
-    grad_offset = position * 3 * heads * HEAD_DIM + head * stride_head
-    store_rows(grad_qkv + stride_part, grad_offset, key_valid, key_sums, HEAD_DIM)
-    store_rows(grad_qkv + 2 * stride_part, grad_offset, key_valid, value_sums, HEAD_DIM)
+    step = tl.num_programs(2) * BLOCK_KEYS
+    for first in range(tl.program_id(2) * BLOCK_KEYS, TOKENS, step):
+        key, value, key_valid, pixel = load_keys(
+            base, first + tl.arange(0, BLOCK_KEYS), row, column,
+            stride_row, stride_column, stride_part, height, width, window_height, window_width,
+            GRID, RAGGED, LONG, HEAD_DIM,
+        )  # fmt: skip
+        key_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
+        value_sums = tl.zeros([BLOCK_KEYS, HEAD_DIM], tl.float32)
+        if HELD:
+            for block in tl.static_range(len(held)):
+                query, gradient, normalizer, difference, valid = held[block]
+                key_sums, value_sums = add_key_gradients(
+                    key_sums, value_sums, key, value, key_valid,
+                    query, gradient, normalizer, difference, valid,
+                    block * BLOCK_QUERIES, first, bias, scale, window_height, window_width,
+                    query.shape[0], BLOCK_KEYS, RAGGED, BIAS, PADDED, PRECISION,
+                )  # fmt: skip
+        else:
+            for start in range(0, TOKENS, BLOCK_QUERIES):
+                query, gradient, normalizer, valid, query_pixel = load_queries(
+                    base, grad_output, log_sum_exp, start + tl.arange(0, BLOCK_QUERIES),
+                    row, column, stride_row, stride_column, heads, height, width,
+                    window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
+                )  # fmt: skip
+                difference = tl.load(delta + query_pixel, mask=valid, other=0.0)
+                key_sums, value_sums = add_key_gradients(
+                    key_sums, value_sums, key, value, key_valid,
+                    query, gradient, normalizer, difference, valid, start, first, bias, scale,
+                    window_height, window_width,
+                    BLOCK_QUERIES, BLOCK_KEYS, RAGGED, BIAS, PADDED, PRECISION,
+                )  # fmt: skip
+        offset = pixel * (3 * heads * HEAD_DIM)
+        store_rows(grad_qkv + stride_part, offset, key_valid, key_sums * scale, HEAD_DIM)
+        store_rows(grad_qkv + 2 * stride_part, offset, key_valid, value_sums, HEAD_DIM)
 
 
 @triton.jit(do_not_specialize=[*SIZES, "batch_size"])
 def bias_gradient_kernel(
-    grad_output, log_sum_exp, delta, qkv, table, slabs,
+    grad_output, log_sum_exp, delta, qkv, bias, slabs,
     stride_batch, stride_row, stride_column, stride_part, stride_head,
     scale, heads, height, width, window_height: tl.constexpr, window_width: tl.constexpr,
     batch_size,
-    ROW_SLOTS: tl.constexpr, GRID: tl.constexpr, HEAD_DIM: tl.constexpr,
+    GRID: tl.constexpr, RAGGED: tl.constexpr, LONG: tl.constexpr, BIAS: tl.constexpr,
+    PADDED: tl.constexpr, HEAD_DIM: tl.constexpr,
     BLOCK_QUERIES: tl.constexpr, BLOCK_KEYS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """slabs[split, head] += dS over every splits-th window, one tile of [tokens, tokens] a program.
 
-    Reads what `key_value_gradient_kernel` reads (from the second-level cache, where other tiles of
+    Reads what `key_value_gradient_kernel` reads (from the second-level cache, where other bias of
     the same windows run at the time); writes each tile of its slab once, float32. The sum over
     windows stays in registers: no atomics, and always the same order.
 
     Grid: (query blocks * key blocks, heads, splits).
     """
-    key_blocks = tl.cdiv(window_height * ROW_SLOTS, BLOCK_KEYS)
-    query_slot = tl.program_id(0) // key_blocks * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
-    key_slot = tl.program_id(0) % key_blocks * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
+    TOKENS: tl.constexpr = window_height * window_width
+    key_blocks = tl.cdiv(TOKENS, BLOCK_KEYS)
+    first_query = tl.program_id(0) // key_blocks * BLOCK_QUERIES
+    first_key = tl.program_id(0) % key_blocks * BLOCK_KEYS
     head = tl.program_id(1)
-    table += head * (2 * window_height - 1) * (2 * window_width - 1)
+    bias = bias_of_head(bias, head, window_height, window_width, BIAS, PADDED)
     windows = window_count(height, width, window_height, window_width)
 
     sums = tl.zeros([BLOCK_QUERIES, BLOCK_KEYS], tl.float32)
     for index in range(tl.program_id(2), batch_size * windows, tl.num_programs(2)):
-        window = index % windows
-        batch = (index // windows).to(tl.int64)
+        batch, row, column = find_window(index, height, width, window_height, window_width, GRID)
         base = qkv + batch * stride_batch + head * stride_head
-        query, gradient, normalizer, query_valid, _, _, statistic = load_queries(
-            base, grad_output, log_sum_exp, query_slot, batch, head, heads, window,
-            stride_row, stride_column, height, width, window_height, window_width,
-            ROW_SLOTS, GRID, HEAD_DIM,
+        base += row.to(tl.int64) * stride_row + column.to(tl.int64) * stride_column
+        origin = row.to(tl.int64) * width + column
+        place = (batch * height * width + origin) * heads * HEAD_DIM + head * HEAD_DIM
+        statistic = (batch * heads + head) * height * width + origin
+        query, gradient, normalizer, query_valid, pixel = load_queries(
+            base, grad_output + place, log_sum_exp + statistic,
+            first_query + tl.arange(0, BLOCK_QUERIES), row, column,
+            stride_row, stride_column, heads, height, width,
+            window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
         )  # fmt: skip
-        difference = tl.load(delta + statistic, mask=query_valid, other=0.0)
-        _, _, key_valid, key, value = load_keys(
-            base, key_slot, window, stride_row, stride_column, stride_part,
-            height, width, window_height, window_width, ROW_SLOTS, GRID, HEAD_DIM,
+        difference = tl.load(delta + statistic + pixel, mask=query_valid, other=0.0)
+        key, value, key_valid, _ = load_keys(
+            base, first_key + tl.arange(0, BLOCK_KEYS), row, column,
+            stride_row, stride_column, stride_part,
+            height, width, window_height, window_width, GRID, RAGGED, LONG, HEAD_DIM,
         )  # fmt: skip
-        score = scores(
-            query, key, query_slot, key_slot, key_valid, table, scale,
-            window_height, window_width, ROW_SLOTS, True, True, PRECISION,
-        )  # fmt: skip
-        weight_gradient = tl.dot(gradient, tl.trans(value), input_precision=PRECISION)
-        valid = query_valid[:, None] & key_valid[None, :]
         _, grad_score = score_gradient(
-            score, normalizer[:, None], difference[:, None], weight_gradient, valid
-        )
+            query, gradient, normalizer, difference, query_valid, key, value, key_valid,
+            first_query, first_key, bias, scale, window_height, window_width,
+            BLOCK_QUERIES, BLOCK_KEYS, RAGGED, BIAS, PADDED, PRECISION,
+        )  # fmt: skip
         sums += grad_score
-
-    tokens = window_height * window_width
-    slabs += (tl.program_id(2) * heads + head).to(tl.int64) * tokens * tokens
-    pointers, inside = slab_tile(
-        slabs, query_slot, key_slot, window_height, window_width, ROW_SLOTS
-    )
-    tl.store(pointers, sums, mask=inside)
+    store_slab(
+        slabs, tl.program_id(2) * heads + head, first_query, first_key, sums,
+        PADDED, BLOCK_QUERIES, BLOCK_KEYS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -324,7 +360,7 @@ def fold_offsets(
     BLOCK_SPLITS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr, BLOCK_OFFSETS: tl.constexpr,
 ):  # fmt: skip
     """What `fold_table_kernel` computes of a block of offsets in one row of the table."""
-    tokens = window_height * window_width
+    tokens = padded_tokens(window_height * window_width)
     row_offset = table_row - (window_height - 1)
     table_column = block * BLOCK_OFFSETS + tl.arange(0, BLOCK_OFFSETS)
     column_offset = table_column - (window_width - 1)
