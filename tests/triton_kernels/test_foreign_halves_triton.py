@@ -31,7 +31,7 @@ timm = import_peer("timm.models.maxxvit")
 torchvision = import_peer("torchvision.models.maxvit")
 
 # What the half launches in training; attention's kernels stand between.
-FORWARD = ["layer_norm_kernel", "forward_kernel"]
+FORWARD = ["norm_and_cast_kernel", "forward_kernel"]
 BACKWARD = ["branch_gradient_kernel", "fold_sums_kernel"]
 
 
@@ -183,7 +183,7 @@ def test_float16_does_not_scale_the_weights(device: str) -> None:
     launched: list[str] = []
     with torch.autocast(device, torch.float16), by_triton(launched):
         fused(x)
-    assert launched == ["forward_kernel"]  # attention alone
+    assert launched == ["spread_bias_kernel", "forward_kernel"]  # attention alone
 
 
 @pytest.mark.parametrize("memory_format", [torch.channels_last, torch.contiguous_format], ids=str)
