@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable, Hashable, Iterable, Mapping
 from dataclasses import replace
 from operator import attrgetter
@@ -413,8 +414,9 @@ class _PartitionAttention(_Transformer):
         if height % window[0] or width % window[1]:
             raise NotCovered(f"a map of {height} x {width}, which windows {window} do not divide")
 
+    @abstractmethod
     def _attend(self, inner: Any, attention: AttentionReading, x: Tensor) -> Tensor:
-        raise NotImplementedError
+        """inner, the attention module, of the normalised map."""
 
     def read_half(self, module: Any, attention: AttentionReading) -> AttentionHalf:
         return self._half(module, attention, module.norm1)
