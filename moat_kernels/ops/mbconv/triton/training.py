@@ -46,7 +46,12 @@ from moat_kernels.ops.mbconv.triton.kernels.norm import (
     norm_gradient,
 )
 from moat_kernels.ops.mbconv.triton.kernels.project import pool, project
-from moat_kernels.ops.mbconv.triton.kernels.project_backward import project_input, project_weight
+from moat_kernels.ops.mbconv.triton.kernels.project_backward import (
+    ProjectWeight,
+    project_input,
+    project_weight,
+)
+from moat_kernels.ops.mbconv.triton.kernels.shortcut import Pooling
 from moat_kernels.ops.mbconv.triton.kernels.squeeze_excite import (
     Excitation,
     excite,
@@ -54,6 +59,8 @@ from moat_kernels.ops.mbconv.triton.kernels.squeeze_excite import (
 )
 from moat_kernels.ops.mbconv.triton.shortcut import Shortcut
 from moat_kernels.ops.triton_support.replay import replayed
+
+_NO_POOLING = Pooling.of(None, 1)
 
 
 class Call:
@@ -92,6 +99,9 @@ class Call:
             for norm in (description.pre_norm, description.expand_norm, description.depthwise_norm)
         )
         self.centred = self.measures[0] or self.measures[1]
+        self.shortcut = None
+        if description.residual:
+            self.shortcut = Shortcut(self.x, self.stencil, description.pool)
         # Whether rows lose their mean before they are rounded, of which not much would be left.
         has_centre = self.centred or description.pre_norm is not None
         self.shifted = has_centre and self.x.dtype != self.dtype
@@ -103,25 +113,27 @@ class Call:
         assert centre is not None
         return torch.sub(self.x_rows, centre, out=torch.empty_like(self.x_rows, dtype=self.dtype))
 
-    def fold(self, update: RunningUpdate | None, pre: Tensor | None) -> Folded:
+    def fold(self, update: RunningUpdate | None, pre: Tensor | None, pooling: Pooling) -> Folded:
         """pre: what an earlier call gave; else x is measured, where a norm is."""
         moments = row_moments(self.x_rows) if self.centred and pre is None else None
         norm, parameters = self.description.pre_norm, self.parameters.pre_norm
         return fold(
-            *(self.weights, self.dtype, norm, parameters, moments, self.shifted, update, pre)
+            *(self.weights, self.dtype, norm, parameters, moments, self.shifted, update, pre),
+            pooling,
         )
 
-    def projection(self, ready: Ready) -> tuple[Any, ...]:
+    def pooling(self) -> Pooling:
+        return _NO_POOLING if self.shortcut is None else self.shortcut.pooling()
+
+    def projection(self, ready: Ready, pooling: Pooling) -> tuple[Any, ...]:
         """What `project` takes after the gate."""
         added, dtype = None, self.dtype
-        if self.description.residual:
-            added = self.shortcut(ready).forward()
-            dtype = torch.promote_types(dtype, added.dtype)
+        if self.shortcut is not None:
+            added = self.shortcut.rows(pooling)
+            if ready.shortcut is None:
+                dtype = torch.promote_types(dtype, added.dtype)
         bias = self.parameters.project_bias
-        return ready.project, bias, self.drop_path_scale, added, self.out_pixels, dtype
-
-    def shortcut(self, ready: Ready) -> Shortcut:
-        return Shortcut(self.x, self.stencil, self.description.pool, ready, self.weights)
+        return ready, bias, self.drop_path_scale, added, self.out_pixels, dtype
 
     def output_map(self, rows: Tensor) -> Tensor:
         """[M, C_out] as a channels_last [B, C_out, H_out, W_out]."""
@@ -164,8 +176,10 @@ def evaluate(
         FoldedNorm(description.expand_norm, parameters.expand_norm),
         FoldedNorm(description.depthwise_norm, parameters.depthwise_norm),
     )
+    pooling = call.pooling()
     folded = fold_evaluation(
-        call.weights, parameters.depthwise_bias, call.dtype, norms, call.shifted
+        *(call.weights, parameters.depthwise_bias, call.dtype, norms, call.shifted),
+        pooling,
     )
     h2 = passes.expand_depthwise(
         *(call.rows(parameters.pre_norm.running_mean), folded.expand, folded.bias),
@@ -175,7 +189,9 @@ def evaluate(
     gate = None
     if description.squeeze_excite is not None:
         gate = call.excite(pool(h2, None, "identity", call.out_pixels), call.out_pixels).gate
-    return call.output_map(project(h2, None, "identity", gate, *call.projection(folded.ready)))
+    return call.output_map(
+        project(h2, None, "identity", gate, *call.projection(folded.ready, pooling))
+    )
 
 
 @replayed(passes.setting)
@@ -191,7 +207,8 @@ def forward(
     """Compute the block and save what `recompute` says, beside the statistics."""
     call = Call(x, parameters, description, drop_path_scale, dtype)
     parameters = call.parameters
-    folded = call.fold(_in_kernel(updates, "pre_norm"), None)
+    pooling = call.pooling()
+    folded = call.fold(_in_kernel(updates, "pre_norm"), None, pooling)
     z1, moments = expand(
         call.rows(folded.pre[CENTRE]), folded.expand, folded.bias, "identity", call.measures[1]
     )
@@ -209,7 +226,7 @@ def forward(
             pool(z2, depthwise_norm, activation, call.out_pixels), call.out_pixels
         )
         squeezed, gate = excitation.mean, excitation.gate
-    output = project(z2, depthwise_norm, activation, gate, *call.projection(folded.ready))
+    output = project(z2, depthwise_norm, activation, gate, *call.projection(folded.ready, pooling))
     norms = {
         "pre_norm": (folded.pre, None),
         "expand_norm": (expand_norm, folded.constant),
@@ -277,7 +294,7 @@ def backward(
     call = Call(x, parameters, description, drop_path_scale, dtype)
     parameters = call.parameters
     pre, expand_norm, depthwise_norm, squeezed, *wide = saved
-    folded = call.fold(None, pre)
+    folded = call.fold(None, pre, _NO_POOLING)
     rows = call.rows(pre[CENTRE])
     z1, z2 = wide[0] if len(wide) == 2 else None, wide[-1] if wide else None
     if z1 is None:
@@ -288,28 +305,44 @@ def backward(
     low_grad = grad_rows.to(call.dtype)
     gradients: dict[str, Tensor] = {}
     addend = None
-    if description.residual:
-        addend, gradients = call.shortcut(folded.ready).backward(grad_rows, low_grad, needed)
-    dy2, sums = _project_backward(
+    if call.shortcut is not None and "x" in needed:
+        weight = folded.ready.shortcut
+        addend = call.shortcut.input_gradient(grad_rows if weight is None else low_grad, weight)
+    dy2, sums, project = _project_backward(
         call, low_grad, z2, depthwise_norm, folded.ready.project, squeezed, needed, gradients
     )
-    factors, norm_gradients, _ = norm_gradient(
+    factors, norm_gradients, _, summed = norm_gradient(
         *(sums, depthwise_norm, parameters.depthwise_norm, parameters.depthwise_bias, None),
-        *(call.rows_out, call.measures[2], True),
+        *(call.rows_out, call.measures[2], True, None if project is None else project.partial),
+        _NO_POOLING,
     )
     _name(gradients, "depthwise_norm", norm_gradients, "depthwise_bias")
+    if project is not None:
+        assert summed is not None
+        gradients.update(project.split(summed))
+        del project  # and so its parts
     dy1, sums = passes.depthwise_backward(
         *(dy2, z2, factors, z1, expand_norm, description.expand_activation),
         *(folded.taps, call.stencil),
     )
-    factors, norm_gradients, grad_taps = norm_gradient(
+    # Pooled now, not earlier: it would lie in memory where most does.
+    wants_shortcut = parameters.shortcut_weight is not None and "shortcut_weight" in needed
+    pooling = call.pooling() if wants_shortcut else _NO_POOLING
+    factors, norm_gradients, grad_taps, _ = norm_gradient(
         *(sums, expand_norm, parameters.expand_norm, parameters.expand_bias),
         *(call.weights.depthwise, len(rows), call.measures[1], False),
+        *(None, pooling),
     )
     _name(gradients, "expand_norm", norm_gradients, "expand_bias")
     assert grad_taps is not None
     gradients["depthwise_weight"] = grad_taps
-    products = expand_products(dy1, rows, pre[PILOT], call.measures[1])
+    shortcut = None
+    if call.shortcut is not None and wants_shortcut:
+        shortcut = low_grad, call.shortcut.rows(pooling)
+    products, grad_shortcut = expand_products(dy1, rows, pre[PILOT], call.measures[1], shortcut)
+    del pooling, shortcut  # the pooled rows
+    if grad_shortcut is not None:
+        gradients["shortcut_weight"] = grad_shortcut
     gradient = expand_gradient(
         *(products, factors, folded, call.weights, parameters.pre_norm),
         *(len(rows), call.measures[:2]),
@@ -329,10 +362,6 @@ def _name(gradients: dict[str, Tensor], norm: str, listed: list[Tensor], constan
     gradients.update(zip(names, listed, strict=True))
 
 
-# Their gradients are sums over rows of the output's.
-_BIASES = ("project_bias", "shortcut_bias")
-
-
 def _project_backward(
     call: Call,
     grad: Tensor,
@@ -342,38 +371,38 @@ def _project_backward(
     squeezed: Tensor,
     needed: frozenset[str],
     gradients: dict[str, Tensor],
-) -> tuple[Tensor, Sums]:
-    """Gradient of depthwise_norm's output, and its sums; enters those of what follows the norm.
+) -> tuple[Tensor, Sums, ProjectWeight | None]:
+    """Gradient of depthwise_norm's output, its sums, and those of project's weight in parts.
 
-    grad: of the output, [M, C_out] in the dtype of the products.
+    Enters those of squeeze-excite. grad: of the output, [M, C_out] in the dtype of the products.
     """
     activation, pixels = call.description.depthwise_activation, call.out_pixels
-    excitation, gate, grad_mean = None, None, None
+    excitation, gate, grad_mean, project = None, None, None, None
     if call.description.squeeze_excite is not None:
         excitation = call.excite(Sums(squeezed[:, None], 1), 1)
         gate = excitation.gate
     has_bias, has_shortcut_bias = (
-        name in needed and getattr(call.parameters, name) is not None for name in _BIASES
+        name in needed and getattr(call.parameters, name) is not None
+        for name in ("project_bias", "shortcut_bias")
     )
     if has_shortcut_bias and gate is not None:
         # The kernel with a gate has no registers left for it.
         gradients["shortcut_bias"] = grad.sum(0, dtype=torch.float32)
         has_shortcut_bias = False
     if excitation is not None or "project_weight" in needed or has_bias or has_shortcut_bias:
-        gradients["project_weight"], *biases, grad_gate = project_weight(
+        project = project_weight(
             *(grad, z2, norm, activation, call.drop_path_scale, gate, weight, pixels),
             *(has_bias, has_shortcut_bias),
         )
-        gradients.update(
-            (name, bias) for name, bias in zip(_BIASES, biases, strict=True) if bias is not None
-        )
     if excitation is not None:
-        assert grad_gate is not None and call.description.squeeze_excite is not None
+        assert project is not None and project.grad_gate is not None
+        assert call.description.squeeze_excite is not None
         grad_mean, excite_gradients = excite_backward(
-            *(grad_gate, excitation, pixels, call.parameters),
+            *(project.grad_gate, excitation, pixels, call.parameters),
             call.description.squeeze_excite.activation,
         )
         gradients.update(excite_gradients)
-    return project_input(
+    grad_y, sums = project_input(
         *(grad, weight, z2, norm, activation, call.drop_path_scale, gate, grad_mean, pixels)
     )
+    return grad_y, sums, project

@@ -13,6 +13,9 @@ it gives dz1 = a dy1 + b z1 + c with sum(dz1) = 0. So with two sums over rows
 where the constant makes dx sum to 0. Only dy1 is read of what is E-wide. Rows are multiplied about
 their pilot, by `rest` off their mean: kernels/fold.py says why. Where expand_norm does not
 measure its batch b = 0 and S is not needed; where pre_norm does not either, M is not.
+
+The gradient of the shortcut's weight is a sum of products over rows as P is, and as wide as x: the
+same launch makes it.
 """
 
 from __future__ import annotations
@@ -61,8 +64,15 @@ def _sum_products(
         )
         if CENTRE:
             b = tl.where(valid_row, b.to(tl.float32) - pilot[None, :], 0.0).to(b.dtype)
-        products = tl.dot(tl.trans(a), b, products, input_precision=PRECISION)
+        products = tl.dot(tl.trans(a), b.to(a.dtype), products, input_precision=PRECISION)
     return products
+
+
+@triton.jit
+def _store_lines(partial_ptr, split, lines, line, valid_line, channel, channels, products):
+    offset = (split.to(tl.int64) * lines + line)[:, None] * channels + channel[None, :]
+    mask = valid_line[:, None] & (channel < channels)[None, :]
+    tl.store(partial_ptr + offset, products, mask=mask)
 
 
 @triton.jit
@@ -70,21 +80,28 @@ def expand_products_kernel(
     grad_ptr,  # [N, E]: dy1
     rows_ptr,  # [N, C]
     pilot_ptr,  # [C] float32
+    output_grad_ptr,  # [M, C_out]; or None
+    shortcut_ptr,  # [M, C] of any dtype, given with it
     partial_ptr,  # [splits, lines, C] float32
     count,
+    shortcut_count,
     wide,
+    out_channels,
     channels,
     chunk,
+    shortcut_chunk,
     lines,
+    GRAM: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_ROWS: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """partial = dy1^T d, and below it, if `lines` is E + C, d^T d, over a chunk of rows d.
+    """partial = dy1^T d, below it, if GRAM, d^T d, over a chunk of rows d, and below that
+    output_grad^T shortcut over a chunk of theirs.
 
-    Reads dy1 (E-wide) and rows (C-wide); tiles of the same rows run side by side, so that all but
-    the first find them in L2.
+    Reads dy1 (E-wide), rows and shortcut (C-wide) and output_grad (C_out-wide); tiles of the same
+    rows run side by side, so that all but the first find them in L2.
     """
     channel_blocks = tl.cdiv(channels, BLOCK_C)
     block, split = tl.program_id(0) // channel_blocks, tl.program_id(1)
@@ -92,6 +109,19 @@ def expand_products_kernel(
     pilot = tl.load(pilot_ptr + channel, mask=channel < channels, other=0.0)
     begin, end = split * chunk, tl.minimum(count, (split + 1) * chunk)
     wide_blocks = tl.cdiv(wide, BLOCK_WIDE)
+    if output_grad_ptr is not None:
+        first_block = wide_blocks + GRAM * tl.cdiv(channels, BLOCK_WIDE)
+        if block >= first_block:
+            left = (block - first_block) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
+            begin = split * shortcut_chunk
+            products = _sum_products(
+                output_grad_ptr, out_channels, left, pilot, shortcut_ptr, channels, channel, pilot,
+                begin, tl.minimum(shortcut_count, begin + shortcut_chunk),
+                False, False, BLOCK_WIDE, BLOCK_C, BLOCK_ROWS, PRECISION,
+            )  # fmt: skip
+            line, valid_line = lines - out_channels + left, left < out_channels
+            _store_lines(partial_ptr, split, lines, line, valid_line, channel, channels, products)
+            return
     if block < wide_blocks:
         left = block * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
         line, valid_line = left, left < wide
@@ -113,40 +143,54 @@ def expand_products_kernel(
             rows_ptr, channels, left, left_pilot, rows_ptr, channels, channel, pilot, begin, end,
             True, True, BLOCK_WIDE, BLOCK_C, BLOCK_ROWS, PRECISION,
         )  # fmt: skip
-    offset = (split.to(tl.int64) * lines + line)[:, None] * channels + channel[None, :]
-    tl.store(
-        partial_ptr + offset, products, mask=valid_line[:, None] & (channel < channels)[None, :]
-    )
+    _store_lines(partial_ptr, split, lines, line, valid_line, channel, channels, products)
 
 
 @tunable
-def expand_products(grad: Tensor, rows: Tensor, pilot: Tensor, gram: bool) -> Tensor:
+def expand_products(
+    grad: Tensor,
+    rows: Tensor,
+    pilot: Tensor,
+    gram: bool,
+    shortcut: tuple[Tensor, Tensor] | None,
+) -> tuple[Tensor, Tensor | None]:
     """dy1^T d, float32 [E, C], and with `gram` d^T d [C, C] below it; d = rows - pilot.
 
-    grad: dy1 [N, E]; rows: [N, C]; pilot: float32 [C].
+    And the gradient of the shortcut's weight, float32 [C_out, C], where `shortcut` is given.
+    grad: dy1 [N, E]; rows: [N, C]; pilot: float32 [C]; shortcut: the output's gradient [M, C_out],
+    in the dtype of dy1, and its own rows [M, C], of any dtype.
     """
     (count, wide), channels = grad.shape, rows.shape[1]
     blocks = gemm_blocks("expand_products", grad, wide, channels, count)
-    left_blocks = -(-wide // blocks.rows) + (-(-channels // blocks.rows) if gram else 0)
+    output_grad, shortcut_rows = (None, None) if shortcut is None else shortcut
+    shortcut_count, out_channels = (0, 0) if output_grad is None else output_grad.shape
+    heights = (wide, channels if gram else 0, out_channels)
+    left_blocks = sum(-(-height // blocks.rows) for height in heights)
     tiles = left_blocks * -(-channels // blocks.columns)
     splits, chunk = reduction_splits(count, tiles, blocks.depth)
-    lines = wide + (channels if gram else 0)
+    shortcut_chunk = -(-shortcut_count // (splits * blocks.depth)) * blocks.depth
+    lines = sum(heights)
     partial = grad.new_empty((splits, lines, channels), dtype=torch.float32)
     launch(
         expand_products_kernel,
         (tiles, splits),
-        *(grad, rows, pilot, partial, count, wide, channels, chunk, lines),
+        *(grad, rows, pilot, output_grad, shortcut_rows, partial, count, shortcut_count),
+        *(wide, out_channels, channels, chunk, shortcut_chunk, lines),
+        GRAM=gram,
         BLOCK_WIDE=blocks.rows,
         BLOCK_C=blocks.columns,
         BLOCK_ROWS=blocks.depth,
         PRECISION=dot_precision(grad),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        reads=(grad, rows, pilot),
+        reads=(grad, rows, pilot, output_grad, shortcut_rows),
         writes=(partial,),
-        flops=2 * count * lines * channels,
+        flops=2 * channels * (count * (lines - out_channels) + shortcut_count * out_channels),
     )
-    return sum_splits(partial)
+    products = sum_splits(partial)
+    if output_grad is None:
+        return products, None
+    return products[: lines - out_channels], products[lines - out_channels :]
 
 
 @triton.jit

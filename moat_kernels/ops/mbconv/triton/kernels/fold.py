@@ -12,6 +12,9 @@ rounded (`shifted`) have they lost it before.
 The sums of products over rows that the backward pass takes (kernels/expand_backward.py) are about
 `pilot`: the centre, rounded, of channels where it lies beyond four standard deviations, where
 subtracting it is exact; else 0, where nothing cancels. `rest` is what is left of the centre.
+
+Folding keeps few multiprocessors busy, most of the time waiting: programs of the same launch,
+behind those that fold, make the shortcut's pool (kernels/shortcut.py).
 """
 
 from __future__ import annotations
@@ -31,6 +34,12 @@ from moat_kernels.ops.mbconv.triton.kernels.norm_parameters import (
     running_tensors,
     update_running,
 )
+from moat_kernels.ops.mbconv.triton.kernels.shortcut import (
+    BLOCK_POOLED,
+    BLOCK_POOLED_C,
+    Pooling,
+    pool_tile,
+)
 from moat_kernels.ops.triton_support.launching import launch
 
 # Rows of a folded pre_norm, float32 [7, C]: those of any norm (kernels/norm.py), pilot and rest.
@@ -40,9 +49,9 @@ _FAR = tl.constexpr(16.0)  # squared standard deviations between the centre and 
 
 
 @triton.jit
-def _cast(source_ptr, target_ptr, size, BLOCK: tl.constexpr):
+def _cast(source_ptr, target_ptr, size, programs, BLOCK: tl.constexpr):
     """A contiguous tensor in the dtype of its target, shared out evenly among the programs."""
-    for start in tl.range(tl.program_id(0) * BLOCK, size, tl.num_programs(0) * BLOCK):
+    for start in tl.range(tl.program_id(0) * BLOCK, size, programs * BLOCK):
         index = start + tl.arange(0, BLOCK)
         value = tl.load(source_ptr + index, mask=index < size, other=0.0).to(tl.float32)
         tl.store(target_ptr + index, value.to(target_ptr.dtype.element_ty), mask=index < size)
@@ -52,7 +61,7 @@ def _cast(source_ptr, target_ptr, size, BLOCK: tl.constexpr):
 def _ready_weights(
     taps_ptr, taps_out_ptr, tap_scale, column, wide,
     project_ptr, project_out_ptr, shortcut_ptr, shortcut_out_ptr, shortcut_bias_ptr,
-    shortcut_bias_out_ptr, channels, out_channels, BLOCK: tl.constexpr,
+    shortcut_bias_out_ptr, channels, out_channels, programs, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """The depthwise weight [E, 9], scaled, as float32 [9, E]; the others in their new dtype."""
     valid = column < wide
@@ -60,11 +69,11 @@ def _ready_weights(
         weight = tl.load(taps_ptr + column * 9 + tap, mask=valid, other=0.0).to(tl.float32)
         tl.store(taps_out_ptr + tap * wide + column, weight * tap_scale, mask=valid)
     if project_ptr is not None:
-        _cast(project_ptr, project_out_ptr, out_channels * wide, BLOCK)
+        _cast(project_ptr, project_out_ptr, out_channels * wide, programs, BLOCK)
     if shortcut_ptr is not None:
-        _cast(shortcut_ptr, shortcut_out_ptr, out_channels * channels, BLOCK)
+        _cast(shortcut_ptr, shortcut_out_ptr, out_channels * channels, programs, BLOCK)
     if shortcut_bias_ptr is not None:
-        _cast(shortcut_bias_ptr, shortcut_bias_out_ptr, out_channels, BLOCK)
+        _cast(shortcut_bias_ptr, shortcut_bias_out_ptr, out_channels, programs, BLOCK)
 
 
 @triton.jit
@@ -82,18 +91,22 @@ def fold_weights_kernel(
     project_ptr,  # [C_out, E], or None
     shortcut_ptr,  # [C_out, C], or None
     shortcut_bias_ptr,  # [C_out], or None
+    pool_ptr,  # [N, C] of any dtype: what the shortcut pools; or None
     folded_ptr,  # [E, C]
     vectors_ptr,  # [3, E] float32: bias, constant, folded times rest
     taps_out_ptr,  # [9, E] float32
     project_out_ptr,  # as project_ptr; the next two likewise
     shortcut_out_ptr,
     shortcut_bias_out_ptr,
+    pooled_ptr,  # [N / 4, C], or None
     count,
     chunk,
     chunks,
     wide,
     channels,
     out_channels,
+    pooled_count,
+    pooled_width,
     eps,
     momentum,
     correction,
@@ -103,11 +116,22 @@ def fold_weights_kernel(
     SHIFTED: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    BLOCK_POOLED: tl.constexpr,
+    BLOCK_POOLED_C: tl.constexpr,
 ):
     """folded, pre and vectors as the module's text has them. Reads and writes the weights once.
 
-    One program: a block of rows of the weight; each merges the moments of x again, from L2.
+    One program: a block of rows of the weight; each merges the moments of x again, from L2. Or a
+    tile of the shortcut's pool.
     """
+    folding = tl.cdiv(wide, BLOCK_WIDE)
+    if pooled_ptr is not None:  # noqa: SIM102  decided at compile time
+        if tl.program_id(0) >= folding:
+            pool_tile(
+                tl.program_id(0) - folding, pool_ptr, pooled_ptr, pooled_count, pooled_width,
+                channels, BLOCK_POOLED, BLOCK_POOLED_C,
+            )  # fmt: skip
+            return
     column = tl.program_id(0) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
     valid_column = column < wide
     bias = tl.zeros([BLOCK_WIDE], tl.float32)
@@ -177,7 +201,7 @@ def fold_weights_kernel(
     _ready_weights(
         taps_ptr, taps_out_ptr, 1.0, column, wide,
         project_ptr, project_out_ptr, shortcut_ptr, shortcut_out_ptr, shortcut_bias_ptr,
-        shortcut_bias_out_ptr, channels, out_channels, 2 * BLOCK_WIDE * BLOCK_C,
+        shortcut_bias_out_ptr, channels, out_channels, folding, 2 * BLOCK_WIDE * BLOCK_C,
     )  # fmt: skip
     if tl.program_id(0) == 0:
         count_batch(tracked_ptr)
@@ -258,11 +282,13 @@ def fold(
     shifted: bool,
     update: RunningUpdate | None,
     pre: Tensor | None,
+    pooling: Pooling,
 ) -> Folded:
     """Weights for products in `dtype`, and pre_norm folded.
 
     norm, parameters: pre_norm. moments: of x, None where no batch is measured. shifted: rows have
     lost their centre. update: of running statistics, made here. pre: what an earlier call gave.
+    pooling: of the shortcut, made beside it.
     """
     wide, channels = weights.expand.shape
     casts = _Casts.of(weights, dtype)
@@ -276,15 +302,16 @@ def fold(
     running = running_tensors(parameters, frozen, update)
     affine = (None, None) if given else (parameters.weight, parameters.bias)
     values = None if moments is None or given else moments.values
-    sources = (weights.depthwise, *casts.sources)
+    sources = (weights.depthwise, *casts.sources, pooling.rows)
     reads = (weights.expand, weights.expand_bias, *sources, values, *affine)
     launch(
         fold_weights_kernel,
-        (-(-wide // _BLOCK_WIDE),),
+        (-(-wide // _BLOCK_WIDE) + pooling.programs,),
         *(weights.expand, values, *affine, *running, pre, weights.expand_bias),
-        *(*sources, expand, vectors, taps, *casts.targets),
+        *(*sources, expand, vectors, taps, *casts.targets, pooling.pooled),
         *((1, 1, 1) if moments is None else _sizes(moments)),
-        *(wide, channels, weights.project.shape[0], 1.0 if norm is None else norm.eps),
+        *(wide, channels, weights.project.shape[0], pooling.count, pooling.width),
+        1.0 if norm is None else norm.eps,
         *((0.0, 1.0) if update is None else (update.momentum, update.correction)),
         NORMED=norm is not None,
         FROZEN=frozen,
@@ -292,10 +319,16 @@ def fold(
         SHIFTED=shifted,
         BLOCK_WIDE=_BLOCK_WIDE,
         BLOCK_C=_BLOCK_C,
+        BLOCK_POOLED=BLOCK_POOLED,
+        BLOCK_POOLED_C=BLOCK_POOLED_C,
         num_warps=8,
         num_stages=3,
         reads=(*reads, *running, pre if given else None),
-        writes=(expand, vectors, taps, *casts.targets, *(() if frozen else running), pre),
+        writes=(
+            *(expand, vectors, taps, *casts.targets, pooling.pooled),
+            *(() if frozen else running),
+            pre,
+        ),
     )
     return Folded(pre, expand, vectors, taps, casts.ready)
 
@@ -339,18 +372,29 @@ def fold_evaluation_kernel(
     taps_bias_ptr,  # [E], or None
     norm_weight_ptr, norm_bias_ptr, norm_mean_ptr, norm_variance_ptr,  # [E] each, or None
     project_ptr, shortcut_ptr, shortcut_bias_ptr,  # [C_out, E], [C_out, C], [C_out], or None
+    pool_ptr,  # [N, C] of any dtype, or None
     folded_ptr,  # [E, C]
     vectors_ptr,  # [2, E] float32: biases of the expand and the depthwise convolution
     taps_out_ptr,  # [9, E] float32
     project_out_ptr, shortcut_out_ptr, shortcut_bias_out_ptr,  # the same
-    wide, channels, out_channels, pre_eps, expand_eps, norm_eps,
+    pooled_ptr,  # [N / 4, C], or None
+    wide, channels, out_channels, pooled_count, pooled_width, pre_eps, expand_eps, norm_eps,
     PRE: tl.constexpr, EXPAND: tl.constexpr, DEPTHWISE: tl.constexpr, SHIFTED: tl.constexpr,
     BLOCK_WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_POOLED: tl.constexpr, BLOCK_POOLED_C: tl.constexpr,
 ):  # fmt: skip
-    """All three norms folded into the convolutions before or behind them.
+    """All three norms folded into the convolutions before or behind them; the shortcut's pool.
 
     Rows go through folded and the first bias; SHIFTED: they have lost pre_norm's mean.
     """
+    folding = tl.cdiv(wide, BLOCK_WIDE)
+    if pooled_ptr is not None:  # noqa: SIM102  decided at compile time
+        if tl.program_id(0) >= folding:
+            pool_tile(
+                tl.program_id(0) - folding, pool_ptr, pooled_ptr, pooled_count, pooled_width,
+                channels, BLOCK_POOLED, BLOCK_POOLED_C,
+            )  # fmt: skip
+            return
     column = tl.program_id(0) * BLOCK_WIDE + tl.arange(0, BLOCK_WIDE)
     valid_column = column < wide
     scale, bias, mean = _frozen_affine(
@@ -384,7 +428,7 @@ def fold_evaluation_kernel(
     _ready_weights(
         taps_ptr, taps_out_ptr, scale, column, wide,
         project_ptr, project_out_ptr, shortcut_ptr, shortcut_out_ptr, shortcut_bias_ptr,
-        shortcut_bias_out_ptr, channels, out_channels, 2 * BLOCK_WIDE * BLOCK_C,
+        shortcut_bias_out_ptr, channels, out_channels, folding, 2 * BLOCK_WIDE * BLOCK_C,
     )  # fmt: skip
 
 
@@ -404,10 +448,11 @@ def fold_evaluation(
     dtype: torch.dtype,
     norms: tuple[FoldedNorm, FoldedNorm, FoldedNorm],
     shifted: bool,
+    pooling: Pooling,
 ) -> Evaluation:
     """Weights for products in `dtype` with pre_norm, expand_norm and depthwise_norm folded.
 
-    shifted: rows have lost pre_norm's running mean.
+    shifted: rows have lost pre_norm's running mean. pooling: of the shortcut, made beside it.
     """
     wide, channels = weights.expand.shape
     casts = _Casts.of(weights, dtype)
@@ -417,13 +462,13 @@ def fold_evaluation(
     pre, expanded, depthwise = (one.arguments for one in norms)
     reads = (
         *(weights.expand, *pre, weights.expand_bias, *expanded),
-        *(weights.depthwise, depthwise_bias, *depthwise, *casts.sources),
+        *(weights.depthwise, depthwise_bias, *depthwise, *casts.sources, pooling.rows),
     )
     launch(
         fold_evaluation_kernel,
-        (-(-wide // _BLOCK_WIDE),),
-        *(*reads, expand, vectors, taps, *casts.targets),
-        *(wide, channels, weights.project.shape[0]),
+        (-(-wide // _BLOCK_WIDE) + pooling.programs,),
+        *(*reads, expand, vectors, taps, *casts.targets, pooling.pooled),
+        *(wide, channels, weights.project.shape[0], pooling.count, pooling.width),
         *(one.eps for one in norms),
         PRE=norms[0].norm is not None,
         EXPAND=norms[1].norm is not None,
@@ -431,9 +476,11 @@ def fold_evaluation(
         SHIFTED=shifted,
         BLOCK_WIDE=_BLOCK_WIDE,
         BLOCK_C=_BLOCK_C,
+        BLOCK_POOLED=BLOCK_POOLED,
+        BLOCK_POOLED_C=BLOCK_POOLED_C,
         num_warps=8,
         num_stages=1,
         reads=reads,
-        writes=(expand, vectors, taps, *casts.targets),
+        writes=(expand, vectors, taps, *casts.targets, pooling.pooled),
     )
     return Evaluation(expand, vectors[0], taps, vectors[1], casts.ready)

@@ -2,9 +2,15 @@
 
 forward:   y = z scale + shift              of z + constant, which the convolution gives
 backward:  dz = a dy + b z + c              from the sums of dy and dy z over the batch
+
+The launch of the latter keeps few multiprocessors busy: programs beside those of the norm add up
+what the pass before it left in parts, the gradients of project's weight and biases, or make the
+shortcut's pool (kernels/shortcut.py), which the next pass reads.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,6 +25,12 @@ from moat_kernels.ops.mbconv.triton.kernels.norm_parameters import (
     running_tensors,
     update_running,
 )
+from moat_kernels.ops.mbconv.triton.kernels.shortcut import (
+    BLOCK_POOLED,
+    BLOCK_POOLED_C,
+    Pooling,
+    pool_tile,
+)
 from moat_kernels.ops.triton_support.launching import launch
 
 # Rows of a norm, float32 [5, C]: scale, shift, centre (the mean of a batch), 1/std, variance.
@@ -26,6 +38,8 @@ NORM_ROWS, CENTRE, VARIANCE = 5, 2, 4
 # Rows of its backward pass, float32 [4, C]: a, b, c, and the sum of dy.
 FACTOR_ROWS = 4
 _BLOCK_C = 16
+# Elements that a program beside the norm's adds up at a time, and of how many parts at most.
+_ADDED_TILE, _ADDED_PARTS = 4096, 16
 
 
 def _block_parts(parts: int) -> int:
@@ -143,20 +157,41 @@ def norm_gradient_kernel(
     grad_bias_ptr,  # [C]
     grad_constant_ptr,  # [C]
     grad_taps_ptr,  # [C, 9]
-    parts, channels, count,
+    partial_ptr,  # [splits, size] float32, of another gradient; or None
+    added_ptr,  # [size] float32, given with it
+    pool_ptr,  # [N, C], of any dtype; or None
+    pooled_ptr,  # [N / 4, C], given with it
+    parts, channels, count, splits, size, pooled_count, pooled_width, pooled_channels,
     ROWS: tl.constexpr, MEASURED: tl.constexpr, CENTRED: tl.constexpr,
     BLOCK_PARTS: tl.constexpr, BLOCK_C: tl.constexpr,
+    BLOCK_SPLITS: tl.constexpr, BLOCK_ADDED: tl.constexpr,
+    BLOCK_POOLED: tl.constexpr, BLOCK_POOLED_C: tl.constexpr,
 ):  # fmt: skip
     """dz = a dy + b z + c, and the gradients of weight, bias, constant (the sum of dz) and taps.
 
     CENTRED: the last row has z less the norm's centre. One program: one tap of a block of
-    channels, or their norm. Reads the sums once.
+    channels, or their norm, or a block of added = sum of partial, or a tile of the pool. Reads the
+    sums once.
     """
     channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < channels
     line = tl.program_id(1)
     source = sums_ptr + channel
     stride = ROWS * channels
+    if line > ROWS - 2:
+        block = (line - ROWS + 1) * tl.num_programs(0) + tl.program_id(0)
+        if pooled_ptr is not None:
+            pool_tile(
+                block, pool_ptr, pooled_ptr, pooled_count, pooled_width, pooled_channels,
+                BLOCK_POOLED, BLOCK_POOLED_C,
+            )  # fmt: skip
+        if partial_ptr is not None:
+            index = block * BLOCK_ADDED + tl.arange(0, BLOCK_ADDED)
+            added = _sum_parts(
+                partial_ptr + index, size, splits, index < size, BLOCK_SPLITS, BLOCK_ADDED
+            )
+            tl.store(added_ptr + index, added, mask=index < size)
+        return
     if grad_taps_ptr is not None:  # noqa: SIM102  decided at compile time
         if line < ROWS - 2:
             taps = _sum_parts(source + line * channels, stride, parts, valid, BLOCK_PARTS, BLOCK_C)
@@ -197,6 +232,35 @@ def norm_gradient_kernel(
         )
 
 
+class _Adding(NamedTuple):
+    """What a launch adds up beside the norm; nothing of None, or of one part."""
+
+    source: Tensor | None  # [splits, size] float32
+    target: Tensor | None  # [size] float32
+    splits: int
+    size: int
+    block_splits: int
+    programs: int
+
+    @staticmethod
+    def of(partial: Tensor | None) -> _Adding:
+        if partial is None or len(partial) == 1:
+            return _Adding(None, None, 1, 1, 1, 0)
+        splits, size = partial.shape
+        block_splits = min(_ADDED_PARTS, triton.next_power_of_2(splits))
+        programs = -(-size // (_ADDED_TILE // block_splits))
+        return _Adding(partial, partial.new_empty(size), splits, size, block_splits, programs)
+
+
+class NormGradient(NamedTuple):
+    """What `norm_gradient` computes."""
+
+    factors: Tensor  # float32 [4, C]: a, b, c, sum of dy
+    gradients: list[Tensor]  # [C] each: of weight, bias and constant
+    taps: Tensor | None  # [C, 9]
+    added: Tensor | None  # float32 [size]: the sum of what came in parts
+
+
 def norm_gradient(
     sums: Sums,
     norm: Tensor,
@@ -206,8 +270,10 @@ def norm_gradient(
     count: int,
     measured: bool,
     centred: bool,
-) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """(factors (a, b, c, sum of dy) float32 [4, C], gradients, that of taps [C, 9]).
+    partial: Tensor | None,
+    pooling: Pooling,
+) -> NormGradient:
+    """The backward pass of a norm; beside it the sum of partial [splits, size], float32, or a pool.
 
     sums: [P, 2, C] of dy and dy z, or [P, 11, C] with the taps' before them; centred: of z less
     `norm`'s centre. count: values of each channel. The gradients of weight, bias and constant have
@@ -215,6 +281,7 @@ def norm_gradient(
     """
     values = sums.values
     parts, rows, channels = values.shape
+    blocks, adding = -(-channels // _BLOCK_C), _Adding.of(partial)
     factors = norm.new_empty((FACTOR_ROWS, channels))
     owners = (parameters.weight, parameters.bias, constant)
     gradients = [
@@ -222,18 +289,27 @@ def norm_gradient(
         for owner in owners
     ]
     grad_taps = None if taps is None else torch.empty_like(taps)
+    pooled_channels = 1 if pooling.rows is None else pooling.rows.shape[1]
     launch(
         norm_gradient_kernel,
-        (-(-channels // _BLOCK_C), rows - 1),
-        *(values, norm, factors, *gradients, grad_taps, parts, channels, count),
+        (blocks, rows - 1 + -(-(adding.programs + pooling.programs) // blocks)),
+        *(values, norm, factors, *gradients, grad_taps, adding.source, adding.target),
+        *(pooling.rows, pooling.pooled, parts, channels, count, adding.splits, adding.size),
+        *(pooling.count, pooling.width, pooled_channels),
         ROWS=rows,
         MEASURED=measured,
         CENTRED=centred,
         BLOCK_PARTS=_block_parts(parts),
         BLOCK_C=_BLOCK_C,
+        BLOCK_SPLITS=adding.block_splits,
+        BLOCK_ADDED=_ADDED_TILE // adding.block_splits,
+        BLOCK_POOLED=BLOCK_POOLED,
+        BLOCK_POOLED_C=BLOCK_POOLED_C,
         num_warps=8,
         num_stages=1,
-        reads=(values, norm),
-        writes=(factors, *gradients, grad_taps),
+        reads=(values, norm, adding.source, pooling.rows),
+        writes=(factors, *gradients, grad_taps, adding.target, pooling.pooled),
     )
-    return factors, gradients, grad_taps
+    only_part = None if partial is None or len(partial) > 1 else partial[0]
+    added = only_part if adding.target is None else adding.target
+    return NormGradient(factors, gradients, grad_taps, added)

@@ -1,5 +1,5 @@
-"""The project 1x1 convolution with depthwise norm, activation and gate before it, and what is
-added after it; and the pooling of squeeze-excite, which sees the same activations.
+"""The project 1x1 convolution with depthwise norm, activation and gate before it, and the shortcut
+that is added to it; and the pooling of squeeze-excite, which sees the same activations.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from moat_kernels.ops.mbconv.triton.kernels.affine import exist, load_affine
+from moat_kernels.ops.mbconv.triton.kernels.fold import Ready
 from moat_kernels.ops.mbconv.triton.kernels.moments import Sums
 from moat_kernels.ops.mbconv.triton.launch_table import dot_precision, gemm_blocks, pool_blocks
 from moat_kernels.ops.triton_support.activations import activate
@@ -101,12 +102,15 @@ def project_kernel(
     weight_ptr,  # [C_out, E]
     bias_ptr,  # [C_out], or None
     drop_path_ptr,  # [B], or None
-    shortcut_ptr,  # [M, C_out], or None
+    shortcut_ptr,  # [M, C] with a weight, [M, C_out] without; or None
+    shortcut_weight_ptr,  # [C_out, C], or None
+    shortcut_bias_ptr,  # [C_out], or None
     output_ptr,  # [M, C_out]
     count,
     pixels,
     wide,
     channels,
+    shortcut_channels,
     BLOCK_ROWS: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_WIDE: tl.constexpr,
@@ -114,7 +118,8 @@ def project_kernel(
     ACTIVATION: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """output = shortcut + drop_path * ((gate * act(z scale + shift)) weight^T + bias).
+    """output = drop_path * ((gate * act(z scale + shift)) weight^T + bias) + added,
+    added = shortcut, or shortcut shortcut_weight^T + shortcut_bias.
 
     Reads z (E-wide) and the shortcut, writes output (C_out-wide). Blocks of the same rows run side
     by side, so that all but the first find z in L2. The activation is computed on the way into the
@@ -152,9 +157,29 @@ def project_kernel(
     if drop_path_ptr is not None:
         factor = tl.load(drop_path_ptr + row // pixels, mask=valid_row, other=0.0)
         products *= factor.to(tl.float32)[:, None]
+    if shortcut_weight_ptr is not None:
+        for start in tl.range(0, shortcut_channels, BLOCK_WIDE):
+            inner = start + tl.arange(0, BLOCK_WIDE)
+            valid = inner < shortcut_channels
+            shortcut = tl.load(
+                shortcut_ptr + row[:, None] * shortcut_channels + inner[None, :],
+                mask=valid_row[:, None] & valid[None, :],
+                other=0.0,
+            )
+            weight = tl.load(
+                shortcut_weight_ptr + channel[None, :] * shortcut_channels + inner[:, None],
+                mask=valid_channel[None, :] & valid[:, None],
+                other=0.0,
+            )
+            products = tl.dot(
+                shortcut.to(weight.dtype), weight, products, input_precision=PRECISION
+            )
+    if shortcut_bias_ptr is not None:
+        bias = tl.load(shortcut_bias_ptr + channel, mask=valid_channel, other=0.0)
+        products += bias.to(tl.float32)[None, :]
     offset = row[:, None] * channels + channel[None, :]
     mask = valid_row[:, None] & valid_channel[None, :]
-    if shortcut_ptr is not None:
+    if shortcut_ptr is not None and shortcut_weight_ptr is None:
         products += tl.load(shortcut_ptr + offset, mask=mask, other=0.0).to(tl.float32)
     tl.store(output_ptr + offset, products.to(output_ptr.dtype.element_ty), mask=mask)
 
@@ -165,20 +190,24 @@ def project(
     affine: Tensor | None,
     activation: str,
     gate: Tensor | None,
-    weight: Tensor,
+    ready: Ready,
     bias: Tensor | None,
     drop_path_scale: Tensor | None,
     shortcut: Tensor | None,
     pixels: int,
     dtype: torch.dtype,
 ) -> Tensor:
-    """shortcut + drop_path_scale * ((gate * activation(z scale + shift)) weight^T + bias).
+    """drop_path_scale * ((gate * activation(z scale + shift)) weight^T + bias) + what is added.
 
+    That is the shortcut [M, C_out], or its convolution where `ready` has a weight: of [M, C], any
+    dtype.
     z: [M, E], `pixels` rows an image; affine: float32 (scale, shift) [2, E]; gate: float32 [B, E];
-    weight: [C_out, E]; bias: [C_out]; drop_path_scale: [B]; shortcut: [M, C_out].
+    bias: [C_out]; drop_path_scale: [B].
     Returns [M, C_out] in `dtype`.
     """
-    (count, wide), channels = z.shape, weight.shape[0]
+    (count, wide), channels = z.shape, ready.project.shape[0]
+    inner = 1 if shortcut is None or ready.shortcut is None else shortcut.shape[1]
+    reads = (z, affine, gate, ready.project, bias, drop_path_scale, shortcut, *ready[1:])
     blocks = gemm_blocks("project", z, count, channels, wide)
     output = z.new_empty((count, channels), dtype=dtype)
     launch(
@@ -187,10 +216,7 @@ def project(
             row_blocks(count, pixels, blocks.rows, gate is not None)
             * -(-channels // blocks.columns),
         ),
-        *(
-            *(z, affine, gate, weight, bias, drop_path_scale, shortcut, output),
-            *(count, pixels, wide, channels),
-        ),
+        *(*reads, output, count, pixels, wide, channels, inner),
         BLOCK_ROWS=blocks.rows,
         BLOCK_C=blocks.columns,
         BLOCK_WIDE=blocks.depth,
@@ -199,8 +225,8 @@ def project(
         PRECISION=dot_precision(z),
         num_warps=blocks.warps,
         num_stages=blocks.stages,
-        reads=(z, affine, gate, weight, bias, drop_path_scale, shortcut),
+        reads=reads,
         writes=(output,),
-        flops=2 * count * wide * channels,
+        flops=2 * count * channels * (wide + (0 if ready.shortcut is None else inner)),
     )
     return output

@@ -6,6 +6,7 @@ With y = z scale + shift, a = act(y) and output = (gate * a) weight^T, from the 
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import NamedTuple
 
 import torch
 import triton
@@ -19,7 +20,6 @@ from moat_kernels.ops.mbconv.triton.launch_table import (
     dot_precision,
     gemm_blocks,
     reduction_splits,
-    sum_splits,
 )
 from moat_kernels.ops.triton_support.activations import activate, activation_derivative
 from moat_kernels.ops.triton_support.launching import launch, tunable
@@ -265,6 +265,23 @@ def project_weight_kernel(
     tl.store(target + weight_offset, total, mask=mask)
 
 
+class ProjectWeight(NamedTuple):
+    """What `project_weight` computes, float32: gradients in parts, and of the gate.
+
+    partial: [splits, C_out * E, and C_out for each bias]; its sum is `split`.
+    """
+
+    partial: Tensor
+    widths: list[int]  # of the weight, of project's bias and the shortcut's
+    grad_gate: Sums | None  # [B, parts, E]
+
+    def split(self, summed: Tensor) -> dict[str, Tensor]:
+        """Gradients by name: of the weight [C_out, E] and of the biases [C_out] that there are."""
+        names = ("project_weight", "project_bias", "shortcut_bias")
+        parts = dict(zip(names, summed.split(self.widths), strict=True))
+        return {name: part for name, part in parts.items() if len(part)}
+
+
 @tunable
 def project_weight(
     grad: Tensor,
@@ -277,11 +294,10 @@ def project_weight(
     pixels: int,
     has_bias: bool,
     has_shortcut_bias: bool,
-) -> tuple[Tensor, Tensor | None, Tensor | None, Sums | None]:
-    """Gradients, float32, of the weight [C_out, E], the biases and the gate.
+) -> ProjectWeight:
+    """Gradients of the weight, of project's bias and the shortcut's, and of the gate.
 
-    These are [C_out], of project and of the shortcut, and [B, parts, E]; None stands for what is
-    not there. Shapes are those of `project_input`.
+    Shapes are those of `project_input`.
     """
     (count, wide), channels = z.shape, grad.shape[1]
     blocks = gemm_blocks("project_weight", z, channels, wide, count)
@@ -320,10 +336,4 @@ def project_weight(
         writes=(partial, grad_gate),
         flops=2 * count * wide * channels,
     )
-    gradient, bias, shortcut_bias = sum_splits(partial).split(widths)
-    return (
-        gradient.view(channels, wide),
-        bias if has_bias else None,
-        shortcut_bias if has_shortcut_bias else None,
-        None if grad_gate is None else Sums(grad_gate, 1),
-    )
+    return ProjectWeight(partial, widths, None if grad_gate is None else Sums(grad_gate, 1))
