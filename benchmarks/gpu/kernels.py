@@ -42,7 +42,7 @@ COUNTERS = {
 }
 OWN_KERNELS = (
     "regex:^(row_moments|fold_weights|fold_evaluation|norm|norm_gradient|expand|expand_products|"
-    "fold_gradient|correction|expand_input|depthwise|depthwise_backward|pool|pool_rows|excite|"
+    "fold_gradient|correction|expand_input|depthwise|depthwise_backward|pool|excite|"
     "excite_backward|excite_weight|project|project_weight|project_input|forward|query_gradient|"
     "key_value_gradient|bias_gradient|gradient|fold_table|fold_sums|layer_norm|"
     "layer_norm_backward|norm_and_cast|branch_gradient)_kernel"

@@ -149,7 +149,6 @@ OPS = {
                 "depthwise_kernel",
                 "depthwise_backward_kernel",
                 "pool_kernel",
-                "pool_rows_kernel",
                 "excite_kernel",
                 "excite_backward_kernel",
                 "excite_weight_kernel",

@@ -34,8 +34,9 @@ from moat_kernels.ops.mbconv.triton import launch_table as triton_launch
 
 pytest.importorskip("triton")
 
-from moat_kernels.ops.mbconv.triton.kernels.moments import row_moments
-from moat_kernels.ops.mbconv.triton.kernels.norm import fold_norm
+from moat_kernels.ops.mbconv.triton.kernels.moments import Sums, row_moments
+from moat_kernels.ops.mbconv.triton.kernels.norm import fold_norm, norm_gradient
+from moat_kernels.ops.mbconv.triton.kernels.shortcut import BLOCK_POOLED, BLOCK_POOLED_C, Pooling
 from moat_kernels.ops.mbconv.triton.launch_table import GemmBlocks, StencilBlocks
 from moat_kernels.ops.triton_support.choice import choosing
 
@@ -112,6 +113,23 @@ def test_recomputing(recompute: str, shape: tuple[int, int, int], device: str) -
 def test_evaluation(description: MBConvDescription, device: str) -> None:
     """Without saving anything (the kernels of inference), and the gradient recomputed after it."""
     check(FEW_ROWS, Case(description), device, training=False, recompute="block")
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("projected", [True, False], ids=["projected", "pool alone"])
+@pytest.mark.parametrize("gated", [False, True], ids=["plain", "se"])
+def test_a_shortcut_of_maps_of_even_sizes(
+    gated: bool, projected: bool, training: bool, device: str
+) -> None:
+    """Whose pool is a part of other launches: in more than one tile along both axes."""
+    gate = SqueezeExcite() if gated else None
+    description = MBConvDescription(stride=2, pool=Pool(), squeeze_excite=gate)
+    channels = BLOCK_POOLED_C + 6
+    out_channels = 20 if projected else channels
+    assert BLOCK_POOLED < 2 * 3 * 5
+    case = Case(description, channels, 24, out_channels, shortcut_conv=projected)
+    recompute = "none" if training else "block"
+    check((2, 6, 10), case, device, training=training, recompute=recompute)
 
 
 @pytest.mark.parametrize(("stride", "gated"), [(1, False), (2, True)], ids=["1", "2, se"])
@@ -365,6 +383,47 @@ def test_running_statistics_of_the_input(dtype: torch.dtype, mean: float, device
     assert_close(norm[4], whole_variance, 2e-6 * (1 + mean / 500))
 
 
+@pytest.mark.parametrize("parts", [1, 2, 5, 19])
+@pytest.mark.parametrize("taps", [False, True], ids=["norm alone", "taps"])
+def test_what_is_added_up_beside_a_norm(parts: int, taps: bool, device: str) -> None:
+    """More programs than the norm has blocks of channels, whose own results stay what they are."""
+    torch.manual_seed(0)
+    channels = 18
+    sums = Sums(torch.randn(3, 11 if taps else 2, channels, device=device), 0)
+    norm = torch.rand(5, channels, device=device) + 0.5
+    weight = torch.randn(channels, 9, device=device) if taps else None
+    partial = torch.randn(parts, 1003, device=device)
+    arguments = (sums, norm, NormParameters(), None, weight, 7, True, not taps)
+    nothing = Pooling.of(None, 1, torch.float32)
+    with_parts = norm_gradient(*arguments, partial, nothing)
+    alone = norm_gradient(*arguments, None, nothing)
+    assert alone.added is None and with_parts.added is not None
+    assert_close(with_parts.added, partial.double().sum(0), 1e-6)
+    assert torch.equal(with_parts.factors, alone.factors)
+    for one, other in zip(with_parts.gradients, alone.gradients, strict=True):
+        assert torch.equal(one, other)
+    if taps:
+        assert with_parts.taps is not None and alone.taps is not None
+        assert torch.equal(with_parts.taps, alone.taps)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_pooled_beside_a_norm(dtype: torch.dtype, device: str) -> None:
+    """Beside two blocks of channels, in float32 until it is rounded."""
+    torch.manual_seed(0)
+    maps = torch.randn(2, 70, 6, 14, device=device)
+    rows = maps.permute(0, 2, 3, 1).reshape(-1, 70)
+    pooling = Pooling.of(rows, 14, dtype)
+    assert pooling.pooled is not None and pooling.programs > 2
+    pooling.pooled.fill_(torch.nan)
+    sums = Sums(torch.randn(3, 11, 18, device=device), 0)
+    norm = torch.rand(5, 18, device=device) + 0.5
+    taps = torch.randn(18, 9, device=device)
+    norm_gradient(sums, norm, NormParameters(), None, taps, 7, True, False, None, pooling)
+    expected = torch.nn.functional.avg_pool2d(maps.double(), 2).permute(0, 2, 3, 1).reshape(-1, 70)
+    assert_close(pooling.pooled, expected, 1e-6 if dtype == torch.float32 else 4e-3)
+
+
 @pytest.mark.parametrize(
     ("recompute", "forward", "backward"), [("none", 4, 9), ("expand", 4, 10), ("block", 4, 12)]
 )
@@ -376,6 +435,25 @@ def test_how_often_wide_tensors_cross_memory(
     case = Case(GATED if gated else MBConvDescription(), 16, 64, 16)
     passes = training_passes(case, torch.bfloat16, recompute, 8, 32, 32)
     assert [wide_crossings(each, 64) for each in passes] == [forward + gated, backward]
+
+
+def test_what_a_projected_shortcut_moves() -> None:
+    """Its pooled rows, written and read once each way; nothing that is as wide as the output."""
+    case = Case(MBConvDescription(stride=2, pool=Pool()), 16, 64, 32, shortcut_conv=True)
+    passes = training_passes(case, torch.bfloat16, "none", 8, 32, 32)
+    pooled, output = (8 * 16 * 16, 16), (8 * 16 * 16, 32)
+
+    def moving(shape: tuple[int, int], side: str) -> list[list[str]]:
+        return [
+            [one.kernel for one in each if shape in [map.shape for map in getattr(one, side)]]
+            for each in passes
+        ]
+
+    assert moving(pooled, "writes") == [["fold_weights_kernel"], ["norm_gradient_kernel"]]
+    assert moving(pooled, "reads")[0] == ["project_kernel"]
+    assert "expand_products_kernel" in moving(pooled, "reads")[1]
+    assert moving(output, "writes") == [["project_kernel"], []]
+    assert moving(output, "reads")[0] == []
 
 
 def test_products_of_each_pass() -> None:

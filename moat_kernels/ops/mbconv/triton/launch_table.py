@@ -149,9 +149,11 @@ LAUNCHES = register_launch_table(
                 # With two elements for each thread Triton 3.6 crashes (LLVM, packed float32).
                 ("depthwise_backward", 4, STRIDE_1): StencilBlocks(8, 32, 16, 8),
                 ("project", 2, ANY_SIZE): GemmBlocks(64, 128, 16, 8, 2),
+                ("project", 4, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 2),
                 ("project_input", 2, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 3),
                 ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
                 ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 16, 8, 2),
+                ("expand_products", 2, ANY_SIZE): GemmBlocks(64, 64, 32, 4, 3),
                 ("expand_products", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
                 ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 64, 32, 8, 3),
             },

@@ -7,6 +7,7 @@ other than the average of 2x2 pixels of maps of even sizes are stock PyTorch.
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from moat_kernels.ops.common.spatial import may_pad, resolve_padding
@@ -19,26 +20,30 @@ from moat_kernels.ops.mbconv.triton.kernels.shortcut import Pooling
 class Shortcut:
     """Of one call.
 
-    x: [B, H, W, C], contiguous. stencil: of the block, which tells the size of the output.
+    x: [B, H, W, C], contiguous. stencil: of the block, which tells the size of the output. dtype:
+    of the products if it is projected, else of x.
     """
 
-    def __init__(self, x: Tensor, stencil: Stencil, pool: Pool | None) -> None:
+    def __init__(self, x: Tensor, stencil: Stencil, pool: Pool | None, dtype: torch.dtype) -> None:
         self.x = x
         self.x_rows = x.view(-1, x.shape[3])
         self.stencil = stencil
         self.pool = pool
+        self.dtype = dtype
 
     def pooling(self) -> Pooling:
         """The pool for a kernel, where that makes it."""
-        return Pooling.of(self.x_rows if self._is_quartered() else None, self.x.shape[2])
+        rows = self.x_rows if self._is_quartered() else None
+        return Pooling.of(rows, self.x.shape[2], self.dtype)
 
     def rows(self, pooling: Pooling) -> Tensor:
-        """Pooled x [M, C] in its dtype. pooling: what `pooling` gave, once a kernel has made it."""
+        """Pooled x [M, C]. pooling: what `pooling` gave, once a kernel has made it."""
         if pooling.pooled is not None:
             return pooling.pooled
         if self.pool is None:
-            return self.x_rows
-        return as_rows(PoolStage(self.pool).forward(self.x.permute(0, 3, 1, 2))).contiguous()
+            return self.x_rows.to(self.dtype)
+        pooled = PoolStage(self.pool).forward(self.x.permute(0, 3, 1, 2))
+        return as_rows(pooled).to(self.dtype).contiguous()
 
     def input_gradient(self, grad: Tensor, weight: Tensor | None) -> Tensor:
         """Gradient of x from the output's [M, C_out]: [N, C].

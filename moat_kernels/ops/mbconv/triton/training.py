@@ -60,7 +60,7 @@ from moat_kernels.ops.mbconv.triton.kernels.squeeze_excite import (
 from moat_kernels.ops.mbconv.triton.shortcut import Shortcut
 from moat_kernels.ops.triton_support.replay import replayed
 
-_NO_POOLING = Pooling.of(None, 1)
+_NO_POOLING = Pooling.of(None, 1, torch.float32)
 
 
 class Call:
@@ -101,7 +101,8 @@ class Call:
         self.centred = self.measures[0] or self.measures[1]
         self.shortcut = None
         if description.residual:
-            self.shortcut = Shortcut(self.x, self.stencil, description.pool)
+            shortcut_dtype = self.x.dtype if self.weights.shortcut is None else self.dtype
+            self.shortcut = Shortcut(self.x, self.stencil, description.pool, shortcut_dtype)
         # Whether rows lose their mean before they are rounded, of which not much would be left.
         has_centre = self.centred or description.pre_norm is not None
         self.shifted = has_centre and self.x.dtype != self.dtype
@@ -130,8 +131,7 @@ class Call:
         added, dtype = None, self.dtype
         if self.shortcut is not None:
             added = self.shortcut.rows(pooling)
-            if ready.shortcut is None:
-                dtype = torch.promote_types(dtype, added.dtype)
+            dtype = torch.promote_types(dtype, added.dtype)
         bias = self.parameters.project_bias
         return ready, bias, self.drop_path_scale, added, self.out_pixels, dtype
 

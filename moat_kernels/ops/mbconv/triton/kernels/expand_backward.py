@@ -64,7 +64,7 @@ def _sum_products(
         )
         if CENTRE:
             b = tl.where(valid_row, b.to(tl.float32) - pilot[None, :], 0.0).to(b.dtype)
-        products = tl.dot(tl.trans(a), b.to(a.dtype), products, input_precision=PRECISION)
+        products = tl.dot(tl.trans(a), b, products, input_precision=PRECISION)
     return products
 
 
@@ -81,7 +81,7 @@ def expand_products_kernel(
     rows_ptr,  # [N, C]
     pilot_ptr,  # [C] float32
     output_grad_ptr,  # [M, C_out]; or None
-    shortcut_ptr,  # [M, C] of any dtype, given with it
+    shortcut_ptr,  # [M, C], given with it
     partial_ptr,  # [splits, lines, C] float32
     count,
     shortcut_count,
@@ -157,8 +157,8 @@ def expand_products(
     """dy1^T d, float32 [E, C], and with `gram` d^T d [C, C] below it; d = rows - pilot.
 
     And the gradient of the shortcut's weight, float32 [C_out, C], where `shortcut` is given.
-    grad: dy1 [N, E]; rows: [N, C]; pilot: float32 [C]; shortcut: the output's gradient [M, C_out],
-    in the dtype of dy1, and its own rows [M, C], of any dtype.
+    grad: dy1 [N, E]; rows: [N, C]; pilot: float32 [C]; shortcut: the output's gradient [M, C_out]
+    and its own rows [M, C], both in the dtype of dy1.
     """
     (count, wide), channels = grad.shape, rows.shape[1]
     blocks = gemm_blocks("expand_products", grad, wide, channels, count)

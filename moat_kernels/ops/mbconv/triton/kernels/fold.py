@@ -105,6 +105,7 @@ def fold_weights_kernel(
     wide,
     channels,
     out_channels,
+    folding,
     pooled_count,
     pooled_width,
     eps,
@@ -124,7 +125,6 @@ def fold_weights_kernel(
     One program: a block of rows of the weight; each merges the moments of x again, from L2. Or a
     tile of the shortcut's pool.
     """
-    folding = tl.cdiv(wide, BLOCK_WIDE)
     if pooled_ptr is not None:  # noqa: SIM102  decided at compile time
         if tl.program_id(0) >= folding:
             pool_tile(
@@ -291,7 +291,7 @@ def fold(
     pooling: of the shortcut, made beside it.
     """
     wide, channels = weights.expand.shape
-    casts = _Casts.of(weights, dtype)
+    casts, folding = _Casts.of(weights, dtype), -(-wide // _BLOCK_WIDE)
     expand = torch.empty_like(weights.expand, dtype=dtype)
     taps = expand.new_empty((9, wide), dtype=torch.float32)
     vectors = taps.new_empty((3, wide))
@@ -306,11 +306,11 @@ def fold(
     reads = (weights.expand, weights.expand_bias, *sources, values, *affine)
     launch(
         fold_weights_kernel,
-        (-(-wide // _BLOCK_WIDE) + pooling.programs,),
+        (folding + pooling.programs,),
         *(weights.expand, values, *affine, *running, pre, weights.expand_bias),
         *(*sources, expand, vectors, taps, *casts.targets, pooling.pooled),
         *((1, 1, 1) if moments is None else _sizes(moments)),
-        *(wide, channels, weights.project.shape[0], pooling.count, pooling.width),
+        *(wide, channels, weights.project.shape[0], folding, pooling.count, pooling.width),
         1.0 if norm is None else norm.eps,
         *((0.0, 1.0) if update is None else (update.momentum, update.correction)),
         NORMED=norm is not None,
@@ -378,7 +378,8 @@ def fold_evaluation_kernel(
     taps_out_ptr,  # [9, E] float32
     project_out_ptr, shortcut_out_ptr, shortcut_bias_out_ptr,  # the same
     pooled_ptr,  # [N / 4, C], or None
-    wide, channels, out_channels, pooled_count, pooled_width, pre_eps, expand_eps, norm_eps,
+    wide, channels, out_channels, folding, pooled_count, pooled_width,
+    pre_eps, expand_eps, norm_eps,
     PRE: tl.constexpr, EXPAND: tl.constexpr, DEPTHWISE: tl.constexpr, SHIFTED: tl.constexpr,
     BLOCK_WIDE: tl.constexpr, BLOCK_C: tl.constexpr,
     BLOCK_POOLED: tl.constexpr, BLOCK_POOLED_C: tl.constexpr,
@@ -387,7 +388,6 @@ def fold_evaluation_kernel(
 
     Rows go through folded and the first bias; SHIFTED: they have lost pre_norm's mean.
     """
-    folding = tl.cdiv(wide, BLOCK_WIDE)
     if pooled_ptr is not None:  # noqa: SIM102  decided at compile time
         if tl.program_id(0) >= folding:
             pool_tile(
@@ -455,7 +455,7 @@ def fold_evaluation(
     shifted: rows have lost pre_norm's running mean. pooling: of the shortcut, made beside it.
     """
     wide, channels = weights.expand.shape
-    casts = _Casts.of(weights, dtype)
+    casts, folding = _Casts.of(weights, dtype), -(-wide // _BLOCK_WIDE)
     expand = torch.empty_like(weights.expand, dtype=dtype)
     taps = expand.new_empty((9, wide), dtype=torch.float32)
     vectors = taps.new_empty((2, wide))
@@ -466,9 +466,9 @@ def fold_evaluation(
     )
     launch(
         fold_evaluation_kernel,
-        (-(-wide // _BLOCK_WIDE) + pooling.programs,),
+        (folding + pooling.programs,),
         *(*reads, expand, vectors, taps, *casts.targets, pooling.pooled),
-        *(wide, channels, weights.project.shape[0], pooling.count, pooling.width),
+        *(wide, channels, weights.project.shape[0], folding, pooling.count, pooling.width),
         *(one.eps for one in norms),
         PRE=norms[0].norm is not None,
         EXPAND=norms[1].norm is not None,

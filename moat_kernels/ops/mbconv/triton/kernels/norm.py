@@ -39,7 +39,7 @@ NORM_ROWS, CENTRE, VARIANCE = 5, 2, 4
 FACTOR_ROWS = 4
 _BLOCK_C = 16
 # Elements that a program beside the norm's adds up at a time, and of how many parts at most.
-_ADDED_TILE, _ADDED_PARTS = 4096, 16
+_ADDED_TILE, _ADDED_PARTS = 1024, 8
 
 
 def _block_parts(parts: int) -> int:

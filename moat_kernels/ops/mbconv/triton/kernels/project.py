@@ -171,9 +171,7 @@ def project_kernel(
                 mask=valid_channel[None, :] & valid[:, None],
                 other=0.0,
             )
-            products = tl.dot(
-                shortcut.to(weight.dtype), weight, products, input_precision=PRECISION
-            )
+            products = tl.dot(shortcut, weight, products, input_precision=PRECISION)
     if shortcut_bias_ptr is not None:
         bias = tl.load(shortcut_bias_ptr + channel, mask=valid_channel, other=0.0)
         products += bias.to(tl.float32)[None, :]
@@ -199,8 +197,8 @@ def project(
 ) -> Tensor:
     """drop_path_scale * ((gate * activation(z scale + shift)) weight^T + bias) + what is added.
 
-    That is the shortcut [M, C_out], or its convolution where `ready` has a weight: of [M, C], any
-    dtype.
+    That is the shortcut [M, C_out], or its convolution where `ready` has a weight: of [M, C], in
+    the dtype of that.
     z: [M, E], `pixels` rows an image; affine: float32 (scale, shift) [2, E]; gate: float32 [B, E];
     bias: [C_out]; drop_path_scale: [B].
     Returns [M, C_out] in `dtype`.

@@ -7,11 +7,12 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_POOLED, BLOCK_POOLED_C = 32, 64
+BLOCK_POOLED, BLOCK_POOLED_C = 8, 64
 
 
 @triton.jit
@@ -61,10 +62,11 @@ class Pooling(NamedTuple):
     programs: int
 
     @staticmethod
-    def of(rows: Tensor | None, width: int) -> Pooling:
-        """width: W."""
+    def of(rows: Tensor | None, width: int, dtype: torch.dtype) -> Pooling:
+        """width: W; dtype: of what comes out."""
         if rows is None:
             return Pooling(None, None, 1, 1, 0)
         count, channels = rows.shape[0] // 4, rows.shape[1]
         programs = -(-count // BLOCK_POOLED) * -(-channels // BLOCK_POOLED_C)
-        return Pooling(rows, rows.new_empty((count, channels)), count, width // 2, programs)
+        pooled = rows.new_empty((count, channels), dtype=dtype)
+        return Pooling(rows, pooled, count, width // 2, programs)
