@@ -38,8 +38,9 @@ NORM_ROWS, CENTRE, VARIANCE = 5, 2, 4
 # Rows of its backward pass, float32 [4, C]: a, b, c, and the sum of dy.
 FACTOR_ROWS = 4
 _BLOCK_C = 16
-# Elements that a program beside the norm's adds up at a time, and of how many parts at most.
-_ADDED_TILE, _ADDED_PARTS = 1024, 8
+# Parts and elements that a program beside the norm's adds up at a time: of few parts, and of many,
+# for which it would else wait for memory too often.
+_FEW_ADDED, _MANY_ADDED, _FEW = (4, 512), (32, 32), 16
 
 
 def _block_parts(parts: int) -> int:
@@ -239,17 +240,17 @@ class _Adding(NamedTuple):
     target: Tensor | None  # [size] float32
     splits: int
     size: int
-    block_splits: int
+    blocks: tuple[int, int]  # of parts and of elements
     programs: int
 
     @staticmethod
     def of(partial: Tensor | None) -> _Adding:
         if partial is None or len(partial) == 1:
-            return _Adding(None, None, 1, 1, 1, 0)
+            return _Adding(None, None, 1, 1, _FEW_ADDED, 0)
         splits, size = partial.shape
-        block_splits = min(_ADDED_PARTS, triton.next_power_of_2(splits))
-        programs = -(-size // (_ADDED_TILE // block_splits))
-        return _Adding(partial, partial.new_empty(size), splits, size, block_splits, programs)
+        blocks = _FEW_ADDED if splits <= _FEW else _MANY_ADDED
+        target = partial.new_empty(size)
+        return _Adding(partial, target, splits, size, blocks, -(-size // blocks[1]))
 
 
 class NormGradient(NamedTuple):
@@ -301,8 +302,8 @@ def norm_gradient(
         CENTRED=centred,
         BLOCK_PARTS=_block_parts(parts),
         BLOCK_C=_BLOCK_C,
-        BLOCK_SPLITS=adding.block_splits,
-        BLOCK_ADDED=_ADDED_TILE // adding.block_splits,
+        BLOCK_SPLITS=adding.blocks[0],
+        BLOCK_ADDED=adding.blocks[1],
         BLOCK_POOLED=BLOCK_POOLED,
         BLOCK_POOLED_C=BLOCK_POOLED_C,
         num_warps=8,

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-BLOCK_POOLED, BLOCK_POOLED_C = 8, 64
+BLOCK_POOLED, BLOCK_POOLED_C = 32, 64
 
 
 @triton.jit
@@ -31,19 +31,20 @@ def pool_tile(
     program: which tile of `Pooling.programs` this is.
     """
     channel_blocks = tl.cdiv(channels, BLOCK_C)
-    row = (program // channel_blocks).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    row = program // channel_blocks * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     channel = (program % channel_blocks) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask = (row < count)[:, None] & (channel < channels)[None, :]
-    # H and W are even, so that lines of the output follow each other as pairs of lines do.
+    # H and W are even, so that lines of the output follow each other as pairs of lines do. Rows are
+    # counted in 32 bits, elements in 64, in which dividing would take most of the time.
     first = row // pooled_width * (4 * pooled_width) + row % pooled_width * 2
-    source = rows_ptr + first[:, None] * channels + channel[None, :]
+    source = rows_ptr + first.to(tl.int64)[:, None] * channels + channel[None, :]
     below = source + 2 * pooled_width * channels
     total = tl.load(source, mask=mask, other=0.0).to(tl.float32)
     total += tl.load(source + channels, mask=mask, other=0.0).to(tl.float32)
     total += tl.load(below, mask=mask, other=0.0).to(tl.float32)
     total += tl.load(below + channels, mask=mask, other=0.0).to(tl.float32)
     tl.store(
-        pooled_ptr + row[:, None] * channels + channel[None, :],
+        pooled_ptr + row.to(tl.int64)[:, None] * channels + channel[None, :],
         (0.25 * total).to(pooled_ptr.dtype.element_ty),
         mask=mask,
     )
