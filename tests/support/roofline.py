@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from moat_kernels import get_preprocessing, list_models
+from moat_kernels.ops.triton_support.traffic import Pass
 from moat_kernels.plan import (
     BLOCKS,
     GPUS,
@@ -25,6 +26,7 @@ from moat_kernels.plan.forecast import (
     OPERATOR_EFFICIENCY,
     OWN_HOST_SECONDS,
 )
+from moat_kernels.plan.operators import OperatorPass
 from moat_kernels.plan.report import GIB, RESERVED, capacity
 from support import issue_table
 from support.issue_table import Issue
@@ -130,6 +132,19 @@ least: the longest of the three, launch by launch. An H200 issues as fast.
 Time that passes between dependent instructions, and products that wait for their operands, come on
 top. PyTorch's and cuDNN's kernels, in this step and in stock's, are not counted: their machine code
 is part of a CUDA build of torch, and there is none where these pages are made.
+"""
+
+# The shares of a GPU's rates and the least time of a launch that were guessed before anything had
+# been timed, and what the fused step was to take at most by them.
+PLANNED_BYTES, PLANNED_PRODUCTS, PLANNED_ISSUE, PLANNED_LEAST_SECONDS = 0.85, 0.6, 0.7, 2e-6
+PLANNED_STEP_SECONDS = 16e-3
+PLANNED = f"""\
+Before a kernel had been timed the step was planned by guesses: a launch takes as long as its bytes
+at {PLANNED_BYTES:.0%} of the bandwidth, its products at {PLANNED_PRODUCTS:.0%} of their rate or its
+instructions at {PLANNED_ISSUE:.0%} of theirs, whichever is longest, and at least
+{1e6 * PLANNED_LEAST_SECONDS:g} µs; one launch behind the other, as in a CUDA graph. Of kernels that
+are not this package's there are no instructions. Real kernels take
+longer, stock's too: [what was measured](#beside-what-was-measured).
 """
 
 
@@ -289,6 +304,39 @@ def issue_verdict(rows: Sequence[Issue]) -> str:
     )
 
 
+def planned_seconds(passes: Iterable[Pass], issue: Iterable[Issue]) -> float:
+    """A step by the guesses of before: PyTorch's of `passes`, and the launches of `issue`."""
+    gpu = GPUS[ISSUE_ON]
+    others = (
+        (1, one.bytes / gpu.bandwidth, one.flops / gpu.peaks[one.arithmetic], 0.0)
+        for one in passes
+        if isinstance(one, OperatorPass)
+    )
+    own = ((row.launches(True), *row.seconds(gpu)) for row in issue)
+    return sum(
+        launches
+        * max(
+            moving / PLANNED_BYTES,
+            multiplying / PLANNED_PRODUCTS,
+            issuing / PLANNED_ISSUE,
+            PLANNED_LEAST_SECONDS,
+        )
+        for launches, moving, multiplying, issuing in (*others, *own)
+    )
+
+
+def planned_verdict(steps: dict[str, Step], issue: Sequence[Issue]) -> str:
+    """What the step was to take by those guesses, and takes. steps: of the variant counted."""
+    stock = planned_seconds(steps["stock"].passes, ())
+    fused = planned_seconds(steps["none"].passes, issue)
+    met = "met" if fused <= PLANNED_STEP_SECONDS else "not met"
+    return (
+        f"By them the stock step of {STEP} takes {stock * 1e3:.1f} ms on an {GPUS[ISSUE_ON].name}. "
+        f"Planned were at most {PLANNED_STEP_SECONDS * 1e3:g} for the fused one, which takes "
+        f"{fused * 1e3:.1f}: {met}."
+    )
+
+
 def format_document() -> str:
     """The whole document."""
     steps = {name: trace(name) for name in list_models()}
@@ -316,6 +364,8 @@ def format_document() -> str:
     issue = issue_table.read_file()
     lines += ["", "## Issue time", "", ISSUE, issue_verdict(issue), ""]
     lines += [*issue_rows(issue, cuda=True), "", *issue_rows(issue, cuda=False)]
+    lines += ["", "### As it was planned", "", PLANNED]
+    lines += [planned_verdict(trace(issue_table.MODEL), issue)]
     lines += ["", "## Kernels, predicted", ""]
     lines += [f"At least 2 % of the step's time on {GPUS[COMPARED[0]].name} each.", ""]
     for name in list_models():
