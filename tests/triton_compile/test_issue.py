@@ -51,16 +51,20 @@ def test_only_known_branches_depend_on_data() -> None:
 
 
 def products(row: Issue) -> int:
-    """FLOP of a product [count, depth] x [depth, columns], padded to whole tiles."""
+    """FLOP of a product [count, depth] x [depth, columns], padded to whole tiles.
+
+    The depth of `project` is E, and behind it the shortcut's channels where that is projected.
+    """
     sizes, blocks = numbers(row.numbers), numbers(row.constants)
-    tiles = {
-        "expand_kernel": ("count", "BLOCK_ROWS", "wide", "BLOCK_WIDE", "channels", "BLOCK_C"),
-        "project_kernel": ("count", "BLOCK_ROWS", "channels", "BLOCK_C", "wide", "BLOCK_WIDE"),
-    }[row.kernel]
-    flops = 2
-    for size, block in zip(tiles[::2], tiles[1::2], strict=True):
-        flops *= -(-sizes[size] // blocks[block]) * blocks[block]
-    return flops
+
+    def padded(size: str, block: str) -> int:
+        return -(-sizes.get(size, 0) // blocks[block]) * blocks[block]
+
+    rows = padded("count", "BLOCK_ROWS")
+    if row.kernel == "expand_kernel":
+        return 2 * rows * padded("wide", "BLOCK_WIDE") * padded("channels", "BLOCK_C")
+    depth = padded("wide", "BLOCK_WIDE") + padded("shortcut_channels", "BLOCK_WIDE")
+    return 2 * rows * padded("channels", "BLOCK_C") * depth
 
 
 def test_the_products_counted_are_those_of_whole_tiles() -> None:
