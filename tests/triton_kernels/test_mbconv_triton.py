@@ -34,6 +34,7 @@ from moat_kernels.ops.mbconv.triton import launch_table as triton_launch
 
 pytest.importorskip("triton")
 
+from moat_kernels.ops.mbconv.triton.kernels import norm as norm_kernels
 from moat_kernels.ops.mbconv.triton.kernels.moments import Sums, row_moments
 from moat_kernels.ops.mbconv.triton.kernels.norm import fold_norm, norm_gradient
 from moat_kernels.ops.mbconv.triton.kernels.shortcut import BLOCK_POOLED, BLOCK_POOLED_C, Pooling
@@ -422,6 +423,20 @@ def test_what_is_pooled_beside_a_norm(dtype: torch.dtype, device: str) -> None:
     norm_gradient(sums, norm, NormParameters(), None, taps, 7, True, False, None, pooling)
     expected = torch.nn.functional.avg_pool2d(maps.double(), 2).permute(0, 2, 3, 1).reshape(-1, 70)
     assert_close(pooling.pooled, expected, 1e-6 if dtype == torch.float32 else 4e-3)
+
+
+def test_what_is_beside_a_norm_fits_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of few channels and 2^27 pixels: all axes of a grid but the first end at 65535."""
+    grids: list[tuple[int, ...]] = []
+    monkeypatch.setattr(norm_kernels, "launch", lambda _, grid, *__, **___: grids.append(grid))
+    with torch.device("meta"):
+        pooling = Pooling.of(torch.empty(2**27, 16), 2**10, torch.bfloat16)
+        sums, norm, taps = torch.empty(3, 11, 64), torch.empty(5, 64), torch.empty(64, 9)
+    norm_gradient(
+        *(Sums(sums, 0), norm, NormParameters(), None, taps, 7, True, False, None, pooling)
+    )
+    ((lines, blocks),) = grids
+    assert blocks < 2**16 and lines * blocks >= pooling.programs + 10 * blocks
 
 
 @pytest.mark.parametrize(

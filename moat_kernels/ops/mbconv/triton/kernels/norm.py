@@ -174,13 +174,13 @@ def norm_gradient_kernel(
     channels, or their norm, or a block of added = sum of partial, or a tile of the pool. Reads the
     sums once.
     """
-    channel = tl.program_id(0) * BLOCK_C + tl.arange(0, BLOCK_C)
+    channel = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     valid = channel < channels
-    line = tl.program_id(1)
+    line = tl.program_id(0)
     source = sums_ptr + channel
     stride = ROWS * channels
     if line > ROWS - 2:
-        block = (line - ROWS + 1) * tl.num_programs(0) + tl.program_id(0)
+        block = (line - ROWS + 1) * tl.num_programs(1) + tl.program_id(1)
         if pooled_ptr is not None:
             pool_tile(
                 block, pool_ptr, pooled_ptr, pooled_count, pooled_width, pooled_channels,
@@ -293,7 +293,7 @@ def norm_gradient(
     pooled_channels = 1 if pooling.rows is None else pooling.rows.shape[1]
     launch(
         norm_gradient_kernel,
-        (blocks, rows - 1 + -(-(adding.programs + pooling.programs) // blocks)),
+        (rows - 1 + -(-(adding.programs + pooling.programs) // blocks), blocks),
         *(values, norm, factors, *gradients, grad_taps, adding.source, adding.target),
         *(pooling.rows, pooling.pooled, parts, channels, count, adding.splits, adding.size),
         *(pooling.count, pooling.width, pooled_channels),
