@@ -331,7 +331,8 @@ def backward(
     factors, norm_gradients, grad_taps, _ = norm_gradient(
         *(sums, expand_norm, parameters.expand_norm, parameters.expand_bias),
         *(call.weights.depthwise, len(rows), call.measures[1], False),
-        *(None, pooling),
+        None,
+        pooling,
     )
     _name(gradients, "expand_norm", norm_gradients, "expand_bias")
     assert grad_taps is not None
