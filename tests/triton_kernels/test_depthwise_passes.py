@@ -59,7 +59,7 @@ def names(passes: list[Pass]) -> list[str]:
 def test_how_often_wide_tensors_cross_memory(
     recompute: str, forward: int, backward: int, device: str
 ) -> None:
-    """As by Triton alone; by stock PyTorch 14 and 24."""
+    """As by Triton alone, and without BLAS' one; by stock PyTorch 14 and 24."""
     case = Case(MBConvDescription(), 16, 64, 16)
     passes = training_passes(case, torch.bfloat16, recompute, 8, 32, 32, device)
     assert [wide_crossings(each, 64) for each in passes] == [forward, backward]

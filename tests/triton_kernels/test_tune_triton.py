@@ -196,8 +196,8 @@ def test_a_model_is_tuned_and_the_table_is_used(
     tune.tune(blocks, x, clock, entries.append)
     tuned = {(entry.problem.op, entry.problem.kernel) for entry in entries}
     kernels = {
-        "mbconv": "expand depthwise project project_weight project_input "
-        "depthwise_backward expand_products expand_input",
+        "mbconv": "expand depthwise project project_input depthwise_backward expand_products "
+        "expand_input",
         "window_attention": "forward query key_value bias",
     }
     expected = {(op, name) for op, names in kernels.items() for name in names.split()}

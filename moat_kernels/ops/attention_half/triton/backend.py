@@ -18,6 +18,7 @@ backward kernel of attention take 2 launches more. Gradients of float32 weights 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -31,7 +32,6 @@ from moat_kernels.ops.layer_norm.triton.launch_table import norm_blocks, rows_of
 from moat_kernels.ops.triton_support.launching import DTYPES, launch
 from moat_kernels.ops.triton_support.products import weight_gradient
 from moat_kernels.ops.triton_support.replay import replayed
-from moat_kernels.ops.window_attention.algebra.position_bias import table_size
 from moat_kernels.ops.window_attention.description import WindowAttentionDescription
 from moat_kernels.ops.window_attention.triton import backend as window_attention
 
@@ -158,12 +158,11 @@ class _Spread(NamedTuple):
         """x: a map [B, H, W, C]."""
         window = half.description.window_for(*x.shape[1:3])
         tiles = window_attention.empty_tiles(table, half.dtype, window)
-        block = window_attention.SPREAD_BLOCK
         if table is None or tiles is None:
-            return _Spread(None, None, window, 0, {"PADDED": 0, "BLOCK_SPREAD": block})
+            return _Spread(None, None, window, 0, {"PADDED": 0, "BLOCK_SPREAD": 0})
+        block = window_attention.spread_block(tiles)
         blocks = {"PADDED": tiles.shape[1], "BLOCK_SPREAD": block}
-        programs = window_attention.spread_programs(tiles)
-        return _Spread(table.contiguous(), tiles, window, programs, blocks)
+        return _Spread(table.contiguous(), tiles, window, tiles.numel() // block, blocks)
 
 
 def _whole_blocks(size: int) -> int:
@@ -279,10 +278,10 @@ def _fold(
     window = description.window_for(*shape[1:3])
     inner, channels, heads = qkv_sums.shape[1], shape[3], description.heads
     grad_table, table_blocks = None, 0
+    splits = 0 if slabs is None else len(slabs)
     if slabs is not None and table is not None:
         grad_table = torch.empty_like(table, memory_format=torch.contiguous_format)
-        height, width = table_size(window)
-        table_blocks = height * -(-width // window_attention.FOLD_BLOCKS["BLOCK_OFFSETS"]) * heads
+        table_blocks = math.prod(window_attention.fold_programs(window)) * heads
     norm_weight, norm_bias, qkv_bias, proj_bias = (
         torch.empty_like(tensor, memory_format=torch.contiguous_format)
         for tensor in (layers.norm_weight, layers.norm_bias, layers.qkv_bias, layers.proj_bias)
@@ -293,13 +292,13 @@ def _fold(
         (column_blocks + table_blocks,),
         *(qkv_sums, branch_sums, norm_sums, slabs),
         *(qkv_bias, proj_bias, norm_weight, norm_bias, grad_table),
-        *(len(qkv_sums), len(branch_sums), len(norm_sums), 0 if slabs is None else len(slabs)),
+        *(len(qkv_sums), len(branch_sums), len(norm_sums), splits),
         *(inner, channels, heads, *window),
         reads=(qkv_sums, branch_sums, norm_sums, slabs),
         writes=(qkv_bias, proj_bias, norm_weight, norm_bias, grad_table),
         BLOCK_SUMS=BLOCK_SUMS,
         BLOCK_SUM_COLUMNS=BLOCK_SUM_COLUMNS,
-        **window_attention.FOLD_BLOCKS,
+        **window_attention.fold_blocks(splits),
         num_warps=4,
     )
     return norm_weight, norm_bias, qkv_bias, proj_bias, grad_table

@@ -163,8 +163,9 @@ LAUNCHES = register_launch_table(
 
 # A product of two 16-bit or TF32 tiles takes at least 16 along each axis.
 _SMALLEST = 16
-# Programs that keep every multiprocessor of a large GPU busy in a reduction over rows.
-_REDUCTION_PROGRAMS = 512
+# Programs that keep every multiprocessor of a large GPU busy in a reduction over rows; and so many
+# that each has about one.
+_REDUCTION_PROGRAMS, _PROGRAMS = 512, 128
 
 
 def gemm_blocks(kernel: str, like: Tensor, rows: int, columns: int, depth: int) -> GemmBlocks:
@@ -210,6 +211,19 @@ def reduction_splits(count: int, tiles: int, step: int) -> tuple[int, int]:
     wanted = max(1, _REDUCTION_PROGRAMS // tiles)
     chunk = -(-max(count, 1) // (wanted * step)) * step
     return -(-count // chunk), chunk
+
+
+def bias_splits(count: int, columns: int) -> tuple[int, int]:
+    """(splits, rows per split) of the sum over `count` rows of `columns` channels."""
+    return reduction_splits(count, -(-columns // 64), 64)
+
+
+def weight_tile(rows: int, columns: int) -> int:
+    """Rows of a tile of a product that is as small as a weight, [rows, columns].
+
+    A large tile reads less and issues fewer instructions for each product, where there are enough.
+    """
+    return 64 if -(-rows // 64) * -(-columns // 64) >= _PROGRAMS else 32
 
 
 def sum_splits(partial: Tensor) -> Tensor:

@@ -6,8 +6,10 @@ Training, of rows in units of the map and E-wide tensors in capitals:
     Z2 = depthwise(act(y1)),                y1 = Z1 scale1 + shift1, expand_norm
     output = (gate * act(y2)) W2^T + ...    y2 = Z2 scale2 + shift2, depthwise_norm
 
-    gW2, ggate from grad and Z2             dY2 from grad, W2 and Z2
+    dY2, A2 from grad, W2 and Z2            gW2 from grad and A2 = act(y2), by BLAS
     dY1, dtaps from dY2, Z2 and Z1          gW and dx from dY1 and rows (kernels/expand_backward.py)
+
+With a gate gW2 and ggate are made from grad and Z2, before dY2, and there is no A2.
 
 Each pass measures what it writes; one small kernel makes a norm of that, updates its running
 statistics, and another one its gradients. The shortcut is in shortcut.py.
@@ -16,7 +18,7 @@ statistics, and another one its gradients. The shortcut is in shortcut.py.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -47,7 +49,7 @@ from moat_kernels.ops.mbconv.triton.kernels.norm import (
 )
 from moat_kernels.ops.mbconv.triton.kernels.project import pool, project
 from moat_kernels.ops.mbconv.triton.kernels.project_backward import (
-    ProjectWeight,
+    Biases,
     project_input,
     project_weight,
 )
@@ -57,7 +59,9 @@ from moat_kernels.ops.mbconv.triton.kernels.squeeze_excite import (
     excite,
     excite_backward,
 )
+from moat_kernels.ops.mbconv.triton.launch_table import bias_splits
 from moat_kernels.ops.mbconv.triton.shortcut import Shortcut
+from moat_kernels.ops.triton_support.products import weight_gradient
 from moat_kernels.ops.triton_support.replay import replayed
 
 _NO_POOLING = Pooling.of(None, 1, torch.float32)
@@ -308,19 +312,19 @@ def backward(
     if call.shortcut is not None and "x" in needed:
         weight = folded.ready.shortcut
         addend = call.shortcut.input_gradient(grad_rows if weight is None else low_grad, weight)
-    dy2, sums, project = _project_backward(
+    dy2, sums, parts = _project_backward(
         call, low_grad, z2, depthwise_norm, folded.ready.project, squeezed, needed, gradients
     )
     factors, norm_gradients, _, summed = norm_gradient(
         *(sums, depthwise_norm, parameters.depthwise_norm, parameters.depthwise_bias, None),
-        *(call.rows_out, call.measures[2], True, None if project is None else project.partial),
+        *(call.rows_out, call.measures[2], True, None if parts is None else parts.rows),
         _NO_POOLING,
     )
     _name(gradients, "depthwise_norm", norm_gradients, "depthwise_bias")
-    if project is not None:
+    if parts is not None:
         assert summed is not None
-        gradients.update(project.split(summed))
-        del project  # and so its parts
+        gradients.update(parts.split(summed))
+        del parts
     dy1, sums = passes.depthwise_backward(
         *(dy2, z2, factors, z1, expand_norm, description.expand_activation),
         *(folded.taps, call.stencil),
@@ -357,6 +361,17 @@ def backward(
     return gradients
 
 
+class Parts(NamedTuple):
+    """Gradients in parts: float32 `rows`, to be added up, of so many elements each, by name."""
+
+    rows: Tensor
+    widths: dict[str, int]
+
+    def split(self, summed: Tensor) -> dict[str, Tensor]:
+        """The gradients, from the sum of the rows."""
+        return dict(zip(self.widths, summed.split(list(self.widths.values())), strict=True))
+
+
 def _name(gradients: dict[str, Tensor], norm: str, listed: list[Tensor], constant: str) -> None:
     """Enter those of a norm's weight and bias, and of the constant before it."""
     names = (f"{norm}_weight", f"{norm}_bias", constant)
@@ -372,38 +387,44 @@ def _project_backward(
     squeezed: Tensor,
     needed: frozenset[str],
     gradients: dict[str, Tensor],
-) -> tuple[Tensor, Sums, ProjectWeight | None]:
-    """Gradient of depthwise_norm's output, its sums, and those of project's weight in parts.
+) -> tuple[Tensor, Sums, Parts | None]:
+    """Gradient of depthwise_norm's output, its sums, and gradients of project that are in parts.
 
-    Enters those of squeeze-excite. grad: of the output, [M, C_out] in the dtype of the products.
+    Enters those of squeeze-excite, and that of project's weight where it is whole. grad: of the
+    output, [M, C_out] in the dtype of the products.
     """
-    activation, pixels = call.description.depthwise_activation, call.out_pixels
-    excitation, gate, grad_mean, project = None, None, None, None
+    parameters, activation = call.parameters, call.description.depthwise_activation
+    pixels, channels = call.out_pixels, grad.shape[1]
+    biases = [
+        name
+        for name in ("project_bias", "shortcut_bias")
+        if name in needed and getattr(parameters, name) is not None
+    ]
+    columns = channels * len(biases)
+    widths: dict[str, int] = dict.fromkeys(biases, channels)
+    gate, grad_mean, rows, part = None, None, None, 0
     if call.description.squeeze_excite is not None:
         excitation = call.excite(Sums(squeezed[:, None], 1), 1)
         gate = excitation.gate
-    has_bias, has_shortcut_bias = (
-        name in needed and getattr(call.parameters, name) is not None
-        for name in ("project_bias", "shortcut_bias")
-    )
-    if has_shortcut_bias and gate is not None:
-        # The kernel with a gate has no registers left for it.
-        gradients["shortcut_bias"] = grad.sum(0, dtype=torch.float32)
-        has_shortcut_bias = False
-    if excitation is not None or "project_weight" in needed or has_bias or has_shortcut_bias:
-        project = project_weight(
-            *(grad, z2, norm, activation, call.drop_path_scale, gate, weight, pixels),
-            *(has_bias, has_shortcut_bias),
+        rows, part, grad_gate = project_weight(
+            *(grad, z2, norm, activation, call.drop_path_scale, gate, weight, pixels, columns)
         )
-    if excitation is not None:
-        assert project is not None and project.grad_gate is not None
-        assert call.description.squeeze_excite is not None
+        widths = {"project_weight": weight.numel(), **widths}
         grad_mean, excite_gradients = excite_backward(
-            *(project.grad_gate, excitation, pixels, call.parameters),
+            *(grad_gate, excitation, pixels, parameters),
             call.description.squeeze_excite.activation,
         )
         gradients.update(excite_gradients)
-    grad_y, sums = project_input(
-        *(grad, weight, z2, norm, activation, call.drop_path_scale, gate, grad_mean, pixels)
+    elif biases:
+        splits, part = bias_splits(len(grad), columns)
+        rows = grad.new_empty((splits, columns), dtype=torch.float32)
+    sums_of_biases = None if rows is None or not biases else rows[:, -columns:]
+    grad_y, activated, sums = project_input(
+        *(grad, weight, z2, norm, activation, call.drop_path_scale, gate, grad_mean, pixels),
+        gate is None and "project_weight" in needed,
+        Biases("project_bias" in biases, "shortcut_bias" in biases, sums_of_biases, part),
     )
-    return grad_y, sums, project
+    if activated is not None:
+        dtype = parameters.project_weight.dtype
+        gradients["project_weight"] = weight_gradient(grad, activated, dtype)
+    return grad_y, sums, None if rows is None else Parts(rows, widths)

@@ -40,12 +40,12 @@ from moat_kernels.ops.window_attention.triton.launch_table import (
 
 HEAD_DIMS = (16, 32, 64)
 
-# Of slabs, of a window's columns and of the table's: so many are read at a time by the kernel that
-# folds slabs into the table's gradient.
-FOLD_BLOCKS = {"BLOCK_SPLITS": 8, "BLOCK_COLUMNS": 16, "BLOCK_OFFSETS": 32}
+# Of slabs at most, of a window's columns and of the table's: so many are read at a time by the
+# kernel that folds slabs into the table's gradient.
+FOLD_SPLITS, FOLD_COLUMNS, FOLD_OFFSETS = 8, 16, 32
 
-# Elements of the bias that a program spreads out.
-SPREAD_BLOCK = 1024
+# Elements of the bias that a program spreads out, at most.
+SPREAD_BLOCK = 2048
 
 
 def unsupported(
@@ -72,22 +72,38 @@ def empty_tiles(table: Tensor | None, dtype: torch.dtype, window: tuple[int, int
     return table.new_empty(len(table), padded, padded, dtype=kept)
 
 
-def spread_programs(tiles: Tensor) -> int:
-    """Blocks of SPREAD_BLOCK in the tiles."""
-    return tiles.numel() // SPREAD_BLOCK
+def spread_block(tiles: Tensor) -> int:
+    """Elements of the bias that a program spreads out: of 16 rows of a tile."""
+    return min(SPREAD_BLOCK, 16 * tiles.shape[2])
+
+
+def fold_blocks(splits: int) -> dict[str, int]:
+    """The blocks of a kernel that folds `splits` slabs into the table's gradient."""
+    return {
+        "BLOCK_SPLITS": min(FOLD_SPLITS, next_power_of_2(max(1, splits))),
+        "BLOCK_COLUMNS": FOLD_COLUMNS,
+        "BLOCK_OFFSETS": FOLD_OFFSETS,
+    }
+
+
+def fold_programs(window: tuple[int, int]) -> tuple[int, int]:
+    """Programs that fold a head's slabs: rows of the table by blocks of its columns."""
+    rows, columns = table_size(window)
+    return rows, -(-columns // FOLD_OFFSETS)
 
 
 def _spread(table: Tensor, tiles: Tensor, window: tuple[int, int]) -> None:
     from moat_kernels.ops.window_attention.triton.kernels.position_bias import spread_bias_kernel
 
+    block = spread_block(tiles)
     launch(
         spread_bias_kernel,
-        (spread_programs(tiles),),
+        (tiles.numel() // block,),
         *(table, tiles, *window),
         reads=(table,),
         writes=(tiles,),
         PADDED=tiles.shape[1],
-        BLOCK=SPREAD_BLOCK,
+        BLOCK=block,
         num_warps=4,
     )
 
@@ -469,7 +485,7 @@ def _fold_table(call: _Call, slabs: Tensor, dtype: torch.dtype) -> Tensor:
     grad_table = slabs.new_empty(call.heads, rows, columns, dtype=dtype)
     launch(
         fold_table_kernel,
-        (rows, -(-columns // FOLD_BLOCKS["BLOCK_OFFSETS"]), call.heads),
+        (*fold_programs(call.window), call.heads),
         slabs,
         grad_table,
         len(slabs),
@@ -477,7 +493,7 @@ def _fold_table(call: _Call, slabs: Tensor, dtype: torch.dtype) -> Tensor:
         *call.window,
         reads=(slabs,),
         writes=(grad_table,),
-        **FOLD_BLOCKS,
+        **fold_blocks(len(slabs)),
         num_warps=4,
     )
     return grad_table

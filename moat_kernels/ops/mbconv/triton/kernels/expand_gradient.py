@@ -15,7 +15,11 @@ from torch import Tensor
 
 from moat_kernels.ops.common.batch_norm import NormParameters
 from moat_kernels.ops.mbconv.triton.kernels.fold import Folded, Weights
-from moat_kernels.ops.mbconv.triton.launch_table import statistics_depth, statistics_precision
+from moat_kernels.ops.mbconv.triton.launch_table import (
+    statistics_depth,
+    statistics_precision,
+    weight_tile,
+)
 from moat_kernels.ops.triton_support.launching import launch
 
 
@@ -198,8 +202,8 @@ class ExpandGradient(NamedTuple):
     constant: Tensor | None  # [C] float32, given with it
 
 
-# Tiles of the two small products.
-_GRADIENT_BLOCKS, _CORRECTION_BLOCK, _BLOCK_PARTS = (32, 64), 32, 64
+# Columns of a tile of F, and of the sums read at a time by the kernel behind it.
+_BLOCK_CHANNELS, _BLOCK_PARTS = 64, 64
 
 
 def expand_gradient(
@@ -218,19 +222,19 @@ def expand_gradient(
     """
     wide, channels = folded.expand.shape
     grad_weight, scaled = torch.empty_like(weights.expand), torch.empty_like(folded.expand)
-    block_wide, block_channels = _GRADIENT_BLOCKS
+    block_wide, block_correction = weight_tile(wide, channels), weight_tile(channels, channels)
     parts = -(-wide // block_wide)
     sums = factors.new_empty((parts, 2, channels))
     precision, depth = statistics_precision(folded.expand), statistics_depth(folded.expand)
     corrected = any(measures)
     launch(
         fold_gradient_kernel,
-        (parts, -(-channels // block_channels)),
+        (parts, -(-channels // _BLOCK_CHANNELS)),
         *(products, factors, folded.pre, weights.expand, folded.expand),
         *(grad_weight, scaled, sums, count, wide, channels),
         MEASURED=measures[1],
         BLOCK_WIDE=block_wide,
-        BLOCK_C=block_channels,
+        BLOCK_C=_BLOCK_CHANNELS,
         BLOCK_INNER=depth,
         PRECISION=precision,
         num_warps=4,
@@ -249,7 +253,7 @@ def expand_gradient(
         factors.new_empty(channels, dtype=torch.float32 if owner is None else owner.dtype)
         for owner in (pre_norm.weight, pre_norm.bias)
     )
-    blocks = -(-channels // _CORRECTION_BLOCK)
+    blocks = -(-channels // block_correction)
     reads = (factors, folded.expand, scaled, folded.vectors[2], folded.pre, sums)
     writes = (correction, constant, pre_weight, pre_bias)
     launch(
@@ -257,7 +261,7 @@ def expand_gradient(
         (blocks + 1 if corrected else 1, blocks),
         *(*reads, *writes, parts, count, wide, channels),
         PRE_MEASURED=measures[0],
-        BLOCK_C=_CORRECTION_BLOCK,
+        BLOCK_C=block_correction,
         BLOCK_INNER=16 if folded.expand.dtype == torch.float32 else 64,
         BLOCK_PARTS=_BLOCK_PARTS,
         PRECISION=precision,

@@ -32,13 +32,25 @@ def padded_tokens(tokens):
 
 
 @triton.jit
+def on_table(token, window_width):
+    """Where a token lies if rows of the window are as long as those of the table.
+
+    So the offset of two tokens is a difference. No division but one of scalars: exact for token *
+    window_width < 2**31.
+    """
+    inverse = tl.cast(0x7FFFFFFF // window_width + 1, tl.uint32)
+    row = tl.cast(tl.umulhi(2 * tl.cast(token, tl.uint32), inverse), tl.int32)
+    return token + row * (window_width - 1)
+
+
+@triton.jit
 def look_up(table, row, column, window_height, window_width):
     """log2(e) table[column - row] of a head, for tokens of a window; -inf beyond it."""
     tokens = window_height * window_width
     there = (row < tokens) & (column < tokens)
-    down = column // window_width - row // window_width + window_height - 1
-    right = column % window_width - row % window_width + window_width - 1
-    values = tl.load(table + down * (2 * window_width - 1) + right, mask=there, other=0.0)
+    offset = on_table(column, window_width) - on_table(row, window_width)
+    center = on_table(tokens - 1, window_width)
+    values = tl.load(table + center + offset, mask=there, other=0.0)
     return tl.where(there, values.to(tl.float32) * LOG2_E, float("-inf"))
 
 
@@ -52,18 +64,22 @@ def spread_block(
     UNIT: tl.constexpr = 32 * VECTOR
     UNITS: tl.constexpr = PADDED // (2 * VECTOR)
     head, block = program // (PADDED * PADDED // BLOCK), program % (PADDED * PADDED // BLOCK)
-    index = block * BLOCK + tl.arange(0, BLOCK)
-    unit, inside = index // UNIT, index % UNIT
-    lane, element = inside // VECTOR, inside % VECTOR
-    row = unit // UNITS * 16 + element // 2 % 2 * 8 + lane // 4
-    column = unit % UNITS * (2 * VECTOR) + element // 4 * 8 + lane % 4 * 2 + element % 2
+    # The units of a block lie beside each other. What depends on the program is kept apart from
+    # what is known when compiling, so that the elements of a thread share their arithmetic.
+    first_row = block // (UNITS * UNIT // BLOCK) * 16
+    first_column = block % (UNITS * UNIT // BLOCK) * (BLOCK // UNIT * 2 * VECTOR)
+    index = tl.arange(0, BLOCK)
+    unit, lane, element = index // UNIT, index % UNIT // VECTOR, index % VECTOR
+    row = first_row + element // 2 % 2 * 8 + lane // 4
+    column = first_column + unit * (2 * VECTOR) + element // 4 * 8 + lane % 4 * 2 + element % 2
     table += head * (2 * window_height - 1) * (2 * window_width - 1)
     values = look_up(table, row, column, window_height, window_width)
     if tiles.dtype.element_ty == tl.float16:
         finite = tl.minimum(tl.maximum(values, -LARGEST_HALF), LARGEST_HALF)
         # What is infinite or no number stays so.
         values = tl.where(tl.abs(values) < float("inf"), finite, values)
-    tl.store(tiles + head.to(tl.int64) * PADDED * PADDED + index, values.to(tiles.dtype.element_ty))
+    tiles += head.to(tl.int64) * PADDED * PADDED + block * BLOCK
+    tl.store(tiles + index, values.to(tiles.dtype.element_ty))
 
 
 @triton.jit
