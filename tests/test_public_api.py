@@ -63,8 +63,8 @@ PUBLIC = {
     """,
     "moat_kernels.checkpoints.__main__": "main",
     "moat_kernels.plan": """
-        BLOCKS GPUS OPTIMIZERS PRECISIONS Gpu Step TrainingStep eager_seconds floor_seconds
-        graphed_seconds kernels largest_batch
+        BLOCKS GPUS OPTIMIZERS PRECISIONS Gpu Step TrainingStep compiled_seconds eager_seconds
+        floor_seconds graphed_seconds issue_seconds kernels largest_batch
     """,
     "moat_kernels.plan.__main__": "main",
     "moat_kernels.tune": "describe main tune",

@@ -79,7 +79,8 @@ def _predict(options: argparse.Namespace, resolution: int, blocks: str) -> Predi
     batch = options.batch
     if batch is None:
         batch = largest_batch(lambda size: trace(size).peak, capacity(gpu))
-    return Prediction(blocks, batch, trace(batch) if batch else None, gpu)
+    step = trace(batch) if batch else None
+    return Prediction(blocks, batch, step, gpu, options.precision)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

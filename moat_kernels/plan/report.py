@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from moat_kernels.plan.forecast import eager_seconds, graphed_seconds
+from moat_kernels.plan.forecast import compiled_seconds, eager_seconds, graphed_seconds
 from moat_kernels.plan.gpus import Gpu
+from moat_kernels.plan.issue import issue_seconds
 from moat_kernels.plan.roofline import floor_seconds, kernels
 from moat_kernels.plan.step import Step
 
@@ -16,30 +17,35 @@ GIB = 2**30
 RESERVED = 2 * GIB
 
 NOTES = f"""\
-predicted from shapes and data sheets, forecasts with five numbers that were measured on H200s
+predicted from shapes and data sheets, forecasts with six numbers that were measured on H200s
 memory    tensors at the worst moment, with gradients and the optimiser's state, exactly counted;
           {RESERVED // GIB} GiB are left to the CUDA context, workspaces and fragmentation
 launches  forward / all; PyTorch launches somewhat more than its operators show
 step      at least: each kernel's bytes at full DRAM bandwidth or its products at the full rate,
-          whichever takes longer; launches and all that is less than ideal come on top; so
-          does what instructions take to issue, which docs/roofline.md has for one step: counting
-          it needs compilers
+          whichever takes longer; launches and all that is less than ideal come on top
+          issue: what the instructions of this package's kernels take to start at the full rate,
+          with 16-bit tensors, by counts in machine code for Hopper; other kernels' are not counted
           graph: a forecast for a CUDA graph, kernels as near their floors as on the H200
           eager: that, or what a host takes for the launches (88 us for each of this package's,
           33 for others; hosts differ by a half)
+          compiled: a forecast for stock blocks under torch.compile; of fused blocks that is graph
           docs/roofline.md has both beside what was measured"""
 
-WIDTH = 12
+WIDTH = 11
 
 
 @dataclass(frozen=True)
 class Prediction:
-    """A training step on a GPU. batch: 0 where not even one image fits; step: None then."""
+    """A training step on a GPU. batch: 0 where not even one image fits; step: None then.
+
+    precision: one of `step.PRECISIONS`.
+    """
 
     blocks: str
     batch: int
     step: Step | None
     gpu: Gpu
+    precision: str
 
     @property
     def fits(self) -> bool:
@@ -58,8 +64,8 @@ def label(blocks: str) -> str:
 
 def format_predictions(predictions: Iterable[Prediction]) -> str:
     """One row each."""
-    columns = ("batch", "memory GiB", "DRAM GB", "TFLOP", "launches", *["step ms"] * 3, "images/s")
-    kinds = (*[""] * 4, "forward/all", "at least", "graph", "eager", "at most")
+    columns = ("batch", "memory GiB", "DRAM GB", "TFLOP", "launches", *["step ms"] * 5, "images/s")
+    kinds = (*[""] * 4, "fwd/all", *("at least", "issue", "graph", "compiled", "eager"), "at most")
     lines = [
         f"{first:<26}" + "".join(f"{cell:>{WIDTH}}" for cell in row)
         for first, row in (("blocks", columns), ("", kinds))
@@ -82,11 +88,17 @@ def _cells(prediction: Prediction) -> str:
         f"{step.forward}/{len(step.passes)}",
     ]
     if prediction.fits:
-        least, graphed, eager = (
+        stock = prediction.blocks == "stock"
+        least, issue, graphed, compiled, eager = (
             seconds(step.passes, prediction.gpu)
-            for seconds in (floor_seconds, graphed_seconds, eager_seconds)
+            for seconds in (
+                *(floor_seconds, issue_seconds, graphed_seconds),
+                *(compiled_seconds, eager_seconds),
+            )
         )
-        cells += [f"{seconds * 1e3:.1f}" for seconds in (least, graphed, eager)]
+        counted = not stock and prediction.precision != "float32"
+        shown = (least, issue if counted else None, graphed, compiled if stock else None, eager)
+        cells += ["-" if each is None else f"{each * 1e3:.1f}" for each in shown]
         cells.append(f"{batch / least:.0f}")
     else:
         cells.append("does not fit")

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moat_kernels.ops.triton_support.traffic import Crossing, Pass
-from moat_kernels.plan import GPUS, eager_seconds, graphed_seconds
+from moat_kernels.plan import GPUS, compiled_seconds, eager_seconds, graphed_seconds
 from moat_kernels.plan.operators import OperatorPass
 
 H200 = GPUS["h200"]
@@ -39,6 +39,11 @@ def test_eager_the_slower_of_host_and_gpu_decides() -> None:
     large = OperatorPass("gelu", moving(39e-3), (), 0, "float32")
     assert eager_seconds([small] * 1000, H200) == pytest.approx(33e-3)
     assert eager_seconds([*[small] * 1000, large], H200) == pytest.approx(102.7e-3)
+
+
+def test_torch_compile_leaves_three_quarters_of_what_stock_takes_in_a_graph() -> None:
+    theirs = OperatorPass("gelu", moving(0.39e-3), (), 0, "float32")
+    assert compiled_seconds([theirs] * 10, H200) == pytest.approx(7.4e-3)
 
 
 def test_the_host_takes_longer_for_launches_of_this_package() -> None:

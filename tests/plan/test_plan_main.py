@@ -15,8 +15,9 @@ def test_a_batch_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*COMMAND, "--batch", "2", "--kernels"]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith("Predicted, not measured: a training step of tiny_moat_0 at 33 px")
-    assert "five numbers that were measured on H200s" in printed
-    assert "forward/all    at least       graph       eager     at most" in printed
+    assert "six numbers that were measured on H200s" in printed
+    ways = ("fwd/all", "at least", "issue", "graph", "compiled", "eager", "at most")
+    assert "".join(f"{way:>11}" for way in ways) in printed
     for row in ("stock", 'fused, recompute="none"', 'fused, recompute="block"', "expand_kernel"):
         assert row in printed
 

@@ -23,6 +23,7 @@ from support import nvcc
 from support.compile_only_driver import compile_launches
 from support.issue_table import ARCHITECTURE, BATCH, MODEL, RESOLUTION, Issue
 from support.machine_code import Function, disassemble
+from support.machine_run import UndecidedBranch
 from support.step_launches import CudaLaunch, StepLaunch, TritonLaunch, record_step
 from support.warp_instructions import LANES, Count, constants, count
 
@@ -45,12 +46,14 @@ class Recorded:
 
 
 @functools.cache
-def recorded() -> tuple[Recorded, ...]:
-    """All different launches of the step."""
+def recorded(
+    model: str = MODEL, resolution: int = RESOLUTION, batch: int = BATCH
+) -> tuple[Recorded, ...]:
+    """All different launches of a step."""
     found: dict[tuple[str, ...], Recorded] = {}
     for cuda in (True, False):
-        step = TrainingStep(MODEL, RESOLUTION, "none", architecture=ARCHITECTURE)
-        for launch in record_step(step, BATCH, cuda):
+        step = TrainingStep(model, resolution, "none", architecture=ARCHITECTURE)
+        for launch in record_step(step, batch, cuda):
             one = found.setdefault(launch.key, Recorded(launch))
             one.cuda += cuda
             one.triton += not cuda
@@ -78,6 +81,20 @@ def compiler(launch: StepLaunch) -> str:
     if isinstance(launch, TritonLaunch):
         return f"Triton {triton.__version__}"
     return f"nvcc {nvcc.nvcc_version()}"
+
+
+def countable(chosen: Iterable[Recorded], report: Callable[[str], None] = print) -> list[Issue]:
+    """`count_launches` without kernels whose branches cannot be told from a launch's numbers."""
+    groups: dict[str, list[Recorded]] = collections.defaultdict(list)
+    for one in chosen:
+        groups[one.launch.key[0]].append(one)
+    rows = []
+    for kernel, group in groups.items():
+        try:
+            rows += count_launches(group, report)
+        except UndecidedBranch:
+            report(f"{kernel}: left out, a branch depends on what it computes")
+    return rows
 
 
 def _count_triton(chosen: list[Recorded], report: Callable[[str], None]) -> list[Issue]:

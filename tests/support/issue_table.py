@@ -14,6 +14,7 @@ from moat_kernels.plan import Gpu
 
 FILE = Path(__file__).parents[2] / "docs" / "issue_time.csv"
 MODEL, RESOLUTION, BATCH, ARCHITECTURE = "moat_0", 224, 64, 90
+STEP = MODEL, RESOLUTION, BATCH
 # What the whole step was to issue at most, on an H100.
 PLANNED_SECONDS = 8e-3
 

@@ -14,21 +14,26 @@ from moat_kernels.plan import (
     GPUS,
     Step,
     TrainingStep,
+    compiled_seconds,
     eager_seconds,
     floor_seconds,
     graphed_seconds,
+    issue_seconds,
     kernels,
 )
 from moat_kernels.plan.forecast import (
+    COMPILED,
     EFFICIENCY,
     HOST_SECONDS,
     LEAST_SECONDS,
     OPERATOR_EFFICIENCY,
     OWN_HOST_SECONDS,
 )
+from moat_kernels.plan.issue import INSTRUCTIONS
 from moat_kernels.plan.operators import OperatorPass
 from moat_kernels.plan.report import GIB, RESERVED, capacity
-from support import issue_table
+from support import issue_fit, issue_table
+from support.issue_fit import Total
 from support.issue_table import Issue
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "roofline.md"
@@ -48,13 +53,13 @@ CONTENDERS = {
     'fused, recompute="expand"': "expand",
     'fused, recompute="block"': "block",
 }
-GRAPHED = ", CUDA graph"
+GRAPHED, UNDER_COMPILE = ", CUDA graph", ", compiled"
 
 HEAD = f"""\
 # Roofline on paper
 
 Written by `python benchmarks/roofline.py`; the tests compare. **Everything here is predicted from
-shapes and data sheets; the [forecasts](#launches-and-forecasts) take five measured numbers besides.
+shapes and data sheets; the [forecasts](#launches-and-forecasts) take six measured numbers besides.
 What was measured is in [gpu_results.md](gpu_results.md).**
 
 A training step at batch {BATCH}: forward, cross entropy, backward, AdamW in one kernel; autocast in
@@ -72,7 +77,9 @@ fits. Launches are those for Hopper; elsewhere the sizes of partial sums may dif
 - at least: the sum over kernels of the longer of bytes at full bandwidth and products at full rate.
   A lower bound, no forecast: launches (see their number; without CUDA graphs each costs
   microseconds), caches that miss, elementwise arithmetic and clocks below boost come on top.
-  What instructions take to issue is counted for one step: [issue time](#issue-time).
+- issue: what the instructions of this package's kernels take to start at the full rate, as
+  `moat_kernels/plan/issue.py` has it from [counts](#issue-time); with Triton's stencils, which
+  those of CUDA C++ undercut. Of PyTorch's, cuDNN's and cuBLAS' kernels nothing is known.
 """
 
 FORECAST = f"""\
@@ -85,14 +92,13 @@ counted on an H200 where the trace had 1746, 66 of which drop path no longer mak
 - eager: that, or the time of the host, whichever is longer: {HOST_SECONDS * 1e6:g} µs for each
   launch of PyTorch's and {OWN_HOST_SECONDS * 1e6:g} µs for each of this package's, with the Python
   around it.
+- compiled: under torch.compile stock takes {COMPILED:g} of what it takes in a CUDA graph. Fused
+  blocks are operators there, with the launches of eager: their forecast is that of the graph.
 
-These five numbers were measured with moat_0 at batch 64 on H200s, in runs 5, 8 and 9 of
+These six numbers were measured with moat_0 at batch 64 on H200s, in runs 5, 8 and 9 of
 [gpu_results.md](gpu_results.md); `moat_kernels/plan/forecast.py` says how each follows. Fused steps
 that only run 5 has were of the kernels of then, ten times as many: what stands beside them is what
 to expect now. Eager times vary with the host by a half.
-
-Left out: steps under torch.compile, which makes one kernel of several that the trace counts, and
-the time that instructions take to [issue](#issue-time).
 """
 
 # The GPU that instructions are counted for, and the share of their time below which a kernel is not
@@ -105,7 +111,7 @@ CODE = f"sm_{issue_table.ARCHITECTURE}"
 CLOCK = f"{GPUS[ISSUE_ON].clock / 1e9:g} GHz"
 ISSUE = f"""\
 A multiprocessor starts at most four instructions of warps a clock. How many a step issues was
-counted without a GPU, for the fused step of {STEP} (bfloat16
+counted without a GPU, in this section for the fused step of {STEP} (bfloat16
 autocast, nothing recomputed), launched as on Hopper. `python benchmarks/issue.py` compiles each
 different launch for {CODE} and follows its warps through the machine code: the integer
 instructions that decide where a branch goes are executed, with the launch's own numbers, and all
@@ -132,7 +138,17 @@ least: the longest of the three, launch by launch. An H200 issues as fast.
 Time that passes between dependent instructions, and products that wait for their operands, come on
 top. PyTorch's and cuDNN's kernels, in this step and in stock's, are not counted: their machine code
 is part of a CUDA build of torch, and there is none where these pages are made.
+
+Other steps were counted the same way, {
+    ", ".join(
+        f"{model} at {pixels} px and batch {images}"
+        for model, pixels, images in issue_fit.STEPS[1:]
+    )
+} ([issue_steps.csv](issue_steps.csv), by kernel). A sum of what bytes and what products take,
+fitted to all of them kernel by kernel, is the table that predicts all steps of this page.
 """
+
+FITTED_HEAD = "| step, with stencils of | counted, ms | by the table, ms | table / counted |"
 
 # The shares of a GPU's rates and the least time of a launch that were guessed before anything had
 # been timed, and what the fused step was to take at most by them.
@@ -179,6 +195,8 @@ def step_rows(name: str, steps: dict[str, Step]) -> Iterator[str]:
         for gpu in (GPUS[name] for name in COMPARED):
             milliseconds = floor_seconds(step.passes, gpu) * 1e3
             times.append(f"{milliseconds:.1f}" if step.peak <= capacity(gpu) else "does not fit")
+        issue = 1e3 * issue_seconds(step.passes, GPUS[ISSUE_ON])
+        times.append("" if blocks == "stock" else f"{issue:.1f}")
         size = f"{name}, {get_preprocessing(name).resolution} px"
         cells = (size, blocks, f"{step.peak / GIB:.1f}", f"{traffic:.1f}", f"{flops:.2f}")
         yield f"| {' | '.join((*cells, str(len(step.passes)), *times))} |"
@@ -192,10 +210,11 @@ def forecast_rows(name: str, steps: dict[str, Step]) -> Iterator[str]:
         cells = [f"{name}, {get_preprocessing(name).resolution} px", blocks]
         cells += [str(step.forward), str(len(step.passes))]
         if step.peak <= capacity(gpu):
-            seconds = (graphed_seconds(step.passes, gpu), eager_seconds(step.passes, gpu))
-            cells += [f"{1e3 * each:.1f}" for each in seconds]
+            compiled = compiled_seconds if blocks == "stock" else graphed_seconds
+            for seconds in (graphed_seconds, compiled, eager_seconds):
+                cells.append(f"{1e3 * seconds(step.passes, gpu):.1f}")
         else:
-            cells += ["does not fit"] * 2
+            cells += ["does not fit"] * 3
         yield f"| {' | '.join(cells)} |"
 
 
@@ -220,7 +239,10 @@ def comparison_rows(pairs: Iterable[tuple[str, int]]) -> Iterator[str]:
         for contender, blocks in CONTENDERS.items():
             step = TrainingStep(name, resolution, blocks, architecture=gpu.architecture)
             passes = step.trace(batch).passes
-            for way, seconds in (("", eager_seconds), (GRAPHED, graphed_seconds)):
+            ways = [("", eager_seconds), (GRAPHED, graphed_seconds)]
+            if blocks == "stock":
+                ways.append((UNDER_COMPILE, compiled_seconds))
+            for way, seconds in ways:
                 if (found := measured(workload, contender + way)) is None:
                     continue
                 run, took = found
@@ -294,6 +316,25 @@ def _issue_cells(rows: Sequence[Issue], cuda: bool) -> list[str]:
     return [str(launches), f"{millions:.0f}", *(f"{time:.2f}" for time in times)]
 
 
+def fitted_rows(rows: Sequence[Total]) -> Iterator[str]:
+    """Issue of the steps that were counted, and by the table of moat_kernels/plan/issue.py."""
+    rate = GPUS[ISSUE_ON].issue_rate
+    for step in dict.fromkeys(row.step for row in rows):
+        for stencils, others in (("CUDA C++", "depthwise_"), ("Triton", "cuda_depthwise_")):
+            made = [row for row in rows if row.step == step and not row.kernel.startswith(others)]
+            counted = 1e3 * sum(row.instructions for row in made) / rate
+            by_table = 1e3 * sum(map(predicted_instructions, made)) / rate
+            model, pixels, images = step
+            cells = (f"{counted:.2f}", f"{by_table:.2f}", f"{by_table / counted:.2f}")
+            yield f"| {model}, {pixels} px, {images}: {stencils} | {' | '.join(cells)} |"
+
+
+def predicted_instructions(row: Total) -> float:
+    """Of a kernel in a step, by the table."""
+    for_byte, for_flop = INSTRUCTIONS[row.kernel]
+    return for_byte * row.bytes + for_flop * row.flops
+
+
 def issue_verdict(rows: Sequence[Issue]) -> str:
     """What was planned, and what is."""
     seconds, planned = _issue_seconds(rows, cuda=True), issue_table.PLANNED_SECONDS
@@ -343,15 +384,16 @@ def format_document() -> str:
     lines = [HEAD, "## GPUs", "", "Dense rates, from the vendor's documents.", "", *_gpu_table()]
     lines += ["", "## Training step, predicted", ""]
     columns = ("model", "blocks", "memory GiB", "DRAM GB", "TFLOP", "kernels")
-    times = (f"{GPUS[gpu].name}, at least ms" for gpu in COMPARED)
-    lines += [f"| {' | '.join((*columns, *times))} |", "|---|---" + "|---:" * 7 + "|"]
+    times = [f"{GPUS[gpu].name}, at least ms" for gpu in COMPARED]
+    times.append(f"{GPUS[ISSUE_ON].name}, issue ms")
+    lines += [f"| {' | '.join((*columns, *times))} |", "|---|---" + "|---:" * 8 + "|"]
     for name in list_models():
         lines += step_rows(name, steps[name])
     gpu = GPUS[FORECAST_ON].name
     lines += ["", "## Launches, and forecasts", "", FORECAST]
-    columns = ("model", "blocks", "launches of forward", "launches", "CUDA graph", "eager")
-    lines += [f"| {' | '.join((*columns[:4], *(f'{way}, {gpu} ms' for way in columns[4:])))} |"]
-    lines += ["|---|---" + "|---:" * 4 + "|"]
+    ways = (f"{way}, {gpu} ms" for way in ("CUDA graph", "compiled", "eager"))
+    columns = ("model", "blocks", "launches of forward", "launches", *ways)
+    lines += [f"| {' | '.join(columns)} |", "|---|---" + "|---:" * 5 + "|"]
     for name in list_models():
         lines += forecast_rows(name, steps[name])
     lines += ["", "### Beside what was measured", ""]
@@ -364,6 +406,7 @@ def format_document() -> str:
     issue = issue_table.read_file()
     lines += ["", "## Issue time", "", ISSUE, issue_verdict(issue), ""]
     lines += [*issue_rows(issue, cuda=True), "", *issue_rows(issue, cuda=False)]
+    lines += ["", FITTED_HEAD, "|---" + "|---:" * 3 + "|", *fitted_rows(issue_fit.read_file())]
     lines += ["", "### As it was planned", "", PLANNED]
     lines += [planned_verdict(trace(issue_table.MODEL), issue)]
     lines += ["", "## Kernels, predicted", ""]

@@ -99,6 +99,17 @@ def test_every_covered_choice(case: Case, device: str) -> None:
     check(MANY_ROWS, case, device, training=True)
 
 
+@pytest.mark.parametrize("description", [STRIDE_2, GATED], ids=["2", "se"])
+def test_products_as_small_as_a_weight_in_larger_tiles(
+    description: MBConvDescription, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of wide blocks."""
+    assert (triton_launch.weight_tile(24, 8), triton_launch.weight_tile(3072, 768)) == (32, 64)
+    monkeypatch.setattr(triton_launch, "_PROGRAMS", 1)
+    assert triton_launch.weight_tile(24, 8) == 64
+    check(FEW_ROWS, Case(description), device, training=True)
+
+
 @pytest.mark.parametrize("recompute", ["expand", "block"])
 @pytest.mark.parametrize("shape", [FEW_ROWS, MANY_ROWS], ids=str)
 def test_recomputing(recompute: str, shape: tuple[int, int, int], device: str) -> None:

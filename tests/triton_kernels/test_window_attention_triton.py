@@ -5,6 +5,8 @@ Maps and numbers of heads are small: the interpreter takes a tenth of a second p
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from support.empty_layouts import empty_layouts
@@ -25,6 +27,7 @@ from moat_kernels.functional import WindowAttentionDescription, window_attention
 pytest.importorskip("triton")
 
 from moat_kernels.ops.triton_support.traffic import record_passes
+from moat_kernels.ops.window_attention.algebra.position_bias import gather_bias, table_size
 from moat_kernels.ops.window_attention.triton import backend as triton_backend
 from moat_kernels.ops.window_attention.triton import launch_table
 
@@ -120,6 +123,32 @@ def test_the_tables_gradient_for_any_number_of_partial_sums(
 def test_rows_of_the_bias_spread_out(tokens: int, rows: int) -> None:
     """Whole blocks of every size that a launch may have; the kernels' rule is the same."""
     assert launch_table.padded_tokens(tokens) == rows
+
+
+def rows_and_columns(tiles: Tensor) -> Tensor:
+    """[heads, rows, columns] of tiles, which lie in the order of a tensor core's sums."""
+    vector = 16 // tiles.element_size()
+    heads, rows, _ = tiles.shape
+    units = tiles.view(heads, rows // 16, rows // (2 * vector), 8, 4, vector // 4, 2, 2)
+    return units.permute(0, 1, 6, 3, 2, 5, 4, 7).reshape(tiles.shape)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "window", [(1, 1), (5, 3), (10, 8), (1, 300), (300, 1), (24, 24), (32, 32), (2, 512)], ids=str
+)
+def test_the_bias_is_spread_out_for_windows_of_any_shape(
+    window: tuple[int, int], dtype: torch.dtype, device: str
+) -> None:
+    table = torch.randn(2, *table_size(window)).to(device)
+    tiles = triton_backend.empty_tiles(table, dtype, window)
+    assert tiles is not None
+    triton_backend._spread(table, tiles.fill_(float("nan")), window)
+    expected = torch.full(tiles.shape, float("-inf"), device=device)
+    tokens = window[0] * window[1]
+    expected[:, :tokens, :tokens] = gather_bias(table, window) * math.log2(math.e)
+    error = 1e-3 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(rows_and_columns(tiles).float(), expected, rtol=error, atol=error)
 
 
 @pytest.mark.parametrize("value", [1e6, -1e6, -1e30])

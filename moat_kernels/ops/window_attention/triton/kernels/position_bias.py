@@ -32,6 +32,17 @@ def padded_tokens(tokens):
 
 
 @triton.jit
+def look_up(table, row, column, window_height, window_width):
+    """log2(e) table[column - row] of a head, for tokens of a window; -inf beyond it."""
+    tokens = window_height * window_width
+    there = (row < tokens) & (column < tokens)
+    down = column // window_width - row // window_width + window_height - 1
+    right = column % window_width - row % window_width + window_width - 1
+    values = tl.load(table + down * (2 * window_width - 1) + right, mask=there, other=0.0)
+    return tl.where(there, values.to(tl.float32) * LOG2_E, float("-inf"))
+
+
+@triton.jit
 def on_table(token, window_width):
     """Where a token lies if rows of the window are as long as those of the table.
 
@@ -41,17 +52,6 @@ def on_table(token, window_width):
     inverse = tl.cast(0x7FFFFFFF // window_width + 1, tl.uint32)
     row = tl.cast(tl.umulhi(2 * tl.cast(token, tl.uint32), inverse), tl.int32)
     return token + row * (window_width - 1)
-
-
-@triton.jit
-def look_up(table, row, column, window_height, window_width):
-    """log2(e) table[column - row] of a head, for tokens of a window; -inf beyond it."""
-    tokens = window_height * window_width
-    there = (row < tokens) & (column < tokens)
-    offset = on_table(column, window_width) - on_table(row, window_width)
-    center = on_table(tokens - 1, window_width)
-    values = tl.load(table + center + offset, mask=there, other=0.0)
-    return tl.where(there, values.to(tl.float32) * LOG2_E, float("-inf"))
 
 
 @triton.jit
@@ -72,8 +72,14 @@ def spread_block(
     unit, lane, element = index // UNIT, index % UNIT // VECTOR, index % VECTOR
     row = first_row + element // 2 % 2 * 8 + lane // 4
     column = first_column + unit * (2 * VECTOR) + element // 4 * 8 + lane % 4 * 2 + element % 2
-    table += head * (2 * window_height - 1) * (2 * window_width - 1)
-    values = look_up(table, row, column, window_height, window_width)
+    # As `look_up`, in fewer instructions and more registers.
+    tokens = window_height * window_width
+    there = (row < tokens) & (column < tokens)
+    offset = on_table(column, window_width) - on_table(row, window_width)
+    first = head * (2 * window_height - 1) * (2 * window_width - 1)
+    first += on_table(tokens - 1, window_width)
+    values = tl.load(table + (first + offset), mask=there, other=0.0)
+    values = tl.where(there, values.to(tl.float32) * LOG2_E, float("-inf"))
     if tiles.dtype.element_ty == tl.float16:
         finite = tl.minimum(tl.maximum(values, -LARGEST_HALF), LARGEST_HALF)
         # What is infinite or no number stays so.
