@@ -113,7 +113,7 @@ LAUNCHES = register_launch_table(
                 ("depthwise", 4, STRIDE_1): StencilBlocks(8, 64, 16, 16),
                 ("depthwise", 4, STRIDE_2): StencilBlocks(8, 64, 16, 16),
                 ("project_input", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
-                ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 32, 16, 2),
+                ("project_weight", 2, ANY_SIZE): GemmBlocks(64, 64, 32, 8, 3),
                 ("expand_products", 4, ANY_SIZE): GemmBlocks(64, 64, 16, 4, 2),
                 ("expand_input", 2, ANY_SIZE): GemmBlocks(128, 64, 32, 8, 4),
             },
