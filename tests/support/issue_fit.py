@@ -5,13 +5,12 @@
 
 from __future__ import annotations
 
-import csv
 import operator
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 
-from support.issue_table import Issue
+from support.issue_table import Issue, read_rows, write_rows
 
 FILE = Path(__file__).parents[2] / "docs" / "issue_steps.csv"
 # (variant, pixels, images): narrow and wide maps, short and long windows, few and many images.
@@ -68,20 +67,12 @@ def _total(step: tuple[str, int, int], kernel: str, rows: list[Issue]) -> Total:
 
 
 def write_file(rows: Iterable[Total]) -> None:
-    with FILE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, [each.name for each in fields(Total)], lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(asdict(row) for row in rows)
+    write_rows(FILE, Total, rows)
 
 
 def read_file() -> list[Total]:
     """The rows of the file."""
-    texts = {each.name for each in fields(Total) if each.type == "str"}
-    with FILE.open(newline="") as file:
-        return [
-            Total(**{name: text if name in texts else int(text) for name, text in row.items()})
-            for row in csv.DictReader(file)
-        ]
+    return read_rows(FILE, Total)
 
 
 def fit(rows: Iterable[Total]) -> dict[str, tuple[float, float]]:

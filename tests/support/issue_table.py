@@ -9,8 +9,11 @@ import csv
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any, TypeVar
 
 from moat_kernels.plan import Gpu
+
+Row = TypeVar("Row", bound=Any)
 
 FILE = Path(__file__).parents[2] / "docs" / "issue_time.csv"
 MODEL, RESOLUTION, BATCH, ARCHITECTURE = "moat_0", 224, 64, 90
@@ -65,17 +68,26 @@ class Issue:
 
 def read_file() -> list[Issue]:
     """The rows of the file."""
-    texts = {field.name for field in fields(Issue) if field.type == "str"}
-    with FILE.open(newline="") as file:
+    return read_rows(FILE, Issue)
+
+
+def write_file(rows: Iterable[Issue]) -> None:
+    write_rows(FILE, Issue, sorted(rows, key=lambda row: row.key))
+
+
+def read_rows(path: Path, kind: type[Row]) -> list[Row]:
+    """A file of rows of a dataclass of strings and integers."""
+    texts = {field.name for field in fields(kind) if field.type == "str"}
+    with path.open(newline="") as file:
         return [
-            Issue(**{name: text if name in texts else int(text) for name, text in row.items()})
+            kind(**{name: text if name in texts else int(text) for name, text in row.items()})
             for row in csv.DictReader(file)
         ]
 
 
-def write_file(rows: Iterable[Issue]) -> None:
-    with FILE.open("w", newline="") as file:
-        names = [field.name for field in fields(Issue)]
+def write_rows(path: Path, kind: type[Row], rows: Iterable[Row]) -> None:
+    with path.open("w", newline="") as file:
+        names = [field.name for field in fields(kind)]
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
-        writer.writerows(asdict(row) for row in sorted(rows, key=lambda row: row.key))
+        writer.writerows(map(asdict, rows))
