@@ -28,7 +28,8 @@ step      at least: each kernel's bytes at full DRAM bandwidth or its products a
           graph: a forecast for a CUDA graph, kernels as near their floors as on the H200
           eager: that, or what a host takes for the launches (88 us for each of this package's,
           33 for others; hosts differ by a half)
-          compiled: a forecast for stock blocks under torch.compile; of fused blocks that is graph
+          compiled: a forecast for stock blocks under torch.compile; in a compiled model the host
+          launches fused blocks as in eager mode
           docs/roofline.md has both beside what was measured"""
 
 WIDTH = 11

@@ -8,6 +8,7 @@ from functools import cache
 
 import pytest
 import torch
+from support.mbconv_passes import wide_crossings
 from support.peers import import_peer
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
@@ -16,7 +17,7 @@ from moat_kernels import FusedMBConv, FusedMOATBlock, fuse, list_models, use_bac
 from moat_kernels.ops.common.device import planning
 from moat_kernels.ops.common.registration import looking_inside
 from moat_kernels.ops.triton_support.launching import triton_missing
-from moat_kernels.ops.triton_support.traffic import record_passes
+from moat_kernels.ops.triton_support.traffic import Pass, record_passes
 from moat_kernels.plan.autocast import CudaAutocast
 from moat_kernels.plan.meter import Meter
 from moat_kernels.plan.step import BLOCKS, TrainingStep
@@ -24,10 +25,10 @@ from moat_kernels.plan.step import BLOCKS, TrainingStep
 pytestmark = pytest.mark.skipif(bool(triton_missing()), reason=triton_missing())
 
 
-def launches(
+def passes_of(
     call: Callable[[Tensor], Tensor], x: Tensor, architecture: int = 90
-) -> tuple[list[str], list[str]]:
-    """The kernels of forward and backward, under autocast."""
+) -> tuple[list[Pass], list[Pass]]:
+    """What forward and backward launch, under autocast."""
     with (
         planning(architecture),
         use_backend("triton"),
@@ -45,8 +46,15 @@ def launches(
             allow_unreachable=True,
             accumulate_grad=True,
         )
-    names = [one.kernel for one in passes]
-    return names[:count], names[count:]
+    return passes[:count], passes[count:]
+
+
+def launches(
+    call: Callable[[Tensor], Tensor], x: Tensor, architecture: int = 90
+) -> tuple[list[str], list[str]]:
+    """The kernels of forward and backward, under autocast."""
+    forward, backward = passes_of(call, x, architecture)
+    return [one.kernel for one in forward], [one.kernel for one in backward]
 
 
 def meta_map(channels: int, side: int) -> Tensor:
@@ -126,6 +134,17 @@ def test_the_bottleneck_of_a_moat_block() -> None:
     forward, backward = bottleneck_launches(block)
     assert forward == [*DRAW, *BOTTLENECK[0]]
     assert backward == BOTTLENECK[1]
+
+
+@pytest.mark.parametrize(
+    ("recompute", "forward", "backward"), [("none", 4, 10), ("expand", 4, 11), ("block", 4, 13)]
+)
+def test_how_often_wide_tensors_cross_memory(recompute: str, forward: int, backward: int) -> None:
+    """BLAS' product of project's weight too: one written for it, and read."""
+    with torch.device("meta"):
+        block = FusedMOATBlock(64, 64, recompute=recompute)
+    passes = passes_of(block.inverted_bottleneck, meta_map(64, 28))
+    assert [wide_crossings(each, 256) for each in passes] == [forward, backward]
 
 
 def test_squeeze_excite_and_strides() -> None:

@@ -380,7 +380,8 @@ def test_how_often_wide_tensors_cross_memory(
 ) -> None:
     """Stock PyTorch: 14 times forward, 24 backward. A gate's mean needs one more read, forward.
 
-    Not seen here, without a gate: the product of the weight's gradient, by BLAS, reads one more.
+    Not seen here, without a gate: the product of the weight's gradient, by BLAS, reads one more
+    (tests/plan/test_launches.py).
     """
     case = Case(GATED if gated else MBConvDescription(), 16, 64, 16)
     passes = training_passes(case, torch.bfloat16, recompute, 8, 32, 32)
